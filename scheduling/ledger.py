@@ -1,0 +1,240 @@
+"""The books of the control plane: which requests live, in which phase, and who owns them.
+
+Every change of hands goes through `move`, `end` or `forget`, which keep the owners' books, the load of each worker
+and the count of unstarted requests together. The ledger decides nothing: what events mean is `scheduling.control`'s,
+who gets what next is `scheduling.dispatch`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+
+from scheduling.errors import BugError, ProtocolError
+
+
+class Phase(Enum):
+    """Of a request that lives."""
+
+    WAITING = "waiting"
+    QUEUED = "queued"
+    RECALLED = "recalled"
+    RUNNING = "running"
+
+
+class WorkerState(Enum):
+    """JOINING: expected, engine not loaded (or loading again). GONE: takes no work; may come back as READY."""
+
+    JOINING = "joining"
+    READY = "ready"
+    GONE = "gone"
+
+
+class RequestEntry:
+    """One live request. `cost` is its estimated tokens; `stolen_from` the victim it was last taken from."""
+
+    __slots__ = ("index", "attempt", "cost", "limit", "phase", "owner", "deaths", "stolen_from", "history")
+
+    def __init__(self, index: int, cost: float, limit: int | None) -> None:
+        self.index = index
+        self.attempt = 1
+        self.cost = cost
+        self.limit = limit
+        self.phase = Phase.WAITING
+        self.owner: int | None = None
+        self.deaths = 0
+        self.stolen_from: int | None = None
+        self.history: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"request {self.index} (attempt {self.attempt}, {self.phase.value}, owner {self.owner})"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerView:
+    """What others may know of a worker."""
+
+    id: int
+    state: WorkerState
+    slots: int
+    queued: int
+    running: int
+    load_tokens: float
+    requests: int
+    failed: int
+    stolen_in: int
+    stolen_out: int
+    engine_losses: int
+    reason: str
+    silent: bool
+    """GONE without a word: its lease ran out. Nothing can be asked of it."""
+
+
+TARGET_UNKNOWN = 16
+"""What a worker counts for that has not said how many slots it has."""
+
+
+class WorkerEntry:
+    """One worker as rank 0 sees it. The three dicts hold what it owns, by index, oldest assignment first."""
+
+    __slots__ = (
+        "id", "state", "slots", "queued", "running", "recalled", "load_tokens", "heard", "rate",
+        "rate_since", "rate_count", "target", "stolen_in", "stolen_out", "requests", "failed", "engine_losses",
+        "reason", "silent",
+    )  # fmt: skip
+
+    def __init__(self, worker: int, now: float) -> None:
+        self.id = worker
+        self.state = WorkerState.JOINING
+        self.slots = 0
+        self.queued: dict[int, RequestEntry] = {}
+        self.running: dict[int, RequestEntry] = {}
+        self.recalled: dict[int, RequestEntry] = {}
+        self.load_tokens = 0.0
+        self.heard = now
+        self.rate = 0.0
+        self.rate_since = now
+        self.rate_count = 0
+        self.target = TARGET_UNKNOWN
+        self.stolen_in = 0
+        self.stolen_out = 0
+        self.requests = 0
+        self.failed = 0
+        self.engine_losses = 0
+        self.reason = ""
+        self.silent = False
+
+    @property
+    def owned(self) -> int:
+        return len(self.queued) + len(self.running) + len(self.recalled)
+
+    @property
+    def stealable(self) -> int:
+        """Queued requests that no slot is free for."""
+        free = self.slots - len(self.running) - len(self.recalled)
+        return len(self.queued) - max(0, free)
+
+    def view(self) -> WorkerView:
+        return WorkerView(
+            self.id, self.state, self.slots, len(self.queued), len(self.running), self.load_tokens, self.requests,
+            self.failed, self.stolen_in, self.stolen_out, self.engine_losses, self.reason, self.silent,
+        )  # fmt: skip
+
+    def holdings(self) -> list[RequestEntry]:
+        """All that it owns: queued, recalled, running."""
+        return [*self.queued.values(), *self.recalled.values(), *self.running.values()]
+
+    def holder(self, phase: Phase) -> dict[int, RequestEntry]:
+        if phase is Phase.QUEUED:
+            return self.queued
+        return self.running if phase is Phase.RUNNING else self.recalled
+
+
+@dataclass(slots=True)
+class Totals:
+    """Counts of requests since the start. `done` and `failed` are durable; `late` answers were dropped."""
+
+    accepted: int = 0
+    rejected: int = 0
+    done: int = 0
+    failed: int = 0
+    late: int = 0
+    retried: int = 0
+    recalls: int = 0
+    stolen: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+
+
+class Ledger:
+    """All requests that live and all workers. `unstarted` counts those waiting, queued or recalled.
+
+    `highest` is the highest index that has arrived; `totals` counts what has become of requests.
+    """
+
+    __slots__ = ("live", "workers", "unstarted", "highest", "totals")
+
+    def __init__(self, workers: Iterable[int], now: float, first_index: int = 0) -> None:
+        self.live: dict[int, RequestEntry] = {}
+        self.workers: dict[int, WorkerEntry] = {worker: WorkerEntry(worker, now) for worker in workers}
+        self.unstarted = 0
+        self.highest = first_index - 1
+        self.totals = Totals()
+
+    def worker(self, worker: int) -> WorkerEntry:
+        known = self.workers.get(worker)
+        if known is None:
+            raise ProtocolError(f"rank {worker} is no worker of this job: its workers are {sorted(self.workers)}")
+        return known
+
+    def add(self, request: RequestEntry) -> None:
+        self.live[request.index] = request
+        self.unstarted += 1
+
+    def owned(self, worker: WorkerEntry, index: int, attempt: int) -> RequestEntry | None:
+        """The live request if this worker owns it in this attempt, else None."""
+        request = self.live.get(index)
+        if request is None or request.owner != worker.id or request.attempt != attempt:
+            return None
+        return request
+
+    def refuse_unseen(self, index: int, worker: WorkerEntry) -> None:
+        if not 0 <= index <= self.highest:
+            raise ProtocolError(f"rank {worker.id} reports request {index}, which never arrived")
+
+    def move(self, request: RequestEntry, worker: WorkerEntry | None, phase: Phase) -> None:
+        """Change phase and owner together with the owners' books."""
+        if request.owner is not None:
+            old = self.workers[request.owner]
+            del old.holder(request.phase)[request.index]
+            old.load_tokens -= request.cost
+        if phase is Phase.RUNNING:
+            self.unstarted -= request.phase is not Phase.RUNNING
+        else:
+            self.unstarted += request.phase is Phase.RUNNING
+        request.phase = phase
+        request.owner = None if worker is None else worker.id
+        if worker is not None:
+            worker.holder(phase)[request.index] = request
+            worker.load_tokens += request.cost
+
+    def end(self, request: RequestEntry, worker: WorkerEntry) -> None:
+        """An owned request has ended."""
+        del worker.holder(request.phase)[request.index]
+        worker.load_tokens -= request.cost
+        self.unstarted -= request.phase is not Phase.RUNNING
+        del self.live[request.index]
+
+    def forget(self, request: RequestEntry) -> None:
+        """A waiting request leaves the books."""
+        del self.live[request.index]
+        self.unstarted -= 1
+
+    def check(self) -> None:
+        """Verify the books, linear in what lives.
+
+        Raises:
+            BugError: something does not add up.
+        """
+        seen: set[int] = set()
+        unstarted = sum(request.phase is Phase.WAITING for request in self.live.values())
+        for worker in self.workers.values():
+            load = 0.0
+            for phase in (Phase.QUEUED, Phase.RECALLED, Phase.RUNNING):
+                for index, request in worker.holder(phase).items():
+                    must(self.live.get(index) is request, f"{request} is owned but does not live")
+                    must(request.phase is phase and request.owner == worker.id, f"{request} is misfiled")
+                    must(index not in seen, f"{request} is owned twice")
+                    seen.add(index)
+                    load += request.cost
+                    unstarted += phase is not Phase.RUNNING
+            must(abs(load - worker.load_tokens) < 1e-6 * max(1.0, load), f"load of rank {worker.id} is off")
+            must(worker.state is WorkerState.READY or not worker.owned, f"rank {worker.id} owns but is not ready")
+        must(unstarted == self.unstarted, "the count of unstarted requests is off")
+
+
+def must(holds: bool, story: str) -> None:
+    """An invariant: raises BugError with the story unless it holds."""
+    if not holds:
+        raise BugError(story)

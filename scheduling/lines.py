@@ -1,0 +1,385 @@
+"""What one line of input may look like, and why a line that does not is refused.
+
+`Plain`, `Batch` and `Body` are the wire form of a request: every parameter with its type and range, once. Lines
+are decoded straight into them, so a good line costs a few microseconds. Only when that fails does `explain` read
+the line again, slowly, against the same types, to name the field, its value and what is allowed there. A line
+that merely missed the fast path (an unusual but valid spelling) comes out of `explain` decoded.
+
+This module knows nothing of `Request`, of files, or of what the parameters do.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import typing
+from typing import Annotated, Any, Final, Literal, NoReturn
+
+import msgspec
+from msgspec import Meta
+
+from scheduling.errors import RequestError
+
+MAX_TOKENS_LIMIT = 1_048_576
+"""Largest accepted `max_tokens`: beyond it a request asks for something no model can do."""
+
+ID_CHARACTERS_MAX = 1_024
+
+_UNSUPPORTED: Final = {"unsupported": True}
+"""Marks a field that only a later version can do; until then it must be left at the value that changes nothing."""
+
+CustomId = Annotated[
+    Annotated[str, Meta(min_length=1, max_length=ID_CHARACTERS_MAX)] | int,
+    Meta(description=f"a string of 1 to {ID_CHARACTERS_MAX:,} characters, or an integer"),
+]
+TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+MaxTokens = Annotated[int, Meta(ge=1, le=MAX_TOKENS_LIMIT, description=f"an integer from 1 to {MAX_TOKENS_LIMIT:,}")]
+Prompt = Annotated[
+    Annotated[str, Meta(min_length=1)] | Annotated[tuple[TokenId, ...], Meta(min_length=1)],
+    Meta(description="a string that is not empty, or a list of token ids (integers from 0 to 2,147,483,647)"),
+]
+Penalty = Annotated[float, Meta(ge=-2.0, le=2.0, description="a number from -2 to 2")]
+StopString = Annotated[str, Meta(min_length=1, max_length=1_024)]
+Stop = Annotated[
+    StopString | Annotated[tuple[StopString, ...], Meta(max_length=16)],
+    Meta(description="a string, or a list of up to 16 strings, each of 1 to 1,024 characters"),
+]
+LogitBias = Annotated[
+    dict[TokenId, Annotated[float, Meta(ge=-100.0, le=100.0)]],
+    Meta(
+        max_length=1_024,
+        description="an object of up to 1,024 entries, token ids as keys and numbers from -100 to 100 as values",
+    ),
+]
+Nothing = Annotated[None, Meta(description="null or left out", extra=_UNSUPPORTED)]
+NoList = Annotated[Annotated[list[Any], Meta(max_length=0)], Meta(description="[] or left out", extra=_UNSUPPORTED)]
+Off = Annotated[bool, Meta(description="false or left out", extra=_UNSUPPORTED)]
+Auto = Annotated[Literal["none", "auto"], Meta(description='"none", "auto" or left out', extra=_UNSUPPORTED)]
+Text = Annotated[str, Meta(description="a string")]
+Bool = Annotated[bool, Meta(description="true or false")]
+
+
+class TextFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    type: Literal["text"]
+
+
+class TextPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    type: Literal["text"]
+    text: Text
+
+
+class WireMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
+    """A message as written. `content` is required and is text: other kinds of part are refused."""
+
+    role: Annotated[
+        Literal["system", "developer", "user", "assistant", "tool"],
+        Meta(description="one of system, developer, user, assistant, tool"),
+    ]
+    content: Annotated[
+        str | tuple[TextPart, ...], Meta(description='a string or a list of {"type": "text", "text": …} parts')
+    ]
+    name: Text | None = None
+    tool_call_id: Text | None = None
+    tool_calls: NoList | None = None
+    function_call: Nothing = None
+    refusal: Nothing = None
+    audio: Nothing = None
+
+
+class Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
+    """All parameters of both endpoints. None is 'not given', and so is JSON's null."""
+
+    messages: (
+        Annotated[
+            Annotated[tuple[WireMessage, ...], Meta(min_length=1)],
+            Meta(description='a list of at least one {"role": …, "content": …} object'),
+        ]
+        | None
+    ) = None
+    prompt: Prompt | None = None
+    model: Text | None = None
+    max_tokens: MaxTokens | None = None
+    max_completion_tokens: MaxTokens | None = None
+    temperature: Annotated[float, Meta(ge=0.0, le=100.0, description="a number from 0 to 100")] | None = None
+    top_p: Annotated[float, Meta(gt=0.0, le=1.0, description="a number above 0 and up to 1")] | None = None
+    top_k: Annotated[int, Meta(ge=0, le=2**31 - 1, description="an integer from 0 (off) to 2,147,483,647")] | None = (
+        None
+    )
+    min_p: Annotated[float, Meta(ge=0.0, lt=1.0, description="a number from 0 (off) to below 1")] | None = None
+    typical_p: Annotated[float, Meta(gt=0.0, le=1.0, description="a number above 0 and up to 1 (off)")] | None = None
+    repeat_penalty: Annotated[float, Meta(gt=0.0, le=10.0, description="a number above 0 and up to 10")] | None = None
+    repeat_last_n: (
+        Annotated[int, Meta(ge=0, le=MAX_TOKENS_LIMIT, description=f"an integer from 0 (off) to {MAX_TOKENS_LIMIT:,}")]
+        | None
+    ) = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    seed: (
+        Annotated[int, Meta(ge=-(2**63), le=2**63 - 1, description="an integer of 64 bits, from -2**63 to 2**63 - 1")]
+        | None
+    ) = None
+    stop: Stop | None = None
+    logit_bias: LogitBias | None = None
+    ignore_eos: Bool | None = None
+    n: Annotated[int, Meta(ge=1, le=128, description="an integer from 1 to 128")] | None = None
+    stream: Bool | None = None
+    user: Text | None = None
+    metadata: Annotated[dict[str, str], Meta(description="an object whose values are strings")] | None = None
+    # Accepted because clients send them by themselves; nothing here depends on them.
+    store: Bool | None = None
+    service_tier: Text | None = None
+    safety_identifier: Text | None = None
+    prompt_cache_key: Text | None = None
+    prompt_cache_retention: Text | None = None
+    parallel_tool_calls: Bool | None = None
+    stream_options: Annotated[dict[str, bool], Meta(description="an object of true and false")] | None = None
+    # Accepted only at the value that changes nothing.
+    response_format: (
+        Annotated[TextFormat, Meta(description='{"type": "text"} or left out', extra=_UNSUPPORTED)] | None
+    ) = None
+    logprobs: Off | None = None
+    top_logprobs: Annotated[Literal[0], Meta(description="0 or left out", extra=_UNSUPPORTED)] | None = None
+    echo: Off | None = None
+    suffix: Annotated[Literal[""], Meta(description='"" or left out', extra=_UNSUPPORTED)] | None = None
+    best_of: Annotated[Literal[1], Meta(description="1 or left out", extra=_UNSUPPORTED)] | None = None
+    tools: NoList | None = None
+    tool_choice: Auto | None = None
+    functions: NoList | None = None
+    function_call: Auto | None = None
+    modalities: (
+        Annotated[tuple[Literal["text"]], Meta(description='["text"] or left out', extra=_UNSUPPORTED)] | None
+    ) = None
+    reasoning_effort: Annotated[Literal["none"], Meta(description='"none" or left out', extra=_UNSUPPORTED)] | None = (
+        None
+    )
+    verbosity: Annotated[Literal["medium"], Meta(description='"medium" or left out', extra=_UNSUPPORTED)] | None = None
+    audio: Nothing = None
+    prediction: Nothing = None
+    web_search_options: Nothing = None
+    grammar: Nothing = None
+    json_schema: Nothing = None
+
+
+class Plain(Body, frozen=True, forbid_unknown_fields=True, gc=False):
+    """A line that is the body itself, with an id if one is wanted."""
+
+    custom_id: CustomId | None = None
+    id: CustomId | None = None
+
+
+class Batch(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
+    """A line of OpenAI's batch format."""
+
+    body: Annotated[Body, Meta(description="an object with the request's parameters")]
+    custom_id: CustomId | None = None
+    method: Annotated[Literal["POST"], Meta(description='"POST"')] | None = None
+    url: (
+        Annotated[
+            Literal["/v1/chat/completions", "/v1/completions"],
+            Meta(description='"/v1/chat/completions" or "/v1/completions"'),
+        ]
+        | None
+    ) = None
+
+
+_batch = msgspec.json.Decoder(Batch)
+_plain = msgspec.json.Decoder(Plain)
+_DECODE_ERRORS = (msgspec.MsgspecError, ValueError, RecursionError)
+
+_OTHER_NAMES: Final = {
+    "n_predict": "max_tokens",
+    "num_predict": "max_tokens",
+    "max_new_tokens": "max_tokens",
+    "max_length": "max_tokens",
+    "repetition_penalty": "repeat_penalty",
+    "typ_p": "typical_p",
+    "text": "prompt",
+    "input": "prompt",
+}
+"""What other programs call a parameter, where the nearest spelling would not find it."""
+
+
+def decode_line(line: bytes) -> Batch | Plain:
+    """The wire form of `line`.
+
+    Raises RequestError that names the field, its value and the allowed range, or the place where the line stops
+    being JSON or UTF-8.
+    """
+    try:
+        return _batch.decode(line) if b'"body"' in line else _plain.decode(line)
+    except _DECODE_ERRORS:
+        return explain(line)
+
+
+def explain(line: bytes) -> Batch | Plain:
+    """Read a line field by field, slowly. Raises RequestError with the first reason to refuse it, if any."""
+    value = _decode_any(line)
+    if not isinstance(value, dict):
+        hint = "; write one object per line" if isinstance(value, list) else ""
+        raise RequestError(f"a request must be a JSON object, not {kind_of(value)}{hint}")
+    form: type[Batch] | type[Plain] = Plain if value.keys().isdisjoint(("body", "method", "url")) else Batch
+    if form is Batch:
+        _check_batch(value)
+    else:
+        _check_fields(value, Plain, "")
+        _check_messages(value.get("messages"))
+    try:
+        return msgspec.json.decode(line, type=form)
+    except _DECODE_ERRORS as error:
+        # The checks above know all fields; this is what keeps a gap in them from becoming another exception.
+        raise RequestError(f"this request cannot be read: {error}") from None
+
+
+def refuse(name: str, value: object, allowed: str, *, unsupported: bool = False) -> NoReturn:
+    """Raise the RequestError for a field `name` (with its path) whose `value` is not `allowed`."""
+    middle = "not supported in this version: it" if unsupported else "it"
+    raise RequestError(f"{name} is {show(value)}; {middle} must be {allowed}", name.removeprefix("body."))
+
+
+def show(value: object) -> str:
+    """`value` as JSON, cut to what fits in a message."""
+    try:
+        text = json.dumps(value, ensure_ascii=True)
+    except (TypeError, ValueError, RecursionError):
+        text = repr(type(value).__name__)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def kind_of(value: object) -> str:
+    """What a person calls a JSON value of this type."""
+    names = {dict: "an object", list: "a list", str: "a string", type(None): "null"}
+    return names.get(type(value), "a plain value")
+
+
+def _check_batch(value: dict[str, Any]) -> None:
+    if value.get("url") == "/v1/embeddings":
+        raise RequestError("this version cannot compute embeddings: url is /v1/embeddings", "url")
+    _check_fields({key: item for key, item in value.items() if key != "body"}, Batch, "")
+    body = value.get("body")
+    if body is None:
+        raise RequestError("body is missing: a batch line carries the parameters in it", "body")
+    if not isinstance(body, dict):
+        refuse("body", body, "an object with the request's parameters")
+    _check_fields(body, Body, "body.")
+    _check_messages(body.get("messages"))
+
+
+def _check_fields(value: dict[str, Any], form: type[msgspec.Struct], where: str) -> None:
+    rules = _RULES[form]
+    for key, item in value.items():
+        if key not in rules:
+            _refuse_unknown(key, form, where)
+        if item is None or key == "messages":
+            continue
+        if key == "prompt" and isinstance(item, list) and any(isinstance(part, str | list) for part in item):
+            raise RequestError("prompt is a list of prompts; write one request per line", "prompt")
+        rule, allowed, unsupported = rules[key]
+        try:
+            if _not_finite(item):
+                raise ValueError
+            msgspec.convert(item, rule, str_keys=True)
+        except _DECODE_ERRORS:
+            refuse(where + key, item, allowed, unsupported=unsupported)
+
+
+def _check_messages(messages: object) -> None:
+    if messages is None:
+        return
+    if not isinstance(messages, list) or not messages:
+        refuse("messages", messages, _RULES[Body]["messages"][1])
+    for place, message in enumerate(messages):
+        path = f"messages[{place}]"
+        if not isinstance(message, dict):
+            refuse(path, message, "an object with role and content")
+        for part_place, part in enumerate(message["content"] if isinstance(message.get("content"), list) else ()):
+            _check_part(part, f"{path}.content[{part_place}]")
+        for key in ("role", "content"):
+            if message.get(key) is None:
+                allowed = _RULES[WireMessage][key][1]
+                raise RequestError(f"{path}.{key} is missing; it must be {allowed}", f"{path}.{key}")
+        _check_fields(message, WireMessage, f"{path}.")
+
+
+def _check_part(part: object, path: str) -> None:
+    if not isinstance(part, dict):
+        refuse(path, part, 'a {"type": "text", "text": …} object')
+    if part.get("type") != "text":
+        refuse(f"{path}.type", part.get("type"), '"text": this version reads no images, audio or files')
+    if not isinstance(part.get("text"), str):
+        refuse(f"{path}.text", part.get("text"), "a string")
+    _check_fields(part, TextPart, f"{path}.")
+
+
+def _refuse_unknown(key: str, form: type[msgspec.Struct], where: str) -> NoReturn:
+    rules = _RULES[form]
+    near = _OTHER_NAMES.get(key) or next(iter(difflib.get_close_matches(key[:64], rules, 1, 0.7)), None)
+    if form is Batch and key in _RULES[Body]:
+        hint = "it belongs inside body"
+    elif near in rules:
+        hint = f"did you mean {near}?"
+    else:
+        hint = "what is known is listed in docs/requests.md"
+    raise RequestError(f"unknown parameter {where}{show(key)[1:-1]}; {hint}", where.removeprefix("body.") + key[:64])
+
+
+def _not_finite(value: object) -> bool:
+    """Whether a NaN or an infinity is in `value`, as deep as parameters go (the values of logit_bias)."""
+    if isinstance(value, dict):
+        return any(isinstance(item, float) and not math.isfinite(item) for item in value.values())
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _decode_any(line: bytes) -> Any:
+    try:
+        return msgspec.json.decode(line)
+    except _DECODE_ERRORS as error:
+        _refuse_text(line, error)
+
+
+def _refuse_text(line: bytes, error: Exception) -> NoReturn:
+    """Say why `line` is not JSON. Python's own parser takes NaN and lone surrogates, so it tells these apart."""
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as wrong:
+        raise RequestError(
+            f"byte {wrong.start + 1} of the line (0x{line[wrong.start]:02x}) is not UTF-8; save the file as UTF-8"
+        ) from None
+    except json.JSONDecodeError as wrong:
+        raise RequestError(f"this is not JSON: {wrong.msg} at character {wrong.pos + 1}") from None
+    except RecursionError:
+        raise RequestError("the JSON is nested too deeply for a request") from None
+    except ValueError:
+        raise RequestError("the line holds a number that is too long") from None
+    if isinstance(value, dict):
+        body = value.get("body")
+        for where, part in (("body.", body if isinstance(body, dict) else {}), ("", value)):
+            for key, item in part.items():
+                if _not_finite(item):
+                    rule = _RULES[Plain].get(key)
+                    refuse(where + key, item, rule[1] if rule else "a finite number")
+    if "\\ud" in line.decode("utf-8").lower():
+        raise RequestError("a string holds half of a surrogate pair (\\ud800 to \\udfff), which is no character")
+    raise RequestError(f"this is not JSON: {error}")
+
+
+def _rules(form: type[msgspec.Struct]) -> dict[str, tuple[Any, str, bool]]:
+    """For each field of `form`: its type, what a person is told is allowed, whether later versions allow more."""
+    hints = typing.get_type_hints(form, include_extras=True)
+    return {name: (hint, *_told(hint)) for name, hint in hints.items() if name in form.__struct_fields__}
+
+
+def _told(hint: Any) -> tuple[str, bool]:
+    for meta in getattr(hint, "__metadata__", ()):
+        if isinstance(meta, Meta) and meta.description:
+            return meta.description, bool(meta.extra and meta.extra.get("unsupported"))
+    for inner in typing.get_args(hint):
+        allowed, unsupported = _told(inner)
+        if allowed:
+            return allowed, unsupported
+    return "", False
+
+
+_RULES: Final[dict[type[msgspec.Struct], dict[str, tuple[Any, str, bool]]]] = {
+    form: _rules(form) for form in (Plain, Batch, Body, WireMessage, TextPart)
+}

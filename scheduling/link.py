@@ -1,0 +1,162 @@
+"""How messages travel: envelopes of many messages between endpoints, numbered per link.
+
+An `Endpoint` moves opaque bytes between addresses (MPI ranks, loopback, a simulated network): it alone differs from
+run to run. `Link` turns messages into envelopes and back for one peer: an envelope is msgpack of [number, messages],
+numbers rise by one per link and direction. So a duplicate is recognised and dropped, and a missing envelope is an
+error instead of a request that silently never arrives. `Hub` is rank 0's set of links, `Spoke` a worker's one.
+Both gather what they are given and send it on `flush`, so that everything of one turn shares an envelope.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Generic, Protocol, TypeVar
+
+import msgspec
+
+from scheduling.errors import ProtocolError
+from scheduling.messages import FromCoordinator, FromWorker
+
+ENVELOPE_BYTES_MAX = 1 << 30
+"""Largest envelope sent or accepted. Input lines are bounded well below (coordinator.source)."""
+
+S = TypeVar("S")
+R = TypeVar("R")
+
+
+class Endpoint(Protocol):
+    """Where bytes leave and arrive. Never blocks. Keeps the order between two addresses."""
+
+    def post(self, address: int, payload: bytes) -> None:
+        """Send soon. The bytes must not change afterwards."""
+
+    def receive(self) -> Sequence[tuple[int, bytes | bytearray]]:
+        """All that has arrived since the last call, as (address of the sender, payload)."""
+
+    def unsent_bytes(self) -> int:
+        """What was posted and has not left yet."""
+
+
+class _FromWorkerEnvelope(msgspec.Struct, array_like=True, frozen=True):
+    number: int
+    messages: list[FromWorker]
+
+
+class _FromCoordinatorEnvelope(msgspec.Struct, array_like=True, frozen=True):
+    number: int
+    messages: list[FromCoordinator]
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode_from_worker = msgspec.msgpack.Decoder(_FromWorkerEnvelope)
+_decode_from_coordinator = msgspec.msgpack.Decoder(_FromCoordinatorEnvelope)
+
+
+class Link(Generic[S, R]):
+    """One peer: sends messages of type S, receives those of type R."""
+
+    __slots__ = ("address", "outbox", "_decoder", "_sent", "_received")
+
+    def __init__(self, address: int, decoder: msgspec.msgpack.Decoder) -> None:  # type: ignore[type-arg]
+        self.address = address
+        self.outbox: list[S] = []
+        self._decoder = decoder
+        self._sent = 0
+        self._received = 0
+
+    def seal(self) -> bytes:
+        """All messages of the outbox as one envelope's bytes; the outbox is empty afterwards."""
+        self._sent += 1
+        payload = _encode((self._sent, self.outbox))
+        self.outbox = []
+        if len(payload) > ENVELOPE_BYTES_MAX:
+            raise ProtocolError(f"an envelope of {len(payload)} bytes for rank {self.address} is over the limit")
+        return payload
+
+    def open(self, payload: bytes | bytearray) -> list[R]:
+        """The messages of an envelope; none if it has been here before.
+
+        Raises:
+            ProtocolError: it is not of this protocol, or one before it has gone missing.
+        """
+        try:
+            envelope = self._decoder.decode(payload)
+        except msgspec.MsgspecError as error:
+            raise ProtocolError(f"rank {self.address} sent {len(payload)} bytes that are no message: {error}") from None
+        if envelope.number <= self._received:
+            return []
+        if envelope.number != self._received + 1:
+            raise ProtocolError(
+                f"rank {self.address} sent envelope {envelope.number} after {self._received}: one has gone missing"
+            )
+        self._received = envelope.number
+        messages: list[R] = envelope.messages
+        return messages
+
+
+class Hub:
+    """Rank 0's side of all links."""
+
+    def __init__(self, endpoint: Endpoint, workers: list[int]) -> None:
+        self.endpoint = endpoint
+        self._links: dict[int, Link[FromCoordinator, FromWorker]] = {
+            worker: Link(worker, _decode_from_worker) for worker in workers
+        }
+        self._waiting: dict[int, None] = {}
+
+    @property
+    def workers(self) -> list[int]:
+        return list(self._links)
+
+    def add(self, worker: int) -> None:
+        """One more worker, at this address."""
+        self._links[worker] = Link(worker, _decode_from_worker)
+
+    def send(self, worker: int, message: FromCoordinator) -> None:
+        self._links[worker].outbox.append(message)
+        self._waiting[worker] = None
+
+    def broadcast(self, message: FromCoordinator) -> None:
+        for worker in self._links:
+            self.send(worker, message)
+
+    def flush(self) -> None:
+        for worker in self._waiting:
+            self.endpoint.post(worker, self._links[worker].seal())
+        self._waiting.clear()
+
+    def poll(self) -> list[tuple[int, FromWorker]]:
+        """Everything that has arrived, as (worker, message), in the order of each worker."""
+        arrived: list[tuple[int, FromWorker]] = []
+        for address, payload in self.endpoint.receive():
+            link = self._links.get(address)
+            if link is None:
+                raise ProtocolError(f"rank {address} is no worker of this job")
+            arrived.extend((address, message) for message in link.open(payload))
+        return arrived
+
+
+class Spoke:
+    """A worker's side of its link to rank 0."""
+
+    def __init__(self, endpoint: Endpoint, coordinator: int = 0) -> None:
+        self.endpoint = endpoint
+        self._link: Link[FromWorker, FromCoordinator] = Link(coordinator, _decode_from_coordinator)
+
+    def send(self, message: FromWorker) -> None:
+        self._link.outbox.append(message)
+
+    def flush(self) -> bool:
+        """Send what has been gathered. True if there was anything."""
+        if not self._link.outbox:
+            return False
+        self.endpoint.post(self._link.address, self._link.seal())
+        return True
+
+    def poll(self) -> list[FromCoordinator]:
+        return [
+            message
+            for address, payload in self.endpoint.receive()
+            if address == self._link.address
+            for message in self._link.open(payload)
+        ]

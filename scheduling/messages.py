@@ -1,0 +1,232 @@
+"""Everything that ranks say to each other: one frozen struct per message, msgpack bytes, never pickle.
+
+Messages travel in envelopes of many (see `coordinator.transport`). A worker opens with `Hello`; rank 0 answers
+`Welcome` or `Refuse`. Then rank 0 sends `Assign`, `Recall`, `Cancel`, `Exhausted`, `Collect`, `Stop`; a worker
+sends `Ready` once its engine is loaded, `Report` for progress and ends of requests, `Recalled` for each `Recall`,
+`EngineDown` when its engine died, `Crashed` when it cannot go on, `Heartbeat` when it has had nothing to say.
+
+What rank 0 sends as `Assign` a worker handles in `on_assign`, and so for every pair.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+PROTOCOL_VERSION = 1
+"""Raised with every change to a message of this module. Compared in the handshake."""
+
+
+# ---------------------------------------------------------------- worker -> rank 0
+
+
+class Gpu(msgspec.Struct, frozen=True, kw_only=True):
+    """One GPU as a rank sees it. `memory_bytes` None where the driver does not say."""
+
+    uuid: str
+    name: str
+    index: int
+    memory_bytes: int | None = None
+    pci_bus_id: str | None = None
+    numa_node: int | None = None
+    compute_capability: str | None = None
+
+
+class Host(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a rank runs and what it may use there.
+
+    `gpus` are those the rank may use under the mask its launcher gave it. `cpus` are those its cgroup allows,
+    however narrow the affinity is that the launcher bound it to. `mask` is the variable that hides devices, as
+    found in its environment (name, value), or None.
+    """
+
+    hostname: str
+    gpus: tuple[Gpu, ...] = ()
+    gpus_known: bool = True
+    """False where no library could be asked: then an empty `gpus` means 'missing', not 'none'."""
+    cpus: tuple[int, ...] = ()
+    """Neighbours (same core, same NUMA node) stand next to each other."""
+    cpu_limit: int | None = None
+    """How many of `cpus` a quota lets all ranks of this host use at once; None: all of them."""
+    numa_cpus: dict[int, tuple[int, ...]] = {}
+    """Those of `cpus` that belong to each NUMA node."""
+    cpus_per_task: int | None = None
+    local_rank: int | None = None
+    mask: tuple[str, str] | None = None
+
+
+class Hello(msgspec.Struct, tag="hello", frozen=True, kw_only=True):
+    protocol: int
+    versions: dict[str, str]
+    """Package versions that must not differ between ranks: llmpi, llama_cpp_python, msgspec, numpy."""
+    config_digest: str
+    model_fingerprint: str
+    host: Host
+    pid: int
+    problem: str = ""
+    """Why this rank cannot take part although it was started, e.g. the model file is missing on its host."""
+
+
+class Ready(msgspec.Struct, tag="ready", frozen=True, kw_only=True):
+    """The engine has loaded. `slots` sequences can run at once.
+
+    `generation` counts the worker's engines. What was assigned to an earlier one is not this one's work.
+    """
+
+    slots: int
+    generation: int
+    load_s: float
+    backend: str
+    model_desc: str = ""
+    ctx_tokens: int = 0
+    engine_pid: int | None = None
+
+
+class Finished(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """The end of one request, with its line for the record already encoded by the worker.
+
+    `ok` False: the request failed, `line` says why. Times as in `workers.protocol.Answer`.
+    """
+
+    index: int
+    attempt: int
+    ok: bool
+    prompt_tokens: int
+    output_tokens: int
+    line: bytes
+
+
+class Delta(msgspec.Struct, array_like=True, frozen=True):
+    """New text of a streamed request."""
+
+    index: int
+    attempt: int
+    choice: int
+    text: str
+    tokens: int
+
+
+class Report(msgspec.Struct, tag="report", frozen=True, kw_only=True, omit_defaults=True):
+    """Progress. A request that starts and finishes within one report need not be in `started`."""
+
+    started: list[tuple[int, int]] = []
+    """(index, attempt) each."""
+    finished: list[Finished] = []
+    deltas: list[Delta] = []
+    made_tokens: int = 0
+    """Output tokens made since the last report that had any, those of unfinished requests too. For progress only."""
+
+
+class Recalled(msgspec.Struct, tag="recalled", frozen=True):
+    """The victim's answer to `Recall`: `indexes` were not started, and it has forgotten them."""
+
+    recall: int
+    indexes: list[int]
+
+
+class EngineDown(msgspec.Struct, tag="engine_down", frozen=True, kw_only=True):
+    """The engine died. All the worker's requests go back: the started ones have lost an attempt.
+
+    `restarting`: a new engine is on its way and `Ready` will follow; else the worker takes no more work.
+    """
+
+    reason: str
+    started: list[tuple[int, int]] = []
+    unstarted: list[tuple[int, int]] = []
+    restarting: bool = True
+    user_error: bool = False
+
+
+class Crashed(msgspec.Struct, tag="crashed", frozen=True, kw_only=True):
+    """An exception of our own in the worker. It takes no more work but stays to be stopped in order."""
+
+    reason: str
+    traceback: str = ""
+
+
+class Heartbeat(msgspec.Struct, tag="heartbeat", frozen=True):
+    """Nothing to report, still here."""
+
+
+FromWorker = Hello | Ready | Report | Recalled | EngineDown | Crashed | Heartbeat
+
+
+# ---------------------------------------------------------------- rank 0 -> worker
+
+
+class Placement(msgspec.Struct, frozen=True, kw_only=True):
+    """What one worker may use: decided by rank 0 from all `Host`s.
+
+    `device_mask` is environment for the engine process; `threads` for its CPU work; `cpus` its affinity.
+    """
+
+    device_mask: dict[str, str] = {}
+    gpu_uuids: tuple[str, ...] = ()
+    cpus: tuple[int, ...] = ()
+    threads: int = 1
+    note: str = ""
+    """One clause for people, e.g. 'GPU-3f… (index 2)' or 'CPU, 2 threads of 8'."""
+
+
+class Welcome(msgspec.Struct, tag="welcome", frozen=True, kw_only=True):
+    placement: Placement
+    run_seed: int
+    session: int
+    """How many times this run directory has been started before."""
+
+
+class Refuse(msgspec.Struct, tag="refuse", frozen=True):
+    """This rank does not belong to the job. It leaves after reading this; rank 0 tells the user."""
+
+    reason: str
+
+
+class WorkItem(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """One request for a worker: its line as it was read, so that rank 0 need not encode it again."""
+
+    index: int
+    attempt: int
+    line: bytes
+
+
+class Assign(msgspec.Struct, tag="assign", frozen=True):
+    """Work for the worker's engine of this generation; if it has died meanwhile the worker drops it."""
+
+    generation: int
+    items: list[WorkItem]
+
+
+class Recall(msgspec.Struct, tag="recall", frozen=True):
+    """Give back those of `indexes` that have not started. Answered by `Recalled`, also if there are none."""
+
+    recall: int
+    indexes: list[int]
+
+
+class Cancel(msgspec.Struct, tag="cancel", frozen=True):
+    """Stop these and answer for them as failed."""
+
+    indexes: list[int]
+
+
+class Exhausted(msgspec.Struct, tag="exhausted", frozen=True):
+    """No unstarted work is left that a free slot could take (`empty` True), or there is some again (False).
+
+    A worker counts free slots as starved only while there is.
+    """
+
+    empty: bool
+
+
+class Collect(msgspec.Struct, tag="collect", frozen=True):
+    """Enter the metrics collectives of this epoch."""
+
+    epoch: int
+
+
+class Stop(msgspec.Struct, tag="stop", frozen=True):
+    """Leave. Nothing will be asked of this worker any more."""
+
+    reason: str
+
+
+FromCoordinator = Welcome | Refuse | Assign | Recall | Cancel | Exhausted | Collect | Stop

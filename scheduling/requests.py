@@ -1,0 +1,255 @@
+"""A request as a person writes it, validated before anything else of the system sees it.
+
+Three ways to write one, a line each: OpenAI batch format (`custom_id`, `method`, `url`, `body`), a plain
+`{"prompt": …}` or `{"messages": …}` object, or a bare line of text. All become one frozen `Request`. Unknown
+parameters are refused by name. `scheduling.lines` holds the form of a line and says why one is refused; here it
+becomes a `Request`. This module knows nothing about files: lines come in as bytes, requests or a `RequestError`
+come out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import msgspec
+
+from scheduling.errors import RequestError
+from scheduling.lines import MAX_TOKENS_LIMIT as MAX_TOKENS_LIMIT
+from scheduling.lines import Batch, Body, WireMessage, decode_line, refuse
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How tokens are chosen. Defaults are OpenAI's: temperature 1, no truncation of the distribution.
+
+    `temperature` 0 is greedy. `top_k` 0, `top_p` 1, `min_p` 0 and `typical_p` 1 switch a filter off.
+    `max_tokens` None means: what the run's default says. `seed` None: derived from (run seed, index).
+    """
+
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repeat_penalty: float = 1.0
+    repeat_last_n: int = 64
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    logit_bias: dict[int, float] = {}
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    n: int = 1
+
+
+class Message(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One message of a chat."""
+
+    role: str
+    content: str
+    name: str | None = None
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One request, validated. Exactly one of `messages` (chat) and `prompt` (text, or token ids) is set."""
+
+    custom_id: str
+    kind: Literal["chat", "completion"]
+    sampling: Sampling = Sampling()
+    messages: tuple[Message, ...] = ()
+    prompt: str | tuple[int, ...] = ""
+    model: str | None = None
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    stream: bool = False
+
+
+_DEFAULTS = Sampling()
+
+
+def parse_request(
+    line: bytes,
+    defaults: Sampling = _DEFAULTS,
+    *,
+    line_number: int | None = None,
+    default_id: str | None = None,
+) -> Request:
+    """The request that `line` (JSON, no newline needed) asks for.
+
+    A parameter that the line does not give, or gives as null, is taken from `defaults`. `default_id` is the
+    custom_id of a line without one. Of a key that is written twice the last one counts.
+
+    Raises RequestError that names the field, its value and what is allowed; `line_number` is put before it.
+    """
+    try:
+        wire = decode_line(line)
+        if isinstance(wire, Batch):
+            return _build(wire.body, wire.custom_id, wire.url, defaults, default_id)
+        if wire.id is not None and wire.custom_id is not None and wire.id != wire.custom_id:
+            raise RequestError("custom_id and id are both given and differ; give one of them", "id")
+        custom_id = wire.id if wire.custom_id is None else wire.custom_id
+        return _build(wire, custom_id, None, defaults, default_id)
+    except RequestError as error:
+        if line_number is None:
+            raise
+        raise RequestError(f"line {line_number}: {error}", error.param) from None
+
+
+def _build(
+    body: Body, custom_id: str | int | None, url: str | None, defaults: Sampling, default_id: str | None
+) -> Request:
+    if custom_id is None:
+        custom_id = default_id
+        if custom_id is None:
+            raise RequestError("custom_id is missing", "custom_id")
+    if body.logprobs:
+        refuse("logprobs", True, "false or left out", unsupported=True)
+    if body.echo:
+        refuse("echo", True, "false or left out", unsupported=True)
+    written = body.messages
+    if (written is None) == (body.prompt is None):
+        had = "neither messages nor prompt" if written is None else "both messages and prompt"
+        raise RequestError(f"the request has {had}; give one of them", "prompt" if written is None else "messages")
+    if written is not None:
+        if url == "/v1/completions":
+            raise RequestError("/v1/completions takes prompt, not messages; the url may be wrong", "messages")
+        return Request(
+            custom_id=str(custom_id),
+            kind="chat",
+            sampling=_sampling(body, defaults),
+            messages=tuple([_message(message) for message in written]),
+            model=body.model,
+            user=body.user,
+            metadata=body.metadata,
+            stream=body.stream is True,
+        )
+    if url == "/v1/chat/completions":
+        raise RequestError("/v1/chat/completions takes messages, not prompt; the url may be wrong", "prompt")
+    return Request(
+        custom_id=str(custom_id),
+        kind="completion",
+        sampling=_sampling(body, defaults),
+        prompt=body.prompt or "",
+        model=body.model,
+        user=body.user,
+        metadata=body.metadata,
+        stream=body.stream is True,
+    )
+
+
+def _message(message: WireMessage) -> Message:
+    content = message.content
+    if not isinstance(content, str):
+        content = "\n".join([part.text for part in content])
+    return Message(message.role, content, message.name)
+
+
+def _sampling(b: Body, d: Sampling) -> Sampling:
+    max_tokens = b.max_tokens
+    if max_tokens is None:
+        max_tokens = d.max_tokens if b.max_completion_tokens is None else b.max_completion_tokens
+    elif b.max_completion_tokens is not None and b.max_completion_tokens != max_tokens:
+        raise RequestError(
+            f"max_tokens is {max_tokens} and max_completion_tokens is {b.max_completion_tokens}; they are two "
+            "names of one parameter, give one of them",
+            "max_completion_tokens",
+        )
+    stop = b.stop
+    return Sampling(
+        max_tokens=max_tokens,
+        temperature=d.temperature if b.temperature is None else b.temperature,
+        top_k=d.top_k if b.top_k is None else b.top_k,
+        top_p=d.top_p if b.top_p is None else b.top_p,
+        min_p=d.min_p if b.min_p is None else b.min_p,
+        typical_p=d.typical_p if b.typical_p is None else b.typical_p,
+        repeat_penalty=d.repeat_penalty if b.repeat_penalty is None else b.repeat_penalty,
+        repeat_last_n=d.repeat_last_n if b.repeat_last_n is None else b.repeat_last_n,
+        presence_penalty=d.presence_penalty if b.presence_penalty is None else b.presence_penalty,
+        frequency_penalty=d.frequency_penalty if b.frequency_penalty is None else b.frequency_penalty,
+        seed=d.seed if b.seed is None else b.seed,
+        logit_bias=d.logit_bias if b.logit_bias is None else b.logit_bias,
+        stop=d.stop if stop is None else (stop,) if isinstance(stop, str) else stop,
+        ignore_eos=d.ignore_eos if b.ignore_eos is None else b.ignore_eos,
+        n=d.n if b.n is None else b.n,
+    )
+
+
+# ---------------------------------------------------------------- lines that we write ourselves
+
+
+def text_line(text: str, custom_id: str | None = None) -> bytes:
+    """The line for a bare text prompt. Raises RequestError if `text` holds a lone surrogate."""
+    fields = {"prompt": text} if custom_id is None else {"custom_id": custom_id, "prompt": text}
+    try:
+        return msgspec.json.encode(fields)
+    except UnicodeEncodeError as error:
+        raise _surrogate(error) from None
+
+
+def request_line(request: Mapping[str, Any] | Request) -> bytes:
+    """The line for a request given as an object: a body, a whole batch line, or a `Request`.
+
+    A `Request` is written with all its sampling parameters, so that no default of a run changes it. The line is
+    not validated here: `parse_request` does that. Raises RequestError for what JSON cannot say.
+    """
+    fields = request_fields(request) if isinstance(request, Request) else request
+    try:
+        # Not msgspec's encoder: it writes NaN as null, and so would turn a mistake into 'not given'.
+        return json.dumps(dict(fields), ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError as error:
+        raise _surrogate(error) from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"the request cannot be written as JSON: {error}") from None
+
+
+def request_fields(request: Request) -> dict[str, Any]:
+    """`request` as the object of a plain line: what `parse_request` turns into the same `Request` again."""
+    sampling = msgspec.structs.asdict(request.sampling)
+    fields: dict[str, Any] = {"custom_id": request.custom_id}
+    if request.kind == "chat":
+        fields["messages"] = [_without_none(msgspec.structs.asdict(message)) for message in request.messages]
+    else:
+        fields["prompt"] = request.prompt
+    others = {"model": request.model, "user": request.user, "metadata": request.metadata}
+    return _without_none({**fields, **sampling, **others, "stream": request.stream})
+
+
+def _without_none(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _surrogate(error: UnicodeEncodeError) -> RequestError:
+    return RequestError(
+        f"character {error.start + 1} of a string is half of a surrogate pair, which is no character", "prompt"
+    )
+
+
+# ---------------------------------------------------------------- seeds and estimates
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+"""2**64 divided by the golden ratio, made odd: the step of splitmix64."""
+
+
+def _mix(x: int) -> int:
+    """The finalizer of splitmix64 (Steele, Lea and Flood, OOPSLA 2014): a bijection of 64-bit integers."""
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
+
+
+def derive_seed(run_seed: int, index: int) -> int:
+    """The seed of request `index` of a run, where the request gives none: 63 bits, 0 <= seed < 2**63.
+
+    It is the index-th output of a splitmix64 whose state starts at mix(run_seed), without its lowest bit. It
+    depends on nothing else, so retries, stealing, resuming and the number of ranks leave it as it is.
+    """
+    return _mix((_mix(run_seed & _MASK) + (index + 1) * _GOLDEN) & _MASK) >> 1
+
+
+def estimate_tokens(line: bytes | int) -> int:
+    """About how many tokens the prompt of a line has, from its length in bytes alone: a quarter, at least 1."""
+    length = line if isinstance(line, int) else len(line)
+    return max(1, length // 4)

@@ -1,0 +1,75 @@
+"""The shapes of the numbers that ranks gather and the run directory keeps: numpy record types, one per table.
+
+A row of `REQUEST` is one finished request, of `RANK` one rank's counters, of `TELEMETRY` one sample of one GPU
+(or of one host's process where there is no GPU). They travel through MPI as raw bytes and are stored as they
+are, so a change here is a change of the metrics' format (`docs/metrics.md`). Missing is NaN for floats and -1 for
+integers, never 0. This module knows neither MPI nor files.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+FINISH_REASONS = {"stop": 0, "length": 1, "error": 2, "cancelled": 3, "other": 4}
+"""Numbers of the finish reasons in tables; `other` is what a newer writer may add."""
+
+REQUEST = np.dtype(
+    [
+        ("index", "<i8"),
+        ("rank", "<i4"),
+        ("attempt", "<i4"),
+        ("session", "<i4"),
+        ("prompt_tokens", "<i4"),
+        ("output_tokens", "<i4"),
+        ("queue_s", "<f8"),
+        ("ttft_s", "<f8"),
+        ("tpot_s", "<f8"),
+        ("e2e_s", "<f8"),
+        ("finish_reason", "u1"),
+        ("ok", "u1"),
+    ]
+)
+
+RANK = np.dtype(
+    [
+        ("rank", "<i4"),
+        ("session", "<i4"),
+        ("host", "S64"),
+        ("device", "S96"),
+        ("requests", "<i8"),
+        ("failed", "<i8"),
+        ("prompt_tokens", "<i8"),
+        ("output_tokens", "<i8"),
+        ("busy_s", "<f8"),
+        ("slot_s", "<f8"),
+        ("starved_slot_s", "<f8"),
+        ("open_slot_s", "<f8"),
+        ("wall_s", "<f8"),
+        ("stolen_in", "<i8"),
+        ("stolen_out", "<i8"),
+        ("engine_restarts", "<i8"),
+        ("steps", "<i8"),
+    ]
+)
+"""`requests` counts all that ended on the rank, `failed` those of them that failed."""
+
+TELEMETRY = np.dtype(
+    [
+        ("t_s", "<f8"),
+        ("rank", "<i4"),
+        ("session", "<i4"),
+        ("gpu", "<i4"),
+        ("utilization", "<f4"),
+        ("memory_used_bytes", "<i8"),
+        ("power_w", "<f4"),
+        ("temperature_c", "<f4"),
+        ("energy_j", "<f8"),
+        ("cpu_percent", "<f4"),
+        ("rss_bytes", "<i8"),
+    ]
+)
+
+
+def finish_number(reason: str) -> int:
+    """The number that stands for a finish reason in `REQUEST` rows."""
+    return FINISH_REASONS.get(reason, FINISH_REASONS["other"])

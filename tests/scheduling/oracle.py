@@ -1,0 +1,328 @@
+"""An independent bookkeeper for the control plane: says of every event what must come of it.
+
+`Oracle.handle(event, now)` first works out from its own simple books what the plane has to answer (which answers
+are recorded, which are late, what fails, when it is over), then hands the event to the real plane, verifies the
+plane's invariants, and compares. Books are kept from events and instructions alone, never from the plane's inside.
+Any difference is an `AssertionError` (or the plane's own `BugError`).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from scheduling.control import ControlPlane, Limits
+from scheduling.events import (
+    Assign,
+    Committed,
+    DrainRequested,
+    Drop,
+    EngineLost,
+    Event,
+    Exhausted,
+    Fail,
+    Heard,
+    InputEnded,
+    Instruction,
+    Recall,
+    RecallConfirmed,
+    Record,
+    Reported,
+    RequestRejected,
+    RequestsArrived,
+    Stop,
+    Tick,
+    WorkerLost,
+    WorkerReady,
+)
+from scheduling.ledger import WorkerState
+from scheduling.messages import Finished
+
+
+@dataclass(slots=True)
+class Known:
+    """What rank 0 can know of one worker."""
+
+    state: WorkerState = WorkerState.JOINING
+    slots: int = 0
+    heard: float = 0.0
+
+
+class Oracle:
+    """Books beside a plane. `workers` are its ids."""
+
+    def __init__(self, workers: list[int], schedule: str, limits: Limits) -> None:
+        self.plane = ControlPlane(workers, schedule, 0.0, limits=limits)
+        self.limits = limits
+        self.steals = schedule == "work-stealing"
+        self.workers = {worker: Known() for worker in workers}
+        self.live: set[int] = set()
+        self.ended: set[int] = set()
+        self.owner: dict[int, int] = {}
+        self.started: set[int] = set()
+        self.attempt: dict[int, int] = {}
+        self.deaths: dict[int, int] = {}
+        self.recalls: dict[int, tuple[int, list[int], float]] = {}
+        self.recalls_seen = 0
+        self.assigned: list[tuple[int, int]] = []
+        self.unacknowledged: deque[bool] = deque()
+        self.accepted = self.rejected = self.done = self.failed = self.late = 0
+        self.draining = False
+        self.input_ended = False
+        self.exhausted = False
+        self.stops: list[Stop] = []
+        self._records: list[Finished] = []
+        self._fails: list[int] = []
+        self._drops: list[tuple[int, int]] = []
+
+    # ------------------------------------------------------------ what an event must do
+
+    def handle(self, event: Event, now: float) -> list[Instruction]:
+        """Give the event to the plane and verify all that comes of it. Returns the plane's instructions."""
+        self._records, self._fails, self._drops = [], [], []
+        stopped = bool(self.stops)
+        self._expect(event, now)
+        out = self.plane.handle(event, now)
+        self.plane.check()
+        if stopped:
+            assert all(isinstance(each, Drop) for each in out), f"instructions after Stop: {out}"
+        records: list[Finished] = []
+        fails: list[int] = []
+        drops: list[tuple[int, int]] = []
+        for place, instruction in enumerate(out):
+            match instruction:
+                case Assign():
+                    self._assign(instruction)
+                case Recall():
+                    self._recall(instruction, now)
+                case Record():
+                    records += instruction.finished
+                    self.unacknowledged.extend(answer.ok for answer in instruction.finished)
+                case Fail():
+                    fails.append(instruction.index)
+                    self.unacknowledged.append(False)
+                case Drop():
+                    drops += instruction.answers
+                case Exhausted():
+                    self.exhausted = instruction.empty
+                case Stop():
+                    assert place == len(out) - 1, "an instruction follows Stop"
+                    self.stops.append(instruction)
+        assert records == self._records, f"recorded {records}, not {self._records}"
+        assert sorted(fails) == sorted(self._fails), f"failed {fails}, not {self._fails}"
+        assert drops == self._drops, f"dropped {drops}, not {self._drops}"
+        self._judge_totals()
+        if not stopped:
+            self._judge_end()
+        if self._open:
+            self._judge_work(now)
+        elif not self.stops:
+            self._judge_drain()
+        return out
+
+    def _expect(self, event: Event, now: float) -> None:
+        match event:
+            case WorkerReady():
+                self.workers[event.worker] = Known(WorkerState.READY, event.slots, now)
+            case RequestsArrived() if self._open:
+                for new in event.requests:
+                    self.live.add(new.index)
+                    self.attempt[new.index] = 1
+                self.accepted += len(event.requests)
+            case RequestRejected() if self._open:
+                self.rejected += 1
+                self._end(event.index)
+                self._fails.append(event.index)
+            case Reported():
+                self._expect_report(event, now)
+            case RecallConfirmed():
+                self.workers[event.worker].heard = now
+                self._expect_confirmation(event)
+            case EngineLost():
+                self._expect_engine_lost(event, now)
+            case WorkerLost():
+                self._expect_lost(event.worker)
+            case Heard():
+                self.workers[event.worker].heard = now
+            case Tick() if self.limits.lease_s is not None:
+                for worker, known in self.workers.items():
+                    if now - known.heard > self.limits.lease_s:
+                        self._expect_lost(worker)
+            case Committed():
+                for _ in range(event.count):
+                    if self.unacknowledged.popleft():
+                        self.done += 1
+                    else:
+                        self.failed += 1
+            case InputEnded():
+                self.input_ended = True
+            case DrainRequested() if self._open:
+                self.draining = True
+                self._abandon_waiting()
+
+    def _expect_report(self, event: Reported, now: float) -> None:
+        self.workers[event.worker].heard = now
+        for index, attempt in event.started:
+            if self._is_owner(event.worker, index, attempt):
+                self.started.add(index)
+        for answer in event.finished:
+            if self._is_owner(event.worker, answer.index, answer.attempt):
+                self._records.append(answer)
+                self._end(answer.index)
+            else:
+                self.late += 1
+                self._drops.append((answer.index, answer.attempt))
+
+    def _expect_confirmation(self, event: RecallConfirmed) -> None:
+        recall = self.recalls.pop(event.recall, None)
+        for index in recall[1] if recall else ():
+            if self.owner.get(index) != event.worker or index in self.started:
+                continue
+            if index in event.indexes:
+                del self.owner[index]
+            else:
+                self.started.add(index)
+        self._abandon_waiting()
+
+    def _expect_engine_lost(self, event: EngineLost, now: float) -> None:
+        known = self.workers[event.worker]
+        if known.state is WorkerState.GONE:
+            return
+        known.heard = now
+        known.state = WorkerState.JOINING if event.restarting else WorkerState.GONE
+        for index, attempt in event.started:
+            if self._is_owner(event.worker, index, attempt):
+                self.attempt[index] += 1
+                self.deaths[index] = self.deaths.get(index, 0) + 1
+                if self.deaths[index] >= self.limits.deaths:
+                    self._fails.append(index)
+                    self._end(index)
+        self._disown(event.worker)
+
+    def _expect_lost(self, worker: int) -> None:
+        if self.workers[worker].state is WorkerState.GONE:
+            return
+        self.workers[worker].state = WorkerState.GONE
+        for index, owner in self.owner.items():
+            self.attempt[index] += owner == worker
+        self._disown(worker)
+
+    # ------------------------------------------------------------ what the plane may instruct
+
+    def _assign(self, assign: Assign) -> None:
+        known = self.workers[assign.worker]
+        assert self._open, f"{assign} after the plane has closed"
+        assert known.state is WorkerState.READY, f"{assign} to a worker that is {known.state}"
+        assert assign.items, "an empty Assign"
+        for index, attempt in assign.items:
+            assert index in self.live, f"request {index} has ended or never was"
+            assert index not in self.owner, f"request {index} is rank {self.owner.get(index)}'s, and assigned again"
+            assert attempt == self.attempt[index], f"request {index} is assigned as attempt {attempt}"
+            self.owner[index] = assign.worker
+            self.assigned.append((index, assign.worker))
+        assert self.owned(assign.worker) <= known.slots + self.limits.prefetch_max, "a bottomless backlog"
+
+    def _recall(self, recall: Recall, now: float) -> None:
+        assert self.steals or self.draining, "a recall without stealing"
+        assert recall.indexes, "an empty Recall"
+        assert recall.recall >= self.recalls_seen, "a number of a recall that was used before"
+        asked = {index for _, indexes, _ in self.recalls.values() for index in indexes}
+        for index in recall.indexes:
+            assert self.owner.get(index) == recall.worker, f"request {index} is recalled from who does not own it"
+            assert index not in self.started, f"request {index} is recalled while it runs"
+            assert index not in asked, f"request {index} is recalled twice"
+        self.recalls_seen = recall.recall + 1
+        self.recalls[recall.recall] = (recall.worker, recall.indexes, now)
+
+    # ------------------------------------------------------------ what must hold after every event
+
+    def _judge_totals(self) -> None:
+        plane, totals = self.plane, self.plane.totals
+        assert (totals.accepted, totals.rejected) == (self.accepted, self.rejected)
+        assert (totals.done, totals.failed, totals.late) == (self.done, self.failed, self.late)
+        assert plane.unacknowledged == len(self.unacknowledged)
+        assert plane.running == len(self.started)
+        assert plane.waiting == len(self.live) - len(self.owner)
+        assert 0 <= plane.wanted() <= self.limits.waiting
+
+    def _judge_end(self) -> None:
+        """Stop comes as soon as it is over and everything is durable, and not before."""
+        gone = all(known.state is WorkerState.GONE for known in self.workers.values())
+        over = not self.live and (self.draining or self.input_ended)
+        outcomes = [stop.outcome for stop in self.stops]
+        if self.unacknowledged or not (over or gone):
+            assert not outcomes, f"stopped too early: {outcomes}"
+        else:
+            outcome = "no workers" if not over else "drained" if self.draining else "done"
+            assert outcomes == [outcome], f"it is over ({outcome}), and the plane says {outcomes}"
+
+    def _judge_drain(self) -> None:
+        asked = {index for _, indexes, _ in self.recalls.values() for index in indexes}
+        kept = self.owner.keys() - self.started - asked
+        assert not kept, f"requests {kept} will start in spite of the drain"
+
+    def _judge_work(self, now: float) -> None:
+        empty = self.input_ended and not self.recalls and not self._movable()
+        assert self.exhausted == empty, f"workers believe that work left is {not self.exhausted}"
+        if self.steals:
+            self._judge_idleness(now)
+
+    def _movable(self) -> int:
+        """Unstarted requests that a free slot anywhere could have: nobody has a slot free for them."""
+        return len(self.live) - len(self.owner) + sum(map(self._spare, self.workers))
+
+    def _spare(self, worker: int) -> int:
+        """How many of a worker's unstarted requests no slot of its own is free for."""
+        unstarted = sum(owner == worker and index not in self.started for index, owner in self.owner.items())
+        return max(0, min(unstarted, self.owned(worker) - self.workers[worker].slots))
+
+    def _judge_idleness(self, now: float) -> None:
+        """No slot is free while there is unstarted work for it, unless help is on its way."""
+        ready = {worker: known for worker, known in self.workers.items() if known.state is WorkerState.READY}
+        waiting = len(self.live) - len(self.owner)
+        idle = [worker for worker in ready if not self.owned(worker)]
+        assert not (idle and waiting), f"ranks {idle} idle while {waiting} requests wait"
+        loading = any(known.state is WorkerState.JOINING for known in self.workers.values())
+        if loading and self.input_ended:
+            free = len(idle)  # what is left is kept for those that still load, but nobody owns nothing
+        else:
+            free = sum(max(0, known.slots - self.owned(worker)) for worker, known in ready.items())
+            assert not (free and waiting), f"{free} slots are free while {waiting} requests wait"
+        patience = now - self.limits.recall_patience_s
+        coming = sum(len(indexes) for _, indexes, since in self.recalls.values() if since > patience)
+        if free <= coming:
+            return
+        asked = {victim for victim, _, _ in self.recalls.values()}
+        for worker in ready.keys() - asked:
+            assert not self._spare(worker), f"{free} slots are free while rank {worker} has work to spare"
+
+    # ------------------------------------------------------------ the books
+
+    @property
+    def _open(self) -> bool:
+        return not self.draining and not self.stops
+
+    def owned(self, worker: int) -> int:
+        return sum(owner == worker for owner in self.owner.values())
+
+    def _is_owner(self, worker: int, index: int, attempt: int) -> bool:
+        return self.owner.get(index) == worker and self.attempt[index] == attempt
+
+    def _end(self, index: int) -> None:
+        assert index not in self.ended, f"request {index} ended twice"
+        self.ended.add(index)
+        self.live.discard(index)
+        self.owner.pop(index, None)
+        self.started.discard(index)
+
+    def _disown(self, worker: int) -> None:
+        for index in [index for index, owner in self.owner.items() if owner == worker]:
+            del self.owner[index]
+            self.started.discard(index)
+        self.recalls = {number: recall for number, recall in self.recalls.items() if recall[0] != worker}
+        self._abandon_waiting()
+
+    def _abandon_waiting(self) -> None:
+        if self.draining:
+            self.accepted -= len(self.live) - len(self.owner)
+            self.live &= self.owner.keys()

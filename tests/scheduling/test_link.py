@@ -1,0 +1,179 @@
+"""Envelopes: numbered, in order, never twice, never silently missing."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from scheduling import link as link_module
+from scheduling import messages as m
+from scheduling.errors import ProtocolError
+from scheduling.link import Hub, Spoke
+from tests.coordinator.fakes import FakeEndpoint, FakeTransport
+
+
+def connected() -> tuple[FakeTransport, Hub, Spoke, Spoke]:
+    network = FakeTransport(0, 1, 2)
+    return network, Hub(network[0], [1, 2]), Spoke(network[1]), Spoke(network[2])
+
+
+def test_messages_of_one_turn_share_an_envelope_and_keep_their_order() -> None:
+    network, hub, spoke, _ = connected()
+    sent: list[m.FromCoordinator] = [m.Recall(1, [3]), m.Exhausted(True), m.Cancel([4])]
+    for message in sent:
+        hub.send(1, message)
+    network[0].assert_empty()
+    hub.flush()
+    assert len(network[0].posted) == 1
+    network.deliver()
+    assert spoke.poll() == sent
+    assert spoke.poll() == []
+    network.assert_empty()
+
+
+def test_flush_posts_nothing_where_nothing_was_said() -> None:
+    network, hub, spoke, _ = connected()
+    hub.flush()
+    assert not spoke.flush()
+    network.assert_empty()
+
+
+def test_hub_tells_who_said_what_in_each_workers_order() -> None:
+    network, hub, one, two = connected()
+    one.send(m.Heartbeat())
+    one.send(m.Recalled(7, [1]))
+    assert one.flush()
+    two.send(m.Recalled(8, []))
+    two.flush()
+    one.send(m.Recalled(9, []))
+    one.flush()
+    network.deliver()
+    heard = hub.poll()
+    said = {rank: [message for worker, message in heard if worker == rank] for rank in (1, 2)}
+    assert said[1] == [m.Heartbeat(), m.Recalled(7, [1]), m.Recalled(9, [])]
+    assert said[2] == [m.Recalled(8, [])]
+
+
+def test_broadcast_reaches_every_worker_also_later_ones() -> None:
+    network, hub, one, two = connected()
+    network.endpoints[5] = FakeEndpoint()
+    late = Spoke(network[5])
+    hub.add(5)
+    assert hub.workers == [1, 2, 5]
+    hub.broadcast(m.Collect(1))
+    hub.flush()
+    network.deliver()
+    assert [spoke.poll() for spoke in (one, two, late)] == [[m.Collect(1)]] * 3
+
+
+def test_duplicate_envelope_is_dropped() -> None:
+    network, hub, spoke, _ = connected()
+    spoke.send(m.Heartbeat())
+    spoke.flush()
+    [(_, payload)] = network[1].take()
+    network[0].inbox += [(1, payload), (1, payload)]
+    assert hub.poll() == [(1, m.Heartbeat())]
+    network[0].inbox.append((1, payload))
+    assert hub.poll() == []
+
+
+def test_missing_envelope_is_an_error_that_names_rank_and_number() -> None:
+    network, hub, spoke, _ = connected()
+    for _ in range(2):
+        spoke.send(m.Heartbeat())
+        spoke.flush()
+    _, (_, second) = network[1].take()
+    network[0].inbox.append((1, second))
+    with pytest.raises(ProtocolError, match="rank 1 sent envelope 2 after 0"):
+        hub.poll()
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"",
+        b"\xc1",
+        b"not msgpack at all",
+        msgspec.msgpack.encode([1]),
+        msgspec.msgpack.encode([1, [{"type": "made-up"}]]),
+        msgspec.msgpack.encode(["1", []]),
+        msgspec.msgpack.encode([1, [m.Exhausted(True)]]),  # only rank 0 says that
+    ],
+)
+def test_garbage_is_refused_by_the_ranks_name(garbage: bytes) -> None:
+    network, hub, _, _ = connected()
+    network[0].inbox.append((2, garbage))
+    with pytest.raises(ProtocolError, match="rank 2"):
+        hub.poll()
+
+
+def test_refused_garbage_does_not_use_up_a_number() -> None:
+    network, hub, spoke, _ = connected()
+    network[0].inbox.append((1, b"garbage"))
+    with pytest.raises(ProtocolError):
+        hub.poll()
+    spoke.send(m.Heartbeat())
+    spoke.flush()
+    network.deliver()
+    assert hub.poll() == [(1, m.Heartbeat())]
+
+
+def test_hub_refuses_who_is_no_worker_of_the_job() -> None:
+    network, hub, _, _ = connected()
+    network[0].inbox.append((9, b""))
+    with pytest.raises(ProtocolError, match="rank 9 is no worker"):
+        hub.poll()
+
+
+def test_spoke_listens_to_rank_0_alone() -> None:
+    network, hub, spoke, _ = connected()
+    hub.send(1, m.Exhausted(True))
+    hub.flush()
+    [(_, payload)] = network[0].take()
+    network[1].inbox.append((2, payload))
+    assert spoke.poll() == []
+    network[1].inbox.append((0, payload))
+    assert spoke.poll() == [m.Exhausted(True)]
+
+
+def test_envelope_over_the_limit_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_module, "ENVELOPE_BYTES_MAX", 100)
+    network, hub, _, _ = connected()
+    hub.send(1, m.Refuse("x" * 200))
+    with pytest.raises(ProtocolError, match="over the limit"):
+        hub.flush()
+    network.assert_empty()
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        m.Report(started=[(1, 2)], finished=[m.Finished(3, 1, True, 5, 6, b"line\n")]),
+        m.Report(deltas=[m.Delta(4, 1, 0, "ü", 1)]),
+        m.Ready(slots=4, generation=2, load_s=0.5, backend="CPU"),
+        m.EngineDown(reason="gone", started=[(1, 1)], unstarted=[(2, 3)], restarting=False, user_error=True),
+        m.Crashed(reason="bug", traceback="Traceback…"),
+    ],
+)
+def test_workers_messages_arrive_as_they_were(message: m.FromWorker) -> None:
+    network, hub, spoke, _ = connected()
+    spoke.send(message)
+    spoke.flush()
+    network.deliver()
+    assert hub.poll() == [(1, message)]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        m.Welcome(placement=m.Placement(threads=3, cpus=(0, 2), device_mask={"A": "b"}), run_seed=7, session=1),
+        m.Assign(2, [m.WorkItem(5, 1, b'{"prompt": "x"}')]),
+        m.Stop("done"),
+    ],
+)
+def test_rank_0s_messages_arrive_as_they_were(message: m.FromCoordinator) -> None:
+    network, hub, spoke, _ = connected()
+    hub.send(1, message)
+    hub.flush()
+    network.deliver()
+    assert spoke.poll() == [message]

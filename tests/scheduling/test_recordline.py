@@ -1,0 +1,163 @@
+"""A line of the record: OpenAI's format, a checksum that sees every change, and what reads it back."""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scheduling.recordline import (
+    SEAL_BYTES,
+    decode_row,
+    encode_failure,
+    encode_result,
+    line_checks,
+    request_row,
+    seal,
+)
+from scheduling.requests import Message, Request
+from scheduling.tables import FINISH_REASONS, REQUEST
+
+CHAT = Request(custom_id="a-1", kind="chat", messages=(Message("user", "hello"),))
+TEXT = Request(custom_id="b-2", kind="completion", prompt="hello")
+
+
+def result(request: Request = CHAT, choices: list[tuple[str, str, int]] | None = None, tokens: int = 5) -> bytes:
+    return encode_result(
+        request, 7, 2, 3, 1, choices or [("hi", "stop", tokens)], 11, tokens, 0.25, 0.5, 2.5, 1_700_000_000, "m"
+    )
+
+
+def test_chat_answer_is_openai_batch_output_with_timings_and_checksum_last() -> None:
+    line = json.loads(result())
+    assert list(line) == ["id", "custom_id", "response", "error", "llmpi", "crc32"]
+    assert line["id"] == "batch_req_7"
+    assert line["custom_id"] == "a-1"
+    assert line["error"] is None
+    assert line["response"]["status_code"] == 200
+    assert line["response"]["request_id"] == "req_7"
+    body = line["response"]["body"]
+    assert body["object"] == "chat.completion"
+    assert body["model"] == "m"
+    assert body["created"] == 1_700_000_000
+    assert body["choices"] == [
+        {"index": 0, "message": {"role": "assistant", "content": "hi"}, "logprobs": None, "finish_reason": "stop"}
+    ]
+    assert body["usage"] == {"prompt_tokens": 11, "completion_tokens": 5, "total_tokens": 16}
+    assert line["llmpi"] == {
+        "index": 7,
+        "attempt": 2,
+        "rank": 3,
+        "session": 1,
+        "queue_s": 0.25,
+        "ttft_s": 0.5,
+        "tpot_s": 0.5,
+        "e2e_s": 2.5,
+        "prompt_tokens": 11,
+        "output_tokens": 5,
+        "finish_reason": "stop",
+    }
+
+
+def test_completion_answer_has_text_choices() -> None:
+    body = json.loads(result(TEXT))["response"]["body"]
+    assert body["object"] == "text_completion"
+    assert body["choices"] == [{"index": 0, "text": "hi", "logprobs": None, "finish_reason": "stop"}]
+
+
+def test_time_per_output_token_is_undefined_for_one_token_for_none_and_for_several_choices() -> None:
+    one = json.loads(result(tokens=1))["llmpi"]
+    assert one["tpot_s"] is None
+    assert one["ttft_s"] == 0.5
+    none = json.loads(result(tokens=0))["llmpi"]
+    assert none["tpot_s"] is None
+    assert none["ttft_s"] is None
+    several = json.loads(result(choices=[("a", "stop", 3), ("b", "length", 2)]))
+    assert several["llmpi"]["tpot_s"] is None
+    assert several["llmpi"]["finish_reason"] == "length"
+    assert [choice["index"] for choice in several["response"]["body"]["choices"]] == [0, 1]
+
+
+def test_failure_has_an_error_and_no_response() -> None:
+    line = encode_failure("c", 4, 1, 2, 0, "context_length", "too long", prompt_tokens=9000)
+    found = json.loads(line)
+    assert found["response"] is None
+    assert found["error"] == {"code": "context_length", "message": "too long"}
+    assert found["llmpi"]["finish_reason"] == "error"
+    assert found["llmpi"]["prompt_tokens"] == 9000
+    assert line_checks(line)
+    assert json.loads(encode_failure("c", 4, 1, 2, 0, "cancelled", "stop"))["llmpi"]["finish_reason"] == "cancelled"
+
+
+def test_undecodable_bytes_in_a_failure_are_replaced_not_raised() -> None:
+    line = encode_failure("c", 4, 1, 2, 0, "os", "no file \udcff\udc80")
+    assert line_checks(line)
+    assert json.loads(line)["error"]["message"] == "no file ??"
+
+
+def test_checksum_covers_every_byte_before_its_own_key() -> None:
+    line = result()
+    covered, key, rest = line.rpartition(b',"crc32":"')
+    assert key
+    assert rest == b'%08x"}\n' % zlib.crc32(covered)
+    assert len(line) - len(covered) == SEAL_BYTES
+
+
+def test_every_flipped_byte_and_every_truncation_is_seen() -> None:
+    line = result()
+    assert line_checks(line)
+    for place in range(len(line)):
+        changed = bytearray(line)
+        changed[place] ^= 0x20
+        assert not line_checks(bytes(changed)), place
+        assert not line_checks(line[:place]), place
+    assert not line_checks(line + b"\n")
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])), st.text(st.characters(exclude_categories=["Cs"])))
+@settings(max_examples=40)
+def test_any_text_round_trips_in_one_line(text: str, custom_id: str) -> None:
+    request = Request(custom_id=custom_id, kind="chat", messages=(Message("user", "x"),))
+    line = result(request, [(text, "stop", 5)])
+    assert line.count(b"\n") == 1
+    assert line_checks(line)
+    found = json.loads(line)
+    assert found["custom_id"] == custom_id
+    assert found["response"]["body"]["choices"][0]["message"]["content"] == text
+    assert decode_row(line).custom_id == custom_id
+
+
+@given(st.binary(max_size=200))
+def test_garbage_never_checks_and_never_decodes_to_anything_but_a_value_error(data: bytes) -> None:
+    assert not line_checks(data)
+    with pytest.raises(ValueError, match=r".+"):
+        decode_row(data)
+
+
+def test_rows_become_numbers_with_nan_for_what_is_undefined() -> None:
+    lines = [result(), result(tokens=0), encode_failure("c", 8, 1, 2, 0, "engine", "died", 3, 0.1, 0.2)]
+    table = np.array([request_row(decode_row(line)) for line in lines], REQUEST)
+    assert table["index"].tolist() == [7, 7, 8]
+    assert table["ok"].tolist() == [1, 1, 0]
+    assert table["tpot_s"][0] == 0.5
+    assert math.isnan(table["ttft_s"][1])
+    assert math.isnan(table["tpot_s"][2])
+    assert table["finish_reason"].tolist() == [
+        FINISH_REASONS["stop"],
+        FINISH_REASONS["stop"],
+        FINISH_REASONS["error"],
+    ]
+
+
+def test_a_finish_reason_of_a_newer_writer_is_other() -> None:
+    row = decode_row(result(choices=[("x", "tool_calls", 5)]))
+    assert request_row(row)[10] == FINISH_REASONS["other"]
+
+
+def test_seal_of_any_object_checks() -> None:
+    assert line_checks(seal(b'{"a":1}'))
