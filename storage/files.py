@@ -1,0 +1,220 @@
+"""The file layer as an argument: what the record and the run directory need of a disk, and the real one.
+
+Everything durable in this package goes through a `Disk`, so that tests and the simulator can give one that fails
+or crashes at any write, fsync or rename. A `Disk` raises OSError like the operating system does; the callers turn
+that into errors for people. It knows nothing of records, locks' owners or JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import struct
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+_FLOCK = struct.Struct("hhqqi4x")
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+
+
+class AppendFile(Protocol):
+    """A file that only grows, or is cut. Not durable before `sync`."""
+
+    def write(self, data: bytes) -> None:
+        """Append all of `data`, or raise OSError; a part of it may have been written then."""
+
+    def sync(self) -> None:
+        """Make everything written so far durable."""
+
+    def truncate(self, size: int) -> None:
+        """Cut the file to `size` bytes."""
+
+    def size(self) -> int:
+        """Length in bytes."""
+
+    def close(self) -> None:
+        """Close. What was not synced may be lost."""
+
+
+class Lock(Protocol):
+    """A lock that is held until `release`, or until this process ends in whatever way."""
+
+    def release(self) -> None: ...
+
+
+class LocksUnsupportedError(OSError):
+    """The file system cannot lock."""
+
+
+class Disk(Protocol):
+    """What this package asks of a file system. Every method may raise OSError."""
+
+    def open_append(self, path: Path) -> AppendFile:
+        """Open for appending; created if it is not there."""
+
+    def open_read(self, path: Path) -> BinaryIO: ...
+
+    def exists(self, path: Path) -> bool: ...
+
+    def is_dir(self, path: Path) -> bool: ...
+
+    def list_dir(self, path: Path) -> list[str]: ...
+
+    def make_dirs(self, path: Path) -> None: ...
+
+    def rename(self, old: Path, new: Path) -> None:
+        """Atomically give `old` the name `new`, replacing what had it."""
+
+    def remove(self, path: Path) -> None:
+        """Remove a file. One that is not there is no error."""
+
+    def sync_dir(self, path: Path) -> None:
+        """Make creations, renames and removals in a directory durable."""
+
+    def try_lock(self, path: Path) -> Lock | None:
+        """Lock `path` (created if missing) exclusively; None if another holds it. Raises LocksUnsupportedError."""
+
+    def locked(self, path: Path) -> bool:
+        """Whether anyone holds a lock on `path`; takes none itself. Raises LocksUnsupportedError."""
+
+
+class _OsAppendFile:
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+
+    def write(self, data: bytes) -> None:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(self._fd, rest) :]
+
+    def sync(self) -> None:
+        os.fsync(self._fd)
+
+    def truncate(self, size: int) -> None:
+        os.ftruncate(self._fd, size)
+
+    def size(self) -> int:
+        return os.fstat(self._fd).st_size
+
+    def close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+class _OsLock:
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def release(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+class OsDisk:
+    """The real file system.
+
+    Locks belong to the open file, not to the process (Linux's open-file-description locks, flock elsewhere): a
+    second opening in the same process is refused too, and closing another descriptor of the file releases
+    nothing. Both work across hosts on NFS, and on Lustre if it is mounted with `flock`.
+    """
+
+    def open_append(self, path: Path) -> AppendFile:
+        return _OsAppendFile(path)
+
+    def open_read(self, path: Path) -> BinaryIO:
+        return open(path, "rb", buffering=1 << 16)
+
+    def exists(self, path: Path) -> bool:
+        return os.path.lexists(path)
+
+    def is_dir(self, path: Path) -> bool:
+        return os.path.isdir(path)
+
+    def list_dir(self, path: Path) -> list[str]:
+        return sorted(os.listdir(path))
+
+    def make_dirs(self, path: Path) -> None:
+        os.makedirs(path, exist_ok=True)
+
+    def rename(self, old: Path, new: Path) -> None:
+        os.replace(old, new)
+
+    def remove(self, path: Path) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+    def sync_dir(self, path: Path) -> None:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(fd)
+        except OSError as error:
+            # Some network file systems cannot sync a directory: their renames are durable when they return.
+            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+        finally:
+            os.close(fd)
+
+    def try_lock(self, path: Path) -> Lock | None:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            if hasattr(fcntl, "F_OFD_SETLK"):
+                fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+            else:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(fd)
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                return None
+            raise _lock_error(error) from error
+        return _OsLock(fd)
+
+    def locked(self, path: Path) -> bool:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            if hasattr(fcntl, "F_OFD_GETLK"):
+                asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+                kind = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked))[0]
+                return bool(kind != fcntl.F_UNLCK)
+            # flock cannot be asked, only tried; a shared one is let go at once.
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                return True
+            raise _lock_error(error) from error
+        finally:
+            os.close(fd)
+
+
+def _lock_error(error: OSError) -> OSError:
+    return LocksUnsupportedError(*error.args) if error.errno in _NO_LOCKS else error
+
+
+def replace_file(disk: Disk, path: Path, data: bytes) -> None:
+    """Give `path` the content `data` durably and at once: a reader, or a crash, sees the old or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    file = disk.open_append(temporary)
+    try:
+        file.truncate(0)
+        file.write(data)
+        file.sync()
+    finally:
+        file.close()
+    disk.rename(temporary, path)
+    disk.sync_dir(path.parent)
+
+
+def read_all(disk: Disk, path: Path, limit_bytes: int = 1 << 26) -> bytes:
+    """The content of a small file; ValueError if it is over `limit_bytes`."""
+    with disk.open_read(path) as file:
+        data = file.read(limit_bytes + 1)
+    if len(data) > limit_bytes:
+        raise ValueError(f"{path} is over {limit_bytes} bytes")
+    return data

@@ -1,0 +1,228 @@
+"""metrics.h5: every request, rank, histogram and sample of a run, for h5py, pandas or MATLAB.
+
+Made once at the end, and again at any time from the record and the segments. Written to a temporary name and
+renamed, so that what is there is whole. Only plain numbers and fixed-length strings; units, formulas and the
+numbers that stand for words are attributes (docs/metrics.md lists all). Rows are streamed: memory is one chunk.
+HDF5's own file locking is off: the run directory has a lock already, and parallel file systems often have none.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from scheduling.errors import RecordError, RunDirError
+from scheduling.histogram import BUCKETS, LogHistogram, edges_s
+from scheduling.tables import FINISH_REASONS, RANK, REQUEST, TELEMETRY
+from storage.summary import Rows, Summary, summarise
+
+FORMAT_VERSION = 1
+CHUNK_ROWS = 16_384
+ROWS_PER_READ = 65_536
+
+FORMULAS = {
+    "queue_s": "received by the engine to first scheduled",
+    "ttft_s": "received by the engine to first output token, queue_s included; NaN without output",
+    "tpot_s": "(e2e_s - ttft_s) / (output_tokens - 1); NaN for fewer than 2 tokens or several choices",
+    "e2e_s": "received by the engine to finished, queue_s included",
+    "itl_s": "gaps between consecutive output tokens of a sequence",
+    "busy_s": "time in which at least one slot was in use",
+    "slot_s": "integral of slots in use over time",
+    "starved_slot_s": "integral of free slots over time while unstarted work existed that they could have taken",
+    "open_slot_s": "integral of all slots, free or not, over the same time: what starved_slot_s is a share of",
+}
+
+UNITS = {
+    "REQUEST": {"queue_s": "s", "ttft_s": "s", "tpot_s": "s", "e2e_s": "s"},
+    "RANK": {"busy_s": "s", "slot_s": "slot s", "starved_slot_s": "slot s", "open_slot_s": "slot s", "wall_s": "s"},
+    "TELEMETRY": {
+        "t_s": "s since the start of the session",
+        "utilization": "%",
+        "memory_used_bytes": "B",
+        "power_w": "W",
+        "temperature_c": "deg C",
+        "energy_j": "J since the start of the session",
+        "cpu_percent": "% of one core",
+        "rss_bytes": "B",
+    },
+}
+
+_STORAGE: dict[str, Any] = {"compression": "gzip", "compression_opts": 4, "shuffle": True, "track_times": False}
+
+
+def write_metrics(
+    path: Path,
+    rows_iter: Iterable[Rows],
+    ranks: Rows,
+    histograms: Mapping[str, LogHistogram],
+    telemetry: Rows | Iterable[Rows],
+    attributes: Mapping[str, Any],
+) -> None:
+    """Write metrics.h5 at `path`, replacing the old one only when the new one is whole and durable.
+
+    `rows_iter` yields chunks of `scheduling.tables.REQUEST`, `ranks` is `RANK`, `telemetry` is `TELEMETRY` or
+    chunks of it. `histograms` by name without unit (queue, ttft, tpot, itl, e2e). `attributes` are numbers, texts,
+    or lists of them, stored at the root. Raises RecordError if it cannot be written.
+    """
+    # A name of its own: a report may be made while the job that runs here makes one.
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+    try:
+        with h5py.File(temporary, "w", locking=False) as file:
+            _root_attributes(file, attributes)
+            _table(file, "requests", REQUEST, UNITS["REQUEST"], rows_iter)
+            file["requests"].attrs["finish_reasons"] = [f"{n}={name}" for name, n in FINISH_REASONS.items()]
+            file["requests"].attrs["ok"] = ["0=failed", "1=answered"]
+            _table(file, "ranks", RANK, UNITS["RANK"], [ranks])
+            chunks = [telemetry] if isinstance(telemetry, np.ndarray) else telemetry
+            _table(file, "telemetry", TELEMETRY, UNITS["TELEMETRY"], chunks)
+            file["telemetry"].attrs["missing"] = "NaN, or -1 for integers; never 0"
+            _histograms(file, histograms)
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except (OSError, RuntimeError) as error:  # RuntimeError is what h5py makes of a failed close
+        raise RecordError(
+            f"cannot write {path}: {error}. The answers are safe in the record; free space, then run the same "
+            "command again."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _root_attributes(file: h5py.File, attributes: Mapping[str, Any]) -> None:
+    file.attrs["format"] = "llmpi-metrics"
+    file.attrs["format_version"] = FORMAT_VERSION
+    for name, value in attributes.items():
+        # HDF5 has no None: what is unknown is not there.
+        if value is not None:
+            file.attrs[name] = value
+
+
+def _table(
+    file: h5py.File, name: str, dtype: np.dtype[np.void], units: Mapping[str, str], chunks: Iterable[Rows]
+) -> None:
+    """A dataset that grows chunk by chunk, with what its fields mean."""
+    table = file.create_dataset(name, (0,), dtype, maxshape=(None,), chunks=(CHUNK_ROWS,), **_STORAGE)
+    for rows in chunks:
+        if rows.dtype != dtype:
+            raise ValueError(f"rows for /{name} have the type {rows.dtype}, not {dtype}")
+        start = len(table)
+        table.resize((start + len(rows),))
+        table[start:] = rows
+    for field in dtype.names or ():
+        if field in units:
+            table.attrs[f"{field}_unit"] = units[field]
+        if field in FORMULAS:
+            table.attrs[f"{field}_formula"] = FORMULAS[field]
+
+
+def _histograms(file: h5py.File, histograms: Mapping[str, LogHistogram]) -> None:
+    group = file.create_group("histograms")
+    edges = group.create_dataset("edges_s", data=edges_s(), **_STORAGE)
+    edges.attrs["unit"] = "s"
+    edges.attrs["meaning"] = "bucket k of the others counts values in [edges_s[k], edges_s[k + 1])"
+    for name, histogram in histograms.items():
+        counts = group.create_dataset(name, data=histogram.counts.astype(np.int64), **_STORAGE)
+        counts.attrs["unit"] = "samples per bucket"
+        counts.attrs["count"] = histogram.count
+        # Gaps between tokens come as counts alone: then there is no sum.
+        counts.attrs["sum_s"] = histogram.sum_s if histogram.sum_s > 0.0 or not histogram.count else math.nan
+        counts.attrs["formula"] = FORMULAS[f"{name}_s"]
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+# ---------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What a report needs of metrics.h5. `histograms` by name, as they were given; `summary` from the rows."""
+
+    attributes: dict[str, Any]
+    summary: Summary
+    ranks: Rows
+    histograms: dict[str, LogHistogram]
+    telemetry_samples: int
+
+
+def read_summary(path: Path) -> Metrics:
+    """Read a metrics file back, its requests in chunks. Raises RunDirError if it is missing or no such file."""
+    with _open(path) as file:
+        try:
+            return Metrics(
+                attributes=_plain_attributes(file),
+                summary=summarise(_chunks(file["requests"])),
+                ranks=file["ranks"][:],
+                histograms={
+                    name: _histogram(counts) for name, counts in file["histograms"].items() if name != "edges_s"
+                },
+                telemetry_samples=len(file["telemetry"]),
+            )
+        except (KeyError, OSError, ValueError) as error:
+            raise _unreadable(path, error) from error
+
+
+def read_requests(path: Path) -> Iterator[Rows]:
+    """The rows of /requests in chunks."""
+    with _open(path) as file:
+        yield from _chunks(file["requests"])
+
+
+def read_telemetry(path: Path) -> Rows:
+    """All of /telemetry."""
+    with _open(path) as file:
+        telemetry: Rows = file["telemetry"][:]
+        return telemetry
+
+
+def _open(path: Path) -> h5py.File:
+    try:
+        file = h5py.File(path, "r", locking=False)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if file.attrs.get("format") != "llmpi-metrics" or file.attrs.get("format_version") != FORMAT_VERSION:
+        file.close()
+        raise RunDirError(f"{path} is no metrics file of this version of llmpi.")
+    return file
+
+
+def _chunks(table: h5py.Dataset) -> Iterator[Rows]:
+    for start in range(0, len(table), ROWS_PER_READ):
+        yield table[start : start + ROWS_PER_READ]
+
+
+def _histogram(counts: h5py.Dataset) -> LogHistogram:
+    if counts.shape != (BUCKETS,):
+        raise ValueError(f"a histogram of {counts.shape} buckets")
+    sum_s = float(counts.attrs["sum_s"])
+    return LogHistogram(counts[:], sum_s if math.isfinite(sum_s) else 0.0)
+
+
+def _plain_attributes(file: h5py.File) -> dict[str, Any]:
+    """Attributes as Python values."""
+    return {name: _plain(value) for name, value in file.attrs.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return [_plain(item) for item in value.tolist()]
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _unreadable(path: Path, error: Exception) -> RunDirError:
+    return RunDirError(f"cannot read the metrics {path}: {error}. Make them again with 'llmpi report'.")

@@ -1,0 +1,183 @@
+"""Segments: telemetry and counters written at every interval, so that a killed run still has them.
+
+A session appends to one file in metrics.d/. A frame is
+
+    magic "LSG1" | header length u32 | payload length u64 | crc32 u32 | header JSON | payload
+
+(little-endian), the checksum over header and payload. The header has `kind`, the array's `descr` and `shape` as
+numpy names them, and `attributes`; the payload is the array's raw bytes. Nothing in it can be executed, and a
+reader trusts no length. The file's end may be torn by a crash: reading stops there and says how many bytes it
+left. Unlike the record, a damaged middle is not refused but ends the reading too: these are measurements, not
+answers.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from scheduling.errors import RecordError, RunDirError
+from storage.files import Disk, OsDisk
+
+MAGIC = b"LSG1"
+HEADER_BYTES_MAX = 1 << 16
+PAYLOAD_BYTES_MAX = 1 << 30
+
+_FRAME = struct.Struct("<4sIQI")
+_SUFFIX = ".seg"
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One array as it was at one interval. `kind` is e.g. "telemetry", "ranks", "itl"."""
+
+    kind: str
+    array: Array
+    attributes: dict[str, Any]
+
+
+class SegmentWriter:
+    """Appends frames to one session's file. `write` makes all arrays of an interval durable together."""
+
+    def __init__(self, disk: Disk, directory: Path, session: int) -> None:
+        self.path = directory / f"session-{session:04d}{_SUFFIX}"
+        try:
+            disk.make_dirs(directory)
+            self._file = disk.open_append(self.path)
+            disk.sync_dir(directory)
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+
+    def write(self, segments: Sequence[Segment]) -> None:
+        """Append and sync. Raises RecordError if the disk refuses, ValueError like `encode`."""
+        data = b"".join(encode(segment) for segment in segments)
+        try:
+            self._file.write(data)
+            self._file.sync()
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def encode(segment: Segment) -> bytes:
+    """One frame. Raises ValueError for arrays of Python objects and for what is over the limits."""
+    array = np.ascontiguousarray(segment.array)
+    if array.dtype.hasobject:
+        raise ValueError("an array of Python objects cannot be stored in a segment")
+    header = json.dumps(
+        {
+            "kind": segment.kind,
+            "descr": np.lib.format.dtype_to_descr(array.dtype),
+            "shape": list(segment.array.shape),
+            "attributes": segment.attributes,
+        }
+    ).encode()
+    payload = array.tobytes()
+    if len(header) > HEADER_BYTES_MAX or len(payload) > PAYLOAD_BYTES_MAX:
+        raise ValueError(f"a segment of {len(header)} + {len(payload)} bytes is over the limits")
+    checksum = zlib.crc32(payload, zlib.crc32(header))
+    return _FRAME.pack(MAGIC, len(header), len(payload), checksum) + header + payload
+
+
+class SegmentReader:
+    """The good segments of one file, in order. `left_bytes`, after the iteration: what could not be read."""
+
+    def __init__(self, path: Path, disk: Disk | None = None) -> None:
+        self.path = path
+        self.left_bytes = 0
+        self._disk = disk or OsDisk()
+
+    def __iter__(self) -> Iterator[Segment]:
+        try:
+            with self._disk.open_read(self.path) as file:
+                size = file.seek(0, 2)
+                file.seek(0)
+                good = 0
+                while (segment := _decode(file, size - good)) is not None:
+                    good = file.tell()
+                    yield segment
+                self.left_bytes = size - good
+        except OSError as error:
+            raise RunDirError(f"cannot read {self.path}: {error.strerror or error}") from error
+
+
+def segment_files(directory: Path, disk: Disk | None = None) -> list[Path]:
+    """The segment files of a run, by session; none if no interval was ever written."""
+    disk = disk or OsDisk()
+    if not disk.is_dir(directory):
+        return []
+    return [directory / name for name in disk.list_dir(directory) if name.endswith(_SUFFIX)]
+
+
+def read_segments(directory: Path, kind: str, disk: Disk | None = None) -> Iterator[Segment]:
+    """All segments of one kind, of all sessions in order."""
+    for path in segment_files(directory, disk):
+        for segment in SegmentReader(path, disk):
+            if segment.kind == kind:
+                yield segment
+
+
+def latest(directory: Path, kind: str, disk: Disk | None = None) -> list[Segment]:
+    """The last segment of one kind of each session: what counts where segments hold sums since its start."""
+    found = []
+    for path in segment_files(directory, disk):
+        last = None
+        for segment in SegmentReader(path, disk):
+            last = segment if segment.kind == kind else last
+        if last is not None:
+            found.append(last)
+    return found
+
+
+def _decode(file: BinaryIO, left: int) -> Segment | None:
+    """The next segment; None at the end, or where no whole and right one follows in the `left` bytes."""
+    prefix = file.read(_FRAME.size)
+    if len(prefix) < _FRAME.size:
+        return None
+    magic, header_length, payload_length, checksum = _FRAME.unpack(prefix)
+    if magic != MAGIC or header_length > HEADER_BYTES_MAX or payload_length > PAYLOAD_BYTES_MAX:
+        return None
+    if _FRAME.size + header_length + payload_length > left:
+        return None
+    header, payload = file.read(header_length), file.read(payload_length)
+    if zlib.crc32(payload, zlib.crc32(header)) != checksum:
+        return None
+    try:
+        return _segment(json.loads(header), payload)
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _segment(header: Mapping[str, Any], payload: bytes) -> Segment:
+    descr = header["descr"]
+    # JSON made lists of the tuples that numpy wants for the fields of a record.
+    fields = descr if isinstance(descr, str) else [_field(field) for field in descr]
+    dtype = np.dtype(fields)
+    if dtype.hasobject:
+        raise ValueError("objects in a segment")
+    array = np.frombuffer(payload, dtype).reshape([int(length) for length in header["shape"]])
+    return Segment(str(header["kind"]), array, dict(header["attributes"]))
+
+
+def _field(field: Sequence[Any]) -> tuple[Any, ...]:
+    name, form, *shape = field
+    return (str(name), str(form), *(tuple(int(length) for length in part) for part in shape))
+
+
+def _unwritable(path: Path, error: OSError) -> RecordError:
+    return RecordError(
+        f"cannot write metrics to {path}: {error.strerror or error}. Free space or mend the file system, then run "
+        "the same command again."
+    )

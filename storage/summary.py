@@ -1,0 +1,125 @@
+"""From rows to the figures that people read: counts, sums and percentiles, from merged histograms only.
+
+Failed requests count as failed and are in no latency. A percentile comes with the number of samples it rests on,
+and says whether that number can carry it. Formulas: docs/metrics.md. Knows arrays, not files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+
+import numpy as np
+import numpy.typing as npt
+
+from scheduling.errors import BugError
+from scheduling.histogram import LogHistogram
+
+QUANTILES = (0.50, 0.95, 0.99)
+LATENCIES = ("queue_s", "ttft_s", "tpot_s", "e2e_s")
+
+Rows = npt.NDArray[np.void]
+
+
+@dataclass(frozen=True)
+class Quantile:
+    """One percentile of one latency. `supported`: at least one sample is expected to lie beyond it."""
+
+    q: float
+    value_s: float
+    samples: int
+
+    @property
+    def supported(self) -> bool:
+        return self.samples * (1.0 - self.q) >= 1.0 - 1e-9
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What the record and the ranks' counters must agree on."""
+
+    requests: int = 0
+    failed: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(Sums)))
+
+
+@dataclass
+class Summary:
+    """Sums over requests, and a histogram of each latency in LATENCIES over those that were answered."""
+
+    sums: Sums = field(default_factory=Sums)
+    histograms: dict[str, LogHistogram] = field(default_factory=lambda: {name: LogHistogram() for name in LATENCIES})
+
+    @property
+    def failed(self) -> int:
+        return self.sums.failed
+
+    @property
+    def ok(self) -> int:
+        return self.sums.requests - self.sums.failed
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of all requests, failed ones too."""
+        return self.sums.prompt_tokens
+
+    @property
+    def output_tokens(self) -> int:
+        """Of all requests, failed ones too."""
+        return self.sums.output_tokens
+
+    def quantiles(self, latency: str) -> tuple[Quantile, ...]:
+        """P50, P95 and P99 of one of LATENCIES; NaN with 0 samples if nothing was measured."""
+        histogram = self.histograms[latency]
+        return tuple(Quantile(q, histogram.percentile(q), histogram.count) for q in QUANTILES)
+
+    def mean_s(self, latency: str) -> float:
+        """Mean in seconds; NaN if nothing was measured."""
+        histogram = self.histograms[latency]
+        return histogram.sum_s / histogram.count if histogram.count else math.nan
+
+
+def summarise(rows_iter: Iterable[Rows]) -> Summary:
+    """The summary of chunks of `scheduling.tables.REQUEST` rows. Takes one chunk of memory."""
+    summary = Summary()
+    for rows in rows_iter:
+        summary.sums += sums_of(rows)
+        answered = rows[rows["ok"] == 1]
+        for name, histogram in summary.histograms.items():
+            values = answered[name]
+            histogram.add(values[~np.isnan(values)])
+    return summary
+
+
+def sums_of(rows: Rows) -> Sums:
+    """Sums over one chunk of `REQUEST` rows."""
+    return Sums(
+        len(rows),
+        int((rows["ok"] == 0).sum()),
+        int(rows["prompt_tokens"].sum(dtype=np.int64)),
+        int(rows["output_tokens"].sum(dtype=np.int64)),
+    )
+
+
+def sums_of_ranks(ranks: Rows) -> Sums:
+    """Sums over `scheduling.tables.RANK` rows."""
+    return Sums(*(int(ranks[part.name].sum()) for part in fields(Sums)))
+
+
+def check_sums(recorded: Sums, gathered: Sums) -> None:
+    """Raise BugError, with both figures, unless the record and what MPI gathered say the same."""
+    differences = [
+        f"{part.name}: {getattr(recorded, part.name)} recorded, {getattr(gathered, part.name)} gathered"
+        for part in fields(Sums)
+        if getattr(recorded, part.name) != getattr(gathered, part.name)
+    ]
+    if differences:
+        raise BugError(
+            f"the record and the ranks' counters differ ({'; '.join(differences)}). The answers in the record are "
+            "whole; the metrics of this session are not to be trusted."
+        )

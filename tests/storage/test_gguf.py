@@ -1,0 +1,280 @@
+"""A model file is accepted, or refused in one clear sentence: nothing else ever happens."""
+
+from __future__ import annotations
+
+import os
+import struct
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scheduling.errors import ModelFileError
+from storage.gguf import GgufInfo, check_gguf, fingerprint
+
+Tune = Callable[[gguf.GGUFWriter], None]
+
+
+def make_model(path: Path, tune: Tune | None = None, tensors: int = 3, kv_heads: int | list[int] = 2) -> Path:
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("Tiny")
+    writer.add_context_length(512)
+    writer.add_embedding_length(64)
+    writer.add_block_count(3)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_token_list(["a", "b", "c", "é"])
+    writer.add_token_scores([0.0, 1.0, 2.0, 3.0])
+    if tune is not None:
+        tune(writer)
+    for number in range(tensors):
+        writer.add_tensor(f"blk.{number}.weight", np.ones((3, 64), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(scope="module")
+def model_bytes(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    return make_model(tmp_path_factory.mktemp("model") / "m.gguf").read_bytes()
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(ModelFileError) as caught:
+        check_gguf(path)
+    text = str(caught.value)
+    assert str(path) in text or path.stem in text
+    assert "\n" not in text
+    return text
+
+
+def test_a_model_is_described(tmp_path: Path) -> None:
+    path = make_model(tmp_path / "m.gguf", lambda writer: writer.add_chat_template("{{ messages }}"))
+    assert check_gguf(path) == GgufInfo(
+        path=path,
+        parts=(path,),
+        file_bytes=path.stat().st_size,
+        architecture="llama",
+        name="Tiny",
+        context_tokens=512,
+        embedding_length=64,
+        blocks=3,
+        heads=4,
+        kv_heads=2,
+        vocab_tokens=4,
+        chat_template=True,
+        tensors=3,
+        parameters=3 * 3 * 64,
+        kv_bytes_per_token=2 * 3 * 2 * (16 + 16),
+    )
+
+
+def test_heads_may_differ_from_layer_to_layer(tmp_path: Path) -> None:
+    info = check_gguf(make_model(tmp_path / "m.gguf", kv_heads=[1, 2, 4]))
+    assert info.kv_heads == 4
+    assert info.kv_bytes_per_token == 2 * (1 + 2 + 4) * 32
+    odd = check_gguf(make_model(tmp_path / "odd.gguf", kv_heads=[1, 2]))
+    assert odd.kv_bytes_per_token is None
+
+
+def test_lengths_of_keys_and_values_given_by_the_model_count(tmp_path: Path) -> None:
+    def tune(writer: gguf.GGUFWriter) -> None:
+        writer.add_key_length(128)
+        writer.add_value_length(64)
+
+    assert check_gguf(make_model(tmp_path / "m.gguf", tune)).kv_bytes_per_token == 2 * 3 * 2 * 192
+
+
+def test_a_model_with_another_kind_of_state_has_no_kv_size(tmp_path: Path) -> None:
+    path = make_model(tmp_path / "m.gguf", lambda writer: writer.add_ssm_conv_kernel(4))
+    assert check_gguf(path).kv_bytes_per_token is None
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is empty"),
+        (b"GG", "not a GGUF"),
+        (b"PK\x03\x04" + bytes(100), "not a GGUF"),
+        (b"GGUF" + struct.pack("<I", 1) + bytes(100), "version 1"),
+        (b"GGUF" + struct.pack("<I", 99) + bytes(100), "version 99"),
+        (b"GGUF" + struct.pack(">I", 3) + bytes(100), "big-endian"),
+        (b"GGUF" + struct.pack("<I", 3), "truncated"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 0), "claims 1152921504606846976 tensors"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 0, 1 << 40), "1099511627776 keys"),
+        (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1 << 50), "a key of"),
+        (b"GGUF" + struct.pack("<IQQQ2s", 3, 0, 1, 2, b"\xff\xff") + bytes(9), "not UTF-8"),
+        (b"GGUF" + struct.pack("<IQQQ1sI", 3, 0, 1, 1, b"a", 77), "unknown type 77"),
+        (b"GGUF" + struct.pack("<IQQQ1sIQ", 3, 0, 1, 1, b"a", 8, 1 << 40), "a string of"),
+        (b"GGUF" + struct.pack("<IQQQ1sIQ", 3, 0, 1, 1, b"a", 8, 5000), "truncated"),
+        (b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"a", 9, 8, 1 << 62), "strings"),
+        (b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"a", 9, 12, 1 << 62), "numbers"),
+        (b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"a", 9, 9, 1), "unknown type 9"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + struct.pack("<Q1sIB", 1, b"a", 0, 1) * 2, "there twice"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 0, 0), "no weights"),
+        (b"GGUF" + struct.pack("<IQQQ17sII", 3, 0, 1, 17, b"general.alignment", 4, 3), "alignment of 3"),
+        (b"GGUF" + struct.pack("<IQQQ1sI", 3, 1, 0, 1, b"t", 5), "5 dimensions"),
+        (b"GGUF" + struct.pack("<IQQQ1sIqIQ", 3, 1, 0, 1, b"t", 1, -4, 0, 0), "shape"),
+        (b"GGUF" + struct.pack("<IQQQ1sIqqIQ", 3, 1, 0, 1, b"t", 2, 1 << 40, 1 << 40, 0, 0), "shape"),
+        (b"GGUF" + struct.pack("<IQQQ1sIqIQ", 3, 1, 0, 1, b"t", 1, 4, 0, 7), "not aligned"),
+        (b"GGUF" + struct.pack("<IQQQ1sIqIQ", 3, 1, 0, 1, b"t", 1, 33, 2, 0), "blocks of 32"),
+        (b"GGUF" + struct.pack("<IQQQ1sIqIQ", 3, 1, 0, 1, b"t", 1, 4, 0, 0) + bytes(20), "tensors end at byte"),
+        (b"GGUF" + struct.pack("<IQQQ1sIqIQ", 3, 1, 0, 1, b"t", 1, 4, 0, 0) + bytes(60), "its architecture"),
+    ],
+)
+def test_what_is_wrong_is_said(tmp_path: Path, content: bytes, said: str) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(content)
+    assert said in refusal(path)
+
+
+def test_what_is_no_file_is_said(tmp_path: Path) -> None:
+    assert "does not exist" in refusal(tmp_path / "none.gguf")
+    assert "is a directory" in refusal(tmp_path)
+    os.mkfifo(tmp_path / "fifo.gguf")
+    assert "not a file" in refusal(tmp_path / "fifo.gguf")
+    with pytest.raises(ModelFileError, match="null"):
+        check_gguf(Path("a\0b.gguf"))
+    for check in (fingerprint, check_gguf):
+        with pytest.raises(ModelFileError):
+            check(tmp_path / "m.gguf" / "x")
+
+
+def test_a_model_cut_at_any_byte_is_refused(tmp_path: Path, model_bytes: bytes) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(model_bytes)
+    needed = check_gguf(path).file_bytes
+    for size in range(needed - 1, -1, -7):
+        os.truncate(path, size)
+        assert "truncated" in refusal(path) or size < 8
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 1500), st.integers(0, 255)), min_size=1, max_size=6),
+    st.integers(0, 1 << 16),
+)
+@settings(max_examples=300)
+@pytest.mark.slow
+def test_a_changed_model_is_accepted_or_refused(
+    tmp_path_factory: pytest.TempPathFactory,
+    model_bytes: bytes,
+    changes: list[tuple[int, int]],
+    cut: int,
+) -> None:
+    content = bytearray(model_bytes)
+    for place, value in changes:
+        content[place % len(content)] = value
+    path = tmp_path_factory.getbasetemp() / "changed.gguf"
+    path.write_bytes(content[: len(content) - cut % 40])
+    said = ""
+    try:
+        check_gguf(path)
+    except ModelFileError as error:
+        said = str(error)
+    assert "\n" not in said
+
+
+def test_memory_is_bounded_whatever_a_file_claims(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    # A text of 64 MB and an array of 100 million numbers, in a file that has room for them (sparse).
+    head = b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + struct.pack("<Q1sIQ", 1, b"a", 8, 1 << 26)
+    with open(path, "wb") as file:
+        file.write(head)
+        file.seek(len(head) + (1 << 26))
+        file.write(struct.pack("<Q1sIIQ", 1, b"b", 9, 12, 10**8))
+        file.truncate(1 << 30)
+    tracemalloc.start()
+    try:
+        assert "no weights" in refusal(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 << 20
+
+
+def split(folder: Path, parts: int = 3) -> list[Path]:
+    paths = []
+    for number in range(parts):
+
+        def tune(writer: gguf.GGUFWriter, number: int = number) -> None:
+            writer.add_uint16("split.no", number)
+            writer.add_uint16("split.count", parts)
+
+        paths.append(make_model(folder / f"big-{number + 1:05d}-of-{parts:05d}.gguf", tune, tensors=number))
+    return paths
+
+
+def test_a_split_model_is_one_model(tmp_path: Path) -> None:
+    paths = split(tmp_path)
+    info = check_gguf(paths[0])
+    assert info.parts == tuple(paths)
+    assert info.tensors == 0 + 1 + 2
+    assert info.file_bytes == sum(path.stat().st_size for path in paths)
+
+
+def test_a_split_model_lacking_a_part_or_begun_in_the_middle_is_refused(tmp_path: Path) -> None:
+    paths = split(tmp_path)
+    assert "Give the first one" in refusal(paths[1])
+    renamed = paths[0].rename(tmp_path / "renamed.gguf")
+    assert "original names" in refusal(renamed)
+    renamed.rename(paths[0])
+    content = paths[2].read_bytes()
+    paths[2].write_bytes(content[:-40])
+    with pytest.raises(ModelFileError, match=f"{paths[2].name} is truncated"):
+        check_gguf(paths[0])
+    paths[2].write_bytes(paths[1].read_bytes())
+    with pytest.raises(ModelFileError, match="not part 3 of 3"):
+        check_gguf(paths[0])
+    paths[2].unlink()
+    assert f"{paths[2].name} is not there" in refusal(paths[0])
+
+
+def test_fingerprint_sees_size_head_tail_and_samples(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    content = bytearray(np.random.default_rng(1).bytes(4 << 20))
+    path.write_bytes(content)
+    original = fingerprint(path)
+    assert original == fingerprint(path)
+    assert original.startswith("sampled-sha256:")
+    for place in (0, (1 << 20) - 1, 1 << 20, len(content) // 2 - (1 << 18), len(content) - 1):
+        changed = bytearray(content)
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        seen = fingerprint(path) != original
+        assert seen or place == len(content) // 2 - (1 << 18), "what lies between samples is not seen"
+    path.write_bytes(content + b"\0")
+    assert fingerprint(path) != original
+
+
+def test_fingerprint_of_a_small_file_covers_all_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(bytes(1 << 20))
+    original = fingerprint(path)
+    changed = bytearray(1 << 20)
+    changed[1 << 19] = 1
+    path.write_bytes(changed)
+    assert fingerprint(path) != original
+
+
+def test_fingerprint_covers_all_parts(tmp_path: Path) -> None:
+    paths = split(tmp_path)
+    original = fingerprint(paths[0])
+    with open(paths[2], "ab") as file:
+        file.write(b"x")
+    assert fingerprint(paths[0]) != original
+
+
+@pytest.mark.slow
+def test_a_real_model_is_understood(real_model: Path) -> None:
+    info = check_gguf(real_model)
+    assert info.architecture == "llama"
+    assert info.chat_template
+    assert info.vocab_tokens == 49_152
+    assert info.kv_bytes_per_token == 2 * 30 * 3 * 128

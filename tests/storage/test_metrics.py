@@ -1,0 +1,156 @@
+"""metrics.h5: whole or not there, readable without us, and equal however often it is made."""
+
+from __future__ import annotations
+
+import errno
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from scheduling.errors import RecordError, RunDirError
+from scheduling.histogram import BUCKETS, LogHistogram
+from scheduling.recordline import encode_failure
+from scheduling.tables import FINISH_REASONS, RANK, REQUEST, TELEMETRY
+from storage import metrics
+from storage.metrics import read_requests, read_summary, read_telemetry, write_metrics
+from storage.recovery import rows as record_rows
+from storage.summary import Rows, sums_of_ranks
+from tests.storage.samples import ok_line, rows
+
+ATTRIBUTES = {"run_id": "r", "ranks": 3, "wall_s": 1.5, "hosts": ["n1", "n2"], "gpu": None, "seed": np.int64(7)}
+
+
+def ranks() -> Rows:
+    table = np.zeros(2, RANK)
+    table["rank"] = [1, 2]
+    table["host"] = [b"n1", b"n2"]
+    table["device"] = [b"GPU-0", b"CPU"]
+    table["requests"] = [600, 400]
+    table["busy_s"] = [1.25, math.nan]
+    return table
+
+
+def telemetry(count: int = 4) -> Rows:
+    table = np.zeros(count, TELEMETRY)
+    table["gpu"] = -1
+    table["power_w"] = np.nan
+    table["rss_bytes"] = 1 << 33
+    return table
+
+
+def histograms() -> dict[str, LogHistogram]:
+    ttft, itl = LogHistogram(), LogHistogram()
+    ttft.add(np.array([0.1, 0.2, 0.4]))
+    itl.add_sparse([100, 200], [5, 6])
+    return {"ttft": ttft, "itl": itl}
+
+
+def write(path: Path, chunks: list[Rows] | None = None) -> None:
+    given = chunks if chunks is not None else [rows(600, 1), rows(400, 2)]
+    write_metrics(path, iter(given), ranks(), histograms(), [telemetry(3), telemetry(1)], ATTRIBUTES)
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.h5"
+    write(path)
+    found = read_summary(path)
+    assert found.summary.ok == 1000
+    assert found.attributes["hosts"] == ["n1", "n2"]
+    assert found.attributes["wall_s"] == 1.5
+    assert found.attributes["seed"] == 7
+    assert "gpu" not in found.attributes, "what is unknown is not there"
+    assert found.ranks.tobytes() == ranks().tobytes()
+    assert sums_of_ranks(found.ranks).requests == 1000
+    assert found.histograms["ttft"].counts.tolist() == histograms()["ttft"].counts.tolist()
+    assert found.histograms["ttft"].sum_s == pytest.approx(0.7)
+    assert found.histograms["itl"].count == 11
+    assert found.telemetry_samples == 4
+    assert np.isnan(read_telemetry(path)["power_w"]).all()
+    assert np.concatenate(list(read_requests(path))).tobytes() == np.concatenate([rows(600, 1), rows(400, 2)]).tobytes()
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.h5"]
+
+
+def test_the_file_explains_itself_to_any_hdf5_reader(tmp_path: Path) -> None:
+    write(tmp_path / "m.h5")
+    with h5py.File(tmp_path / "m.h5", "r") as file:
+        assert set(file) == {"requests", "ranks", "histograms", "telemetry"}
+        requests = file["requests"]
+        assert requests.dtype == REQUEST
+        assert requests.chunks is not None
+        assert requests.compression == "gzip"
+        assert requests.attrs["ttft_s_unit"] == "s"
+        assert requests.attrs["tpot_s_formula"].startswith("(e2e_s - ttft_s) / (output_tokens - 1)")
+        assert list(requests.attrs["finish_reasons"]) == [f"{n}={name}" for name, n in FINISH_REASONS.items()]
+        assert file["telemetry"].attrs["missing"] == "NaN, or -1 for integers; never 0"
+        assert file["histograms/edges_s"].shape == (BUCKETS + 1,)
+        assert math.isnan(file["histograms/itl"].attrs["sum_s"])
+        for name in ("requests", "ranks", "telemetry"):
+            for field in file[name].dtype.names:
+                if field.endswith("_s") and field not in ("starved_slot_s", "open_slot_s"):
+                    assert f"{field}_unit" in file[name].attrs
+                assert file[name].dtype[field].kind in "iufS", "plain numbers and fixed texts only"
+
+
+def test_making_it_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    write(tmp_path / "a.h5")
+    write(tmp_path / "b.h5")
+    assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "b.h5").read_bytes()
+
+
+def test_metrics_from_the_record_equal_its_rows(tmp_path: Path) -> None:
+    record = tmp_path / "results.jsonl"
+    record.write_bytes(ok_line(1) + encode_failure("id", 0, 2, 1, 0, "test", "no", 5) + ok_line(2))
+    path = tmp_path / "metrics.h5"
+    write_metrics(path, record_rows(record), np.zeros(0, RANK), {}, np.zeros(0, TELEMETRY), {})
+    found = read_summary(path)
+    assert (found.summary.ok, found.summary.failed, found.summary.output_tokens) == (2, 1, 6)
+    assert found.telemetry_samples == 0
+    assert next(iter(read_requests(path)))["index"].tolist() == [1, 0, 2]
+
+
+def test_an_interrupted_write_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.h5"
+    write(path)
+    before = path.read_bytes()
+
+    def broken() -> Iterator[Rows]:
+        yield rows(10)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_metrics(path, broken(), ranks(), {}, telemetry(), {})
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.h5"]
+
+
+def test_a_disk_that_refuses_is_a_record_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RecordError, match="answers are safe"):
+        write(tmp_path / "no such folder" / "metrics.h5")
+
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(metrics, "_sync", full)
+    with pytest.raises(RecordError, match="No space left"):
+        write(tmp_path / "metrics.h5")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_of_another_type_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="/requests"):
+        write(tmp_path / "m.h5", [telemetry()])
+
+
+def test_what_is_no_metrics_file_is_said_so(tmp_path: Path) -> None:
+    with pytest.raises(RunDirError, match="llmpi report"):
+        read_summary(tmp_path / "none.h5")
+    (tmp_path / "text.h5").write_text("no")
+    with pytest.raises(RunDirError, match="llmpi report"):
+        read_summary(tmp_path / "text.h5")
+    h5py.File(tmp_path / "other.h5", "w").close()
+    with pytest.raises(RunDirError, match="no metrics file"):
+        read_summary(tmp_path / "other.h5")

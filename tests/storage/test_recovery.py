@@ -1,0 +1,181 @@
+"""Reading the record back: torn tails are cut, damage is refused with its place, nothing counts twice."""
+
+from __future__ import annotations
+
+import io
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scheduling.errors import RunDirError
+from scheduling.recordline import line_checks, seal
+from storage import recovery
+from storage.files import OsDisk
+from storage.recovery import ABSENT, FAILED, OK, export_ordered, recover, rows, scan
+from tests.storage.fake_disk import FakeDisk
+from tests.storage.samples import PATH, RUN, disk_with, failed_line, ok_line
+
+
+def test_no_record_is_an_empty_one() -> None:
+    found = recover(FakeDisk(dirs={RUN}), PATH)
+    assert (found.ok, found.failed, found.durable_bytes, found.torn_bytes, found.sessions) == (0, 0, 0, 0, 0)
+    assert len(found.states) == 0
+    assert recover(disk_with(b""), PATH).done == 0
+
+
+def test_recovery_tells_answered_failed_and_absent_apart() -> None:
+    content = ok_line(5, 1) + failed_line(0) + ok_line(2, 2)
+    found = recover(disk_with(content), PATH)
+    assert found.states.tolist() == [FAILED, ABSENT, OK, ABSENT, ABSENT, OK]
+    assert (found.ok, found.failed, found.done) == (2, 1, 3)
+    assert found.durable_bytes == len(content)
+    assert found.sessions == 3
+
+
+def test_truncation_at_every_byte_keeps_whole_lines_and_reports_the_rest() -> None:
+    lines = [ok_line(0), failed_line(1), ok_line(2, text='ö\n,"llmpi":{')]
+    content = b"".join(lines)
+    ends = np.cumsum([0] + [len(line) for line in lines])
+    for size in range(len(content) + 1):
+        disk = disk_with(content[:size])
+        found = recover(disk, PATH)
+        whole = int(np.searchsorted(ends, size, side="right")) - 1
+        assert found.done == whole
+        assert found.durable_bytes == ends[whole]
+        assert found.torn_bytes == size - ends[whole]
+        assert disk.files[PATH].durable == content[: ends[whole]], "cut, and durably so"
+
+
+def test_a_last_line_with_a_wrong_checksum_is_torn() -> None:
+    damaged = bytearray(ok_line(1))
+    damaged[20] ^= 1
+    disk = disk_with(ok_line(0) + bytes(damaged))
+    found = recover(disk, PATH)
+    assert found.done == 1
+    assert found.torn_bytes == len(damaged)
+    assert disk.files[PATH].durable == ok_line(0)
+
+
+def test_zeros_after_a_power_cut_are_torn() -> None:
+    found = recover(disk_with(ok_line(0) + ok_line(1)[:40] + bytes(9000)), PATH)
+    assert found.done == 1
+    assert found.torn_bytes == 9040
+
+
+def test_damage_at_every_byte_before_the_last_line_is_refused_with_its_place() -> None:
+    first, second, third = ok_line(0), failed_line(1), ok_line(2)
+    for place in range(len(second)):
+        damaged = bytearray(second)
+        damaged[place] ^= 4
+        disk = disk_with(first + bytes(damaged) + third)
+        with pytest.raises(RunDirError, match=f"line 2 at byte {len(first)}"):
+            recover(disk, PATH)
+        assert disk.files[PATH].now == first + bytes(damaged) + third, "nothing is cut when something is refused"
+
+
+def test_an_index_recorded_twice_is_refused() -> None:
+    with pytest.raises(RunDirError, match=r"line 3 .*request 1 .*second time"):
+        recover(disk_with(ok_line(1) + ok_line(0) + failed_line(1)), PATH)
+    with pytest.raises(RunDirError, match="second time"):
+        export_ordered(RUN, io.BytesIO(), disk_with(ok_line(1) + ok_line(1)))
+
+
+def test_a_sealed_line_of_another_format_is_refused() -> None:
+    with pytest.raises(RunDirError, match="not a line of this version"):
+        recover(disk_with(seal(b'{"custom_id":"x"}') + ok_line(0)), PATH)
+    with pytest.raises(RunDirError, match="out of range"):
+        recover(disk_with(ok_line(1 << 60)), PATH)
+
+
+def test_recovered_lines_are_synced_before_they_count() -> None:
+    disk = disk_with(b"")
+    disk.files[PATH].now = ok_line(0)
+    recover(disk, PATH)
+    assert disk.crash().files[PATH].now == ok_line(0)
+
+
+def test_scan_changes_nothing() -> None:
+    disk = disk_with(ok_line(0) + b"torn")
+    found = scan(disk, PATH)
+    assert found.done == 1
+    assert found.torn_bytes == 4
+    assert disk.files[PATH].now.endswith(b"torn")
+    assert set(disk.calls) == {"read"}
+
+
+def test_unreadable_and_unrepairable_records_are_clear_errors() -> None:
+    disk = disk_with(ok_line(0) + b"torn")
+    disk.fail["truncate"] = 5
+    with pytest.raises(RunDirError, match="cannot repair"):
+        recover(disk, PATH)
+    disk.fail["read"] = 13
+    with pytest.raises(RunDirError, match="Permission denied"):
+        scan(disk, PATH)
+
+
+@given(st.lists(st.integers(0, 60), unique=True), st.integers(0, 400), st.integers(16, 300))
+@settings(max_examples=50)
+def test_any_chunk_size_gives_the_same(indexes: list[int], cut: int, chunk_bytes: int) -> None:
+    content = b"".join(ok_line(index) for index in indexes)
+    content = content[: max(0, len(content) - cut)]
+    expected = scan(disk_with(content), PATH)
+    usual = recovery.CHUNK_BYTES
+    recovery.CHUNK_BYTES = chunk_bytes
+    try:
+        found = scan(disk_with(content), PATH)
+    finally:
+        recovery.CHUNK_BYTES = usual
+    assert (found.done, found.torn_bytes) == (expected.done, expected.torn_bytes)
+    assert found.states.tolist() == expected.states.tolist()
+
+
+def test_a_line_without_end_is_refused_not_read_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recovery, "LINE_BYTES_MAX", 1000)
+    monkeypatch.setattr(recovery, "CHUNK_BYTES", 100)
+    with pytest.raises(RunDirError, match="longer than 1000"):
+        scan(disk_with(ok_line(0) + b"x" * 5000), PATH)
+
+
+def test_rows_come_in_bounded_chunks_in_order_of_completion(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recovery, "ROWS_PER_CHUNK", 4)
+    content = b"".join(ok_line(index, session=index % 2) for index in (9, 3, 5, 1, 7, 0)) + b"torn"
+    chunks = list(rows(PATH, disk_with(content)))
+    assert [len(chunk) for chunk in chunks] == [4, 2]
+    assert np.concatenate(chunks)["index"].tolist() == [9, 3, 5, 1, 7, 0]
+    assert np.concatenate(list(rows(PATH, disk_with(content), session=0)))["index"].tolist() == [0]
+    assert list(rows(PATH, FakeDisk())) == []
+
+
+def test_export_is_in_the_order_of_the_input(tmp_path: Path) -> None:
+    order = np.random.default_rng(1).permutation(300)
+    content = b"".join(ok_line(int(index), text=f"answer {index}") for index in order if index != 17)
+    (tmp_path / "results.jsonl").write_bytes(content + b"torn tail")
+    out = io.BytesIO()
+    assert export_ordered(tmp_path, out) == 299
+    written = out.getvalue().splitlines(keepends=True)
+    assert written == [ok_line(index, text=f"answer {index}") for index in range(300) if index != 17]
+    assert all(line_checks(line) for line in written)
+
+
+def test_export_of_a_directory_without_a_record_says_so(tmp_path: Path) -> None:
+    with pytest.raises(RunDirError, match="no answer has been recorded"):
+        export_ordered(tmp_path, io.BytesIO())
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_record(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    with open(path, "wb") as file:
+        for index in range(20_000):
+            file.write(ok_line(index, text="x" * 1000))
+    tracemalloc.start()
+    try:
+        assert scan(OsDisk(), path).ok == 20_000
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 << 20 < path.stat().st_size
