@@ -1,0 +1,89 @@
+"""A decoder that needs no model, and short ways to write jobs.
+
+The fake 'model' has 64 tokens and says after token t at position p: (t + 1) % 64. So from prompt [5] comes 6, 7, …
+Token 63 ends a generation. Its memory is checked like llama.cpp's: each sequence's positions must follow on.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from scheduling.requests import Request, Sampling
+from workers.protocol import Job
+from workers.stepper import Vocabulary
+from workers.text import PieceTable
+
+VOCAB = 64
+EOG = 63
+
+
+def piece_of(token: int) -> bytes:
+    """Tokens 32 to 57 are the letters a to z, others are written as <number>."""
+    return bytes([ord("a") + token - 32]) if 32 <= token < 58 else b"<%d>" % token
+
+
+def vocabulary() -> Vocabulary:
+    eog = np.zeros(VOCAB, np.bool_)
+    eog[EOG] = True
+    return Vocabulary(eog, PieceTable(VOCAB, piece_of))
+
+
+def job(key: int, prompt: tuple[int, ...] = (5,), *, stream: bool = False, seed: int = 0, **sampling: object) -> Job:
+    options: dict[str, object] = {"max_tokens": 4, "temperature": 0.0} | sampling
+    request = Request(
+        custom_id=str(key),
+        kind="completion",
+        prompt=prompt,
+        sampling=Sampling(**options),  # type: ignore[arg-type]
+    )
+    return Job(key, seed, stream, request)
+
+
+class FakeDecoder:
+    """A `workers.stepper.Decoder`. `batches` records the sequence ids of each decode."""
+
+    def __init__(self, batch_tokens: int = 64) -> None:
+        self.batch_tokens = batch_tokens
+        self.token = np.zeros(batch_tokens, np.int32)
+        self.pos = np.zeros(batch_tokens, np.int32)
+        self.seq = np.zeros(batch_tokens, np.int32)
+        self.wanted = np.zeros(batch_tokens, np.int8)
+        self.batches: list[list[int]] = []
+        self.codes: list[int] = []
+        """Codes for the next decodes; 0 when empty."""
+        self.damage: set[int] = set()
+        """Sequences whose next logits are NaN."""
+        self.cells: dict[int, list[int]] = {}
+        self._logits = np.empty((0, VOCAB), np.float32)
+
+    def decode(self, rows: int) -> int:
+        seq = self.seq[:rows].tolist()
+        assert seq == sorted(seq), "rows of a batch must be sorted by sequence id"
+        self.batches.append(seq)
+        if self.codes and (code := self.codes.pop(0)):
+            return code
+        out = []
+        for row, one in enumerate(seq):
+            cells = self.cells.setdefault(one, [])
+            assert self.pos[row] == len(cells), "positions must follow on"
+            cells.append(int(self.token[row]))
+            if self.wanted[row]:
+                logits = np.arange(VOCAB, dtype=np.float32) / VOCAB
+                logits[(self.token[row] + 1) % VOCAB] = 9.0
+                if one in self.damage:
+                    self.damage.discard(one)
+                    logits[3] = np.nan
+                out.append(logits)
+        self._logits = np.array(out, np.float32).reshape(-1, VOCAB)
+        return 0
+
+    def logits(self, rows: int) -> npt.NDArray[np.float32]:
+        assert rows == len(self._logits)
+        return self._logits
+
+    def forget(self, seq: int) -> None:
+        self.cells.pop(seq, None)
+
+    def clear(self) -> None:
+        self.cells.clear()

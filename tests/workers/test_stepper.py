@@ -1,0 +1,253 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from scheduling.errors import EngineError
+from tests.workers import engine_fakes
+from tests.workers.engine_fakes import EOG, FakeDecoder, job
+from workers import stepper as stepper_module
+from workers.backlog import Backlog, Task
+from workers.meter import Meter
+from workers.protocol import Answer, Frame, Job, Stats
+from workers.stepper import Stepper
+
+
+class Rig:
+    """One stepper over a fake decoder, with a clock that counts its readings."""
+
+    def __init__(self, slots: int = 4, ctx_tokens: int = 100, batch_tokens: int = 64, threads: int = 1) -> None:
+        self.now = 0.0
+        self.frames: list[Frame] = []
+        self.stats: list[Stats] = []
+        self.decoder = FakeDecoder(batch_tokens)
+        self.backlog = Backlog(1)
+        self.meter = Meter(self.stats.append, 0.0)
+        self.ctx_tokens = ctx_tokens
+        self.stepper = Stepper(
+            0,
+            self.decoder,
+            slots,
+            ctx_tokens,
+            vocabulary=engine_fakes.vocabulary(),
+            backlog=self.backlog,
+            meter=self.meter,
+            send=self.frames.append,
+            pool=ThreadPoolExecutor(threads) if threads > 1 else None,
+            pool_threads=threads,
+            clock=self.clock,
+        )
+
+    def clock(self) -> float:
+        self.now += 0.001
+        return self.now
+
+    def submit(self, *jobs: Job) -> None:
+        self.backlog.add(Task(one, self.now) for one in jobs)
+        for one in jobs:
+            task = self.backlog.next_raw()
+            assert task is not None
+            prompt = one.request.prompt
+            assert isinstance(prompt, tuple)
+            task.prompt = np.array(prompt, np.int32)
+            asked = one.request.sampling.max_tokens
+            task.limit = min(self.ctx_tokens if asked is None else asked, self.ctx_tokens - len(prompt))
+            self.backlog.ready(task)
+
+    def run(self) -> dict[int, Answer]:
+        """Step until nothing is left; answers so far by key."""
+        while self.stepper.step():
+            pass
+        return self.answers()
+
+    def answers(self) -> dict[int, Answer]:
+        return {answer.key: answer for frame in self.frames for answer in frame.finished}
+
+    def streamed(self, key: int, choice: int = 0) -> list[str]:
+        pieces = [piece for frame in self.frames for piece in frame.pieces]
+        return [piece.text for piece in pieces if (piece.key, piece.choice) == (key, choice)]
+
+
+def only(answer: Answer) -> tuple[str, str, int]:
+    (choice,) = answer.choices
+    return choice.text, choice.finish_reason, choice.output_tokens
+
+
+def test_a_request_runs_to_its_limit() -> None:
+    rig = Rig()
+    rig.submit(job(7, (30, 31)))
+    answer = rig.run()[7]
+    assert only(answer) == ("abcd", "length", 4)
+    assert (answer.prompt_tokens, answer.output_tokens, answer.error) == (2, 4, None)
+    assert 0 < answer.queue_s < answer.ttft_s < answer.e2e_s
+    assert rig.decoder.cells == {}
+
+
+def test_a_request_ends_at_the_end_of_generation_without_its_text() -> None:
+    rig = Rig()
+    rig.submit(job(1, (60,), max_tokens=50))
+    assert only(rig.run()[1]) == ("<61><62>", "stop", 3)
+
+
+def test_ignore_eos_never_ends_early() -> None:
+    rig = Rig()
+    rig.submit(job(1, (61,), ignore_eos=True, max_tokens=6), job(2, (61,), ignore_eos=True, temperature=1.0))
+    answers = rig.run()
+    # With the end of generation silenced, the fake model's second choice is 62 for ever.
+    assert only(answers[1]) == ("<62>" * 6, "length", 6)
+    assert answers[2].choices[0].output_tokens == 4
+    assert f"<{EOG}>" not in answers[2].choices[0].text
+
+
+def test_a_full_slot_ends_a_request() -> None:
+    rig = Rig(ctx_tokens=8)
+    rig.submit(job(1, (32,) * 5, max_tokens=50))
+    assert only(rig.run()[1])[1:] == ("length", 3)
+
+
+def test_many_more_requests_than_slots_are_all_answered_in_full() -> None:
+    rig = Rig(slots=3, batch_tokens=7)
+    rig.submit(*(job(key, (1,) * (1 + key % 11), max_tokens=1 + key % 5) for key in range(40)))
+    answers = rig.run()
+    assert sorted(answers) == list(range(40))
+    assert all(answer.output_tokens == 1 + key % 5 for key, answer in answers.items())
+    assert sorted(key for frame in rig.frames for key in frame.started) == list(range(40))
+    assert max(max(batch) for batch in rig.decoder.batches) == 2
+    assert rig.backlog.running == 0
+
+
+def test_a_long_prompt_does_not_stop_the_others() -> None:
+    rig = Rig(batch_tokens=8)
+    rig.submit(job(1, (1,), max_tokens=10))
+    rig.stepper.step()
+    rig.submit(job(2, (2,) * 50))
+    for _ in range(4):
+        rig.stepper.step()
+        assert rig.decoder.batches[-1] == [0] + [1] * 7
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_string_split_over_tokens_ends_the_text_before_it(stream: bool) -> None:
+    rig = Rig()
+    rig.submit(job(1, (31,), max_tokens=20, stop=("de",), stream=stream))
+    assert only(rig.run()[1]) == ("abc", "stop", 5)
+    assert "".join(rig.streamed(1)) == ("abc" if stream else "")
+
+
+def test_streamed_pieces_are_the_text_and_count_its_tokens() -> None:
+    rig = Rig()
+    rig.submit(job(1, (31,), max_tokens=6, stream=True), job(2, (31,), max_tokens=6))
+    answers = rig.run()
+    assert rig.streamed(1) == list("abcdef")
+    assert only(answers[1]) == only(answers[2]) == ("abcdef", "length", 6)
+    assert sum(piece.tokens for frame in rig.frames for piece in frame.pieces) == 6
+
+
+def test_a_held_back_beginning_of_a_stop_string_comes_out_at_the_end() -> None:
+    rig = Rig()
+    rig.submit(job(1, (31,), max_tokens=3, stop=("cX",), stream=True))
+    assert only(rig.run()[1]) == ("abc", "length", 3)
+    assert rig.streamed(1) == ["a", "b", "c"]
+
+
+def test_choices_are_answered_together_with_seeds_of_their_own() -> None:
+    rig = Rig(slots=2)
+    # 9 against 63 others: hot enough that two choices differ.
+    rig.submit(job(1, n=3, temperature=30.0, seed=5), job(2, n=1, temperature=30.0, seed=5))
+    answers = rig.run()
+    texts = [choice.text for choice in answers[1].choices]
+    assert len(set(texts)) == 3
+    assert texts[0] == answers[2].choices[0].text
+    assert answers[1].output_tokens == sum(choice.output_tokens for choice in answers[1].choices)
+
+
+def test_a_seed_gives_the_same_text_whatever_runs_beside_it() -> None:
+    alone, crowd = Rig(slots=1), Rig(slots=4)
+    alone.submit(job(1, temperature=30.0, seed=11, max_tokens=20))
+    crowd.submit(
+        job(0, (9, 9, 9), temperature=5.0, seed=3, max_tokens=30),
+        job(1, temperature=30.0, seed=11, max_tokens=20),
+        job(2, (8,), max_tokens=9),
+    )
+    assert only(alone.run()[1]) == only(crowd.run()[1])
+
+
+def test_damaged_logits_fail_their_request_alone() -> None:
+    rig = Rig()
+    rig.submit(job(1), job(2), job(3, temperature=1.0))
+    rig.decoder.damage = {0, 2}
+    answers = rig.run()
+    assert "NaN or infinite" in (answers[1].error or "")
+    assert "output token 1" in (answers[3].error or "")
+    assert answers[1].choices == []
+    assert answers[2].error is None
+    assert rig.backlog.running == 0
+
+
+def test_a_refused_batch_fails_its_requests_and_the_others_start_again() -> None:
+    rig = Rig(batch_tokens=4)
+    rig.submit(job(1, (1,) * 4), job(2, (2,) * 4))
+    rig.decoder.codes = [1]
+    answers = rig.run()
+    assert answers[1].error == "llama_decode failed with code 1"
+    assert only(answers[2])[1:] == ("length", 4)
+
+
+@pytest.mark.parametrize("codes", [[-3], [1, 1, 1]])
+def test_a_fatal_code_or_repeated_errors_end_the_engine(codes: list[int]) -> None:
+    rig = Rig(slots=1)
+    rig.submit(job(1), job(2), job(3))
+    rig.decoder.codes = codes
+    with pytest.raises(EngineError, match=f"code {codes[-1]}"):
+        rig.run()
+
+
+def test_cancel_frees_the_slot_and_answers_with_what_there_is() -> None:
+    rig = Rig(slots=1)
+    rig.submit(job(1, (31,), max_tokens=50), job(2))
+    rig.stepper.step()
+    rig.stepper.step()
+    assert rig.backlog.cancel([1]) == []
+    answers = rig.run()
+    assert only(answers[1]) == ("ab", "cancelled", 2)
+    assert only(answers[2])[1] == "length"
+
+
+def test_counters_add_up() -> None:
+    rig = Rig()
+    rig.submit(job(1, (1, 2, 3)), job(2, (1,), max_tokens=2))
+    rig.meter.wake(0.0)
+    rig.run()
+    rig.meter.sleep(rig.clock())
+    (stats,) = rig.stats
+    assert (stats.prompt_tokens, stats.output_tokens, stats.steps) == (4, 6, 4)
+    assert sum(stats.itl_counts) == 3 + 1
+    assert stats.decode_s > 0
+    assert 0 < stats.slot_s <= 2 * stats.busy_s
+
+
+def test_a_step_that_brings_nothing_sends_nothing() -> None:
+    rig = Rig(batch_tokens=4)
+    rig.submit(job(1, (1,) * 20))
+    rig.stepper.step()
+    assert [frame.started for frame in rig.frames] == [[1]]
+    rig.stepper.step()
+    assert len(rig.frames) == 1
+
+
+@pytest.mark.parametrize("threads", [2, 3, 9])
+def test_many_threads_choose_what_one_does(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stepper_module, "PARALLEL_ELEMENTS_MIN", 0)
+    work: Callable[[], list[Job]] = lambda: [  # noqa: E731
+        job(key, (key % 60,), temperature=float(key % 3), seed=key, ignore_eos=key % 2 == 0) for key in range(20)
+    ]
+    one, many = Rig(slots=5), Rig(slots=5, threads=threads)
+    one.submit(*work())
+    many.submit(*work())
+    expected, got = one.run(), many.run()
+    assert {key: answer.choices for key, answer in got.items()} == {
+        key: answer.choices for key, answer in expected.items()
+    }

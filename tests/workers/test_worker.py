@@ -1,0 +1,477 @@
+"""The worker's logic between a fake rank 0 and a fake engine: no process, no clock, no network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from scheduling import messages as m
+from scheduling.errors import ConfigError
+from scheduling.link import Spoke
+from scheduling.requests import Sampling, derive_seed, text_line
+from tests.coordinator.fakes import FakeClock, FakeEndpoint, FakeEngine, answer, fake_rank0, hello, loaded
+from workers.protocol import EngineFailed, Frame, Piece, Returned, Stats
+from workers.worker import HEARTBEAT_S, RESTART_BACKOFF_S, RESTARTS_MAX, Worker, WorkerOptions
+
+RANK = 3
+SEED = 11
+
+
+class Bench:
+    """A worker with everything around it. `engines` lists those it has started, the last one being in use."""
+
+    def __init__(self, **options: Any) -> None:
+        self.clock = FakeClock()
+        self.engines: list[FakeEngine] = []
+        self.refuse: Exception | None = None
+        endpoint = FakeEndpoint()
+        self.rank0 = fake_rank0(endpoint)
+        fields: dict[str, Any] = {
+            "rank": RANK, "hello": hello(), "model_name": "m", "defaults": Sampling(max_tokens=9),
+            "engine_factory": self._start, "clock": self.clock, "wall_clock": lambda: 1_700_000_000.9,
+        }  # fmt: skip
+        self.worker = Worker(Spoke(endpoint), WorkerOptions(**(fields | options)))
+
+    def _start(self, placement: m.Placement) -> FakeEngine:
+        if self.refuse is not None:
+            raise self.refuse
+        self.engines.append(FakeEngine())
+        return self.engines[-1]
+
+    @property
+    def engine(self) -> FakeEngine:
+        return self.engines[-1]
+
+    def hear(self, *messages: Any) -> list[Any]:
+        """Rank 0 says this; returns what the worker answers in that turn."""
+        self.rank0.say(*messages)
+        self.worker.step()
+        return self.rank0.take()
+
+    def step(self) -> list[Any]:
+        self.worker.step()
+        return self.rank0.take()
+
+    def pass_(self, seconds: float) -> list[Any]:
+        self.clock.pass_(seconds)
+        return self.step()
+
+    def ready(self, slots: int = 2) -> Bench:
+        """Past hello and welcome, with a loaded engine."""
+        self.hear(m.Welcome(placement=m.Placement(note="CPU"), run_seed=SEED, session=4))
+        self.engine.say(loaded(slots))
+        *_, message = self.step()
+        assert isinstance(message, m.Ready)
+        return self
+
+    def assign(self, *indexes: int, attempt: int = 1, generation: int = 1) -> list[Any]:
+        items = [m.WorkItem(index, attempt, text_line(f"prompt {index}", f"id-{index}")) for index in indexes]
+        return self.hear(m.Assign(generation, items))
+
+
+def line_of(finished: m.Finished) -> dict[str, Any]:
+    line: dict[str, Any] = json.loads(finished.line)
+    return line
+
+
+# ---------------------------------------------------------------- start and stop
+
+
+def test_it_says_hello_first_and_starts_no_engine_before_it_is_welcome() -> None:
+    bench = Bench()
+    assert bench.step() == [hello()]
+    assert not bench.engines
+    assert bench.hear(m.Welcome(placement=m.Placement(), run_seed=0, session=0)) == []
+    assert len(bench.engines) == 1
+
+
+def test_ready_tells_slots_and_generation() -> None:
+    bench = Bench()
+    bench.hear(m.Welcome(placement=m.Placement(), run_seed=0, session=0))
+    bench.engine.say(loaded(7))
+    [ready] = bench.step()
+    assert (ready.slots, ready.generation, ready.engine_pid, ready.backend) == (7, 1, 4711, "FAKE")
+
+
+def test_refused_it_stops_with_the_reason() -> None:
+    bench = Bench()
+    bench.hear(m.Refuse("rank 3 has another model"))
+    assert bench.worker.stopped
+    assert bench.worker.refused == "rank 3 has another model"
+
+
+def test_stop_and_collect_are_for_the_caller_to_see() -> None:
+    bench = Bench().ready()
+    bench.hear(m.Collect(5))
+    assert bench.worker.collect_epoch == 5
+    assert not bench.worker.stopped
+    bench.hear(m.Stop("done"))
+    assert bench.worker.stopped
+    assert bench.worker.refused is None
+
+
+def test_engine_that_cannot_be_started_at_all_is_told_and_not_tried_again() -> None:
+    bench = Bench()
+    bench.step()
+    bench.refuse = OSError("no memory")
+    [_, down] = bench.hear(m.Welcome(placement=m.Placement(), run_seed=0, session=0))
+    assert isinstance(down, m.EngineDown)
+    assert "no memory" in down.reason
+    assert not down.restarting
+    assert not down.user_error
+    assert [type(message) for message in bench.pass_(1000.0)] == [m.Heartbeat]
+
+
+def test_engine_refused_for_a_users_mistake_says_so() -> None:
+    bench = Bench()
+    bench.step()
+    bench.refuse = ConfigError("--contexts 9 is too many")
+    [_, down] = bench.hear(m.Welcome(placement=m.Placement(), run_seed=0, session=0))
+    assert down.user_error
+
+
+# ---------------------------------------------------------------- the way of a request
+
+
+def test_assigned_request_goes_to_the_engine_and_its_answer_to_rank_0() -> None:
+    bench = Bench().ready()
+    assert bench.assign(5) == []
+    [job] = bench.engine.jobs
+    assert (job.key, job.request.prompt, job.request.sampling.max_tokens) == (5, "prompt 5", 9)
+    bench.engine.start(5)
+    assert bench.step() == [m.Report(started=[(5, 1)])]
+    bench.engine.say(Frame(finished=[answer(5, "text", tokens=3)]))
+    [report] = bench.step()
+    [finished] = report.finished
+    assert (finished.index, finished.attempt, finished.ok) == (5, 1, True)
+    assert (finished.prompt_tokens, finished.output_tokens) == (5, 3)
+    line = line_of(finished)
+    assert line["custom_id"] == "id-5"
+    assert line["response"]["body"]["choices"][0]["text"] == "text"
+    assert line["response"]["body"]["created"] == 1_700_000_000
+    told = line["llmpi"]
+    assert (told["index"], told["attempt"], told["rank"], told["session"]) == (5, 1, RANK, 4)
+    assert told["tpot_s"] == pytest.approx((0.6 - 0.2) / 2)
+    assert not bench.worker.in_flight
+
+
+def test_request_that_starts_and_ends_in_one_frame_is_reported_once() -> None:
+    bench = Bench().ready()
+    bench.assign(5, 6)
+    bench.engine.say(Frame(started=[5, 6], finished=[answer(5)]))
+    [report] = bench.step()
+    assert report.started == [(6, 1)]
+    assert [one.index for one in report.finished] == [5]
+
+
+def test_seed_comes_from_run_and_index_unless_the_request_has_one() -> None:
+    bench = Bench().ready()
+    own = b'{"custom_id": "a", "prompt": "x", "seed": 77}'
+    others = [m.WorkItem(6, 1, text_line("y", "b")), m.WorkItem(7, 2, text_line("z", "c"))]
+    bench.hear(m.Assign(1, [m.WorkItem(5, 1, own), *others]))
+    assert [job.seed for job in bench.engine.jobs] == [77, derive_seed(SEED, 6), derive_seed(SEED, 7)]
+
+
+def test_bad_line_fails_alone_and_is_never_given_to_the_engine() -> None:
+    bench = Bench().ready()
+    lines = [b"{bad", text_line("good", "id-1"), b'{"prompt": 3.5}']
+    [report] = bench.hear(m.Assign(1, [m.WorkItem(index, 1, line) for index, line in enumerate(lines)]))
+    assert bench.engine.take() == [1]
+    assert [(one.index, one.ok) for one in report.finished] == [(0, False), (2, False)]
+    line = line_of(report.finished[0])
+    assert line["custom_id"] == "request-0"
+    assert line["error"]["code"] == "invalid_request"
+    assert bench.worker.metrics.failed == 2
+
+
+def test_failed_request_keeps_its_id_and_counts_no_output() -> None:
+    bench = Bench().ready()
+    bench.assign(5, 6)
+    bench.engine.say(Frame(finished=[answer(5, error="the prompt has 900 tokens, the context 256"), answer(6)]))
+    [report] = bench.step()
+    bad, good = report.finished
+    assert (bad.ok, good.ok) == (False, True)
+    assert bad.output_tokens == 0
+    assert line_of(bad)["custom_id"] == "id-5"
+    assert "900 tokens" in line_of(bad)["error"]["message"]
+    metrics = bench.worker.metrics
+    assert (metrics.finished, metrics.failed, metrics.output_tokens) == (2, 1, 3)
+    assert metrics.requests.rows()["ok"].tolist() == [0, 1]
+
+
+def test_pieces_of_a_streamed_request_become_deltas_of_the_right_attempt() -> None:
+    bench = Bench().ready()
+    bench.assign(5, attempt=2)
+    bench.engine.say(Frame(started=[5], pieces=[Piece(5, 0, "he", 1), Piece(9, 0, "??", 1)]))
+    [report] = bench.step()
+    assert report.deltas == [m.Delta(5, 2, 0, "he", 1)]
+    bench.engine.say(Frame(pieces=[Piece(5, 0, "llo", 2)], finished=[answer(5, "hello")]))
+    [report] = bench.step()
+    assert report.deltas == [m.Delta(5, 2, 0, "llo", 2)]
+    assert len(report.finished) == 1
+
+
+def test_answer_to_what_is_not_held_is_ignored() -> None:
+    bench = Bench().ready()
+    bench.engine.finish(5)
+    assert bench.step() == []
+    assert bench.worker.metrics.finished == 0
+
+
+@pytest.mark.parametrize(("tokens", "defined"), [(0, False), (1, False), (2, True)])
+def test_tpot_and_ttft_are_missing_where_they_are_undefined(tokens: int, defined: bool) -> None:
+    bench = Bench().ready()
+    bench.assign(5)
+    bench.engine.say(Frame(finished=[answer(5, tokens=tokens)]))
+    bench.step()
+    [row] = bench.worker.metrics.requests.rows()
+    assert (row["tpot_s"] == row["tpot_s"]) == defined
+    assert (row["ttft_s"] == row["ttft_s"]) == (tokens > 0)
+
+
+# ---------------------------------------------------------------- recall, cancel
+
+
+def test_recall_goes_to_the_engine_and_only_what_it_returns_is_forgotten() -> None:
+    bench = Bench().ready()
+    bench.assign(5, 6, 7)
+    assert bench.hear(m.Recall(30, [6, 7])) == []
+    assert bench.engine.recalls == [(30, [6, 7])]
+    bench.engine.say(Frame(started=[5, 6]), Returned(30, [7]))
+    report, confirmed = bench.step()
+    # What has started must be told before the confirmation: rank 0 takes the others for returned.
+    assert report.started == [(5, 1), (6, 1)]
+    assert confirmed == m.Recalled(30, [7])
+    bench.engine.finish(5, 6, 7)
+    [report] = bench.step()
+    assert [one.index for one in report.finished] == [5, 6]
+
+
+def test_recall_without_an_engine_returns_nothing() -> None:
+    bench = Bench().ready()
+    bench.engine.die()
+    bench.step()
+    assert bench.hear(m.Recall(31, [5])) == [m.Recalled(31, [])]
+
+
+def test_cancel_reaches_the_engine_for_what_is_held_only() -> None:
+    bench = Bench().ready()
+    bench.assign(5, 6)
+    bench.hear(m.Cancel([6, 99]))
+    assert bench.engine.cancelled == [6]
+
+
+# ---------------------------------------------------------------- engines that die
+
+
+def test_dead_engine_gives_back_everything_started_and_unstarted_apart() -> None:
+    bench = Bench().ready()
+    bench.assign(5, 6, 7)
+    bench.engine.say(Frame(started=[5, 6], finished=[answer(5)]))
+    bench.engine.die("it was killed by signal 9")
+    report, down = bench.step()
+    assert [one.index for one in report.finished] == [5]
+    assert (down.started, down.unstarted) == ([(6, 1)], [(7, 1)])
+    assert (down.reason, down.restarting) == ("it was killed by signal 9", True)
+    assert bench.engines[0].closed
+    assert not bench.worker.in_flight
+
+
+def test_restart_waits_longer_each_time() -> None:
+    bench = Bench().ready()
+    waits = []
+    for _ in range(RESTARTS_MAX):
+        bench.engine.die()
+        count, since = len(bench.engines), bench.clock.now
+        bench.step()
+        while len(bench.engines) == count:
+            bench.pass_(0.01)
+        waits.append(bench.clock.now - since)
+        bench.engine.say(loaded())
+        bench.step()
+    assert waits == pytest.approx([RESTART_BACKOFF_S, 2 * RESTART_BACKOFF_S, 4 * RESTART_BACKOFF_S], abs=0.02)
+
+
+def test_it_gives_up_after_restarts_without_a_single_answer() -> None:
+    bench = Bench().ready()
+    downs = []
+    for _ in range(RESTARTS_MAX + 1):
+        bench.engine.die("it was killed by signal 11")
+        downs += [message for message in bench.step() if isinstance(message, m.EngineDown)]
+        bench.pass_(60.0)
+    assert [down.restarting for down in downs] == [True] * RESTARTS_MAX + [False]
+    started = len(bench.engines)
+    bench.pass_(1000.0)
+    assert len(bench.engines) == started
+
+
+def test_an_answer_between_deaths_makes_the_engine_trusted_again() -> None:
+    bench = Bench().ready()
+    for generation in range(1, RESTARTS_MAX + 3):
+        bench.assign(generation, generation=generation)
+        bench.engine.finish(generation)
+        bench.step()
+        bench.engine.die()
+        [down] = [message for message in bench.step() if isinstance(message, m.EngineDown)]
+        assert down.restarting
+        bench.pass_(RESTART_BACKOFF_S)
+        bench.engine.say(loaded())
+        bench.step()
+
+
+def test_engine_that_says_it_cannot_go_on_is_not_restarted() -> None:
+    bench = Bench().ready()
+    bench.assign(5)
+    bench.engine.say(Frame(started=[5]), EngineFailed(reason="CUDA is out of memory", user_error=True))
+    bench.engine.die("it left")
+    report, down = bench.step()
+    assert report.started == [(5, 1)]
+    assert down == m.EngineDown(
+        reason="CUDA is out of memory", started=[(5, 1)], unstarted=[], restarting=False, user_error=True
+    )
+    bench.pass_(1000.0)
+    assert len(bench.engines) == 1
+
+
+def test_work_for_an_engine_that_has_died_is_dropped() -> None:
+    bench = Bench().ready()
+    bench.engine.die()
+    bench.step()
+    assert bench.assign(5, generation=1) == []
+    bench.pass_(RESTART_BACKOFF_S)
+    bench.engine.say(loaded())
+    [ready] = bench.step()
+    assert ready.generation == 2
+    bench.assign(6, generation=1)
+    assert bench.engine.take() == []
+    bench.assign(7, generation=2)
+    assert bench.engine.take() == [7]
+
+
+def test_what_a_dying_engine_last_says_of_its_work_is_counted() -> None:
+    bench = Bench().ready()
+    stats = Stats(
+        interval_s=1.0, steps=7, prompt_tokens=1, output_tokens=2, busy_s=0.5, slot_s=0.75, decode_s=0.4, sample_s=0.1,
+        itl_buckets=[3], itl_counts=[2],
+    )  # fmt: skip
+    bench.engine.say(stats)
+    bench.engine.last_words = [stats]
+    bench.engine.die()
+    bench.step()
+    metrics = bench.worker.metrics
+    assert (metrics.steps, metrics.busy_s, metrics.slot_s) == (14, 1.0, 1.5)
+    assert metrics.itl.counts[3] == 4
+
+
+# ---------------------------------------------------------------- sign of life
+
+
+def test_heartbeat_only_after_silence() -> None:
+    bench = Bench().ready()
+    assert bench.pass_(HEARTBEAT_S * 0.9) == []
+    assert bench.pass_(HEARTBEAT_S * 0.2) == [m.Heartbeat()]
+    assert bench.pass_(HEARTBEAT_S * 0.9) == []
+    bench.assign(5)
+    bench.engine.start(5)
+    assert bench.step() == [m.Report(started=[(5, 1)])]
+    assert bench.pass_(HEARTBEAT_S * 0.9) == []
+
+
+def test_step_tells_whether_anything_happened() -> None:
+    bench = Bench().ready()
+    assert not bench.worker.step()
+    bench.rank0.say(m.Exhausted(False))
+    assert bench.worker.step()
+    bench.engine.say(Frame())
+    assert bench.worker.step()
+
+
+# ---------------------------------------------------------------- a crash of our own
+
+
+def test_after_a_crash_it_only_listens_to_what_ends_it() -> None:
+    bench = Bench().ready()
+    bench.assign(5)
+    bench.worker.crash("ValueError: no", "Traceback …")
+    assert bench.rank0.take()[-1] == m.Crashed(reason="ValueError: no", traceback="Traceback …")
+    assert bench.engine.closed
+    assert not bench.worker.in_flight
+    bench.rank0.say(m.Assign(1, [m.WorkItem(6, 1, text_line("x", "a"))]), m.Collect(2))
+    assert bench.worker.listen()
+    assert bench.worker.collect_epoch == 2
+    assert bench.engine.take() == [5]
+    bench.rank0.say(m.Stop("done"))
+    bench.worker.listen()
+    assert bench.worker.stopped
+
+
+def test_answers_that_are_counted_are_told_before_a_crash() -> None:
+    """Else the metrics would count requests that the record does not have from this rank."""
+    times = [1.0]
+    bench = Bench(wall_clock=times.pop).ready()
+    bench.assign(5, 6)
+    bench.engine.finish(5, 6)
+    with pytest.raises(IndexError):
+        bench.worker.step()
+    bench.worker.crash("IndexError: planted", "")
+    report, crashed = bench.rank0.take()
+    assert [one.index for one in report.finished] == [5]
+    assert isinstance(crashed, m.Crashed)
+    assert bench.worker.metrics.finished == 1
+
+
+# ---------------------------------------------------------------- telemetry and starved slots
+
+
+def test_slots_are_starved_only_while_work_exists_elsewhere() -> None:
+    bench = Bench().ready(slots=2)
+    bench.pass_(1.0)
+    bench.assign(5)
+    bench.pass_(2.0)
+    bench.assign(6)
+    bench.pass_(4.0)
+    metrics = bench.worker.metrics
+    assert metrics.starved_slot_s == pytest.approx(2 * 1.0 + 1 * 2.0)
+    bench.hear(m.Exhausted(True))
+    bench.engine.finish(5, 6)
+    bench.pass_(8.0)
+    bench.pass_(8.0)
+    assert metrics.starved_slot_s == pytest.approx(4.0)
+    bench.hear(m.Exhausted(False))
+    bench.pass_(1.0)
+    assert metrics.starved_slot_s == pytest.approx(6.0)
+
+
+def test_no_slot_is_starved_without_an_engine() -> None:
+    bench = Bench().ready(slots=2)
+    bench.engine.die()
+    bench.step()
+    bench.pass_(100.0)
+    assert bench.worker.metrics.starved_slot_s == 0.0
+
+
+def test_telemetry_is_sampled_once_an_interval_while_an_engine_lives() -> None:
+    asked: list[tuple[m.Placement, int | None]] = []
+
+    def factory(placement: m.Placement, pid: int | None) -> Callable[[], list[tuple[Any, ...]]]:
+        asked.append((placement, pid))
+        return lambda: [(0, 50.0, 10, 100.0, 40.0, 5.0, 1.0, 77)]
+
+    bench = Bench(telemetry_factory=factory, telemetry_interval_s=1.0)
+    bench.ready()
+    assert asked == [(m.Placement(note="CPU"), 4711)]
+    for _ in range(10):
+        bench.pass_(0.25)
+    rows = bench.worker.metrics.telemetry.rows()
+    assert len(rows) == 3
+    assert rows["rss_bytes"].tolist() == [77] * 3
+    assert rows["session"].tolist() == [4] * 3
+    bench.engine.die()
+    bench.step()
+    bench.pass_(0.4)
+    count = len(bench.worker.metrics.telemetry.rows())
+    bench.pass_(0.05)
+    assert len(bench.worker.metrics.telemetry.rows()) == count

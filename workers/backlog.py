@@ -1,0 +1,265 @@
+"""The engine's waiting line: every request from its arrival to its end, shared by all threads of the engine.
+
+A request goes raw -> ready -> started -> gone. The reader thread adds raw ones; the preparing thread turns their
+text into tokens, in order, so that they become ready in order; the stepping threads take ready ones, choice by
+choice, as their slots become free. Recall, cancel and admission are atomic with each other: one lock.
+
+With several contexts each takes no more than its even share of what runs and waits, so that a short line is spread
+over all of them instead of filling the first.
+
+This module knows neither tokens' meaning nor llama.cpp, and it does no I/O: its callers send what it returns.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable
+from enum import Enum
+
+import numpy as np
+import numpy.typing as npt
+
+from scheduling.errors import ProtocolError
+from scheduling.requests import Sampling
+from workers.protocol import Answer, Choice, Job
+
+CANCELLED = "cancelled"
+
+
+class State(Enum):
+    RAW = "raw"
+    READY = "ready"
+    STARTED = "started"
+    GONE = "gone"
+
+
+class Task:
+    """One request inside the engine. Its choices may run at different times and in different contexts."""
+
+    __slots__ = (
+        "admitted_s",
+        "cancelled",
+        "choices",
+        "error",
+        "first_token_s",
+        "job",
+        "limit",
+        "next_choice",
+        "prompt",
+        "received_s",
+        "state",
+        "unfinished",
+    )
+
+    def __init__(self, job: Job, received_s: float) -> None:
+        self.job = job
+        self.received_s = received_s
+        self.state = State.RAW
+        self.prompt: npt.NDArray[np.int32] = np.empty(0, np.int32)
+        self.limit = 0
+        """Most output tokens of a choice; set with `prompt`."""
+        self.next_choice = 0
+        self.choices: list[Choice | None] = [None] * max(1, job.request.sampling.n)
+        self.unfinished = len(self.choices)
+        self.admitted_s: float | None = None
+        self.first_token_s: float | None = None
+        self.error: str | None = None
+        self.cancelled = False
+
+    @property
+    def key(self) -> int:
+        return self.job.key
+
+    @property
+    def sampling(self) -> Sampling:
+        return self.job.request.sampling
+
+    def answer(self, now_s: float) -> Answer:
+        """The end of the request, all choices being there or `error` set."""
+        choices = [] if self.error is not None else [choice for choice in self.choices if choice is not None]
+        admitted = now_s if self.admitted_s is None else self.admitted_s
+        return Answer(
+            key=self.key,
+            choices=choices,
+            prompt_tokens=int(self.prompt.size),
+            output_tokens=sum(choice.output_tokens for choice in choices),
+            queue_s=admitted - self.received_s,
+            ttft_s=0.0 if self.first_token_s is None else self.first_token_s - self.received_s,
+            e2e_s=now_s - self.received_s,
+            error=self.error,
+        )
+
+
+class Backlog:
+    """All requests that the engine has and not yet answered."""
+
+    def __init__(self, contexts: int) -> None:
+        lock = threading.Lock()
+        self._raw_came = threading.Condition(lock)
+        self._ready_came = threading.Condition(lock)
+        self._lock = lock
+        self._raw: deque[Task] = deque()
+        self._ready: deque[Task] = deque()
+        self._ready_choices = 0
+        self._tasks: dict[int, Task] = {}
+        self._running = [0] * contexts
+        self.closed = False
+        self.cancels = 0
+        """Raised whenever a started task was cancelled: a context that sees it change looks at its slots."""
+
+    # ------------------------------------------------ the reader's side
+
+    def add(self, tasks: Iterable[Task]) -> None:
+        """Append in order of arrival. Raises `ProtocolError` for a key that is still here."""
+        with self._lock:
+            for task in tasks:
+                if task.key in self._tasks:
+                    raise ProtocolError(f"request {task.key} was submitted again before it had been answered")
+                self._tasks[task.key] = task
+                self._raw.append(task)
+            self._raw_came.notify()
+
+    def recall(self, keys: Iterable[int]) -> list[int]:
+        """Take back those of `keys` that have not started. They are forgotten here."""
+        returned = []
+        with self._lock:
+            for key in keys:
+                task = self._tasks.get(key)
+                if task is not None and task.state in (State.RAW, State.READY):
+                    self._forget(task)
+                    returned.append(key)
+        return returned
+
+    def cancel(self, keys: Iterable[int]) -> list[Task]:
+        """Stop `keys`. Returns those that ended by it (they had not started); others end in their slots."""
+        ended = []
+        with self._lock:
+            for key in keys:
+                task = self._tasks.get(key)
+                if task is None or task.cancelled:
+                    continue
+                task.cancelled = True
+                if task.state is State.STARTED:
+                    self.cancels += 1
+                    if self._withdraw(task):
+                        ended.append(task)
+                    continue
+                task.choices = [Choice("", CANCELLED, 0) for _ in task.choices]
+                self._forget(task)
+                ended.append(task)
+        return ended
+
+    def close(self) -> None:
+        """No more work: wakes every thread that waits here."""
+        with self._lock:
+            self.closed = True
+            self._raw_came.notify_all()
+            self._ready_came.notify_all()
+
+    # ------------------------------------------------ the preparing thread's side
+
+    def next_raw(self) -> Task | None:
+        """The oldest request that has no tokens yet; waits for one. None once closed."""
+        with self._lock:
+            while True:
+                while self._raw and self._raw[0].state is not State.RAW:
+                    self._raw.popleft()
+                if self.closed:
+                    return None
+                if self._raw:
+                    return self._raw.popleft()
+                self._raw_came.wait()
+
+    def ready(self, task: Task) -> None:
+        """`task` has its tokens and may start, unless it was recalled or cancelled meanwhile."""
+        with self._lock:
+            if task.state is State.RAW:
+                task.state = State.READY
+                self._ready.append(task)
+                self._ready_choices += len(task.choices)
+                self._ready_came.notify_all()
+
+    def end_unstarted(self, task: Task) -> bool:
+        """End a request that cannot or need not run. False if it was recalled or cancelled meanwhile."""
+        with self._lock:
+            if task.state is State.GONE:
+                return False
+            self._forget(task)
+            return True
+
+    # ------------------------------------------------ the stepping threads' side
+
+    def take(self, context: int, free: int, now_s: float) -> list[tuple[Task, int]]:
+        """Up to `free` choices for the free slots of `context`, oldest request first."""
+        taken: list[tuple[Task, int]] = []
+        if not self._ready:  # Unlocked: at worst a step later.
+            return taken
+        with self._lock:
+            total = sum(self._running) + self._ready_choices
+            share = -(-total // len(self._running)) - self._running[context]
+            wanted = min(free, share)
+            while wanted > len(taken) and self._ready:
+                task = self._ready[0]
+                if task.state is State.GONE or task.next_choice >= len(task.choices):
+                    self._ready.popleft()
+                    continue
+                if task.state is State.READY:
+                    task.state = State.STARTED
+                    task.admitted_s = now_s
+                taken.append((task, task.next_choice))
+                task.next_choice += 1
+                self._ready_choices -= 1
+            self._running[context] += len(taken)
+        return taken
+
+    def wait(self) -> bool:
+        """Wait until something is ready. False once closed."""
+        with self._lock:
+            while not self.closed and self._ready_choices == 0:
+                self._ready_came.wait()
+            return not self.closed
+
+    def finish(self, context: int, task: Task, choice: int, result: Choice, error: str | None = None) -> bool:
+        """A slot of `context` is free again. True if this was the request's last choice: it can be answered."""
+        with self._lock:
+            self._running[context] -= 1
+            task.choices[choice] = result
+            task.unfinished -= 1
+            if error is not None:
+                task.error = error
+                task.cancelled = True
+                self.cancels += 1
+                self._withdraw(task)
+            if task.unfinished:
+                return False
+            self._tasks.pop(task.key, None)
+            task.state = State.GONE
+            return True
+
+    @property
+    def running(self) -> int:
+        """Slots in use over all contexts."""
+        return sum(self._running)
+
+    # ------------------------------------------------ under the lock
+
+    def _withdraw(self, task: Task) -> bool:
+        """Choices that have not started never will. True if the task ends with that."""
+        waiting = len(task.choices) - task.next_choice
+        for choice in range(task.next_choice, len(task.choices)):
+            task.choices[choice] = Choice("", CANCELLED, 0)
+        task.next_choice = len(task.choices)
+        task.unfinished -= waiting
+        self._ready_choices -= waiting
+        if waiting and task.unfinished == 0:
+            self._tasks.pop(task.key, None)
+            task.state = State.GONE
+            return True
+        return False
+
+    def _forget(self, task: Task) -> None:
+        if task.state is State.READY:
+            self._ready_choices -= len(task.choices)
+        task.state = State.GONE
+        del self._tasks[task.key]

@@ -1,0 +1,195 @@
+"""The engine inside its process: one model, several contexts, the threads that drive them.
+
+    reader (the main thread)   frames from the rank: submit, recall, cancel; end of file ends the engine
+    preparing thread           chat templates and tokenising, ahead of admission
+    one thread a context       `workers.stepper`
+    a pool                     helps the stepping threads to choose tokens
+
+They meet in the `Backlog`, in the `Meter` and in the `Outbox`, which have locks. A blocked pipe blocks stepping:
+that is the backpressure. An exception in any thread ends the engine with `EngineFailed`.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from scheduling.errors import ConfigError, EngineError, ModelFileError, RequestError
+from workers.backlog import Backlog, Task
+from workers.chat import ChatTemplate
+from workers.frames import read_frame
+from workers.llama import LlamaContext, LlamaModel, gpu_names, start_backend
+from workers.meter import Meter
+from workers.outbox import Outbox, fail
+from workers.prompts import PromptReader
+from workers.protocol import (
+    Cancel,
+    Choice,
+    EngineConfig,
+    EngineLoaded,
+    Frame,
+    Recall,
+    Returned,
+    Submit,
+    decode_to_engine,
+)
+from workers.shares import slots_of_contexts
+from workers.stepper import Stepper, Vocabulary
+from workers.text import PieceTable
+
+JOIN_S = 2.0
+"""How long the end waits for threads that are inside a decode."""
+
+
+class BatchingEngine:
+    """Loads when made; `serve` runs it until the rank closes the pipe."""
+
+    def __init__(self, config: EngineConfig, outbox: Outbox) -> None:
+        """Raises `UserError` or `EngineError` if the model or a context cannot be had."""
+        began_s = time.monotonic()
+        self._outbox = outbox
+        if config.ctx_tokens < 2:
+            raise ConfigError(f"--ctx {config.ctx_tokens} leaves no room for a prompt and a token of output")
+        shares = slots_of_contexts(config.slots, config.contexts)
+        start_backend()
+        backend = self._backend(config)
+        model = LlamaModel(config)
+        if not model.can_generate:
+            raise ModelFileError(f"{config.model} ({model.desc}) is not a model that continues text")
+        threads = max(1, config.threads // len(shares))
+        contexts = [LlamaContext(model, config, share, threads) for share in shares]
+        self._model = model
+        self._backlog = Backlog(len(shares))
+        self._meter = Meter(outbox.send, time.monotonic())
+        own_template = model.chat_template()
+        template = config.chat_template if config.chat_template is not None else own_template
+        self._prompts = self._prompt_reader(config, model, template)
+        self._steppers = self._make_steppers(config, model, contexts, shares)
+        self.loaded = EngineLoaded(
+            load_s=time.monotonic() - began_s,
+            vocab_tokens=model.vocab_tokens,
+            train_ctx_tokens=model.train_ctx_tokens,
+            slots=config.slots,
+            model_desc=model.desc,
+            model_bytes=model.model_bytes,
+            backend=backend,
+            chat_template=template is not None,
+        )
+
+    @staticmethod
+    def _backend(config: EngineConfig) -> str:
+        names = gpu_names() if config.gpu_layers else []
+        asked = {name: value for name, value in config.device_mask.items() if value not in ("", "-1")}
+        if asked and config.gpu_layers and not names:
+            given = ", ".join(f"{name}={value}" for name, value in asked.items())
+            raise ConfigError(
+                f"a GPU was assigned ({given}), but llama.cpp sees none: install a llama-cpp-python built for it, "
+                "or use --gpu-layers 0"
+            )
+        return "+".join(names) or "CPU"
+
+    @staticmethod
+    def _prompt_reader(config: EngineConfig, model: LlamaModel, template: str | None) -> PromptReader:
+        chat = ChatTemplate(
+            template,
+            bos=model.token_text(model.bos),
+            eos=model.token_text(model.eos),
+            control_texts=model.control_texts(),
+        )
+        if config.chat_template is not None:
+            chat.check()
+        return PromptReader(
+            chat,
+            model.tokenize,
+            vocab_tokens=model.vocab_tokens,
+            piece_bytes_max=model.piece_bytes_max(),
+            bos=model.bos,
+            ctx_tokens=config.ctx_tokens,
+            max_tokens_default=config.max_tokens_default,
+        )
+
+    def _make_steppers(
+        self, config: EngineConfig, model: LlamaModel, contexts: list[LlamaContext], shares: list[int]
+    ) -> list[Stepper]:
+        vocabulary = Vocabulary(model.eog_table(), PieceTable(model.vocab_tokens, model.piece))
+        helpers = config.sampling_threads - 1
+        pool = ThreadPoolExecutor(helpers * len(contexts), "choose") if helpers > 0 else None
+        return [
+            Stepper(
+                index,
+                context,
+                share,
+                config.ctx_tokens,
+                vocabulary=vocabulary,
+                backlog=self._backlog,
+                meter=self._meter,
+                send=self._outbox.send,
+                pool=pool,
+                pool_threads=config.sampling_threads,
+            )
+            for index, (context, share) in enumerate(zip(contexts, shares, strict=True))
+        ]
+
+    # ------------------------------------------------ running
+
+    def serve(self, in_fd: int) -> None:
+        """Run until end of file on `in_fd`."""
+        threads = [threading.Thread(target=self._guard, args=(self._prepare,), name="prepare", daemon=True)]
+        threads += [
+            threading.Thread(target=self._guard, args=(stepper.run,), name=f"context-{index}", daemon=True)
+            for index, stepper in enumerate(self._steppers)
+        ]
+        for thread in threads:
+            thread.start()
+        self._guard(lambda: self._read(in_fd))
+        self._backlog.close()
+        deadline_s = time.monotonic() + JOIN_S
+        for thread in threads:
+            thread.join(max(0.0, deadline_s - time.monotonic()))
+        self._meter.close(time.monotonic())
+
+    def _read(self, in_fd: int) -> None:
+        while (body := read_frame(in_fd)) is not None:
+            message = decode_to_engine(body)
+            if isinstance(message, Submit):
+                now_s = time.monotonic()
+                self._backlog.add(Task(job, now_s) for job in message.jobs)
+            elif isinstance(message, Recall):
+                self._outbox.send(Returned(message.recall, self._backlog.recall(message.keys)))
+            elif isinstance(message, Cancel):
+                self._answer(self._backlog.cancel(message.keys))
+            else:
+                raise EngineError("the rank sent a second start to an engine that runs")
+
+    def _answer(self, tasks: list[Task]) -> None:
+        if tasks:
+            now_s = time.monotonic()
+            answers = [task.answer(now_s) for task in tasks]
+            self._outbox.send(Frame(finished=answers, running=self._backlog.running))
+
+    def _prepare(self) -> None:
+        while (task := self._backlog.next_raw()) is not None:
+            try:
+                self._prompts.check_sampling(task.sampling)
+                task.prompt = self._prompts.tokens(task.job.request)
+            except RequestError as error:
+                task.error = str(error)
+            except Exception as error:  # one prompt must not end the engine
+                traceback.print_exc()
+                task.error = f"preparing the prompt failed: {type(error).__name__}: {error}"
+            task.limit = self._prompts.limit(task.sampling, int(task.prompt.size))
+            if task.error is None and task.limit >= 1:
+                self._backlog.ready(task)
+            elif self._backlog.end_unstarted(task):
+                task.choices = [Choice("", "length", 0) for _ in task.choices]
+                self._answer([task])
+
+    def _guard(self, body: Callable[[], None]) -> None:
+        """Run a thread's body; what it raises ends the engine."""
+        try:
+            body()
+        except BaseException as error:
+            fail(self._outbox, error)

@@ -1,0 +1,244 @@
+"""A thin typed layer over llama.cpp's low-level API: model, vocabulary, context with its batch.
+
+Importing this module loads llama.cpp and with it the GPU libraries: only the engine process may, after it has set
+its environment. Nothing here knows requests; `LlamaContext` is the `Decoder` that `workers.stepper` drives.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections import deque
+from typing import Any
+
+import llama_cpp.llama_cpp as lib
+import numpy as np
+import numpy.typing as npt
+
+from scheduling.errors import EngineError, ModelFileError
+from workers.protocol import EngineConfig
+
+Ints = npt.NDArray[np.int32]
+
+KV_PADDING = 256
+"""llama.cpp rounds the cells of each sequence up to a multiple of this."""
+# ggml.h: debug 1, info 2, warning 3, error 4, 5 continues the line before.
+_WARNING, _ERROR, _CONTINUED = 3, 4, 5
+
+_recent_errors: deque[str] = deque(maxlen=4)
+_last_level = 0
+
+
+def _log(level: int, text: bytes, _data: Any) -> None:
+    global _last_level
+    if level == _CONTINUED:
+        level = _last_level
+    _last_level = level
+    if level in (_WARNING, _ERROR):
+        line = text.decode("utf-8", "replace")
+        if level == _ERROR and line.strip():
+            _recent_errors.append(line.strip())
+        sys.stderr.write(line)
+
+
+_log_callback = lib.llama_log_callback(_log)
+
+
+def start_backend() -> None:
+    """Initialise llama.cpp, its warnings and errors going to stderr and nothing else anywhere."""
+    lib.llama_log_set(_log_callback, ctypes.c_void_p(0))
+    lib.llama_backend_init()
+
+
+def recent_errors() -> str:
+    """What llama.cpp last complained about, for the reason of a failure."""
+    return "; ".join(_recent_errors) or "llama.cpp gave no reason"
+
+
+def gpu_names() -> list[str]:
+    """Devices other than the CPU that this build of llama.cpp sees, as it names them ("CUDA0")."""
+    from llama_cpp._ggml import libggml
+
+    count, get = libggml.ggml_backend_dev_count, libggml.ggml_backend_dev_get
+    kind, name = libggml.ggml_backend_dev_type, libggml.ggml_backend_dev_name
+    count.restype, get.restype, kind.restype, name.restype = (
+        ctypes.c_size_t,
+        ctypes.c_void_p,
+        ctypes.c_int,
+        ctypes.c_char_p,
+    )
+    get.argtypes, kind.argtypes, name.argtypes = [ctypes.c_size_t], [ctypes.c_void_p], [ctypes.c_void_p]
+    devices = [get(place) for place in range(count())]
+    # ggml.h: type 1 is a GPU, 2 an integrated one; 0 is the CPU, 3 an accelerator used together with it.
+    return [str(name(device).decode()) for device in devices if kind(device) in (1, 2)]
+
+
+class LlamaModel:
+    """A loaded model and its vocabulary. Tokenising is thread-safe."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Raises `ModelFileError` if llama.cpp refuses the file."""
+        params = lib.llama_model_default_params()
+        params.n_gpu_layers = config.gpu_layers if config.gpu_layers >= 0 else 0x7FFFFFFF
+        params.load_mode = lib.LLAMA_LOAD_MODE_MMAP if config.use_mmap else lib.LLAMA_LOAD_MODE_NONE
+        _recent_errors.clear()
+        self._model = lib.llama_model_load_from_file(config.model.encode(), params)
+        if not self._model:
+            raise ModelFileError(f"llama.cpp cannot load {config.model}: {recent_errors()}")
+        self._vocab = lib.llama_model_get_vocab(self._model)
+        self.vocab_tokens = int(lib.llama_vocab_n_tokens(self._vocab))
+        self.train_ctx_tokens = int(lib.llama_model_n_ctx_train(self._model))
+        self.model_bytes = int(lib.llama_model_size(self._model))
+        # An encoder's part of the work (T5) is not done here, and an encoder alone (BERT) says nothing.
+        self.can_generate = bool(
+            lib.llama_model_has_decoder(self._model) and not lib.llama_model_has_encoder(self._model)
+        )
+        self.bos = int(lib.llama_vocab_bos(self._vocab))
+        self.eos = int(lib.llama_vocab_eos(self._vocab))
+        buffer = ctypes.create_string_buffer(256)
+        lib.llama_model_desc(self._model, buffer, len(buffer))
+        self.desc = buffer.value.decode("utf-8", "replace")
+
+    @property
+    def handle(self) -> Any:
+        return self._model
+
+    def chat_template(self) -> str | None:
+        """The template in the file, if it has one."""
+        template = lib.llama_model_chat_template(self._model, None)
+        return None if template is None else str(template.decode("utf-8", "replace"))
+
+    def eog_table(self) -> npt.NDArray[np.bool_]:
+        """(vocab_tokens,) which tokens end a generation."""
+        return np.array([lib.llama_vocab_is_eog(self._vocab, t) for t in range(self.vocab_tokens)], np.bool_)
+
+    def piece_bytes_max(self) -> int:
+        """No token stands for more bytes of text than this."""
+        texts = (lib.llama_vocab_get_text(self._vocab, t) for t in range(self.vocab_tokens))
+        return max((len(text) for text in texts if text), default=1)
+
+    def control_texts(self) -> list[str]:
+        """The texts of all control tokens."""
+        control = (t for t in range(self.vocab_tokens) if lib.llama_vocab_is_control(self._vocab, t))
+        return [self.token_text(t) for t in control]
+
+    def token_text(self, token: int) -> str:
+        """A token as the vocabulary writes it; "" for a negative id, llama.cpp's 'there is none'."""
+        if token < 0:
+            return ""
+        text = lib.llama_vocab_get_text(self._vocab, token)
+        return "" if text is None else str(text.decode("utf-8", "replace"))
+
+    def piece(self, token: int) -> bytes:
+        """The bytes that a token adds to a text; none for a control token."""
+        for size in (64, 4096, 1 << 20):
+            buffer = ctypes.create_string_buffer(size)
+            length = int(lib.llama_token_to_piece(self._vocab, token, buffer, size, 0, False))
+            if length >= 0:
+                return buffer.raw[:length]
+        return b""
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        """Token ids of `text`."""
+        data = text.encode("utf-8", "replace")
+        capacity = len(data) + 8
+        tokens = np.empty(capacity, np.int32)
+        pointer = tokens.ctypes.data_as(lib.llama_token_p)
+        count = int(lib.llama_tokenize(self._vocab, data, len(data), pointer, capacity, add_special, parse_special))
+        if count < 0:
+            tokens = np.empty(-count, np.int32)
+            pointer = tokens.ctypes.data_as(lib.llama_token_p)
+            count = int(lib.llama_tokenize(self._vocab, data, len(data), pointer, -count, add_special, parse_special))
+        ids: list[int] = tokens[: max(count, 0)].tolist()
+        return ids
+
+
+class LlamaContext:
+    """One context: its KV cells, and a batch whose arrays are numpy's.
+
+    Fill rows [0, n) of `token`, `pos`, `seq` (sorted by sequence id: see the docs of `workers.stepper`) and
+    `wanted` (1 where logits are wanted), call `decode(n)`, then `logits(rows)`.
+    """
+
+    def __init__(self, model: LlamaModel, config: EngineConfig, slots: int, threads: int) -> None:
+        """Raises `EngineError` if llama.cpp cannot make it, which nearly always means memory."""
+        cells = -(-config.ctx_tokens // KV_PADDING) * KV_PADDING
+        params = lib.llama_context_default_params()
+        params.n_ctx = cells * slots
+        params.n_batch = max(config.batch_tokens, slots)
+        params.n_ubatch = min(params.n_batch, max(config.ubatch_tokens, 1))
+        params.n_seq_max = slots
+        # Sizes the buffer for logits: without it llama.cpp reserves a row for each token of a micro-batch.
+        params.n_outputs_max = slots
+        params.n_threads = threads
+        params.n_threads_batch = config.threads_batch or threads
+        params.kv_unified = config.kv_unified
+        params.no_perf = True
+        if config.flash_attention is not None:
+            params.flash_attn_type = (
+                lib.LLAMA_FLASH_ATTN_TYPE_ENABLED if config.flash_attention else lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+            )
+        _recent_errors.clear()
+        self._context = lib.llama_init_from_model(model.handle, params)
+        if not self._context:
+            raise EngineError(
+                f"llama.cpp cannot make a context of {slots} slots with {cells} tokens each: {recent_errors()}. "
+                "Use fewer --slots, a smaller --ctx, or fewer --gpu-layers"
+            )
+        self._memory = lib.llama_get_memory(self._context)
+        self.vocab_tokens = model.vocab_tokens
+        self.batch_tokens = min(params.n_batch, int(lib.llama_n_batch(self._context)))
+        self._logits_address = 0
+        self._logits: npt.NDArray[np.float32] = np.empty((0, self.vocab_tokens), np.float32)
+        self._slots = slots
+        self._make_batch(self.batch_tokens)
+
+    def _make_batch(self, size: int) -> None:
+        # Our own arrays instead of llama_batch_init's: each row's sequence list is one entry of `seq`, found
+        # through a table of pointers into it that never changes.
+        self.token: Ints = np.zeros(size, np.int32)
+        self.pos: Ints = np.zeros(size, np.int32)
+        self.seq: Ints = np.zeros(size, np.int32)
+        self.wanted: npt.NDArray[np.int8] = np.zeros(size, np.int8)
+        self._one_each: Ints = np.ones(size, np.int32)
+        self._seq_pointers = self.seq.ctypes.data + np.arange(size, dtype=np.uintp) * self.seq.itemsize
+        self._batch = lib.llama_batch()
+        self._batch.embd = None
+        for name, array in (
+            ("token", self.token),
+            ("pos", self.pos),
+            ("n_seq_id", self._one_each),
+            ("seq_id", self._seq_pointers),
+            ("logits", self.wanted),
+        ):
+            kind = dict(lib.llama_batch._fields_)[name]
+            setattr(self._batch, name, ctypes.cast(array.ctypes.data, kind))
+
+    def decode(self, rows: int) -> int:
+        """Run the first `rows` rows. Returns llama.cpp's code: 0 is success, under -1 is fatal."""
+        self._batch.n_tokens = rows
+        return int(lib.llama_decode(self._context, self._batch))
+
+    def logits(self, rows: int) -> npt.NDArray[np.float32]:
+        """(rows, vocab_tokens) logits of the wanted rows in batch order: llama.cpp's memory until the next decode.
+
+        Waits for the GPU.
+        """
+        pointer = lib.llama_get_logits(self._context)
+        address = ctypes.addressof(pointer.contents) if pointer else 0
+        if not address:
+            raise EngineError("llama.cpp has no logits after a decode that succeeded")
+        if address != self._logits_address:
+            shape = (max(self._slots, rows), self.vocab_tokens)
+            memory = (ctypes.c_float * (shape[0] * shape[1])).from_address(address)
+            self._logits = np.ctypeslib.as_array(memory).reshape(shape)
+            self._logits_address = address
+        return self._logits[:rows]
+
+    def forget(self, seq: int) -> None:
+        """Empty one sequence's cells."""
+        lib.llama_memory_seq_rm(self._memory, seq, -1, -1)
+
+    def clear(self) -> None:
+        """Empty all cells."""
+        lib.llama_memory_clear(self._memory, True)

@@ -1,0 +1,105 @@
+"""The engine's counters: what the steps of all contexts add up to, about once a second.
+
+Each context records its steps; whoever records the first step after a second has passed sends the `Stats`. When
+the last busy context runs out of work the rest is sent at once, so that the counters are complete soon after the
+last answer. Time comes in as arguments.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from scheduling.histogram import BUCKETS, bucket_of
+from workers.protocol import Stats
+
+INTERVAL_S = 1.0
+
+
+class Meter:
+    """Sums over all contexts since the last `Stats`."""
+
+    def __init__(self, send: Callable[[Stats], None], now_s: float) -> None:
+        self._send = send
+        self._lock = threading.Lock()
+        self._since_s = now_s
+        self._busy_contexts = 0
+        self._busy_since_s = now_s
+        self._reset()
+
+    def _reset(self) -> None:
+        self._steps = self._prompt_tokens = self._output_tokens = 0
+        self._busy_s = self._slot_s = self._decode_s = self._sample_s = 0.0
+        self._gaps = np.zeros(BUCKETS, np.int64)
+
+    def wake(self, now_s: float) -> None:
+        """A context has work again."""
+        with self._lock:
+            if self._busy_contexts == 0:
+                self._busy_since_s = now_s
+            self._busy_contexts += 1
+
+    def sleep(self, now_s: float) -> None:
+        """A context has run out of work."""
+        with self._lock:
+            self._busy_contexts -= 1
+            if self._busy_contexts == 0:
+                self._busy_s += now_s - self._busy_since_s
+                self._flush(now_s)
+
+    def step(
+        self,
+        now_s: float,
+        *,
+        prompt_tokens: int,
+        output_tokens: int,
+        slot_s: float,
+        decode_s: float,
+        sample_s: float,
+        gaps_s: npt.NDArray[np.float64],
+    ) -> None:
+        """Count one step of one context. `gaps_s`: times since the previous token of each sequence (1-D)."""
+        with self._lock:
+            self._steps += 1
+            self._prompt_tokens += prompt_tokens
+            self._output_tokens += output_tokens
+            self._slot_s += slot_s
+            self._decode_s += decode_s
+            self._sample_s += sample_s
+            if gaps_s.size:
+                self._gaps += np.bincount(bucket_of(gaps_s), minlength=BUCKETS)
+            if now_s - self._since_s >= INTERVAL_S:
+                self._busy_s += now_s - self._busy_since_s
+                self._busy_since_s = now_s
+                self._flush(now_s)
+
+    def close(self, now_s: float) -> None:
+        """Send what is left."""
+        with self._lock:
+            if self._busy_contexts:
+                self._busy_s += now_s - self._busy_since_s
+                self._busy_since_s = now_s
+            self._flush(now_s)
+
+    def _flush(self, now_s: float) -> None:
+        if self._steps:
+            buckets = np.flatnonzero(self._gaps)
+            self._send(
+                Stats(
+                    interval_s=now_s - self._since_s,
+                    steps=self._steps,
+                    prompt_tokens=self._prompt_tokens,
+                    output_tokens=self._output_tokens,
+                    busy_s=self._busy_s,
+                    slot_s=self._slot_s,
+                    decode_s=self._decode_s,
+                    sample_s=self._sample_s,
+                    itl_buckets=buckets.tolist(),
+                    itl_counts=self._gaps[buckets].tolist(),
+                )
+            )
+            self._reset()
+        self._since_s = now_s

@@ -1,0 +1,207 @@
+"""What a rank and its engine process say to each other: typed frames over two pipes.
+
+Each frame is a 4-byte little-endian length and a msgpack body, one of the tagged structs below. The rank sends
+`EngineStart` once, then `Submit`, `Recall`, `Cancel` as it likes; end of file on the pipe ends the engine. The
+engine answers `EngineLoaded` or `EngineFailed` once, then sends at most one `Frame` per decode step of a context,
+`Returned` for each `Recall`, and `Stats` about once a second. Keys are the requests' indexes.
+
+The same structs are spoken by the null and the simulated engine, so that a worker cannot tell them apart.
+All times are seconds measured on the engine's own monotonic clock.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import msgspec
+
+from scheduling.requests import Request
+
+FRAME_LENGTH = struct.Struct("<I")
+FRAME_BYTES_MAX = 1 << 30
+
+
+# ---------------------------------------------------------------- rank -> engine
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything an engine needs to know before it loads. Stored in run.json as it was used."""
+
+    model: str
+    """Path of the GGUF file."""
+    slots: int
+    """Sequences decoded at once, over all contexts together."""
+    contexts: int = 1
+    """Contexts over the one loaded model, each stepped by its own thread with slots/contexts sequences."""
+    ctx_tokens: int = 2048
+    """Tokens a slot holds: prompt plus output."""
+    batch_tokens: int = 2048
+    ubatch_tokens: int = 512
+    threads: int = 1
+    """Threads for llama.cpp's CPU work, all contexts together."""
+    threads_batch: int | None = None
+    sampling_threads: int = 1
+    """Threads that choose tokens (argmax, filters) beside llama.cpp's."""
+    gpu_layers: int = -1
+    """Layers on the GPU; -1 is all of them."""
+    flash_attention: bool | None = None
+    """None lets llama.cpp decide."""
+    kv_unified: bool = False
+    use_mmap: bool = True
+    cpus: tuple[int, ...] = ()
+    """Processors the engine may use; empty leaves the affinity alone."""
+    device_mask: dict[str, str] = {}
+    """Environment set before any GPU library is loaded, e.g. {"CUDA_VISIBLE_DEVICES": "GPU-…"}."""
+    max_tokens_default: int = 512
+    chat_template: str | None = None
+    """A template that replaces the model's own."""
+
+
+class EngineStart(msgspec.Struct, tag="start", frozen=True):
+    config: EngineConfig
+
+
+class Job(msgspec.Struct, array_like=True, frozen=True):
+    """One request for the engine. `seed` is final: derived already where the request had none."""
+
+    key: int
+    seed: int
+    stream: bool
+    request: Request
+
+
+class Submit(msgspec.Struct, tag="submit", frozen=True):
+    jobs: list[Job]
+
+
+class Recall(msgspec.Struct, tag="recall", frozen=True):
+    """Give back those of `keys` that have not been started. Answered by `Returned` with the same `recall`."""
+
+    recall: int
+    keys: list[int]
+
+
+class Cancel(msgspec.Struct, tag="cancel", frozen=True):
+    """Stop these, started or not. Each still ends with an `Answer` (finish_reason "cancelled")."""
+
+    keys: list[int]
+
+
+ToEngine = EngineStart | Submit | Recall | Cancel
+
+
+# ---------------------------------------------------------------- engine -> rank
+
+
+class EngineLoaded(msgspec.Struct, tag="loaded", frozen=True, kw_only=True):
+    load_s: float
+    vocab_tokens: int
+    train_ctx_tokens: int
+    slots: int
+    model_desc: str
+    model_bytes: int
+    backend: str
+    """What computes, as llama.cpp names it: "CPU", "CUDA0", …"""
+    chat_template: bool
+
+
+class EngineFailed(msgspec.Struct, tag="failed", frozen=True, kw_only=True):
+    """The engine cannot start or cannot go on. It exits after this frame. `user_error`: the user can mend it."""
+
+    reason: str
+    user_error: bool = False
+
+
+class Choice(msgspec.Struct, array_like=True, frozen=True):
+    text: str
+    finish_reason: str
+    """stop, length, error or cancelled."""
+    output_tokens: int
+
+
+class Answer(msgspec.Struct, array_like=True, frozen=True):
+    """The end of one request. `error` is set instead of choices if it could not be run.
+
+    queue_s: received to first scheduled. ttft_s: received to first output token (0.0 if there was none).
+    e2e_s: received to finished. So ttft_s and e2e_s include queue_s.
+    """
+
+    key: int
+    choices: list[Choice]
+    prompt_tokens: int
+    output_tokens: int
+    queue_s: float
+    ttft_s: float
+    e2e_s: float
+    error: str | None = None
+
+
+class Piece(msgspec.Struct, array_like=True, frozen=True):
+    """New text of a streamed request: whole characters only. `tokens` counts the tokens it stands for."""
+
+    key: int
+    choice: int
+    text: str
+    tokens: int
+
+
+class Frame(msgspec.Struct, tag="frame", frozen=True, kw_only=True):
+    """What one step of one context brought. `started`, `finished` and `pieces` are often empty lists."""
+
+    started: list[int] = []
+    finished: list[Answer] = []
+    pieces: list[Piece] = []
+    running: int = 0
+    """Slots in use over all contexts after the step."""
+
+
+class Returned(msgspec.Struct, tag="returned", frozen=True):
+    """The answer to a `Recall`: the keys that had not been started and now never will be, here."""
+
+    recall: int
+    keys: list[int]
+
+
+class Stats(msgspec.Struct, tag="stats", frozen=True, kw_only=True):
+    """Counters since the last `Stats`, about once a second and once at the end.
+
+    busy_s: time in which at least one slot was in use. slot_s: integral of used slots over time.
+    itl_buckets / itl_counts: a sparse `scheduling.histogram` of gaps between tokens of a sequence, in seconds.
+    """
+
+    interval_s: float
+    steps: int
+    prompt_tokens: int
+    output_tokens: int
+    busy_s: float
+    slot_s: float
+    decode_s: float
+    """Time inside llama_decode and waiting for its results, summed over contexts."""
+    sample_s: float
+    itl_buckets: list[int] = []
+    itl_counts: list[int] = []
+
+
+FromEngine = EngineLoaded | EngineFailed | Frame | Returned | Stats
+
+_to_engine = msgspec.msgpack.Decoder(ToEngine)
+_from_engine = msgspec.msgpack.Decoder(FromEngine)
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode(message: ToEngine | FromEngine) -> bytes:
+    """One frame, length prefix included."""
+    body = _encoder.encode(message)
+    if len(body) > FRAME_BYTES_MAX:
+        raise ValueError(f"a frame of {len(body)} bytes is over the limit of {FRAME_BYTES_MAX}")
+    return FRAME_LENGTH.pack(len(body)) + body
+
+
+def decode_to_engine(body: bytes) -> ToEngine:
+    message: ToEngine = _to_engine.decode(body)
+    return message
+
+
+def decode_from_engine(body: bytes) -> FromEngine:
+    message: FromEngine = _from_engine.decode(body)
+    return message

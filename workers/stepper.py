@@ -1,0 +1,326 @@
+"""One context's loop: take requests, fill a batch, decode, choose tokens, finish.
+
+Every step feeds one token for each sequence that decodes and fills the rest of the batch with pieces of prompts.
+Rows are sorted by sequence id and ids are handed out smallest first: llama.cpp cuts a batch in any other order
+into many small ones, which costs a factor of ten.
+
+`Stepper.step` is the whole of it. Array work over all slots is done at once (`workers.slots`); Python objects are
+touched only for slots that need it: those whose sampling is more than argmax, those whose text is watched
+(streamed, or with stop strings), those that finish.
+
+It drives a `Decoder` (`workers.llama.LlamaContext`, or a fake) and never sees llama.cpp itself. One thread owns a
+stepper; what it shares with others are the backlog, the meter and the outbox, which have locks of their own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from scheduling.errors import EngineError
+from workers.backlog import CANCELLED, Backlog, Task
+from workers.meter import Meter
+from workers.protocol import Answer, Choice, Frame, Piece
+from workers.sampling import NOT_FINITE, RowSampler
+from workers.slots import Ints, Places, Rows, SlotArrays
+from workers.text import PieceTable, TextStream
+
+ERRORS_IN_A_ROW_MAX = 3
+PARALLEL_ELEMENTS_MIN = 1 << 20
+"""Logits below which a second thread costs more than it brings."""
+
+
+class Decoder(Protocol):
+    """What a stepper needs of a context. See `workers.llama.LlamaContext`."""
+
+    batch_tokens: int
+    token: Ints
+    pos: Ints
+    seq: Ints
+    wanted: npt.NDArray[np.int8]
+
+    def decode(self, rows: int) -> int: ...
+
+    def logits(self, rows: int) -> npt.NDArray[np.float32]: ...
+
+    def forget(self, seq: int) -> None: ...
+
+    def clear(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What steppers know of the vocabulary. `eog`: (vocab_tokens,) which tokens end a generation."""
+
+    eog: npt.NDArray[np.bool_]
+    pieces: PieceTable
+
+
+@dataclass
+class Seat:
+    """What one slot runs: choice `choice` of a request."""
+
+    task: Task
+    choice: int
+    sampler: RowSampler
+    stream: TextStream | None = None
+    parts: list[str] = field(default_factory=list)
+    unsent_tokens: int = 0
+
+
+class Stepper:
+    """One context of the engine. `run` until the backlog is closed."""
+
+    def __init__(
+        self,
+        index: int,
+        decoder: Decoder,
+        slots: int,
+        ctx_tokens: int,
+        *,
+        vocabulary: Vocabulary,
+        backlog: Backlog,
+        meter: Meter,
+        send: Callable[[Frame], None],
+        pool: ThreadPoolExecutor | None = None,
+        pool_threads: int = 1,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._index = index
+        self._decoder = decoder
+        self._slots = SlotArrays(slots, ctx_tokens)
+        self._seats: list[Seat | None] = [None] * slots
+        self._vocabulary = vocabulary
+        self._eog_ids = np.flatnonzero(vocabulary.eog)
+        self._no_ids = self._eog_ids[:0]
+        self._backlog = backlog
+        self._meter = meter
+        self._send = send
+        self._pool = pool if pool_threads > 1 else None
+        self._pool_threads = pool_threads
+        self._clock = clock
+        self._cancels_seen = 0
+        self._errors_in_a_row = 0
+        self._step_ended_s = 0.0
+        self._started: list[int] = []
+        self._finished: list[Answer] = []
+        self._pieces: list[Piece] = []
+
+    def run(self) -> None:
+        """Step until the backlog is closed. Raises `EngineError` if llama.cpp cannot go on."""
+        while self._backlog.wait():
+            self._step_ended_s = self._clock()
+            self._meter.wake(self._step_ended_s)
+            while not self._backlog.closed and self.step():
+                pass
+            self._meter.sleep(self._clock())
+
+    def step(self) -> bool:
+        """One step. False if there was nothing to do."""
+        self._end_cancelled()
+        if self._slots.free:
+            self._admit()
+        rows = self._slots.fill(self._decoder.batch_tokens)
+        if rows is None:
+            self._emit()
+            return False
+        used = self._slots.count - self._slots.free
+        began_s = self._clock()
+        code = self._decode(rows)
+        if code:
+            self._fail_batch(rows, code)
+            self._emit()
+            return True
+        self._errors_in_a_row = 0
+        outputs = rows.output_slots
+        logits = self._decoder.logits(outputs.size) if outputs.size else None
+        decoded_s = self._clock()
+        gaps = np.empty(0)
+        now_s = decoded_s
+        if logits is not None:
+            tokens = self._choose(logits, outputs)
+            now_s = self._clock()
+            gaps = self._advance(outputs, tokens, now_s)
+        self._emit()
+        ended_s = self._clock()
+        self._meter.step(
+            ended_s,
+            prompt_tokens=rows.prompt_tokens,
+            output_tokens=outputs.size,
+            slot_s=used * (ended_s - self._step_ended_s),
+            decode_s=decoded_s - began_s,
+            sample_s=now_s - decoded_s,
+            gaps_s=gaps,
+        )
+        self._step_ended_s = ended_s
+        return True
+
+    # ------------------------------------------------ into slots
+
+    def _admit(self) -> None:
+        now_s = self._clock()
+        for task, choice in self._backlog.take(self._index, self._slots.free, now_s):
+            if choice == 0:
+                self._started.append(task.key)
+            sampling = task.sampling
+            banned = self._eog_ids if sampling.ignore_eos else self._no_ids
+            sampler = RowSampler(sampling, task.job.seed, choice, banned, self._vocabulary.eog.size)
+            watched = task.job.stream or bool(sampling.stop)
+            slot = self._slots.take(
+                task.prompt,
+                task.limit,
+                plain=sampler.plain,
+                ignore_eos=sampling.ignore_eos,
+                watched=watched,
+            )
+            self._seats[slot] = Seat(task, choice, sampler, TextStream(sampling.stop) if watched else None)
+
+    # ------------------------------------------------ the model's turn
+
+    def _decode(self, rows: Rows) -> int:
+        decoder, count = self._decoder, rows.token.size
+        decoder.token[:count] = rows.token
+        decoder.pos[:count] = rows.pos
+        decoder.seq[:count] = rows.seq
+        decoder.wanted[:count] = rows.wanted
+        return decoder.decode(count)
+
+    def _fail_batch(self, rows: Rows, code: int) -> None:
+        """llama.cpp refused a batch: its requests fail, all others of this context start again."""
+        self._errors_in_a_row += 1
+        if code < -1 or self._errors_in_a_row >= ERRORS_IN_A_ROW_MAX:
+            raise EngineError(
+                f"llama_decode failed with code {code} on {rows.token.size} tokens of {rows.slots.size} "
+                "sequences; if memory is short, use fewer --slots or a smaller --ctx"
+            )
+        for slot in rows.slots.tolist():
+            self._finish(slot, "error", f"llama_decode failed with code {code}")
+        self._decoder.clear()
+        # Nothing of the others is in the cells any more: their tokens, outputs included, are fed again.
+        self._slots.fed[self._slots.used] = 0
+
+    # ------------------------------------------------ tokens
+
+    def _choose(self, logits: npt.NDArray[np.float32], outputs: Places) -> Ints:
+        """One token for each row of `logits`, which belong to `outputs`; NOT_FINITE where a row is damaged."""
+        slots = self._slots
+        plain = slots.plain[outputs]
+        silenced = np.flatnonzero(plain & slots.ignore_eos[outputs])
+        if silenced.size and self._eog_ids.size:
+            logits[silenced[:, None], self._eog_ids] = -np.inf
+        chosen = np.empty(outputs.size, np.int32)
+        seats = [self._seats[slot] for slot in outputs.tolist()] if not plain.all() else []
+
+        def part(first: int, last: int) -> None:
+            if not seats or plain[first:last].all():
+                best = logits[first:last].argmax(axis=1)
+                top = logits[np.arange(first, last), best]
+                chosen[first:last] = np.where(np.isfinite(top), best, NOT_FINITE)
+                return
+            for place in range(first, last):
+                seat, slot = seats[place], int(outputs[place])
+                assert seat is not None
+                history = slots.tokens[slot, : slots.length[slot]]
+                chosen[place] = seat.sampler.choose(logits[place], history, int(slots.outputs[slot]))
+
+        threads = min(self._pool_threads, outputs.size) if logits.size >= PARALLEL_ELEMENTS_MIN else 1
+        if self._pool is None or threads < 2:
+            part(0, outputs.size)
+            return chosen
+        edges = [outputs.size * place // threads for place in range(threads + 1)]
+        waiting = [self._pool.submit(part, edges[place], edges[place + 1]) for place in range(1, threads)]
+        part(edges[0], edges[1])
+        for future in waiting:
+            future.result()
+        return chosen
+
+    def _advance(self, outputs: Places, tokens: Ints, now_s: float) -> npt.NDArray[np.float64]:
+        """Book the new tokens and finish what has ended. Returns the gaps between tokens in seconds."""
+        slots = self._slots
+        damaged = tokens == NOT_FINITE
+        if damaged.any():
+            for slot in outputs[damaged].tolist():
+                place = int(slots.outputs[slot]) + 1
+                self._finish(slot, "error", f"the model gave NaN or infinite logits at output token {place}")
+            outputs, tokens = outputs[~damaged], tokens[~damaged]
+        gaps = slots.put(outputs, tokens, now_s)
+        for slot in outputs[slots.outputs[outputs] == 1].tolist():
+            seat = self._seat(slot)
+            if seat.task.first_token_s is None:
+                seat.task.first_token_s = now_s
+        ended = self._vocabulary.eog[tokens] & ~slots.ignore_eos[outputs]
+        full = slots.outputs[outputs] >= slots.limit[outputs]
+        watched = slots.watched[outputs]
+        for place in np.flatnonzero(ended | full | watched).tolist():
+            slot = int(outputs[place])
+            stopped = watched[place] and self._watch(slot, int(tokens[place]), bool(ended[place]))
+            if ended[place] or stopped:
+                self._finish(slot, "stop")
+            elif full[place]:
+                self._finish(slot, "length")
+        return gaps
+
+    def _watch(self, slot: int, token: int, ended: bool) -> bool:
+        """Look at a watched slot's new text. True if a stop string has come."""
+        seat = self._seat(slot)
+        assert seat.stream is not None
+        seat.unsent_tokens += 1
+        if not ended:
+            self._say(seat, seat.stream.push(self._vocabulary.pieces[token]))
+        return seat.stream.stopped
+
+    def _say(self, seat: Seat, text: str) -> None:
+        if not text:
+            return
+        seat.parts.append(text)
+        if seat.task.job.stream:
+            self._pieces.append(Piece(seat.task.key, seat.choice, text, seat.unsent_tokens))
+            seat.unsent_tokens = 0
+
+    # ------------------------------------------------ out of slots
+
+    def _end_cancelled(self) -> None:
+        if self._cancels_seen == self._backlog.cancels:
+            return
+        self._cancels_seen = self._backlog.cancels
+        for slot, seat in enumerate(self._seats):
+            if seat is not None and seat.task.cancelled:
+                self._finish(slot, CANCELLED)
+
+    def _finish(self, slot: int, reason: str, error: str | None = None) -> None:
+        seat, slots = self._seat(slot), self._slots
+        outputs = slots.output_of(slot)
+        if seat.stream is not None:
+            self._say(seat, seat.stream.finish())
+            text = "".join(seat.parts)
+            if seat.stream.stopped and reason == "length":
+                reason = "stop"
+        else:
+            last_is_text = not (outputs.size and self._vocabulary.eog[outputs[-1]] and reason == "stop")
+            text = self._vocabulary.pieces.text((outputs if last_is_text else outputs[:-1]).tolist())
+        result = Choice(text, reason, int(outputs.size))
+        self._decoder.forget(slot)
+        slots.release(slot)
+        self._seats[slot] = None
+        if self._backlog.finish(self._index, seat.task, seat.choice, result, error):
+            self._finished.append(seat.task.answer(self._clock()))
+
+    def _seat(self, slot: int) -> Seat:
+        seat = self._seats[slot]
+        assert seat is not None, slot
+        return seat
+
+    def _emit(self) -> None:
+        if not (self._started or self._finished or self._pieces):
+            return
+        frame = Frame(
+            started=self._started, finished=self._finished, pieces=self._pieces, running=self._backlog.running
+        )
+        self._started, self._finished, self._pieces = [], [], []
+        self._send(frame)
