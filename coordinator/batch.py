@@ -1,0 +1,369 @@
+"""`llmpi batch`: the main job, from a file of requests to a complete run directory.
+
+Every rank runs `run_batch`. Rank 0 leads: it checks the input, opens the run directory, starts the session, drives the
+loop, and brings everything to disk before anyone is let go. The other ranks serve. Whatever goes wrong on rank 0, the
+others are released and what was acknowledged is safe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from coordinator.config import JobConfig, package_versions
+from coordinator.inputfile import Format, ends_identity, sniff_format
+from coordinator.launch import Launch, check_singleton, detect, find_mpirun, own_mpirun, run_own_mpirun
+from coordinator.loop import Callbacks, Coordinator
+from coordinator.mpi import Collectives, World
+from coordinator.progress import ProgressView
+from coordinator.rundata import store_session, write_run_metrics
+from coordinator.serve import serve
+from coordinator.session import Session
+from coordinator.setup import Setup, build_worker, prepare
+from coordinator.signals import StopSignals, ignore_stop_signals
+from coordinator.source import FileSource, same_input
+from scheduling.errors import (
+    EXIT_INFRASTRUCTURE,
+    EXIT_OK,
+    EXIT_RESUMABLE,
+    EXIT_SOME_FAILED,
+    ConfigError,
+    HandshakeError,
+    InputError,
+    RecordError,
+    RunDirError,
+    StoppedError,
+)
+from scheduling.link import Spoke
+from storage.files import OsDisk
+from storage.record import RecordWriter
+from storage.recovery import Recovery, recover
+from storage.rundir import RUN_NAME, RunDir, holds_answers, read_run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchOptions:
+    """What concerns only rank 0, or how the job is shown."""
+
+    input: Path
+    output: Path
+    format: str | None = None
+    ranks: int | None = None
+    show: int = 0
+    quiet: bool = False
+    as_json: bool = False
+
+
+def run_batch(config: JobConfig, options: BatchOptions, argv: list[str]) -> int:
+    """Run the job on this rank and return its exit code (see `scheduling.errors`)."""
+    if str(options.input) == "-":
+        raise InputError("standard input cannot be read twice, which resuming needs: save it to a file first")
+    launch = detect(os.environ)
+    if launch.launcher != "none" and options.ranks not in (None, launch.size_claimed):
+        raise ConfigError(
+            f"--ranks is for when llmpi starts its own mpirun; this job was started by {launch.launcher} with "
+            f"{launch.size_claimed} ranks: leave it out"
+        )
+    if launch.launcher == "none":
+        devices = ranks_for_devices(config)
+        if options.ranks is None and devices > 1 and config.coordinator_works is None:
+            argv = [*argv, "--coordinator-works"]  # one rank a device, so rank 0 takes one too
+        if (ranks := options.ranks or devices) > 1:
+            return run_own_mpirun(own_mpirun(argv, ranks, os.environ), resumable=str(options.output))
+        world = None
+    else:
+        world = open_world(launch)
+    setup = prepare(config)
+    if world is not None and world.rank > 0:
+        with contextlib.suppress(HandshakeError):  # rank 0 tells why, once
+            serve_rank(setup, world, options.output / "logs")
+        return EXIT_OK
+    return _Lead(setup, options, launch, world).run()
+
+
+def ranks_for_devices(config: JobConfig) -> int:
+    """Ranks to start on this machine by ourselves: one a GPU, or 1 where one process is enough."""
+    from workers.hosts import describe_host
+
+    if config.device == "cpu":
+        return 1
+    devices = len(describe_host(os.environ).gpus) // config.gpus_per_rank * config.ranks_per_gpu
+    if devices <= 1:
+        return 1
+    try:
+        find_mpirun(os.environ)
+    except ConfigError:
+        return 1  # one process hosts an engine for each device instead
+    return devices
+
+
+def open_world(launch: Launch, thread_level: str = "funneled") -> World:
+    """MPI, started. Raises ConfigError where the launcher's tasks do not see each other."""
+    world = World(thread_level)
+    check_singleton(launch, world.size, os.environ, world.library())
+    return world
+
+
+def refuse_edited_input(output: Path, source: FileSource) -> dict[str, Any]:
+    """Refuse to resume where the input was changed in a way that its size and ends do not show.
+
+    Returns what is known of the input's content, from earlier sessions too.
+
+    Raises:
+        RunDirError: the run was started with another content of the same input file.
+    """
+    if not (output / RUN_NAME).exists() or not holds_answers(output):
+        return dict(source.identity())
+    before = read_run(output)["details"].get("input_identity")
+    if isinstance(before, dict) and not same_input(before, source.identity()):
+        raise RunDirError(
+            f"{output} was started with another content of the input: give another run directory, or restore the file"
+        )
+    return (before or {}) | source.identity()
+
+
+def serve_rank(setup: Setup, world: World, log_dir: Path | None) -> None:
+    """Be a worker rank until rank 0 has no more use for it. What went wrong is rank 0's to tell.
+
+    Raises:
+        HandshakeError: rank 0 has refused the job, and says why.
+    """
+    ignore_stop_signals()
+    log = None if log_dir is None else log_dir / f"engine-{world.rank}.log"
+    try:
+        worker = build_worker(setup, world.rank, Spoke(world.endpoint()), log)
+        serve(worker, lambda: Collectives(world), time.monotonic)
+    except HandshakeError:
+        raise
+    except Exception:
+        where = f"rank {world.rank} on {setup.host.hostname}"
+        print(f"llmpi: an error of its own in {where}, ending the job:\n{traceback.format_exc()}", file=sys.stderr)
+        world.abort(EXIT_INFRASTRUCTURE)  # the others may be waiting for this rank in a collective
+
+
+class _Lead:
+    """Rank 0 of one job."""
+
+    def __init__(self, setup: Setup, options: BatchOptions, launch: Launch, world: World | None) -> None:
+        self._setup = setup
+        self._config = setup.config
+        self._options = options
+        self._launch = launch
+        self._world = world
+        self._view = ProgressView(sys.stderr, quiet=options.quiet)
+        self._session = Session(setup, world)
+        self._said_stopping = False
+
+    def run(self) -> int:
+        with StopSignals() as self._signals:
+            return self._run()
+
+    def _run(self) -> int:
+        try:
+            if self._setup.problem is not None:
+                raise self._setup.problem
+            form = cast("Format", self._options.format) or sniff_format(self._options.input)
+            source = FileSource(
+                self._options.input, format=form, defaults=self._config.sampling, precheck=self._config.precheck,
+                on_progress=self._checking,
+            )  # fmt: skip
+            identity = refuse_edited_input(self._options.output, source)
+            details = self._details() | {"input_identity": identity}
+            with RunDir.create_or_resume(self._options.output, self._identity(form), details) as run:
+                return self._run_in(run, source)
+        except BaseException as error:
+            self._view.close()
+            self._session.refuse(str(error))
+            self._session.close(str(error))
+            self._session.leave(EXIT_INFRASTRUCTURE)
+            raise
+        finally:
+            self._view.close()
+
+    def _checking(self, done_bytes: int, total_bytes: int) -> None:
+        """The first pass over the input goes on; a signal ends it, for nothing has been started yet."""
+        if self._signals.count:
+            raise StoppedError(f"{self._signals.name} received while the input was checked: nothing was started")
+
+    def _run_in(self, run: RunDir, source: FileSource) -> int:
+        for note in run.notes:
+            self._view.note(note)
+        disk = OsDisk()
+        found = recover(disk, run.record_path)
+        if source.total is not None:
+            run.set_total(source.total)
+        if run.complete and run.total is not None and found.done < run.total:
+            self._view.note(f"{run.path} was complete, but its record lacks {run.total - found.done} answers: going on")
+            run.reopen()
+        if run.complete:
+            self._view.note(f"{run.path} is complete already: {found.ok} answered, {found.failed} failed")
+            self._session.close("complete")
+            return self._report(run, "done", "", found.failed)
+        self._tell_resume(run, found)
+        source.skip(found.states > 0)
+        self._session.number = run.session
+        self._session.log_dir = run.path / "logs"
+        self._session.log_dir.mkdir(exist_ok=True)
+        for note in self._session.start():
+            self._view.note(note)
+        run.add_session_facts(self._facts())
+        record = RecordWriter(
+            disk, run.record_path, time.monotonic, self._config.commit_interval_s, self._config.commit_bytes
+        )
+        try:
+            coordinator = self._session.begin(
+                source, record, self._callbacks(run), earlier=found.done
+            )  # fmt: skip
+            self._session.run(self._keep_on)
+        except BaseException:
+            with contextlib.suppress(RecordError):  # said already, or less important than what is on its way
+                record.close()
+            raise
+        record.close()
+        return self._finish(run, coordinator, source, found, record.fsyncs)
+
+    # ------------------------------------------------------------ what a run is
+
+    def _identity(self, form: Format) -> dict[str, Any]:
+        return {
+            "input": ends_identity(self._options.input, form),
+            "model": self._setup.fingerprint,
+            "options": self._config.identity(),
+        }
+
+    def _details(self) -> dict[str, Any]:
+        import msgspec
+
+        return {
+            "command": sys.argv,
+            "input": str(self._options.input.resolve()),
+            "model": self._setup.model.path,
+            "config": msgspec.to_builtins(self._config),
+            "versions": package_versions() | {"python": sys.version.split()[0]},
+            "seed": self._config.seed,
+        }
+
+    def _facts(self) -> dict[str, Any]:
+        session = self._session
+        placements = session.plan.placements if session.plan is not None else {}
+        return {
+            "ranks": 1 if self._world is None else self._world.size,
+            "launcher": self._launch.launcher,
+            "mpi": None if self._world is None else self._world.library(),
+            "slurm_job": os.environ.get("SLURM_JOB_ID"),
+            "workers": [
+                {
+                    "rank": rank,
+                    "host": session.hosts.get(rank, self._setup.host).hostname,
+                    "device": placement.note,
+                    "gpus": list(placement.gpu_uuids),
+                    "threads": self._config.threads or placement.threads,
+                }
+                for rank, placement in sorted(placements.items())
+            ],
+        }
+
+    def _tell_resume(self, run: RunDir, found: Recovery) -> None:
+        if found.torn_bytes:
+            self._view.note(f"cut {found.torn_bytes} bytes of an unfinished line off the record")
+        if run.resumed:
+            left = "" if run.total is None else f", {run.total - found.done} to go"
+            self._view.note(f"resuming {run.path}: {found.done} requests were already done{left}")
+
+    def _keep_on(self) -> bool:
+        """Until a second signal. Open MPI gives a rank 0.2 s after SIGTERM: what there is to say is said at once."""
+        signals = self._signals
+        if signals.count and not self._said_stopping:
+            self._said_stopping = True
+            if self._killed_soon():
+                self._view.note("stopping: what is recorded is safe, and the same command resumes the run")
+        return signals.count < 2
+
+    def _killed_soon(self) -> bool:
+        return self._signals.name == "SIGTERM" and self._launch.launcher == "openmpi"
+
+    def _callbacks(self, run: RunDir) -> Callbacks:
+        signals = self._signals
+
+        def stop_requested() -> str | None:
+            if signals.count:
+                return f"{signals.name} received"
+            return "asked by llmpi stop" if run.stop_requested() else None
+
+        draining: list[str] = []
+
+        def stop_once() -> str | None:
+            reason = stop_requested() if not draining else None
+            if reason:
+                draining.append(reason)
+                if self._killed_soon():
+                    return reason
+                self._view.note(
+                    f"draining ({reason}): what runs is finished, then the run can be resumed; once more stops at once"
+                )
+            return reason
+
+        return Callbacks(on_tick=self._view.show, on_note=self._view.note, stop_requested=stop_once)
+
+    # ------------------------------------------------------------ the end
+
+    def _finish(self, run: RunDir, coordinator: Coordinator, source: FileSource, found: Recovery, fsyncs: int) -> int:
+        snapshot = coordinator.snapshot()
+        self._view.close(snapshot)
+        outcome = coordinator.outcome
+        if outcome is None:
+            self._session.close("stopped")
+            self._say(f"stopped now; the same command resumes {run.path}")
+            return EXIT_RESUMABLE
+        if source.total is not None:
+            run.set_total(source.total)
+        gathered = self._session.collect()
+        attributes = {
+            "wall_s": snapshot.elapsed_s, "session": run.session, "schedule": self._config.schedule, "fsyncs": fsyncs,
+            "requests": snapshot.done + snapshot.failed, "earlier": found.done,
+            "prompt_tokens": snapshot.prompt_tokens, "output_tokens": snapshot.output_tokens,
+            "late_answers_dropped": coordinator.plane.totals.late, "recalls": coordinator.plane.totals.recalls,
+            "stolen": coordinator.plane.totals.stolen, "retried": coordinator.plane.totals.retried,
+        }  # fmt: skip
+        run.add_session_facts({"outcome": outcome.outcome, "reason": outcome.reason, **attributes})
+        if gathered is not None:
+            store_session(run, gathered, coordinator)
+        write_run_metrics(run, gathered, coordinator, attributes)
+        failed = found.failed + snapshot.failed
+        ended = found.done + snapshot.done + snapshot.failed
+        if outcome.outcome == "done" and ended != run.total:
+            self._session.close("the input changed")
+            self._say(f"llmpi: the input had {run.total} requests and gave {ended}: it was changed while the job ran")
+            return self._session.leave(EXIT_RESUMABLE)
+        if outcome.outcome == "done":
+            run.mark_complete({"ok": found.ok + snapshot.done, "failed": failed})
+        self._session.close(outcome.outcome)
+        return self._session.leave(self._report(run, outcome.outcome, outcome.reason, failed))
+
+    def _report(self, run: RunDir, outcome: str, reason: str, failed: int) -> int:
+        from coordinator.report import print_report, report_data
+
+        data = report_data(run.path)
+        if self._options.as_json:
+            from coordinator.cli import print_json
+
+            print_json(data)
+        elif not self._options.quiet:
+            print_report(data, sys.stdout, run.path, show=self._options.show)
+        if outcome == "drained":
+            self._say(f"drained ({reason}); the same command resumes {run.path}")
+            return EXIT_RESUMABLE
+        if outcome == "no workers":
+            self._say(f"llmpi: no worker is left: {reason}. The same command resumes {run.path}")
+            return EXIT_INFRASTRUCTURE
+        return EXIT_SOME_FAILED if failed else EXIT_OK
+
+    @staticmethod
+    def _say(text: str) -> None:
+        print(text, file=sys.stderr)

@@ -1,0 +1,331 @@
+"""The command line. Parsing and help only: each command's work is in a module that is imported when it runs.
+
+So `llmpi --help` starts neither MPI, nor CUDA, nor llama.cpp. Every error a user can mend ends as one line and an exit
+code (see `scheduling.errors`); under a launcher only one rank prints it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from coordinator.launch import Launch, detect
+from scheduling.errors import EXIT_INFRASTRUCTURE, EXIT_OK, EXIT_USAGE, LlmpiError
+
+app = typer.Typer(
+    name="llmpi",
+    help="Run llama.cpp on every GPU of a workstation or a cluster, under mpirun or srun, with no other service.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+bench = typer.Typer(help="Measure parts of the system on this machine.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+class Schedule(str, Enum):
+    round_robin = "round-robin"
+    work_stealing = "work-stealing"
+
+
+class Device(str, Enum):
+    auto = "auto"
+    gpu = "gpu"
+    cpu = "cpu"
+
+
+class InputFormat(str, Enum):
+    jsonl = "jsonl"
+    text = "text"
+
+
+class Order(str, Enum):
+    input = "input"
+    completion = "completion"
+
+
+Model = Annotated[str, typer.Option("-m", "--model", help="GGUF file.", show_default=False)]
+RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Run directory of a batch.")]
+Slots = Annotated[
+    int | None,
+    typer.Option(help="Sequences decoded at once by each worker. [default: 8 on a CPU; on a GPU 128 or what fits]"),
+]
+Contexts = Annotated[
+    int | None,
+    typer.Option(help="Contexts over the one loaded model, a thread each. [default: 1 on a CPU, 2 on a GPU]"),
+]
+Ctx = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens a slot holds, prompt plus output. [default: what the model was trained with, at most 4096]"
+    ),
+]
+Batch = Annotated[int, typer.Option(help="Most tokens in one decode step.")]
+Ubatch = Annotated[int, typer.Option(help="Most tokens llama.cpp computes at once.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads of each worker. [default: its share of the host]")]
+GpuLayers = Annotated[int, typer.Option(help="Layers on the GPU; -1 is all.")]
+FlashAttention = Annotated[
+    bool | None, typer.Option("--flash-attention/--no-flash-attention", help="[default: llama.cpp decides]")
+]
+DeviceOption = Annotated[Device, typer.Option(help="'gpu' insists on one, 'cpu' uses none.")]
+MaxTokens = Annotated[int, typer.Option(help="Most output tokens of a request that does not say.")]
+Temperature = Annotated[float, typer.Option(help="For requests that do not say; 0 is greedy.")]
+TopK = Annotated[int, typer.Option(help="For requests that do not say; 0 is off.")]
+TopP = Annotated[float, typer.Option(help="For requests that do not say; 1 is off.")]
+MinP = Annotated[float, typer.Option(help="For requests that do not say; 0 is off.")]
+Seed = Annotated[int, typer.Option(help="Seed of the run: requests without a seed get one from it and their index.")]
+ChatTemplate = Annotated[Path | None, typer.Option(help="File with a Jinja chat template that replaces the model's.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON on stdout.")]
+
+
+@app.command()
+def batch(
+    model: Model,
+    requests: Annotated[
+        Path, typer.Option("-i", "--input", help='Requests: OpenAI batch JSONL, {"prompt": …} lines, or text.')
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Run directory; the same command again resumes.")],
+    schedule: Annotated[Schedule, typer.Option(help="How requests find workers.")] = Schedule.work_stealing,
+    ranks: Annotated[
+        int | None,
+        typer.Option("--ranks", min=1, help="Ranks to start, where llmpi starts its own mpirun. [default: one a GPU]"),
+    ] = None,
+    slots: Slots = None,
+    contexts: Contexts = None,
+    ctx: Ctx = None,
+    batch_size: Annotated[int, typer.Option("--batch", help="Most tokens in one decode step.")] = 2048,
+    ubatch: Ubatch = 512,
+    threads: Threads = None,
+    gpu_layers: GpuLayers = -1,
+    flash_attention: FlashAttention = None,
+    device: DeviceOption = Device.auto,
+    gpus_per_rank: Annotated[int, typer.Option(help="GPUs of each worker, for a model that needs several.")] = 1,
+    ranks_per_gpu: Annotated[int, typer.Option(help="Workers that share a GPU.")] = 1,
+    coordinator_works: Annotated[
+        bool | None,
+        typer.Option(
+            "--coordinator-works/--coordinator-only",
+            help="Whether rank 0 hosts a worker. [default: if alone, or if a GPU would idle]",
+        ),
+    ] = None,
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 1.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    seed: Seed = 0,
+    chat_template: ChatTemplate = None,
+    input_format: Annotated[
+        InputFormat | None,
+        typer.Option("--format", help="How the input is written. [default: text for .txt, else by the file's content]"),
+    ] = None,
+    precheck: Annotated[
+        bool, typer.Option("--precheck/--no-precheck", help="Validate the whole input before anything starts.")
+    ] = True,
+    prefetch: Annotated[
+        int | None,
+        typer.Option(help="Unstarted requests a worker holds, at least. [default: a quarter of its slots]"),
+    ] = None,
+    lease: Annotated[float, typer.Option(help="Seconds of silence after which a rank is lost.")] = 60.0,
+    commit_interval: Annotated[float, typer.Option(help="Seconds between commits of the record to disk.")] = 0.05,
+    commit_bytes: Annotated[int, typer.Option(help="Bytes after which the record is committed earlier.")] = 16 << 20,
+    show: Annotated[int, typer.Option(min=0, help="Answers to print at the end.")] = 0,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress and no tables.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Answer every request of a file exactly once, on all ranks."""
+    from coordinator.batch import BatchOptions, run_batch
+    from coordinator.config import JobConfig, checked_sampling
+
+    config = JobConfig(
+        model=model, schedule=schedule.value, slots=slots, contexts=contexts, ctx=ctx, batch=batch_size, ubatch=ubatch,
+        threads=threads, gpu_layers=gpu_layers, flash_attention=flash_attention, device=device.value,
+        gpus_per_rank=gpus_per_rank, ranks_per_gpu=ranks_per_gpu, coordinator_works=coordinator_works,
+        sampling=checked_sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p),
+        max_tokens=max_tokens, seed=seed, prefetch=prefetch, lease_s=lease, commit_interval_s=commit_interval,
+        commit_bytes=commit_bytes, precheck=precheck, chat_template=_read_template(chat_template),
+    )  # fmt: skip
+    options = BatchOptions(
+        input=requests, output=output, format=None if input_format is None else input_format.value, ranks=ranks,
+        show=show, quiet=quiet, as_json=as_json,
+    )  # fmt: skip
+    raise typer.Exit(run_batch(config, options, sys.argv[1:]))
+
+
+@app.command()
+def infer(
+    model: Model,
+    prompt: Annotated[str, typer.Option("-p", "--prompt", help="The user's message ('-' reads standard input).")],
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it is made.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
+    ctx: Ctx = None,
+    threads: Threads = None,
+    gpu_layers: GpuLayers = -1,
+    device: DeviceOption = Device.auto,
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    seed: Seed = 0,
+    chat_template: ChatTemplate = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answer one prompt and print the answer."""
+    from coordinator.config import JobConfig, checked_sampling
+    from coordinator.infer import run_infer
+
+    config = JobConfig(
+        model=model, slots=1, ctx=ctx, threads=threads, gpu_layers=gpu_layers, device=device.value,
+        sampling=checked_sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p),
+        max_tokens=max_tokens, seed=seed, chat_template=_read_template(chat_template),
+    )  # fmt: skip
+    text = sys.stdin.read() if prompt == "-" else prompt
+    raise typer.Exit(run_infer(config, text, system=system, raw=raw, stream=stream, as_json=as_json))
+
+
+@app.command()
+def status(run_dir: RunDirectory, as_json: AsJson = False) -> None:
+    """Say how far a run is: exit 0 if all is answered, 1 if some failed, 3 if it can be resumed."""
+    from coordinator.rundirs import show_status
+
+    raise typer.Exit(show_status(run_dir, as_json) if detect(os.environ).speaks else EXIT_OK)
+
+
+@app.command()
+def stop(run_dir: RunDirectory) -> None:
+    """Drain a running job: what runs is finished, nothing new is started, the run can be resumed."""
+    from coordinator.rundirs import stop_run
+
+    raise typer.Exit(stop_run(run_dir) if detect(os.environ).speaks else EXIT_OK)
+
+
+@app.command()
+def report(run_dir: RunDirectory, as_json: AsJson = False) -> None:
+    """Print the tables of a run; make metrics.h5 from the record where it is missing."""
+    from coordinator.rundirs import show_report
+
+    raise typer.Exit(show_report(run_dir, as_json) if detect(os.environ).speaks else EXIT_OK)
+
+
+@app.command()
+def export(
+    run_dir: RunDirectory,
+    order: Annotated[Order, typer.Option(help="'input' sorts the answers like the requests.")] = Order.input,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="File to write. [default: stdout]")] = None,
+) -> None:
+    """Write the answers as OpenAI batch output, a line each."""
+    from coordinator.rundirs import export_answers
+
+    raise typer.Exit(export_answers(run_dir, order.value, output) if detect(os.environ).speaks else EXIT_OK)
+
+
+@bench.command("dispatch")
+def bench_dispatch(
+    requests: Annotated[int, typer.Option(help="Requests to send through.")] = 100_000,
+    prompt_bytes: Annotated[int, typer.Option(help="Size of each prompt.")] = 1000,
+    answer_bytes: Annotated[int, typer.Option(help="Size of each answer.")] = 200,
+    slots: Annotated[int, typer.Option(help="Slots of each null engine.")] = 256,
+    peer_requests: Annotated[
+        int, typer.Option(help="Requests for the peer, MPICommExecutor one by one; 0 leaves it out.")
+    ] = 10_000,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Run directory. [default: a temporary one]")
+    ] = None,
+    schedule: Annotated[Schedule, typer.Option(help="How requests find workers.")] = Schedule.work_stealing,
+    as_json: AsJson = False,
+) -> None:
+    """Measure control plane, transport and durable record with an engine that answers at once."""
+    from coordinator.bench_dispatch import run_bench_dispatch
+
+    raise typer.Exit(
+        run_bench_dispatch(
+            requests=requests, prompt_bytes=prompt_bytes, answer_bytes=answer_bytes, slots=slots,
+            peer_requests=peer_requests, output=output, schedule=schedule.value, as_json=as_json,
+        )
+    )  # fmt: skip
+
+
+@app.callback(invoke_without_command=True)
+def top(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as version_of
+
+        print(f"llmpi {version_of('llmpi')}")
+        raise typer.Exit(0)
+
+
+def _read_template(path: Path | None) -> str | None:
+    from scheduling.errors import ConfigError
+
+    if path is None:
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--chat-template {path}: {error}") from None
+
+
+def print_json(value: Any) -> None:
+    """Data for programs, on stdout, one object."""
+    print(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+def _told(launch: Launch, text: str, code: int) -> int:
+    """Say what concerns all ranks on one, which also carries the status.
+
+    mpirun ends the job at the first status that is not 0: another rank's would cut off what this one has to say.
+    """
+    if not launch.speaks:
+        return EXIT_OK
+    print(text, file=sys.stderr, flush=True)
+    return code
+
+
+def _usage_text(error: typer.TyperException) -> str:
+    """What was mistyped, in one line; or the help that was asked for by giving nothing."""
+    context = getattr(error, "ctx", None)
+    if context is None:
+        return f"llmpi: {error.format_message()}"
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return str(context.get_help())
+    return f"llmpi: {error.format_message()} (`{context.command_path} --help` lists what there is)"
+
+
+def main() -> None:
+    """Entry point: run a command, print what a person should know of a failure, exit with its code."""
+    sys.exit(_run())
+
+
+def _run() -> int:
+    launch = detect(os.environ)
+    try:
+        result = app(standalone_mode=False, prog_name="llmpi")
+        return result if isinstance(result, int) else 0
+    except typer.Exit as leave:
+        return leave.exit_code
+    except typer.Abort:
+        return 130
+    except typer.TyperException as error:
+        return _told(launch, _usage_text(error), EXIT_USAGE)
+    except LlmpiError as error:
+        return _told(launch, f"llmpi: {error}", error.exit_code)
+    except BrokenPipeError:
+        # Whoever read our output has left; Python's own flush at exit must not complain about it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_INFRASTRUCTURE
+    except Exception:
+        print(f"llmpi: an error of its own (please report it):\n{traceback.format_exc()}", file=sys.stderr)
+        return EXIT_INFRASTRUCTURE

@@ -1,0 +1,107 @@
+"""What a job is asked to do: one frozen value, the same on every rank, stored in run.json with the run.
+
+Ranks are started with the same command line; the handshake compares `JobConfig.digest`, so that a rank started with
+another one is refused by name instead of computing something else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from importlib import metadata
+from typing import Any, Literal
+
+import msgspec
+
+from scheduling.errors import ConfigError, RequestError
+from scheduling.policies import POLICIES
+from scheduling.requests import MAX_TOKENS_LIMIT, Sampling, parse_request
+
+VERSIONED_PACKAGES = ("llmpi", "llama-cpp-python", "msgspec", "numpy")
+
+
+class JobConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Options of a job. None means: chosen when the facts are known (model, devices), and then said."""
+
+    model: str
+    schedule: str = "work-stealing"
+    slots: int | None = None
+    contexts: int | None = None
+    ctx: int | None = None
+    batch: int = 2048
+    ubatch: int = 512
+    threads: int | None = None
+    gpu_layers: int = -1
+    flash_attention: bool | None = None
+    device: Literal["auto", "gpu", "cpu"] = "auto"
+    gpus_per_rank: int = 1
+    ranks_per_gpu: int = 1
+    coordinator_works: bool | None = None
+    sampling: Sampling = Sampling()
+    max_tokens: int = 512
+    seed: int = 0
+    prefetch: int | None = None
+    lease_s: float = 60.0
+    commit_interval_s: float = 0.05
+    commit_bytes: int = 16 << 20
+    precheck: bool = True
+    chat_template: str | None = None
+    engine: Literal["llama", "null"] = "llama"
+    null_answer_bytes: int = 200
+
+    def __post_init__(self) -> None:
+        if self.schedule not in POLICIES:
+            raise ConfigError(f"no schedule is named {self.schedule!r}: choose one of {', '.join(sorted(POLICIES))}")
+        least_one = {
+            "--slots": self.slots, "--contexts": self.contexts, "--ctx": self.ctx, "--batch": self.batch,
+            "--ubatch": self.ubatch, "--threads": self.threads, "--max-tokens": self.max_tokens,
+            "--gpus-per-rank": self.gpus_per_rank, "--ranks-per-gpu": self.ranks_per_gpu,
+            "--commit-bytes": self.commit_bytes,
+        }  # fmt: skip
+        for flag, value in least_one.items():
+            if value is not None and value < 1:
+                raise ConfigError(f"{flag} is {value}: it must be 1 or more")
+        if self.max_tokens > MAX_TOKENS_LIMIT:
+            raise ConfigError(f"--max-tokens is {self.max_tokens}: the most that is accepted is {MAX_TOKENS_LIMIT}")
+        if self.slots is not None and self.slots > 4096:
+            raise ConfigError(f"--slots is {self.slots}: the most that is accepted is 4096")
+        if self.prefetch is not None and self.prefetch < 0:
+            raise ConfigError(f"--prefetch is {self.prefetch}: it must be 0 or more")
+        for flag, seconds in (("--lease", self.lease_s), ("--commit-interval", self.commit_interval_s)):
+            if not seconds > 0:
+                raise ConfigError(f"{flag} is {seconds}: it must be above 0 seconds")
+
+    def digest(self) -> str:
+        """What all ranks must agree on, as 16 hex digits."""
+        plain = msgspec.to_builtins(self, str_keys=True)  # logit_bias has numbers as keys
+        return hashlib.sha256(msgspec.json.encode(plain, order="deterministic")).hexdigest()[:16]
+
+    def identity(self) -> dict[str, Any]:
+        """The part that decides the answers: a run is resumed only with the same."""
+        keys = ("ctx", "sampling", "max_tokens", "seed", "chat_template", "engine")
+        return {key: msgspec.to_builtins(getattr(self, key)) for key in keys}
+
+
+def package_versions() -> dict[str, str]:
+    """Versions that must not differ between ranks; 'missing' where a package is not installed."""
+    versions = {}
+    for name in VERSIONED_PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "missing"
+    return versions
+
+
+def checked_sampling(**values: float) -> Sampling:
+    """Sampling defaults from the command line, held to the same limits as a request's own.
+
+    Raises:
+        ConfigError: a value is out of its range.
+    """
+    import json
+
+    try:
+        return parse_request(json.dumps({"prompt": "x", **values}).encode(), default_id="-").sampling
+    except RequestError as error:
+        name = (error.param or "").replace("_", "-")
+        raise ConfigError(f"--{name}: {error}" if name else str(error)) from None

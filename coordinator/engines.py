@@ -1,0 +1,108 @@
+"""From a job's options, the model and a placement to the engine of one worker.
+
+Options left open are chosen here, by simple arithmetic over the model's own numbers and the device's memory, the same
+on every rank with the same facts. A chosen value is stored with the run as it was used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from coordinator.config import JobConfig
+from scheduling.errors import ConfigError
+from scheduling.messages import Gpu, Placement
+from workers.null_engine import NullEngine
+from workers.port import Engine
+from workers.protocol import EngineConfig
+
+CTX_DEFAULT_TOKENS = 4096
+SLOTS_GPU = 128
+SLOTS_CPU = 8
+CONTEXTS_GPU = 2
+GPU_RESERVE_BYTES = 2 << 30
+"""Left free on a GPU beside model and caches: compute buffers of each context, and the driver's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What the choice needs of a model. `kv_bytes_per_token` None where the file does not tell."""
+
+    path: str
+    size_bytes: int
+    train_ctx_tokens: int | None
+    kv_bytes_per_token: int | None
+
+
+def engine_config(config: JobConfig, model: ModelFacts, placement: Placement, gpus: dict[str, Gpu]) -> EngineConfig:
+    """The engine of one worker. `gpus` are those of its host, by UUID."""
+    on_gpu = bool(placement.gpu_uuids)
+    ctx = config.ctx or min(model.train_ctx_tokens or CTX_DEFAULT_TOKENS, CTX_DEFAULT_TOKENS)
+    slots = config.slots or (fitting_slots(config, model, placement, gpus, ctx) if on_gpu else SLOTS_CPU)
+    contexts = config.contexts or (CONTEXTS_GPU if on_gpu and slots > 1 else 1)
+    threads = config.threads or placement.threads
+    refuse_what_cannot_fit(config, model, placement, gpus, slots, ctx)
+    return EngineConfig(
+        model=model.path, slots=slots, contexts=min(contexts, slots), ctx_tokens=ctx, batch_tokens=config.batch,
+        ubatch_tokens=min(config.ubatch, config.batch), threads=threads,
+        sampling_threads=min(8, threads) if on_gpu else 1,
+        gpu_layers=config.gpu_layers if on_gpu else 0, flash_attention=config.flash_attention, cpus=placement.cpus,
+        device_mask=placement.device_mask, max_tokens_default=config.max_tokens, chat_template=config.chat_template,
+    )  # fmt: skip
+
+
+def refuse_what_cannot_fit(
+    config: JobConfig, model: ModelFacts, placement: Placement, gpus: dict[str, Gpu], slots: int, ctx_tokens: int
+) -> None:
+    """Refuse caches that exceed the whole memory, before an engine fills it and is killed.
+
+    Raises:
+        ConfigError: with the arithmetic, and what would fit.
+    """
+    if model.kv_bytes_per_token is None:
+        return
+    if placement.gpu_uuids and config.gpu_layers != 0:
+        sizes = [gpus[uuid].memory_bytes for uuid in placement.gpu_uuids if uuid in gpus]
+        memory = None if None in sizes or not sizes else sum(size for size in sizes if size is not None)
+        what = "GPU memory"
+    else:
+        memory, what = psutil.virtual_memory().total, "memory"
+    needed = slots * ctx_tokens * model.kv_bytes_per_token
+    if memory is None or needed <= memory or (what == "GPU memory" and config.gpu_layers > 0):
+        return
+    fits = memory // (slots * model.kv_bytes_per_token)
+    raise ConfigError(
+        f"{slots} slots of {ctx_tokens} tokens need {needed / 1e9:,.0f} GB for their caches, and there are "
+        f"{memory / 1e9:,.0f} GB of {what}: use --ctx {fits} or less, or fewer --slots"
+    )
+
+
+def fitting_slots(
+    config: JobConfig, model: ModelFacts, placement: Placement, gpus: dict[str, Gpu], ctx_tokens: int
+) -> int:
+    """How many slots of `ctx_tokens` fit beside the model in the memory of the placement's GPUs, at most 128."""
+    sizes = [gpus[uuid].memory_bytes for uuid in placement.gpu_uuids if uuid in gpus]
+    known = [size for size in sizes if size is not None]
+    if not known or model.kv_bytes_per_token is None:
+        return SLOTS_GPU
+    share = sum(known) // config.ranks_per_gpu
+    free = share - model.size_bytes - GPU_RESERVE_BYTES
+    return max(1, min(SLOTS_GPU, free // (model.kv_bytes_per_token * ctx_tokens)))
+
+
+def engine_factory(
+    config: JobConfig, model: ModelFacts, gpus: dict[str, Gpu], stderr_log: Path | None
+) -> Callable[[Placement], Engine]:
+    """What a worker calls to get its engine, at its start and after each death."""
+
+    def start(placement: Placement) -> Engine:
+        if config.engine == "null":
+            return NullEngine(config.slots or SLOTS_GPU, config.null_answer_bytes)
+        from workers.supervisor import EngineProcess
+
+        return EngineProcess(engine_config(config, model, placement, gpus), log_path=stderr_log)
+
+    return start

@@ -1,0 +1,324 @@
+"""Rank 0's loop: messages, input and record on one side, the control plane on the other.
+
+`Coordinator.step()` does one turn and never waits: take what has arrived, tell the control plane, carry out what it
+instructs, read as much input as it wants, acknowledge what the record has made durable. The text of requests in flight
+is kept here, by index; the control plane only knows numbers. Link, record, source and clock come as arguments.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from coordinator.source import Source
+from scheduling import events as ev
+from scheduling import messages as m
+from scheduling.control import ControlPlane, Mode
+from scheduling.errors import EngineError, LlmpiError, UserError
+from scheduling.ledger import WorkerState
+from scheduling.link import Hub
+from scheduling.recordline import encode_failure
+
+TICK_S = 0.25
+OVERSLEPT_S = 1.0
+READ_BYTES_MAX = 64 << 20
+PAYLOAD_BYTES_MAX = 256 << 20
+BACKLOG_BYTES_MAX = 256 << 20
+ASSIGN_BYTES_MAX = 8 << 20
+
+
+class Recorder(Protocol):
+    """Where answers go. `acknowledged` counts the lines that became durable since it was last asked."""
+
+    @property
+    def backlog_bytes(self) -> int: ...
+    def append(self, lines: list[bytes]) -> None: ...
+    def acknowledged(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """How far a job is. Rates are over the time since the first request was handed out.
+
+    `output_tokens` are those of requests that have ended, `made_tokens` those of running ones too, about a second late.
+    """
+
+    elapsed_s: float
+    total: int | None
+    earlier: int
+    done: int
+    failed: int
+    running: int
+    queued: int
+    output_tokens: int
+    prompt_tokens: int
+    made_tokens: int
+    draining: bool
+    workers_ready: int
+    workers: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Callbacks:
+    """Who else wants to know. `on_result` is given each durable line; `on_tick` a snapshot four times a second."""
+
+    on_result: Callable[[bytes], None] | None = None
+    on_delta: Callable[[m.Delta], None] | None = None
+    on_tick: Callable[[Snapshot], None] | None = None
+    on_note: Callable[[str], None] | None = None
+    stop_requested: Callable[[], str | None] | None = None
+
+
+class Coordinator:
+    """See the module's text. `outcome` is set once nothing is left to do."""
+
+    def __init__(
+        self,
+        hub: Hub,
+        plane: ControlPlane,
+        source: Source,
+        record: Recorder,
+        clock: Callable[[], float],
+        *,
+        names: dict[int, str],
+        session: int,
+        earlier: int = 0,
+        callbacks: Callbacks | None = None,
+    ) -> None:
+        self.plane = plane
+        self.outcome: ev.Stop | None = None
+        self.failures: list[tuple[int, int, str, str]] = []
+        self.dropped: set[tuple[int, int, int]] = set()
+        self.ready: dict[int, m.Ready] = {}
+        self.first_assigned_at: float | None = None
+        self._hub = hub
+        self._source = source
+        self._record = record
+        self._clock = clock
+        self._names = names
+        self._session = session
+        self._earlier = earlier
+        self._callbacks = callbacks or Callbacks()
+        self._payloads: dict[int, tuple[bytes, str]] = {}
+        self._payload_bytes = 0
+        self._made_tokens = 0
+        self._input_open = True
+        self._generations: dict[int, int] = {}
+        self._unacknowledged: deque[bytes] = deque()
+        self._tick_at = clock()
+        self._born = clock()
+
+    # ------------------------------------------------------------ one turn
+
+    def step(self) -> bool:
+        """One turn. True if anything happened.
+
+        Raises:
+            UserError, EngineError: a worker's engine cannot start at all, for that rank's reason.
+            RecordError: the record cannot be written. What was acknowledged is safe.
+            ProtocolError: a worker broke the protocol.
+        """
+        busy = False
+        for worker, message in self._hub.poll():
+            busy = True
+            self._handle(worker, message)
+        busy = self._acknowledge() or busy
+        busy = self._read() or busy
+        self._tick()
+        self._hub.flush()
+        return busy
+
+    def take_over(self, before: Coordinator) -> None:
+        """Go on with the workers of a coordinator whose input is through. What it left behind is cancelled."""
+        left = list(before._payloads)
+        for worker, ready in before.ready.items():
+            self.ready[worker] = ready
+            self._generations[worker] = ready.generation
+            if left:
+                self._hub.send(worker, m.Cancel(left))
+        for view in before.plane.workers():
+            if view.state is WorkerState.READY:
+                self._tell(ev.WorkerReady(view.id, view.slots))
+            elif view.state is WorkerState.GONE:
+                self._tell(ev.WorkerLost(view.id, view.reason))
+
+    @property
+    def in_flight(self) -> bool:
+        return bool(self._payloads)
+
+    def drain(self, reason: str) -> None:
+        """Start nothing new; `outcome` follows when what runs has finished."""
+        self._tell(ev.DrainRequested(reason))
+
+    def snapshot(self) -> Snapshot:
+        now = self._clock()
+        totals, views = self.plane.totals, self.plane.workers()
+        running = sum(view.running for view in views)
+        since = self._born if self.first_assigned_at is None else self.first_assigned_at
+        return Snapshot(
+            elapsed_s=now - since, total=self._source.total, earlier=self._earlier, done=totals.done,
+            failed=totals.failed, running=running, queued=len(self._payloads) - running,
+            output_tokens=totals.output_tokens, prompt_tokens=totals.prompt_tokens,
+            made_tokens=max(self._made_tokens, totals.output_tokens), draining=self.plane.mode is Mode.DRAINING,
+            workers_ready=sum(view.slots > 0 for view in views), workers=len(views),
+        )  # fmt: skip
+
+    # ------------------------------------------------------------ in
+
+    def _handle(self, worker: int, message: m.FromWorker) -> None:
+        match message:
+            case m.Report():
+                self._made_tokens += message.made_tokens
+                self._tell(ev.Reported(worker, message.started, message.finished, message.deltas))
+            case m.Heartbeat():
+                self._tell(ev.Heard(worker))
+            case m.Recalled():
+                self._tell(ev.RecallConfirmed(worker, message.recall, message.indexes))
+            case m.Ready():
+                self._generations[worker] = message.generation
+                self.ready[worker] = message
+                self._tell(ev.WorkerReady(worker, message.slots))
+            case m.EngineDown():
+                self._on_engine_down(worker, message)
+            case m.Crashed():
+                self._note(f"{self._names[worker]}: {message.reason}\n{message.traceback}".rstrip())
+                self._tell(ev.WorkerLost(worker, message.reason))
+            case m.Hello():
+                pass  # of a worker that rank 0 hosts itself: it needs no handshake
+
+    def _on_engine_down(self, worker: int, down: m.EngineDown) -> None:
+        name = self._names[worker]
+        if not down.restarting and worker not in self.ready:
+            error = UserError if down.user_error else EngineError
+            raise error(f"{name}: {down.reason}")
+        what = "starting a new one" if down.restarting else "this worker takes no more work"
+        self._note(f"{name}: its engine was lost ({down.reason}); {what}")
+        self._tell(ev.EngineLost(worker, down.reason, down.started, down.unstarted, down.restarting))
+
+    def _read(self) -> bool:
+        if not self._input_open:
+            return False
+        wanted = self.plane.wanted()
+        if wanted == 0 or self._payload_bytes > PAYLOAD_BYTES_MAX or self._record.backlog_bytes > BACKLOG_BYTES_MAX:
+            return False
+        arrivals = self._source.read(wanted, READ_BYTES_MAX)
+        fresh: list[ev.NewRequest] = []
+        for arrival in arrivals:
+            self._payloads[arrival.index] = (arrival.line, arrival.custom_id)
+            self._payload_bytes += len(arrival.line)
+            if arrival.error is None:
+                fresh.append(ev.NewRequest(arrival.index, arrival.prompt_tokens_estimate, arrival.max_tokens))
+                continue
+            self._arrive(fresh)
+            fresh = []
+            self._tell(ev.RequestRejected(arrival.index, str(arrival.error)))
+        self._arrive(fresh)
+        if self._source.ended:
+            self._input_open = False
+            self._tell(ev.InputEnded())
+        return bool(arrivals)
+
+    def _arrive(self, fresh: list[ev.NewRequest]) -> None:
+        if fresh:
+            self._tell(ev.RequestsArrived(fresh))
+
+    def _acknowledge(self) -> bool:
+        count = self._record.acknowledged()
+        if not count:
+            return False
+        if self._callbacks.on_result is not None:
+            for _ in range(count):
+                self._callbacks.on_result(self._unacknowledged.popleft())
+        self._tell(ev.Committed(count))
+        return True
+
+    def _tick(self) -> None:
+        now = self._clock()
+        if now < self._tick_at:
+            return
+        if now - self._tick_at > OVERSLEPT_S:
+            # Rank 0 itself was stopped, or its caller took long: what the workers said meanwhile is still unread.
+            for worker in self._hub.workers:
+                self._tell(ev.Heard(worker))
+        self._tick_at = now + TICK_S
+        self._tell(ev.Tick())
+        if self._callbacks.stop_requested is not None and (reason := self._callbacks.stop_requested()):
+            self.drain(reason)
+        if self._callbacks.on_tick is not None:
+            self._callbacks.on_tick(self.snapshot())
+
+    # ------------------------------------------------------------ out
+
+    def _tell(self, event: ev.Event) -> None:
+        for instruction in self.plane.handle(event, self._clock()):
+            self._carry_out(instruction)
+
+    def _carry_out(self, instruction: ev.Instruction) -> None:
+        match instruction:
+            case ev.Assign():
+                self._assign(instruction)
+            case ev.Record():
+                lines = []
+                for answer in instruction.finished:
+                    lines.append(answer.line)
+                    self._payload_bytes -= len(self._payloads.pop(answer.index)[0])
+                self._append(lines)
+            case ev.Drop():
+                # The worker's own rows hold these, the record does not: left out when rows are gathered.
+                self.dropped.update((instruction.worker, index, attempt) for index, attempt in instruction.answers)
+            case ev.Recall():
+                self._hub.send(instruction.worker, m.Recall(instruction.recall, instruction.indexes))
+            case ev.Fail():
+                line, custom_id = self._payloads.pop(instruction.index)
+                self._payload_bytes -= len(line)
+                self.failures.append((instruction.index, instruction.attempt, instruction.code, instruction.reason))
+                self._append(
+                    [
+                        encode_failure(
+                            custom_id, instruction.index, instruction.attempt, 0, self._session, instruction.code,
+                            instruction.reason,
+                        )
+                    ]
+                )  # fmt: skip
+            case ev.Stream():
+                if self._callbacks.on_delta is not None:
+                    for delta in instruction.deltas:
+                        self._callbacks.on_delta(delta)
+            case ev.Exhausted():
+                self._hub.broadcast(m.Exhausted(instruction.empty))
+            case ev.Stop():
+                self.outcome = instruction
+
+    def _append(self, lines: list[bytes]) -> None:
+        self._record.append(lines)
+        if self._callbacks.on_result is not None:
+            self._unacknowledged.extend(lines)
+
+    def _assign(self, instruction: ev.Assign) -> None:
+        if self.first_assigned_at is None:
+            self.first_assigned_at = self._clock()
+        generation = self._generations[instruction.worker]
+        items: list[m.WorkItem] = []
+        size = 0
+        for index, attempt in instruction.items:
+            line = self._payloads[index][0]
+            items.append(m.WorkItem(index, attempt, line))
+            size += len(line)
+            if size > ASSIGN_BYTES_MAX:
+                self._hub.send(instruction.worker, m.Assign(generation, items))
+                items, size = [], 0
+        if items:
+            self._hub.send(instruction.worker, m.Assign(generation, items))
+
+    def _note(self, text: str) -> None:
+        if self._callbacks.on_note is not None:
+            self._callbacks.on_note(text)
+
+
+def outcome_error(outcome: ev.Stop) -> LlmpiError | None:
+    """The error that an outcome stands for, if it is one."""
+    if outcome.outcome == "no workers":
+        return EngineError(f"no worker is left: {outcome.reason}; the run can be resumed with the same command")
+    return None

@@ -1,0 +1,262 @@
+"""The Python API: a pool of engines on all ranks, or in this process alone, and the results as they come.
+
+Under a launcher every rank runs the same script. On rank 0 the body of `with` runs; on every other rank `__enter__`
+serves until rank 0 has left its body, then the body runs there too with `is_root` False, and `generate` yields
+nothing. Without a launcher the pool hosts one engine for each visible GPU, or one on the CPU.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import TracebackType
+from typing import Any
+
+import msgspec
+
+from coordinator.batch import open_world, serve_rank
+from coordinator.config import JobConfig, checked_sampling
+from coordinator.launch import detect
+from coordinator.loop import Callbacks, Coordinator, Snapshot, outcome_error
+from coordinator.memory import MemoryRecord
+from coordinator.session import Session
+from coordinator.setup import prepare
+from coordinator.source import IterableSource
+from coordinator.transport import Backoff
+from scheduling.errors import EXIT_OK, ConfigError, HandshakeError, RequestError
+from scheduling.messages import Delta
+from scheduling.requests import Request, Sampling, parse_request, request_line, text_line
+
+Prompt = str | Mapping[str, Any] | Request
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True):
+    """One answer. `texts` has one text for each of the request's `n` choices; `text` is the first.
+
+    `error` is set, and the texts are empty, if the request failed. Times in seconds, measured by the engine from when
+    it received the request; None where undefined.
+    """
+
+    custom_id: str
+    index: int
+    texts: tuple[str, ...]
+    finish_reasons: tuple[str, ...]
+    prompt_tokens: int
+    output_tokens: int
+    queue_s: float
+    ttft_s: float | None
+    tpot_s: float | None
+    e2e_s: float
+    rank: int
+    attempt: int
+    error: str | None = None
+
+    @property
+    def text(self) -> str:
+        return self.texts[0] if self.texts else ""
+
+    @property
+    def finish_reason(self) -> str:
+        return self.finish_reasons[0] if self.finish_reasons else "error"
+
+
+def result_of(line: bytes) -> Result:
+    """The result that a line of the record holds."""
+    entry = msgspec.json.decode(line)
+    part, response, error = entry["llmpi"], entry["response"], entry["error"]
+    choices = response["body"]["choices"] if response is not None else []
+    return Result(
+        custom_id=entry["custom_id"], index=part["index"],
+        texts=tuple(c["message"]["content"] if "message" in c else c["text"] for c in choices),
+        finish_reasons=tuple(c["finish_reason"] for c in choices), prompt_tokens=part["prompt_tokens"],
+        output_tokens=part["output_tokens"], queue_s=part["queue_s"], ttft_s=part["ttft_s"], tpot_s=part["tpot_s"],
+        e2e_s=part["e2e_s"], rank=part["rank"], attempt=part["attempt"],
+        error=error["message"] if error is not None else None,
+    )  # fmt: skip
+
+
+class Pool:
+    """Engines for one model. Use as a context manager; see `llmpi` for an example.
+
+    Args:
+        model: path of a GGUF file.
+        on_result: called with each `Result`, before `generate` yields it.
+        on_tick: called four times a second with a `Snapshot` while `generate` runs.
+        on_note: called with a line of text when something worth telling happens (an engine was lost, say).
+        **options: fields of `coordinator.config.JobConfig`: schedule, slots, ctx, contexts, threads, gpu_layers,
+            device, gpus_per_rank, ranks_per_gpu, coordinator_works, max_tokens, seed, chat_template, …
+
+    Raises:
+        ConfigError: an option is unknown or out of range.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        on_result: Callable[[Result], None] | None = None,
+        on_tick: Callable[[Snapshot], None] | None = None,
+        on_note: Callable[[str], None] | None = None,
+        **options: Any,
+    ) -> None:
+        unknown = sorted(set(options) - set(JobConfig.__struct_fields__))
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], JobConfig.__struct_fields__, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(JobConfig.__struct_fields__)}"
+            raise ConfigError(f"a Pool has no option {unknown[0]!r}: {hint}")
+        try:
+            self._config = msgspec.convert({"model": os.fspath(model), **options}, JobConfig)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"a Pool's option is wrong: {error}") from None
+        self._on_result = on_result
+        self._on_tick = on_tick
+        self._on_note = on_note
+        self._session: Session | None = None
+        self._next_index = 0
+        self._busy = False
+        self._launch = detect(os.environ)
+        self.is_root = not self._launch.rank_claimed
+        """True on rank 0, and where there is no launcher."""
+
+    def __enter__(self) -> Pool:
+        world = None if self._launch.launcher == "none" else open_world(self._launch)
+        self.is_root = world is None or world.rank == 0
+        setup = prepare(self._config)
+        if world is not None and not self.is_root:
+            try:
+                serve_rank(setup, world, None)
+            except HandshakeError as error:
+                # Rank 0 raises and says why. A script that went on here would wait for it in its next Pool.
+                # Status 0: mpirun ends the job at the first other one, and would cut off what rank 0 has to say.
+                raise SystemExit(EXIT_OK) from error
+            return self
+        session = Session(setup, world)
+        if setup.problem is not None:
+            session.refuse(str(setup.problem))
+            raise setup.problem
+        for note in session.start():
+            self._note(note)
+        self._session = session
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            session.close("done" if error is None else f"{type(error).__name__}: {error}")
+
+    def generate(self, prompts: Iterable[Prompt], **sampling: Any) -> Iterator[Result]:
+        """Answer `prompts`, yielding each `Result` as it is finished. On other ranks than 0 this yields nothing.
+
+        `prompts` are texts to continue, dicts (a body with `messages` or `prompt`, or a whole line in OpenAI batch
+        format) or `Request`s; an iterable is read lazily. `sampling` holds parameters for requests that do not give
+        their own (max_tokens, temperature, top_p, stop, seed, n, …). A request that cannot be run yields a `Result`
+        with its `error`.
+
+        Raises:
+            ConfigError: a parameter is unknown or out of range.
+            EngineError: no engine is left, or none could start.
+        """
+        if not self.is_root:
+            return iter(())
+        if self._session is None:
+            raise ConfigError("the Pool is not open: use it in a with statement")
+        defaults = checked_sampling(**sampling)
+        source = IterableSource(self._numbered(prompts, defaults), first_index=self._next_index)
+        return self._results(self._session, source)
+
+    def stream(self, prompt: Prompt, **sampling: Any) -> Iterator[str]:
+        """Answer one prompt, yielding its text piece by piece as it is made.
+
+        Raises:
+            RequestError: the prompt cannot be run.
+        """
+        pieces: list[str] = []
+
+        def on_delta(delta: Delta) -> None:
+            if delta.choice == 0:
+                pieces.append(delta.text)
+
+        if not self.is_root:
+            return
+        if self._session is None:
+            raise ConfigError("the Pool is not open: use it in a with statement")
+        request = _parsed(prompt, checked_sampling(**sampling), f"request-{self._next_index}")
+        source = IterableSource([msgspec.structs.replace(request, stream=True)], first_index=self._next_index)
+        for result in self._results(self._session, source, on_delta, idle=lambda: bool(pieces)):
+            yield from pieces
+            pieces.clear()
+            if result is not None and result.error is not None:
+                raise RequestError(result.error)
+
+    def _results(
+        self,
+        session: Session,
+        source: IterableSource,
+        on_delta: Callable[[Delta], None] | None = None,
+        idle: Callable[[], bool] = lambda: False,
+    ) -> Iterator[Any]:
+        """Drive the session; yields results, and None where `idle` says that there is something else to see."""
+        if self._busy:
+            raise ConfigError("this Pool is in the middle of another generate: finish it, or close its iterator")
+        self._busy = True
+        arrived: list[bytes] = []
+        callbacks = Callbacks(on_result=arrived.append, on_delta=on_delta, on_tick=self._on_tick, on_note=self._note)
+        coordinator = session.begin(source, MemoryRecord(), callbacks)
+        backoff = Backoff()
+        try:
+            while True:
+                busy = session.turn()
+                for line in arrived:
+                    result = result_of(line)
+                    if self._on_result is not None:
+                        self._on_result(result)
+                    yield result
+                arrived.clear()
+                if idle():
+                    yield None
+                if coordinator.outcome is not None:
+                    self._end(coordinator)
+                    return
+                if busy:
+                    backoff.reset()
+                else:
+                    session.wait(backoff.next_s(coordinator.in_flight))
+        finally:
+            self._busy = False
+            self._next_index = max(self._next_index, coordinator.plane.highest + 1)
+
+    def _end(self, coordinator: Coordinator) -> None:
+        assert coordinator.outcome is not None
+        error = outcome_error(coordinator.outcome)
+        if error is not None:
+            raise error
+
+    def _numbered(self, prompts: Iterable[Prompt], defaults: Sampling) -> Iterable[Prompt]:
+        if isinstance(prompts, str | bytes | Mapping | Request) or not isinstance(prompts, Iterable):
+            return prompts  # the source says what is wrong with it
+        first = self._next_index
+        return (_with_defaults(prompt, defaults, f"request-{first + k}") for k, prompt in enumerate(prompts))
+
+    def _note(self, text: str) -> None:
+        if self._on_note is not None:
+            self._on_note(text)
+
+
+def _parsed(prompt: Prompt, defaults: Sampling, default_id: str) -> Request:
+    if isinstance(prompt, Request):
+        return prompt
+    line = text_line(prompt) if isinstance(prompt, str) else request_line(prompt)
+    return parse_request(line, defaults, default_id=default_id)
+
+
+def _with_defaults(prompt: Prompt, defaults: Sampling, default_id: str) -> Prompt:
+    """The prompt as a whole `Request`; what is none goes on as it is and fails alone."""
+    if not isinstance(prompt, str | Mapping | Request):
+        return prompt
+    try:
+        return _parsed(prompt, defaults, default_id)
+    except RequestError:
+        return prompt

@@ -1,0 +1,121 @@
+"""What a person sees while a job runs: a live line on a terminal, a plain line now and then otherwise.
+
+Fed with `Snapshot`s four times a second. Rates are over the last ten seconds, so that a change shows; the ETA is over
+the whole run. Nothing else may write to the same stream while it is live: notes go through `note`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import IO
+
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from coordinator.loop import Snapshot
+from coordinator.terminal import console_for
+
+PLAIN_FIRST_S = 10.0
+PLAIN_EVERY_S = 30.0
+RATE_WINDOW_S = 10.0
+
+
+class ProgressView:
+    """Shows snapshots on `stream`. `close` leaves the last state standing."""
+
+    def __init__(self, stream: IO[str], *, quiet: bool = False) -> None:
+        self._console = console_for(stream, live=True)
+        terminal = self._console.is_terminal
+        self._live: Progress | None = None
+        self._task: TaskID | None = None
+        self._quiet = quiet
+        self._said_plain = False
+        self._plain_at = time.monotonic() + PLAIN_FIRST_S
+        self._window: deque[tuple[float, int, int]] = deque()
+        if terminal and not quiet:
+            self._live = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[numbers]}"),
+                console=self._console,
+                transient=False,
+                refresh_per_second=8,
+            )
+
+    def show(self, snapshot: Snapshot) -> None:
+        if self._quiet:
+            return
+        numbers = self._numbers(snapshot)
+        if self._live is None:
+            now = time.monotonic()
+            if now >= self._plain_at:
+                self._plain_at = now + PLAIN_EVERY_S
+                self._said_plain = True
+                self._console.print(numbers, soft_wrap=True)
+            return
+        ended = snapshot.earlier + snapshot.done + snapshot.failed
+        if self._task is None:
+            self._task = self._live.add_task("loading", total=snapshot.total, numbers="")
+            self._live.start()
+        loading = snapshot.workers_ready == 0
+        self._live.update(
+            self._task, description="loading model" if loading else "requests", completed=ended,
+            total=snapshot.total, numbers=numbers,
+        )  # fmt: skip
+
+    def note(self, text: str) -> None:
+        """A line for people, above the live one."""
+        self._console.print(text, soft_wrap=True, markup=False)
+
+    def close(self, snapshot: Snapshot | None = None) -> None:
+        if self._live is not None and self._task is not None:
+            if snapshot is not None:
+                self.show(snapshot)
+            self._live.stop()
+            self._live = None
+        elif self._said_plain and snapshot is not None:
+            self._console.print(self._numbers(snapshot), soft_wrap=True)
+            self._said_plain = False
+
+    def _numbers(self, s: Snapshot) -> str:
+        ended = s.done + s.failed
+        self._window.append((s.elapsed_s, ended, s.made_tokens))
+        while len(self._window) > 2 and s.elapsed_s - self._window[0][0] > RATE_WINDOW_S:
+            self._window.popleft()
+        since_s, ended_then, tokens_then = self._window[0]
+        span_s = max(1e-9, s.elapsed_s - since_s)
+        if s.elapsed_s - since_s < 0.5:
+            rate = tokens_s = 0.0
+        else:
+            rate, tokens_s = (ended - ended_then) / span_s, (s.made_tokens - tokens_then) / span_s
+        total = f"/{s.total}" if s.total is not None else ""
+        parts = [f"{s.earlier + ended}{total} done"]
+        if s.failed:
+            parts.append(f"{s.failed} failed")
+        left = s.queued if s.total is None else max(0, s.total - s.earlier - ended - s.running)
+        parts += [
+            f"{s.running} running",
+            f"{left} queued",
+            f"{rate:.1f} requests/s",
+            f"{tokens_s:.0f} tokens/s",
+        ]
+        parts.append("draining" if s.draining else f"ETA {duration(self._eta_s(s, ended))}")
+        return " · ".join(parts)
+
+    @staticmethod
+    def _eta_s(s: Snapshot, ended: int) -> float | None:
+        if s.total is None or not ended or s.elapsed_s <= 0:
+            return None
+        return (s.total - s.earlier - ended) * s.elapsed_s / ended
+
+
+def duration(seconds: float | None) -> str:
+    """A length of time for people: 42s, 3m07s, 2h05m."""
+    if seconds is None:
+        return "?"
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"

@@ -1,0 +1,188 @@
+"""What a run was like, for people and for programs: read from metrics.h5 and printed as tables."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from coordinator.progress import duration
+from coordinator.terminal import console_for
+from storage.metrics import read_summary
+from storage.recovery import RECORD_NAME
+from storage.rundir import METRICS_NAME
+
+ANSWER_CHARACTERS = 300
+
+
+def report_data(run_dir: Path) -> dict[str, Any]:
+    """The figures of a run as plain data. Percentiles in seconds with their sample counts.
+
+    Raises:
+        RunDirError: there is no metrics.h5, or it cannot be read.
+    """
+    metrics = read_summary(run_dir / METRICS_NAME)
+    summary, attributes = metrics.summary, metrics.attributes
+    wall_s = float(attributes.get("wall_s", float("nan")))
+    latencies = {
+        name: {
+            f"p{round(q.q * 100)}": {"value": _number(q.value_s), "samples": q.samples, "supported": q.supported}
+            for q in summary.quantiles(name)
+        }
+        for name in ("queue_s", "ttft_s", "tpot_s", "e2e_s")
+    }
+    itl = metrics.histograms.get("itl")
+    if itl is not None:
+        latencies["itl_s"] = {
+            f"p{round(q * 100)}": {
+                "value": _number(itl.percentile(q)), "samples": itl.count, "supported": itl.count * (1 - q) >= 1,
+            }
+            for q in (0.5, 0.95, 0.99)
+        }  # fmt: skip
+    return {
+        "run_dir": str(run_dir),
+        "requests": summary.sums.requests,
+        "ok": summary.ok,
+        "failed": summary.failed,
+        "prompt_tokens": summary.prompt_tokens,
+        "output_tokens": summary.output_tokens,
+        "last_session": {name: _plain(value) for name, value in attributes.items()},
+        "output_tokens_per_s": _number(_per(attributes.get("output_tokens", 0), wall_s)),
+        "prompt_tokens_per_s": _number(_per(attributes.get("prompt_tokens", 0), wall_s)),
+        "requests_per_s": _number(_per(attributes.get("requests", 0), wall_s)),
+        "latencies": latencies,
+        "ranks": [_rank(row) for row in metrics.ranks],
+        "telemetry_samples": metrics.telemetry_samples,
+    }
+
+
+def _rank(row: np.void) -> dict[str, Any]:
+    plain = {name: _plain(row[name]) for name in row.dtype.names or ()}
+    return plain | {
+        "busy_share": _number(_per(float(row["busy_s"]), float(row["wall_s"]))),
+        "starved_share": _number(_per(float(row["starved_slot_s"]), float(row["open_slot_s"]))),
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return _number(value.item()) if isinstance(value, np.generic) else value
+
+
+def _number(value: Any) -> Any:
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def _per(amount: float, seconds: float) -> float:
+    return float(amount) / seconds if seconds > 0 else float("nan")
+
+
+# ---------------------------------------------------------------- for people
+
+
+def print_report(data: dict[str, Any], stream: IO[str], run_dir: Path, *, show: int = 0) -> None:
+    """Answers (`show` of them), throughput, latencies, ranks, and where everything is."""
+    console = console_for(stream)
+    if show:
+        _print_answers(console, run_dir, show)
+    last = data["last_session"]
+    earlier = data["requests"] - last.get("requests", 0)
+    took = duration(last["wall_s"]) if "wall_s" in last else "an unknown time: no job on it has ended in order"
+    when = f"{earlier} of them earlier; the last job took" if earlier and "wall_s" in last else "in"
+    console.print(
+        f"\n{data['ok']} answered, {data['failed']} failed, {when} {took}"
+        f" · {_figure(data['output_tokens_per_s'])} output tokens/s"
+        f" · {_figure(data['prompt_tokens_per_s'])} prompt tokens/s"
+        f" · {_figure(data['requests_per_s'])} requests/s",
+        soft_wrap=True,
+    )
+    console.print()
+    console.print(_latency_table(data["latencies"]))
+    if data["ranks"]:
+        console.print()
+        console.print(_rank_table(data["ranks"], last.get("session")))
+    console.print(f"\nrun directory: {run_dir}", soft_wrap=True, markup=False)
+
+
+def _print_answers(console: Console, run_dir: Path, count: int) -> None:
+    with (run_dir / RECORD_NAME).open(encoding="utf-8") as record:
+        for line in record:
+            if count == 0:
+                return
+            entry = json.loads(line)
+            if entry["error"] is not None:
+                continue
+            choice = entry["response"]["body"]["choices"][0]
+            text = choice["message"]["content"] if "message" in choice else choice["text"]
+            text = " ".join(text.split())
+            if len(text) > ANSWER_CHARACTERS:
+                text = text[:ANSWER_CHARACTERS] + "…"
+            # As `Text`: answers are full of brackets and backslashes, which would be read as markup.
+            console.print(Text.assemble((entry["custom_id"], "bold"), "  ", text))
+            count -= 1
+
+
+def _latency_table(latencies: dict[str, Any]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("latency")
+    for title in ("P50", "P95", "P99", "samples"):
+        table.add_column(title, justify="right")
+    names = {"ttft_s": "TTFT", "tpot_s": "TPOT", "itl_s": "ITL", "queue_s": "queue", "e2e_s": "end-to-end"}
+    for key, title in names.items():
+        values = latencies.get(key)
+        if values is None:
+            continue
+        in_seconds = any((values[p]["value"] or 0) >= 10 for p in ("p50", "p95", "p99"))
+        cells = [_time(values[p]["value"], values[p]["supported"], in_seconds) for p in ("p50", "p95", "p99")]
+        table.add_row(title, *cells, str(values["p50"]["samples"]))
+    if any(not values["p99"]["supported"] for values in latencies.values()):
+        table.caption = "* too few samples to support this percentile"
+        table.caption_justify = "left"
+    return table
+
+
+def _rank_table(ranks: list[dict[str, Any]], session: int | None) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("rank", justify="right")
+    table.add_column("host")
+    table.add_column("device")
+    for title in ("requests", "failed", "output tokens", "busy", "starved", "stolen in", "out"):
+        table.add_column(title, justify="right")
+    table.caption = "busy: time with a slot in use · starved: slot time that was free while work waited elsewhere"
+    table.caption_justify = "left"
+    for row in ranks:
+        if session is not None and row["session"] != session:
+            continue
+        table.add_row(
+            str(row["rank"]), row["host"], row["device"], str(row["requests"]), str(row["failed"]),
+            str(row["output_tokens"]), _percent(row["busy_share"]), _share(row["starved_share"]),
+            str(row["stolen_in"]), str(row["stolen_out"]),
+        )  # fmt: skip
+    return table
+
+
+def _figure(value: float | None) -> str:
+    if value is None:
+        return "?"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def _time(value_s: float | None, supported: bool, in_seconds: bool) -> str:
+    if value_s is None:
+        return "-"
+    text = f"{value_s:.1f} s" if in_seconds else f"{value_s * 1000:.1f} ms"
+    return text if supported else f"{text} *"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.0f} %"
+
+
+def _share(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2f} %"

@@ -1,0 +1,99 @@
+"""The loops that drive a worker rank and rank 0 from outside: a turn, then sleep if nothing happened.
+
+A worker's sleep is a wait on its engine's pipe, so that a finished step wakes it at once. Rank 0 drives the workers
+that it hosts itself in the same loop. An exception in a worker ends neither the rank nor the job: it is told to rank 0
+with its traceback, and the rank stays to be stopped in order.
+"""
+
+from __future__ import annotations
+
+import gc
+import select
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from coordinator.collect import Collecting, collect
+from coordinator.loop import Coordinator
+from coordinator.transport import Backoff
+from scheduling.errors import HandshakeError
+from workers.worker import Worker
+
+
+def serve(worker: Worker, collectives: Callable[[], Collecting], clock: Callable[[], float]) -> None:
+    """Be a worker rank until rank 0 says stop.
+
+    Raises:
+        HandshakeError: rank 0 has refused this rank.
+    """
+    with calm_collector():
+        _serve(worker, collectives, clock)
+    worker.close()
+    if worker.refused is not None:
+        raise HandshakeError(worker.refused)
+
+
+def _serve(worker: Worker, collectives: Callable[[], Collecting], clock: Callable[[], float]) -> None:
+    backoff = Backoff()
+    while not worker.stopped:
+        busy = step(worker)
+        if worker.collect_epoch is not None:
+            worker.collect_epoch = None
+            worker.close()
+            collect(collectives(), [worker.metrics], clock())
+        if busy:
+            backoff.reset()
+        else:
+            sleep([worker.fileno()], backoff.next_s(worker.in_flight))
+
+
+def drive(coordinator: Coordinator, hosted: list[Worker], keep_on: Callable[[], bool]) -> None:
+    """Be rank 0 until there is an outcome, or `keep_on` says no."""
+    backoff = Backoff()
+    with calm_collector():
+        while coordinator.outcome is None and keep_on():
+            if turn(coordinator, hosted):
+                backoff.reset()
+            else:
+                sleep([worker.fileno() for worker in hosted], backoff.next_s(coordinator.in_flight))
+
+
+@contextmanager
+def calm_collector() -> Iterator[None]:
+    """Make Python's cycle collector rare: what a rank holds in flight is many, acyclic and soon gone by itself."""
+    before = gc.get_threshold()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 50, 100)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
+
+
+def step(worker: Worker) -> bool:
+    """One turn of a worker. An exception of its own is told to rank 0 and ends its work, not the rank."""
+    try:
+        return worker.listen() if worker.crashed else worker.step()
+    except Exception as error:
+        worker.crash(f"{type(error).__name__}: {error}", traceback.format_exc())
+        return True
+
+
+def turn(coordinator: Coordinator, hosted: list[Worker]) -> bool:
+    """One turn of rank 0 and of the workers it hosts. True if anything happened."""
+    busy = coordinator.step()
+    for worker in hosted:
+        busy = step(worker) or busy
+    return busy
+
+
+def sleep(descriptors: list[int | None], delay_s: float) -> None:
+    """Sleep, or less if one of the descriptors has something to read."""
+    waiting = [descriptor for descriptor in descriptors if descriptor is not None]
+    if waiting:
+        select.select(waiting, [], [], delay_s)
+    else:
+        time.sleep(delay_s)

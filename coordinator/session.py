@@ -1,0 +1,212 @@
+"""Rank 0's side of a job from the handshake to the last goodbye, whatever the workers are.
+
+A session gathers the ranks, places and starts the workers (those on other ranks over MPI, those it hosts itself
+over loopback), then runs one input after another through them, fetches the metrics and lets everybody go. Whatever
+happens in between, `close` releases all ranks.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from coordinator.collect import Collecting, Gathered, collect
+from coordinator.handshake import Handshake
+from coordinator.loop import Callbacks, Coordinator, Recorder
+from coordinator.mpi import Collectives, SoloCollectives, World
+from coordinator.serve import drive, sleep, turn
+from coordinator.setup import Setup, build_worker
+from coordinator.source import Source
+from coordinator.transport import Backoff, Loopback, Routed
+from scheduling import events as ev
+from scheduling import messages as m
+from scheduling.control import ControlPlane, Limits
+from scheduling.errors import RankLostError
+from scheduling.ledger import WorkerState
+from scheduling.link import Endpoint, Hub, Spoke
+from scheduling.placement import Plan, plan, plan_alone
+from workers.worker import Worker
+
+CLOSE_S = 10.0
+
+
+class Session:
+    """See the module's text. `world` None: this process is alone and hosts all workers itself."""
+
+    def __init__(self, setup: Setup, world: World | None, *, number: int = 0) -> None:
+        self.setup = setup
+        self.world = world
+        self.number = number
+        self.plan: Plan | None = None
+        self.hosts: dict[int, m.Host] = {0: setup.host}
+        self.hosted: list[Worker] = []
+        self.coordinator: Coordinator | None = None
+        self.log_dir: Path | None = None
+        self._routes: dict[int, Endpoint] = {}
+        remote = list(range(1, world.size)) if world is not None else []
+        self._remote = remote
+        self._endpoint = Routed(self._routes, world.endpoint() if world is not None else None)
+        self.hub = Hub(self._endpoint, remote)
+        self._stuck = False
+
+    # ------------------------------------------------------------ start
+
+    def start(self) -> list[str]:
+        """Shake hands with all ranks, place and start the workers. Returns notes for people.
+
+        Raises:
+            HandshakeError, ConfigError, RankLostError: the job cannot start; all ranks have been released.
+        """
+        setup = self.setup
+        try:
+            handshake = Handshake(self.hub, setup.hello(), time.monotonic)
+            backoff = Backoff()
+            while not handshake.step():
+                time.sleep(backoff.next_s(in_flight=True))
+            self.hosts.update({rank: hello.host for rank, hello in handshake.hellos.items()})
+            self.plan = self._place()
+        except Exception as error:
+            self.refuse(str(error))
+            raise
+        for rank in self._remote:
+            self.hub.send(rank, self._welcome(self.plan.placements[rank]))
+        for worker in sorted(set(self.plan.placements) - set(self._remote)):
+            loopback = Loopback(0, worker)
+            self._routes[worker] = loopback.near
+            self._endpoint.add(loopback.near)
+            self.hub.add(worker)
+            log = self.log_path(worker)
+            self.hosted.append(build_worker(setup, worker, Spoke(loopback.far), log))
+            self.hub.send(worker, self._welcome(self.plan.placements[worker]))
+        self.hub.flush()
+        return list(self.plan.notes)
+
+    def _place(self) -> Plan:
+        config = self.setup.config
+        want_gpu = {"auto": None, "gpu": True, "cpu": False}[config.device]
+        if self.world is None:
+            alone = plan_alone(
+                self.setup.host, gpus_per_rank=config.gpus_per_rank, ranks_per_gpu=config.ranks_per_gpu,
+                want_gpu=want_gpu,
+            )  # fmt: skip
+            return Plan(dict(enumerate(alone)), coordinator_works=True, notes=())
+        return plan(
+            self.hosts, rank0_works=config.coordinator_works, gpus_per_rank=config.gpus_per_rank,
+            ranks_per_gpu=config.ranks_per_gpu, want_gpu=want_gpu,
+        )  # fmt: skip
+
+    def _welcome(self, placement: m.Placement) -> m.Welcome:
+        return m.Welcome(placement=placement, run_seed=self.setup.config.seed, session=self.number)
+
+    def log_path(self, worker: int) -> Path | None:
+        return None if self.log_dir is None else self.log_dir / f"engine-{worker}.log"
+
+    def names(self) -> dict[int, str]:
+        """What to call each worker when speaking to people."""
+        if self.plan is None:
+            return {}
+        where = {worker: self.hosts.get(worker, self.setup.host).hostname for worker in self.plan.placements}
+        return {worker: f"rank {worker} on {host}" for worker, host in where.items()}
+
+    # ------------------------------------------------------------ one input
+
+    def begin(self, source: Source, record: Recorder, callbacks: Callbacks, *, earlier: int = 0) -> Coordinator:
+        """A coordinator for one input over the workers of this session. Drive it with `turn` or `run`."""
+        config = self.setup.config
+        limits = Limits(prefetch=config.prefetch, lease_s=config.lease_s)
+        now = time.monotonic()
+        before = self.coordinator
+        # Answers to what an earlier input left behind may still come: their numbers must not be this one's.
+        first_index = 0 if before is None else before.plane.highest + 1
+        first_recall = 0 if before is None else before.plane.next_recall
+        plane = ControlPlane(
+            self.hub.workers, config.schedule, now, limits=limits, output_limit_default=config.max_tokens,
+            first_index=first_index, first_recall=first_recall,
+        )  # fmt: skip
+        self.coordinator = coordinator = Coordinator(
+            self.hub, plane, source, record, time.monotonic, names=self.names(), session=self.number,
+            earlier=earlier, callbacks=callbacks,
+        )  # fmt: skip
+        if before is not None:
+            self.hub.broadcast(m.Exhausted(False))
+            coordinator.take_over(before)
+        return coordinator
+
+    def turn(self) -> bool:
+        """One turn of everything that rank 0 hosts. True if anything happened."""
+        assert self.coordinator is not None
+        return turn(self.coordinator, self.hosted)
+
+    def wait(self, delay_s: float) -> None:
+        """Sleep, or less if an engine hosted here has something to say."""
+        sleep([worker.fileno() for worker in self.hosted], delay_s)
+
+    def run(self, keep_on: Callable[[], bool] = lambda: True) -> ev.Stop | None:
+        """Until there is an outcome; None if `keep_on` said no before."""
+        assert self.coordinator is not None
+        drive(self.coordinator, self.hosted, keep_on)
+        return self.coordinator.outcome
+
+    # ------------------------------------------------------------ end
+
+    def collect(self) -> Gathered | None:
+        """Fetch everybody's metrics by collectives.
+
+        None if a rank is silent or was lost meanwhile: then only the record can be told of, and as a collective over
+        all ranks may never end any more, `leave` ends the job.
+        """
+        if self.coordinator is not None:
+            silent = [
+                view.id for view in self.coordinator.plane.workers()
+                if view.state is WorkerState.GONE and view.id in self._remote and view.silent
+            ]  # fmt: skip
+            if silent:
+                self._stuck = True
+                return None
+        for rank in self._remote:
+            self.hub.send(rank, m.Collect(1))
+        self.hub.flush()
+        for worker in self.hosted:
+            worker.close()
+        self._stuck = bool(self._remote)  # until it has gone well: an error in between leaves the others in it
+        try:
+            gathered = collect(self._collectives(), [worker.metrics for worker in self.hosted], time.monotonic())
+        except RankLostError:
+            return None
+        self._stuck = False
+        return gathered
+
+    def _collectives(self) -> Collecting:
+        return SoloCollectives() if self.world is None else Collectives(self.world)
+
+    def refuse(self, reason: str) -> None:
+        """Tell ranks that wait in the handshake to leave."""
+        for rank in self._remote:
+            self.hub.send(rank, m.Refuse(reason))
+        self._flush_all()
+
+    def close(self, reason: str = "done") -> None:
+        """Release all ranks and end the engines hosted here. Never raises for a rank that is gone."""
+        for rank in self._remote:
+            self.hub.send(rank, m.Stop(reason))
+        self._flush_all()
+        for worker in self.hosted:
+            worker.close()
+
+    def leave(self, code: int) -> int:
+        """The last word, after `close`: the exit code, or the end of the job where ranks cannot be released."""
+        if self._stuck and self.world is not None:
+            if sys.exc_info()[0] is not None:
+                traceback.print_exc()
+            print("llmpi: not all ranks can be reached any more: ending the job", file=sys.stderr)
+            self.world.abort(code)
+        return code
+
+    def _flush_all(self) -> None:
+        self.hub.flush()
+        deadline = time.monotonic() + CLOSE_S
+        while self._endpoint.unsent_bytes() and time.monotonic() < deadline:
+            sleep([], 1e-3)

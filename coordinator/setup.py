@@ -1,0 +1,73 @@
+"""What every rank finds out about itself before it talks to the others: its model file, its host, its versions."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from coordinator.config import JobConfig, package_versions
+from coordinator.engines import ModelFacts, engine_factory
+from scheduling import messages as m
+from scheduling.errors import UserError
+from scheduling.link import Spoke
+from storage.gguf import check_gguf, fingerprint
+from workers.gpus import load_nvml
+from workers.hosts import describe_host
+from workers.telemetry import Telemetry
+from workers.worker import Worker, WorkerOptions
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """One rank's facts. `problem` is set instead of raising, so that rank 0 can name the rank that has it."""
+
+    config: JobConfig
+    model: ModelFacts
+    model_name: str
+    fingerprint: str
+    host: m.Host
+    problem: UserError | None = None
+
+    def hello(self) -> m.Hello:
+        return m.Hello(
+            protocol=m.PROTOCOL_VERSION, versions=package_versions(), config_digest=self.config.digest(),
+            model_fingerprint=self.fingerprint, host=self.host, pid=os.getpid(),
+            problem=str(self.problem) if self.problem else "",
+        )  # fmt: skip
+
+
+def prepare(config: JobConfig) -> Setup:
+    """Look at this rank's model file and host. Raises nothing that the user can mend: see `Setup.problem`."""
+    host = describe_host(os.environ)
+    if config.engine == "null":
+        return Setup(config, ModelFacts("", 0, None, None), "null", "none", host)
+    path = Path(config.model)
+    try:
+        info = check_gguf(path)
+        facts = ModelFacts(str(path.resolve()), info.file_bytes, info.context_tokens, info.kv_bytes_per_token)
+        return Setup(config, facts, path.stem, fingerprint(path), host)
+    except UserError as error:
+        return Setup(config, ModelFacts(str(path), 0, None, None), path.stem, "none", host, error)
+
+
+def build_worker(setup: Setup, rank: int, spoke: Spoke, stderr_log: Path | None) -> Worker:
+    """A worker with the engine that the job asks for."""
+    gpus = {gpu.uuid: gpu for gpu in setup.host.gpus}
+    return Worker(
+        spoke,
+        WorkerOptions(
+            rank=rank, hello=setup.hello(), model_name=setup.model_name, defaults=setup.config.sampling,
+            engine_factory=engine_factory(setup.config, setup.model, gpus, stderr_log), clock=time.monotonic,
+            wall_clock=time.time, telemetry_factory=_telemetry,
+        ),
+    )  # fmt: skip
+
+
+def _telemetry(placement: m.Placement, engine_pid: int | None) -> Callable[[], list[tuple[Any, ...]]]:
+    nvml = load_nvml() if placement.gpu_uuids else None
+    telemetry = Telemetry(time.monotonic, nvml, placement.gpu_uuids, lambda: engine_pid)
+    return lambda: [tuple(sample)[1:] for sample in telemetry.sample()]

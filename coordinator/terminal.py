@@ -1,0 +1,71 @@
+"""Whether a person is watching: the launcher's streams, not the rank's, decide.
+
+Under mpirun a rank's stdout is often a pseudo-terminal and its stderr a pipe, whatever the person has, and Open MPI
+forwards whole lines only, so that a line drawn over itself would never show. What counts is where the launcher itself
+writes: if that is a terminal of this host, live lines are drawn on it directly.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import IO
+
+import psutil
+from rich.console import Console
+
+from coordinator.launch import detect
+
+LAUNCHERS = ("mpirun", "mpiexec", "prterun", "prted", "orted", "hydra_pmi_proxy", "hydra_bstrap_pr", "mpiexec.hydra")
+PLAIN_WIDTH = 110
+
+
+def console_for(stream: IO[str], *, live: bool = False) -> Console:
+    """A console for `stream` (stdout or stderr) that shows colours, and with `live` moving lines, only to a person."""
+    path = terminal_of(stream)
+    width = None if path is None else _width_of(path)
+    if path is None or width is None:
+        return Console(file=stream, force_terminal=False, highlight=False, width=PLAIN_WIDTH)
+    if live and not stream.isatty():
+        try:
+            stream = open(path, "w", encoding="utf-8", errors="replace")  # noqa: SIM115 - as long as we live
+        except OSError:
+            return Console(file=stream, force_terminal=False, highlight=False, width=PLAIN_WIDTH)
+    return Console(file=stream, force_terminal=True, highlight=False, width=width)
+
+
+def terminal_of(stream: IO[str]) -> str | None:
+    """The terminal on which a person sees `stream`, as a path; None if it is none that we can reach."""
+    if detect(os.environ).launcher == "none":
+        try:
+            return os.ttyname(stream.fileno()) if stream.isatty() else None
+        except (OSError, ValueError):
+            return None
+    return _launchers_terminal(2 if stream is sys.stderr else 1)
+
+
+def _launchers_terminal(descriptor: int) -> str | None:
+    outermost = None
+    try:
+        for process in psutil.Process().parents():
+            if process.name() in LAUNCHERS:
+                outermost = process.pid
+        if outermost is None:
+            return None
+        target = os.readlink(f"/proc/{outermost}/fd/{descriptor}")
+    except (OSError, psutil.Error):
+        return None
+    return target if target.startswith(("/dev/pts/", "/dev/tty")) else None
+
+
+def _width_of(path: str) -> int | None:
+    try:
+        terminal = os.open(path, os.O_RDONLY | os.O_NOCTTY)
+    except OSError:
+        return None
+    try:
+        return os.get_terminal_size(terminal).columns or 80
+    except OSError:
+        return None
+    finally:
+        os.close(terminal)

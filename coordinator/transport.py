@@ -1,0 +1,89 @@
+"""Endpoints without MPI: the loopback between rank 0 and workers it hosts, and several endpoints as one.
+
+The endpoint over MPI is in `coordinator.mpi`, the only module that imports mpi4py. `Backoff` is how all loops sleep:
+no rank spins.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from scheduling.link import Endpoint
+
+
+class Loopback:
+    """Two endpoints in one process, connected: `near` for the coordinator, `far` for the worker."""
+
+    def __init__(self, near_address: int, far_address: int) -> None:
+        there: deque[tuple[int, bytes]] = deque()
+        back: deque[tuple[int, bytes]] = deque()
+        self.near = _LoopbackEnd(near_address, inbox=back, outbox=there)
+        self.far = _LoopbackEnd(far_address, inbox=there, outbox=back)
+
+
+class _LoopbackEnd:
+    def __init__(self, address: int, inbox: deque[tuple[int, bytes]], outbox: deque[tuple[int, bytes]]) -> None:
+        self.address = address
+        self._inbox = inbox
+        self._outbox = outbox
+
+    def post(self, address: int, payload: bytes) -> None:
+        self._outbox.append((self.address, payload))
+
+    def receive(self) -> list[tuple[int, bytes]]:
+        arrived = list(self._inbox)
+        self._inbox.clear()
+        return arrived
+
+    def unsent_bytes(self) -> int:
+        """Nothing: what was posted is with the other end already."""
+        return 0
+
+
+class Routed:
+    """Several endpoints as one: `routes` says which endpoint leads to an address, `default` takes the rest."""
+
+    def __init__(self, routes: dict[int, Endpoint], default: Endpoint | None = None) -> None:
+        self._routes = routes
+        self._default = default
+        self._all = [*routes.values(), *([default] if default is not None else [])]
+
+    def add(self, endpoint: Endpoint) -> None:
+        """Receive from this one too (its route is in `routes`)."""
+        self._all.append(endpoint)
+
+    def post(self, address: int, payload: bytes) -> None:
+        endpoint = self._routes.get(address, self._default)
+        if endpoint is None:
+            raise ValueError(f"no endpoint leads to rank {address}")
+        endpoint.post(address, payload)
+
+    def receive(self) -> list[tuple[int, bytes | bytearray]]:
+        return [arrived for endpoint in self._all for arrived in endpoint.receive()]
+
+    def unsent_bytes(self) -> int:
+        return sum(endpoint.unsent_bytes() for endpoint in self._all)
+
+
+class Backoff:
+    """How long a loop with nothing to do sleeps: doubling from 50 microseconds to a ceiling.
+
+    The ceiling is 1 ms while work is in flight and 20 ms otherwise, so an idle rank costs well under 1 % of a core.
+    """
+
+    FIRST_S = 5e-5
+    BUSY_MAX_S = 1e-3
+    IDLE_MAX_S = 2e-2
+
+    def __init__(self) -> None:
+        self._next_s = self.FIRST_S
+
+    def reset(self) -> None:
+        self._next_s = self.FIRST_S
+
+    def next_s(self, in_flight: bool) -> float:
+        """Seconds to sleep now; call after a turn in which nothing happened."""
+        ceiling = self.BUSY_MAX_S if in_flight else self.IDLE_MAX_S
+        delay = min(self._next_s, ceiling)
+        self._next_s = min(self._next_s * 2, ceiling)
+        return delay

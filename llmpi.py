@@ -1,0 +1,43 @@
+"""llmpi from Python: answer prompts on every GPU of this machine or, under mpirun or srun, of all ranks.
+
+    import llmpi
+
+    with llmpi.Pool("model.gguf", slots=16) as pool:
+        for result in pool.generate(["Why is the sky blue?"], max_tokens=64, temperature=0):
+            print(result.custom_id, result.text)
+
+Under a launcher every rank runs the same script: rank 0 runs the body, the other ranks serve inside `with` until
+rank 0 leaves it, and `generate` yields nothing there.
+"""
+
+from __future__ import annotations
+
+from coordinator.loop import Snapshot
+from coordinator.pool import Pool, Result
+from scheduling.errors import (
+    ConfigError,
+    EngineError,
+    InputError,
+    LlmpiError,
+    ModelFileError,
+    RequestError,
+    UserError,
+)
+
+__all__ = [
+    "ConfigError",
+    "EngineError",
+    "InputError",
+    "LlmpiError",
+    "ModelFileError",
+    "Pool",
+    "RequestError",
+    "Result",
+    "Snapshot",
+    "UserError",
+]
+
+if __name__ == "__main__":
+    from coordinator.cli import main
+
+    main()

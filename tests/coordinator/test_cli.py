@@ -1,0 +1,208 @@
+"""The command line in this process: what is parsed, what is printed on a mistake, and which code it ends with."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coordinator import batch as batch_module
+from coordinator import cli
+from coordinator.batch import BatchOptions
+from coordinator.config import JobConfig
+from scheduling.errors import (
+    BugError,
+    ConfigError,
+    EngineError,
+    HandshakeError,
+    InputError,
+    LlmpiError,
+    ModelFileError,
+    ProtocolError,
+    RankLostError,
+    RecordError,
+    RequestError,
+    RunDirError,
+)
+from scheduling.requests import Sampling
+
+Run = Callable[..., int]
+LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PALS_RANKID", "SLURM_STEP_NUM_TASKS")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Run:
+    """`llmpi WORDS…`, returning the exit code."""
+    for name in LAUNCHER_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+    def run_words(*words: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["llmpi", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert isinstance(ended.value.code, int)
+        return ended.value.code
+
+    return run_words
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[JobConfig, BatchOptions, list[str]]]:
+    """Batches that were started, instead of starting them."""
+    calls: list[tuple[JobConfig, BatchOptions, list[str]]] = []
+
+    def run_batch(config: JobConfig, options: BatchOptions, argv: list[str]) -> int:
+        calls.append((config, options, argv))
+        return 0
+
+    monkeypatch.setattr(batch_module, "run_batch", run_batch)
+    return calls
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def fail(*_: Any) -> int:
+        raise error
+
+    return fail
+
+
+BATCH = ("batch", "-m", "m.gguf", "-i", "in.jsonl", "-o", "out")
+
+
+def test_a_plain_batch_has_the_documented_defaults(run: Run, started: list[Any]) -> None:
+    assert run(*BATCH) == 0
+    [(config, options, argv)] = started
+    assert config == JobConfig(model="m.gguf", sampling=config.sampling)
+    assert config.sampling == Sampling(temperature=1.0)
+    assert options == BatchOptions(input=Path("in.jsonl"), output=Path("out"))
+    assert argv == list(BATCH)
+
+
+def test_every_flag_reaches_its_option(run: Run, started: list[Any]) -> None:
+    flags = (
+        "--schedule", "round-robin", "--ranks", "3", "--slots", "4", "--contexts", "2", "--ctx", "128", "--batch", "64",
+        "--ubatch", "32", "--threads", "5", "--gpu-layers", "7", "--no-flash-attention", "--device", "cpu",
+        "--gpus-per-rank", "2", "--ranks-per-gpu", "3", "--coordinator-works", "--max-tokens", "9", "--temperature",
+        "0.5", "--top-k", "40", "--top-p", "0.9", "--min-p", "0.1", "--seed", "11", "--format", "text",
+        "--no-precheck", "--prefetch", "6", "--lease", "12.5", "--commit-interval", "0.2", "--commit-bytes", "1000",
+        "--show", "2", "--quiet", "--json",
+    )  # fmt: skip
+    assert run(*BATCH, *flags) == 0
+    [(config, options, _)] = started
+    assert config == JobConfig(
+        model="m.gguf", schedule="round-robin", slots=4, contexts=2, ctx=128, batch=64, ubatch=32, threads=5,
+        gpu_layers=7, flash_attention=False, device="cpu", gpus_per_rank=2, ranks_per_gpu=3, coordinator_works=True,
+        max_tokens=9, sampling=Sampling(temperature=0.5, top_k=40, top_p=0.9, min_p=0.1), seed=11, precheck=False,
+        prefetch=6, lease_s=12.5, commit_interval_s=0.2, commit_bytes=1000,
+    )  # fmt: skip
+    assert options == BatchOptions(
+        input=Path("in.jsonl"), output=Path("out"), format="text", ranks=3, show=2, quiet=True, as_json=True
+    )
+
+
+def test_chat_template_is_read_from_its_file(run: Run, started: list[Any], tmp_path: Path) -> None:
+    template = tmp_path / "t.jinja"
+    template.write_text("{{ messages }} ü", encoding="utf-8")
+    assert run(*BATCH, "--chat-template", str(template)) == 0
+    assert started[0][0].chat_template == "{{ messages }} ü"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("x"), 2), (InputError("x"), 2), (RequestError("x"), 2), (ModelFileError("x"), 2),
+        (RunDirError("x"), 2), (HandshakeError("x"), 2), (RecordError("x"), 3), (ProtocolError("x"), 4),
+        (EngineError("x"), 4), (RankLostError("x"), 4), (BugError("x"), 4),
+    ],
+)  # fmt: skip
+def test_every_error_is_one_line_and_its_exit_code(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: LlmpiError, code: int
+) -> None:
+    monkeypatch.setattr(batch_module, "run_batch", raising(error))
+    assert run(*BATCH) == code
+    said = capsys.readouterr()
+    assert said.err == "llmpi: x\n"
+    assert said.out == ""
+
+
+def test_an_error_of_our_own_shows_its_traceback(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(batch_module, "run_batch", raising(ZeroDivisionError("planted")))
+    assert run(*BATCH) == 4
+    said = capsys.readouterr().err
+    assert "Traceback" in said
+    assert "planted" in said
+    assert "report" in said
+
+
+def test_only_rank_0_speaks_and_carries_the_status(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(batch_module, "run_batch", raising(ConfigError("x")))
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "3")
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "2")
+    # Status 0: mpirun would end the job at another one, before rank 0's line is out.
+    assert run(*BATCH) == 0
+    assert run("batch", "--slotz") == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
+    assert run(*BATCH) == 2
+    assert run("batch", "--slotz") == 2
+    assert capsys.readouterr().err.count("llmpi: ") == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "word"),
+    [
+        (("bacth",), "bacth"),
+        ((*BATCH, "--slotz", "4"), "--slotz"),
+        (("batch", "-m", "m.gguf"), "--input"),
+        ((*BATCH, "--slots", "many"), "--slots"),
+        ((*BATCH, "--slots", "0"), "--slots"),
+        ((*BATCH, "--schedule", "fastest"), "fastest"),
+        ((*BATCH, "--device", "tpu"), "tpu"),
+        ((*BATCH, "--format", "csv"), "csv"),
+        ((*BATCH, "--ranks", "0"), "--ranks"),
+        ((*BATCH, "--show", "-1"), "--show"),
+        ((*BATCH, "--temperature", "nan"), "temperature"),
+        ((*BATCH, "--top-p", "2"), "--top-p"),
+        ((*BATCH, "--chat-template", "no-such-file"), "no-such-file"),
+        ((*BATCH, "extra"), "extra"),
+        (("infer", "-m", "m.gguf"), "--prompt"),
+        (("export", "run", "--order", "random"), "random"),
+    ],
+)
+def test_mistake_is_one_line_that_names_it(
+    run: Run, started: list[Any], capsys: pytest.CaptureFixture[str], words: tuple[str, ...], word: str
+) -> None:
+    assert run(*words) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("llmpi: "), said.err
+    assert said.err.count("\n") == 1, said.err
+    assert word in said.err
+    assert "Traceback" not in said.err
+    assert not started
+
+
+def test_help_and_version_are_no_errors(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--help") == 0
+    assert "batch" in capsys.readouterr().out
+    assert run("batch", "--help") == 0
+    assert "--schedule" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["status", "report", "stop", "export"])
+def test_commands_on_what_is_no_run(run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str) -> None:
+    assert run(command, str(tmp_path / "nothing")) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("llmpi: ")
+    assert "nothing" in said
+
+
+def test_standard_input_is_refused_with_the_way_out(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("batch", "-m", "m.gguf", "-i", "-", "-o", "out") == 2
+    assert "save it to a file" in capsys.readouterr().err

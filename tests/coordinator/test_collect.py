@@ -1,0 +1,110 @@
+"""The end of a session: what all ranks counted comes together, by collectives that every rank enters alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from coordinator.collect import collect
+from coordinator.mpi import SoloCollectives
+from scheduling.tables import RANK, REQUEST, TELEMETRY
+from tests.coordinator.fakes import Contribution, FakeCollectives
+from workers.metrics import HISTOGRAMS, RankMetrics
+
+
+def metrics_of(rank: int, latencies_s: list[float], failed: int = 0) -> RankMetrics:
+    metrics = RankMetrics(rank, 0, f"node{rank}")
+    metrics.engine_ready(2, 0.0)
+    for k, e2e_s in enumerate(latencies_s):
+        ok = int(k >= failed)
+        metrics.requests.append((100 * rank + k, rank, 1, 0, 5, 3 * ok, 0.0, 0.1, 0.01, e2e_s, 0 if ok else 2, ok))
+        metrics.finished += 1
+        metrics.failed += 1 - ok
+        metrics.prompt_tokens += 5
+        metrics.output_tokens += 3 * ok
+    metrics.telemetry.append((1.0, rank, 0, -1, 1.0, 2, 3.0, 4.0, 5.0, 6.0, 7))
+    metrics.itl.add_sparse([rank], [1])
+    return metrics
+
+
+def contributions(*hosted: list[RankMetrics]) -> list[list[Any]]:
+    given = []
+    for metrics in hosted:
+        rank = Contribution()
+        collect(rank, metrics, 10.0)
+        given.append(rank.given)
+    return given
+
+
+def test_counters_histograms_and_rows_of_all_ranks_come_together() -> None:
+    others = contributions([metrics_of(1, [1.0, 2.0])], [metrics_of(2, [9.0, 0.5, 3.0], failed=1)])
+    gathered = collect(FakeCollectives(others), [], 10.0)
+    assert gathered.counters.tolist() == [5, 1, 25, 12]
+    assert gathered.ranks_in == 3
+    assert sorted(np.concatenate(gathered.requests)["index"]) == [100, 101, 200, 201, 202]
+    assert sorted(np.concatenate(gathered.ranks)["rank"]) == [1, 2]
+    assert sorted(np.concatenate(gathered.telemetry)["rank"]) == [1, 2]
+    assert {name: histogram.count for name, histogram in gathered.histograms.items()} == {
+        "queue": 4, "ttft": 4, "tpot": 4, "itl": 2, "e2e": 4,
+    }  # fmt: skip
+    assert set(gathered.histograms) == set(HISTOGRAMS)
+
+
+def test_extremes_leave_failed_requests_out() -> None:
+    others = contributions([metrics_of(1, [1.0, 2.0])], [metrics_of(2, [9.0, 0.5, 3.0], failed=1)])
+    gathered = collect(FakeCollectives(others), [], 10.0)
+    assert gathered.extremes_s.tolist() == [0.5, 3.0]
+
+
+def test_without_a_request_extremes_are_missing_not_zero() -> None:
+    gathered = collect(FakeCollectives(contributions([metrics_of(1, [])])), [], 10.0)
+    assert np.isnan(gathered.extremes_s).all()
+    assert gathered.counters.tolist() == [0, 0, 0, 0]
+    assert sum(len(rows) for rows in gathered.requests) == 0
+
+
+def test_a_rank_may_host_several_workers_or_none() -> None:
+    one_by_one = collect(FakeCollectives(contributions([metrics_of(1, [1.0])], [metrics_of(2, [2.0])])), [], 10.0)
+    together = collect(FakeCollectives(contributions([], [])), [metrics_of(1, [1.0]), metrics_of(2, [2.0])], 10.0)
+    assert together.counters.tolist() == one_by_one.counters.tolist()
+    assert together.extremes_s.tolist() == one_by_one.extremes_s.tolist()
+    assert np.concatenate(together.ranks)["rank"].tolist() == [1, 2]
+
+
+def test_all_ranks_enter_the_same_collectives_in_the_same_order() -> None:
+    """Whatever they host: otherwise the job hangs."""
+    calls = []
+    for hosted in ([], [metrics_of(1, [1.0])], [metrics_of(1, []), metrics_of(2, [3.0, 4.0])]):
+        rank = FakeCollectives([])
+        collect(rank, hosted, 10.0)
+        calls.append([call.split()[0] for call in rank.calls])
+    assert calls[0] == calls[1] == calls[2]
+    assert calls[0] == ["sum", "sum", "minimum", "maximum", "gather", "gather", "gather"]
+
+
+def test_contributions_have_one_type_and_shape_on_every_rank() -> None:
+    for a, b in zip(*contributions([], [metrics_of(1, [1.0, 2.0])]), strict=True):
+        assert a.dtype == b.dtype
+        assert a.ndim == b.ndim
+        if a.dtype not in (REQUEST, RANK, TELEMETRY):
+            assert a.shape == b.shape
+
+
+def test_alone_collectives_give_back_what_they_are_given() -> None:
+    gathered = collect(SoloCollectives(), [metrics_of(1, [1.0, 2.0])], 10.0)
+    assert gathered.counters.tolist() == [2, 0, 10, 6]
+    assert gathered.extremes_s.tolist() == [1.0, 2.0]
+    assert gathered.ranks_in == 1
+    [ranks] = gathered.ranks
+    assert ranks["wall_s"].tolist() == [10.0]
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_solo_rows_come_in_chunks(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coordinator.mpi.GATHER_CHUNK_BYTES", 2 * 8)
+    taken: list[Any] = []
+    SoloCollectives().gather_rows(np.arange(count), taken.append)
+    assert [value for chunk in taken for value in chunk] == list(range(count))
+    assert all(len(chunk) <= 2 for chunk in taken)

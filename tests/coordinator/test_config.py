@@ -1,0 +1,92 @@
+"""A job's options: refused when they cannot be, equal on all ranks, stored with the run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from coordinator.config import JobConfig, checked_sampling, package_versions
+from scheduling.errors import ConfigError
+from scheduling.requests import MAX_TOKENS_LIMIT, Sampling
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"schedule": "fastest"}, "work-stealing"),
+        ({"slots": 0}, "--slots"),
+        ({"slots": 4097}, "4096"),
+        ({"contexts": -1}, "--contexts"),
+        ({"ctx": 0}, "--ctx"),
+        ({"batch": 0}, "--batch"),
+        ({"ubatch": 0}, "--ubatch"),
+        ({"threads": 0}, "--threads"),
+        ({"gpus_per_rank": 0}, "--gpus-per-rank"),
+        ({"ranks_per_gpu": 0}, "--ranks-per-gpu"),
+        ({"max_tokens": 0}, "--max-tokens"),
+        ({"max_tokens": MAX_TOKENS_LIMIT + 1}, str(MAX_TOKENS_LIMIT)),
+        ({"prefetch": -1}, "--prefetch"),
+        ({"commit_bytes": 0}, "--commit-bytes"),
+        ({"commit_interval_s": 0.0}, "--commit-interval"),
+        ({"lease_s": -1.0}, "--lease"),
+        ({"lease_s": NAN}, "--lease"),
+    ],
+)
+def test_option_out_of_range_is_refused_by_its_flag(options: dict[str, Any], word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        JobConfig(model="m", **options)
+
+
+def test_defaults_are_valid() -> None:
+    config = JobConfig(model="m")
+    assert config.schedule == "work-stealing"
+    assert msgspec.json.decode(msgspec.json.encode(config), type=JobConfig) == config
+
+
+def test_digest_is_the_same_for_the_same_options_and_differs_otherwise() -> None:
+    config = JobConfig(model="m", sampling=Sampling(temperature=0.5, logit_bias={3: 1.0, 1: 2.0}))
+    same = JobConfig(model="m", sampling=Sampling(temperature=0.5, logit_bias={1: 2.0, 3: 1.0}))
+    assert config.digest() == same.digest()
+    assert len(config.digest()) == 16
+    changed = [msgspec.structs.replace(config, **change) for change in ({"slots": 3}, {"seed": 1}, {"model": "n"})]
+    assert len({config.digest(), *(other.digest() for other in changed)}) == 4
+
+
+def test_what_decides_the_answers_is_the_identity_and_nothing_else() -> None:
+    config = JobConfig(model="m")
+    alike = JobConfig(model="elsewhere/m", schedule="round-robin", slots=3, threads=2, ranks_per_gpu=2, lease_s=5.0)
+    assert config.identity() == alike.identity()
+    changes: list[dict[str, Any]] = [{"ctx": 99}, {"seed": 1}, {"max_tokens": 3}, {"chat_template": "x"}]
+    for change in [*changes, {"sampling": Sampling(top_k=1)}]:
+        assert JobConfig(model="m", **change).identity() != config.identity()
+
+
+def test_versions_name_what_is_not_installed() -> None:
+    versions = package_versions()
+    assert {"llmpi", "llama-cpp-python", "msgspec", "numpy"} <= versions.keys()
+    assert all(versions.values())
+
+
+def test_sampling_of_the_command_line_is_held_to_a_requests_limits() -> None:
+    assert checked_sampling(temperature=0.5, top_k=3) == Sampling(temperature=0.5, top_k=3)
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        ({"temperature": -1.0}, "--temperature"),
+        ({"temperature": NAN}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"top_p": 1.5}, "--top-p"),
+        ({"min_p": -0.1}, "--min-p"),
+        ({"top_k": -5}, "--top-k"),
+        ({"temprature": 1.0}, "temprature"),
+    ],
+)
+def test_sampling_out_of_range_is_refused_by_its_flag(values: dict[str, float], word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        checked_sampling(**values)

@@ -1,0 +1,400 @@
+"""Rank 0's loop between fake workers, a fake record and a fake source: messages in, messages out, nothing sleeps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from coordinator.loop import ASSIGN_BYTES_MAX, TICK_S, Callbacks, Coordinator, Snapshot, outcome_error
+from scheduling import events as ev
+from scheduling import messages as m
+from scheduling.control import ControlPlane, Limits
+from scheduling.errors import EngineError, ProtocolError, RequestError, UserError
+from scheduling.link import Hub
+from tests.coordinator.fakes import FakeClock, FakeEndpoint, FakeRecord, FakeSource, Said, fake_rank, finished
+
+LIMITS = Limits(prefetch=1, lease_s=60.0)
+
+
+class Stage:
+    """Rank 0 and its surroundings. `workers` speak for the ranks."""
+
+    def __init__(
+        self,
+        prompts: Sequence[str | RequestError],
+        workers: int = 1,
+        limits: Limits = LIMITS,
+        **callbacks: Any,
+    ) -> None:
+        self.clock = FakeClock()
+        self.record = FakeRecord()
+        self.source = FakeSource(prompts)
+        self.results: list[bytes] = []
+        self.notes: list[str] = []
+        endpoint = FakeEndpoint()
+        ids = list(range(1, workers + 1))
+        self.workers: dict[int, Said] = {rank: fake_rank(endpoint, rank) for rank in ids}
+        self.hub = Hub(endpoint, ids)
+        given: dict[str, Any] = {"on_result": self.results.append, "on_note": self.notes.append} | callbacks
+        self.coordinator = Coordinator(
+            self.hub, ControlPlane(ids, "work-stealing", self.clock(), limits=limits), self.source, self.record,
+            self.clock, names={rank: f"rank {rank} on node{rank}" for rank in ids}, session=2, earlier=10,
+            callbacks=Callbacks(**given),
+        )  # fmt: skip
+
+    def hear(self, worker: int, *messages: m.FromWorker) -> list[Any]:
+        """The worker says this; returns what rank 0 answers it in that turn."""
+        self.workers[worker].say(*messages)
+        return self.step(worker)
+
+    def step(self, worker: int = 1) -> list[Any]:
+        self.coordinator.step()
+        self.coordinator.plane.check()
+        return self.workers[worker].take()
+
+    def ready(self, worker: int = 1, slots: int = 2, generation: int = 1) -> list[Any]:
+        message = m.Ready(slots=slots, generation=generation, load_s=0.1, backend="FAKE")
+        self.workers[worker].say(message)
+        said = []
+        for _ in range(3):  # ready; read; assign
+            said += self.step(worker)
+        return said
+
+    def durable(self) -> None:
+        self.record.commit()
+        self.coordinator.step()
+
+
+def assigned(messages: list[Any]) -> list[int]:
+    return [item.index for message in messages if isinstance(message, m.Assign) for item in message.items]
+
+
+# ---------------------------------------------------------------- the way of a request
+
+
+def test_requests_go_out_with_their_lines_and_the_workers_generation() -> None:
+    stage = Stage(["one", "two"])
+    said = [message for message in stage.ready(generation=7) if isinstance(message, m.Assign)]
+    assert assigned(said) == [0, 1]
+    assert {message.generation for message in said} == {7}
+    item = said[0].items[0]
+    assert (item.index, item.attempt) == (0, 1)
+    assert json.loads(item.line) == {"custom_id": "id-0", "prompt": "one"}
+
+
+def test_answers_are_recorded_first_and_counted_when_durable() -> None:
+    stage = Stage(["one", "two"])
+    stage.ready()
+    first = finished(0)
+    stage.hear(1, m.Report(finished=[first]))
+    assert stage.record.take() == [first.line]
+    assert stage.results == []
+    assert stage.coordinator.snapshot().done == 0
+    stage.durable()
+    assert stage.results == [first.line]
+    assert stage.coordinator.snapshot().done == 1
+    assert stage.coordinator.outcome is None
+
+
+def test_it_is_over_when_the_last_answer_is_durable_not_before() -> None:
+    stage = Stage(["one", "two"])
+    stage.ready()
+    stage.hear(1, m.Report(finished=[finished(0), finished(1)]))
+    stage.step()
+    assert stage.coordinator.outcome is None
+    stage.durable()
+    assert stage.coordinator.outcome == ev.Stop("done", "")
+    assert not stage.coordinator.in_flight
+
+
+def test_an_empty_input_is_over_at_once() -> None:
+    stage = Stage([])
+    stage.step()
+    assert stage.coordinator.outcome == ev.Stop("done", "")
+
+
+def test_a_bad_line_is_recorded_as_failed_and_never_assigned() -> None:
+    stage = Stage(["one", RequestError("line 2: top_p is 7"), "three"])
+    assert assigned(stage.ready()) == [0, 2]
+    [line] = stage.record.take()
+    entry = json.loads(line)
+    assert entry["custom_id"] == "id-1"
+    assert entry["error"]["code"] == "invalid_request"
+    assert "top_p is 7" in entry["error"]["message"]
+    assert (entry["llmpi"]["index"], entry["llmpi"]["session"]) == (1, 2)
+    stage.durable()
+    assert stage.coordinator.snapshot().failed == 1
+
+
+def test_late_answer_is_dropped_and_remembered_for_the_metrics() -> None:
+    stage = Stage(["one"], workers=2)
+    stage.ready(1)
+    stage.hear(1, m.Crashed(reason="lost its mind"))
+    stage.ready(2)
+    stage.hear(1, m.Report(finished=[finished(0)]))
+    stage.record.assert_empty()
+    assert stage.coordinator.dropped == {(1, 0, 1)}
+    stage.hear(2, m.Report(finished=[finished(0, attempt=2, rank=2)]))
+    assert len(stage.record.take()) == 1
+
+
+def test_answer_that_comes_twice_is_recorded_once() -> None:
+    stage = Stage(["one", "two"])
+    stage.ready()
+    stage.hear(1, m.Report(finished=[finished(0)]), m.Report(finished=[finished(0)]))
+    assert len(stage.record.take()) == 1
+
+
+def test_an_answer_to_a_request_that_never_was_is_refused() -> None:
+    stage = Stage(["one"])
+    stage.ready()
+    with pytest.raises(ProtocolError, match="rank 1"):
+        stage.hear(1, m.Report(finished=[finished(99)]))
+
+
+def test_streamed_text_goes_to_who_listens() -> None:
+    deltas: list[m.Delta] = []
+    stage = Stage(["one"], on_delta=deltas.append)
+    stage.ready()
+    mine, foreign = m.Delta(0, 1, 0, "he", 1), m.Delta(0, 9, 0, "??", 1)
+    stage.hear(1, m.Report(started=[(0, 1)], deltas=[mine, foreign]))
+    assert deltas == [mine]
+
+
+def test_large_lines_are_sent_in_several_assigns() -> None:
+    big = "x" * (ASSIGN_BYTES_MAX // 2 + 1)
+    stage = Stage([big] * 4)
+    said = [message for message in stage.ready(slots=4) if isinstance(message, m.Assign)]
+    assert assigned(said) == [0, 1, 2, 3]
+    assert max(sum(len(item.line) for item in message.items) for message in said) <= 2 * ASSIGN_BYTES_MAX
+    assert len(said) >= 2
+
+
+# ---------------------------------------------------------------- reading only what is wanted
+
+
+def test_it_reads_no_more_than_workers_can_use() -> None:
+    stage = Stage(["x"] * 1000)
+    stage.step()
+    before = 1000 - stage.source.left
+    assert before <= 16, "a worker that is not ready yet counts as 16"
+    stage.ready(slots=2)
+    for _ in range(20):
+        stage.step()
+    assert 1000 - stage.source.left <= 16
+    assert len(stage.source.asked) < 20, "what nobody wants is not asked for"
+
+
+def test_a_record_that_is_behind_stops_the_reading() -> None:
+    stage = Stage(["x"] * 1000, limits=Limits(prefetch=1, unacknowledged=10))
+    indexes = assigned(stage.ready(slots=4))
+    answered = 0
+    for _ in range(200):
+        report = m.Report(finished=[finished(index) for index in indexes])
+        answered += len(indexes)
+        indexes = assigned(stage.hear(1, report)) + assigned(stage.step())
+        if not indexes:
+            break
+    assert 10 <= answered < 60
+    left = stage.source.left
+    for _ in range(5):
+        stage.step()
+    assert stage.source.left == left
+    stage.record.commit()
+    assert assigned(stage.step()) + assigned(stage.step())
+
+
+def test_payloads_are_forgotten_when_their_requests_end() -> None:
+    stage = Stage(["x" * 1000, RequestError("bad")])
+    stage.ready()
+    assert stage.coordinator.in_flight
+    stage.hear(1, m.Report(finished=[finished(0)]))
+    assert not stage.coordinator.in_flight
+    assert stage.coordinator._payload_bytes == 0
+
+
+# ---------------------------------------------------------------- workers that fail
+
+
+@pytest.mark.parametrize(("user_error", "kind"), [(True, UserError), (False, EngineError)])
+def test_engine_that_cannot_start_ends_the_job_with_the_ranks_name(user_error: bool, kind: type[Exception]) -> None:
+    stage = Stage(["one"], workers=2)
+    down = m.EngineDown(reason="libcuda.so is missing", restarting=False, user_error=user_error)
+    with pytest.raises(kind, match=r"rank 2 on node2: libcuda\.so is missing"):
+        stage.hear(2, down)
+
+
+def test_engine_that_is_being_restarted_before_it_was_ready_ends_nothing() -> None:
+    stage = Stage(["one"])
+    stage.hear(1, m.EngineDown(reason="killed by signal 9", restarting=True))
+    assert assigned(stage.ready()) == [0]
+    assert any("killed by signal 9" in note and "rank 1 on node1" in note for note in stage.notes)
+
+
+def test_requests_of_a_dead_engine_go_again_with_the_next_attempt() -> None:
+    stage = Stage(["one", "two", "three"])
+    assert assigned(stage.ready(slots=2)) == [0, 1, 2]
+    stage.hear(1, m.Report(started=[(0, 1), (1, 1)]))
+    stage.hear(1, m.EngineDown(reason="gone", started=[(0, 1), (1, 1)], unstarted=[(2, 1)]))
+    said = [message for message in stage.ready(generation=2) if isinstance(message, m.Assign)]
+    items = [(item.index, item.attempt) for message in said for item in message.items]
+    assert sorted(items) == [(0, 2), (1, 2), (2, 1)]
+    assert {message.generation for message in said} == {2}
+
+
+def test_request_that_kills_engines_again_and_again_is_failed_with_its_history() -> None:
+    stage = Stage(["poison"], limits=Limits(prefetch=1, deaths=2))
+    stage.ready()
+    for attempt in (1, 2):
+        stage.hear(1, m.Report(started=[(0, attempt)]))
+        stage.hear(1, m.EngineDown(reason=f"death {attempt}", started=[(0, attempt)]))
+        stage.ready(generation=attempt + 1)
+    [line] = stage.record.take()
+    entry = json.loads(line)
+    assert entry["custom_id"] == "id-0"
+    assert entry["error"]["code"] == "engine_died"
+    assert "death 1" in entry["error"]["message"]
+    assert "death 2" in entry["error"]["message"]
+    stage.durable()
+    assert stage.coordinator.outcome == ev.Stop("done", "")
+
+
+def test_crashed_worker_is_told_of_with_its_traceback_and_its_work_goes_elsewhere() -> None:
+    stage = Stage(["one", "two"], workers=2)
+    assert 0 in assigned(stage.ready(1, slots=1))
+    stage.hear(1, m.Crashed(reason="ValueError: no", traceback="Traceback (most recent call last): …"))
+    assert "rank 1 on node1: ValueError: no\nTraceback" in stage.notes[0]
+    assert sorted(assigned(stage.ready(2, slots=2))) == [0, 1]
+
+
+def test_silent_worker_is_lost_after_its_lease() -> None:
+    stage = Stage(["one"], workers=2)
+    assert assigned(stage.ready(1)) == [0]
+    stage.ready(2)
+    again: list[int] = []
+    for _ in range(140):
+        stage.clock.pass_(0.5)
+        again += assigned(stage.hear(2, m.Heartbeat()))
+    assert again == [0]
+
+
+def test_when_rank_0_itself_has_slept_nobody_is_taken_for_silent() -> None:
+    stage = Stage(["one"], workers=2)
+    assert assigned(stage.ready(1)) == [0]
+    stage.ready(2)
+    stage.clock.pass_(300.0)  # the whole job was suspended, or the caller of a Pool took its time
+    assert assigned(stage.hear(2, m.Heartbeat())) == []
+    assert stage.coordinator.outcome is None
+
+
+def test_without_any_worker_left_it_ends_with_each_ones_reason() -> None:
+    stage = Stage(["one"])
+    stage.ready()
+    stage.hear(1, m.EngineDown(reason="the GPU fell off the bus", started=[(0, 1)], restarting=False))
+    assert stage.coordinator.outcome is not None
+    assert stage.coordinator.outcome.outcome == "no workers"
+    error = outcome_error(stage.coordinator.outcome)
+    assert isinstance(error, EngineError)
+    assert "the GPU fell off the bus" in str(error)
+    assert outcome_error(ev.Stop("done", "")) is None
+
+
+# ---------------------------------------------------------------- stealing, draining
+
+
+def test_unstarted_work_is_recalled_for_an_idle_worker_and_assigned_anew() -> None:
+    stage = Stage(["x"] * 6, workers=2, limits=Limits(prefetch=5))
+    given = assigned(stage.ready(1, slots=1))
+    assert len(given) > 1
+    stage.ready(2, slots=1)
+    recalls = [message for message in stage.workers[1].take() if isinstance(message, m.Recall)]
+    if not recalls:
+        stage.hear(1, m.Report(started=[(given[0], 1)]))
+        stage.hear(2, m.Heartbeat())
+    first = recalls[0]
+    assert first.indexes
+    stage.hear(1, m.Recalled(first.recall, first.indexes))
+    assert set(first.indexes) & set(assigned(stage.workers[2].take()) + assigned(stage.step(2)))
+
+
+def test_drain_starts_nothing_new_and_waits_for_what_runs() -> None:
+    stage = Stage(["x"] * 20)
+    given = assigned(stage.ready(slots=2))
+    stage.hear(1, m.Report(started=[(given[0], 1)]))
+    stage.coordinator.drain("asked to")
+    said = stage.step()
+    assert not assigned(said)
+    [recall] = [message for message in said if isinstance(message, m.Recall)]
+    assert recall.indexes == given[1:]
+    stage.hear(1, m.Recalled(recall.recall, recall.indexes))
+    assert stage.coordinator.outcome is None
+    stage.hear(1, m.Report(finished=[finished(given[0])]))
+    stage.durable()
+    assert stage.coordinator.outcome == ev.Stop("drained", "asked to")
+
+
+def test_stop_request_is_looked_for_at_every_tick_and_drains() -> None:
+    reasons: list[str | None] = [None, "asked by llmpi stop"]
+    stage = Stage(["x"] * 5, stop_requested=lambda: reasons.pop(0) if reasons else None)
+    stage.step()
+    assert stage.coordinator.outcome is None
+    stage.clock.pass_(TICK_S / 2)
+    stage.step()
+    assert len(reasons) == 1, "between ticks nothing is asked"
+    stage.clock.pass_(TICK_S)
+    stage.step()
+    stage.step()
+    assert stage.coordinator.outcome == ev.Stop("drained", "asked by llmpi stop")
+
+
+# ---------------------------------------------------------------- what others see
+
+
+def test_snapshot_counts_from_the_first_assignment() -> None:
+    ticks: list[Snapshot] = []
+    stage = Stage(["x"] * 6, on_tick=ticks.append)
+    stage.clock.pass_(100.0)
+    given = assigned(stage.ready(slots=2))
+    stage.clock.pass_(3.0)
+    stage.hear(1, m.Report(started=[(given[0], 1)], finished=[finished(given[1], tokens=4)]))
+    stage.durable()
+    seen = stage.coordinator.snapshot()
+    assert seen.elapsed_s == pytest.approx(3.0)
+    assert (seen.total, seen.earlier, seen.done, seen.failed, seen.running) == (6, 10, 1, 0, 1)
+    assert (seen.output_tokens, seen.prompt_tokens) == (4, 5)
+    assert (seen.workers_ready, seen.workers) == (1, 1)
+    assert ticks
+    assert ticks[-1].total == 6
+
+
+def test_step_tells_whether_anything_happened() -> None:
+    stage = Stage(["one"])
+    stage.ready()
+    assert not stage.coordinator.step()
+    stage.workers[1].say(m.Heartbeat())
+    assert stage.coordinator.step()
+
+
+def test_a_second_input_takes_over_ready_workers_and_cancels_what_was_left() -> None:
+    stage = Stage(["x"] * 4)
+    given = assigned(stage.ready(slots=2, generation=3))
+    before = stage.coordinator
+    clock, record = stage.clock, FakeRecord()
+    plane = ControlPlane([1], "work-stealing", clock(), limits=LIMITS, first_index=before.plane.highest + 1)
+    source = FakeSource(["new"], first_index=before.plane.highest + 1)
+    after = Coordinator(stage.hub, plane, source, record, clock, names={1: "rank 1"}, session=2)
+    after.take_over(before)
+    for _ in range(3):
+        after.step()
+    said = stage.workers[1].take()
+    [cancel] = [message for message in said if isinstance(message, m.Cancel)]
+    assert set(cancel.indexes) >= set(given)
+    [assign] = [message for message in said if isinstance(message, m.Assign)]
+    assert assign.generation == 3
+    stage.workers[1].say(m.Report(finished=[finished(given[0]), finished(assign.items[0].index)]))
+    after.step()
+    assert len(record.take()) == 1, "what the first input left is late now"
+    assert after.dropped == {(1, given[0], 1)}

@@ -1,0 +1,129 @@
+"""What a run was like: the figures as data, and as tables that show every text as it is."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from coordinator.report import print_report, report_data
+from scheduling.errors import RunDirError
+from scheduling.histogram import LogHistogram
+from scheduling.recordline import encode_failure, encode_result
+from scheduling.requests import Request
+from scheduling.tables import RANK, TELEMETRY
+from storage.metrics import write_metrics
+from storage.recovery import RECORD_NAME
+from storage.rundir import METRICS_NAME
+from tests.storage.samples import rows
+
+ANSWERS = ("plain", r"LaTeX \[x^2\] and \[/frac]", "[bold]no markup[/bold]", "two\nlines", "x" * 1_000)
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    folder = tmp_path / "run [bold]"
+    folder.mkdir()
+    ranks = np.zeros(3, RANK)
+    ranks["rank"], ranks["session"] = [1, 2, 1], [1, 1, 0]
+    ranks["host"], ranks["device"] = b"node[7]", b"CPU, 1 thread of 2"
+    ranks["requests"], ranks["busy_s"], ranks["wall_s"] = [60, 0, 40], [3.0, 0.0, 1.0], [4.0, 0.0, 1.0]
+    itl = LogHistogram()
+    itl.add_sparse([100], [50])
+    attributes = {
+        "wall_s": 187.0, "session": 1, "output_tokens": 1_870, "prompt_tokens": 374, "requests": 60, "reason": "",
+    }  # fmt: skip
+    write_metrics(
+        folder / METRICS_NAME, [rows(100, failed=10)], ranks, {"itl": itl}, np.zeros(3, TELEMETRY), attributes
+    )
+    asked = Request(custom_id="[red]id[/red]", kind="completion", prompt="x")
+    lines = [encode_failure("bad", 90, 1, 0, 0, "test", "no")]
+    lines += [
+        encode_result(asked, k, 1, 1, 0, [(text, "stop", 3)], 5, 3, 0.1, 0.2, 0.4, 1, "m")
+        for k, text in enumerate(ANSWERS)
+    ]
+    (folder / RECORD_NAME).write_bytes(b"".join(lines))
+    return folder
+
+
+def printed(run_dir: Path, show: int = 0) -> str:
+    stream = io.StringIO()
+    print_report(report_data(run_dir), stream, run_dir, show=show)
+    return stream.getvalue()
+
+
+def test_figures_are_plain_data(run_dir: Path) -> None:
+    data = report_data(run_dir)
+    assert json.loads(json.dumps(data, allow_nan=False)) == data
+    assert (data["requests"], data["ok"], data["failed"]) == (100, 90, 10)
+    assert data["output_tokens_per_s"] == pytest.approx(10.0)
+    assert data["prompt_tokens_per_s"] == pytest.approx(2.0)
+    assert data["telemetry_samples"] == 3
+
+
+def test_percentiles_come_with_their_samples_and_whether_these_support_them(run_dir: Path) -> None:
+    latencies = report_data(run_dir)["latencies"]
+    assert latencies["e2e_s"]["p50"]["samples"] == 90
+    assert latencies["e2e_s"]["p50"]["supported"]
+    assert latencies["e2e_s"]["p95"]["supported"]
+    assert not latencies["e2e_s"]["p99"]["supported"]
+    assert latencies["e2e_s"]["p99"]["value"] < 1e3, "failed requests are in no latency"
+    assert latencies["itl_s"]["p50"]["samples"] == 50
+    assert "*" in printed(run_dir)
+
+
+def test_busy_share_is_missing_where_nothing_was_measured(run_dir: Path) -> None:
+    assert [rank["busy_share"] for rank in report_data(run_dir)["ranks"]] == [0.75, None, 1.0]
+
+
+def test_tables_have_what_a_person_looks_for(run_dir: Path) -> None:
+    text = printed(run_dir)
+    for part in (
+        "90 answered, 10 failed, 40 of them earlier; the last job took 3m07s",
+        "10.0 output tokens/s",
+        "TTFT",
+        "TPOT",
+        "end-to-end",
+        "node[7]",
+    ):
+        assert part in text, text
+    assert "75 %" in text
+    assert "100 %" not in text, "ranks of the last session only"
+
+
+def test_every_text_is_shown_as_it_is(run_dir: Path) -> None:
+    """Brackets are no markup, wherever they come from: answers, custom_ids, paths."""
+    text = printed(run_dir, show=10)
+    assert r"LaTeX \[x^2\] and \[/frac]" in text.replace("\n", " ")
+    assert "[bold]no markup[/bold]" in text
+    assert "[red]id[/red]" in text
+    assert str(run_dir) in text
+    assert "two lines" in text
+    assert "bad" not in text, "failed requests have no answer to show"
+    assert "x" * 1_000 not in text.replace("\n", "")
+
+
+def test_as_many_answers_as_asked_for(run_dir: Path) -> None:
+    assert printed(run_dir, show=2).count("[red]id[/red]") == 2
+    assert printed(run_dir, show=0).count("[red]id[/red]") == 0
+
+
+def test_nothing_answered_is_told_without_figures(tmp_path: Path) -> None:
+    write_metrics(tmp_path / METRICS_NAME, [rows(3, failed=3)], np.zeros(0, RANK), {}, np.zeros(0, TELEMETRY), {})
+    data = report_data(tmp_path)
+    assert data["latencies"]["e2e_s"]["p50"]["value"] is None
+    assert data["requests_per_s"] is None
+    stream = io.StringIO()
+    print_report(data, stream, tmp_path)
+    assert "0 answered, 3 failed" in stream.getvalue()
+    assert "nan" not in stream.getvalue().lower()
+    assert not math.isnan(data["failed"])
+
+
+def test_without_metrics_there_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(RunDirError, match=METRICS_NAME):
+        report_data(tmp_path)
