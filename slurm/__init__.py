@@ -1,0 +1,22 @@
+"""Batch scripts for Slurm, to be used as they stand: `sbatch [options] SCRIPT RUN_DIR -m MODEL -i REQUESTS …`.
+
+mpirun.sbatch starts the ranks with mpirun inside the job, which works with any Slurm. srun.sbatch starts them as
+a step, where Slurm's PMI and MPI fit each other. Both drain the run two minutes before the time limit, and both
+end with the status that the record tells, for a launcher's own status cannot be trusted.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+
+
+def names() -> list[str]:
+    """The scripts there are, sorted."""
+    return sorted(entry.name for entry in resources.files(__name__).iterdir() if entry.name.endswith(".sbatch"))
+
+
+def text(name: str) -> str:
+    """A script's text. Raises FileNotFoundError for a name that `names` does not list."""
+    if name not in names():
+        raise FileNotFoundError(f"no Slurm script {name!r}: there are {', '.join(names())}")
+    return (resources.files(__name__) / name).read_text(encoding="utf-8")

@@ -1,0 +1,143 @@
+"""What the system tests share: inputs to write, and what a run directory must look like afterwards.
+
+`Run` reads a run directory the way a person would, with json and h5py, not through the product's own readers.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import psutil
+
+from tests.launch import Finished, Job
+
+Line = dict[str, Any]
+
+
+def prompts(count: int, **body: Any) -> list[Line]:
+    """`count` plain requests of different lengths, greedy unless `body` says otherwise."""
+    words = ("river", "engine", "copper", "seven", "lamp", "yesterday")
+    return [
+        {"custom_id": f"r{k}", "prompt": " ".join(words[: 1 + k % len(words)]) + f" {k}", "temperature": 0} | body
+        for k in range(count)
+    ]
+
+
+def write_lines(path: Path, lines: Iterable[Line]) -> Path:
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory."""
+
+    path: Path
+
+    def record(self) -> list[Line]:
+        file = self.path / "results.jsonl"
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+
+    def by_id(self) -> dict[str, Line]:
+        """Lines of the record by custom_id; each must be there once only."""
+        lines = self.record()
+        counts = Counter(line["custom_id"] for line in lines)
+        assert set(counts.values()) <= {1}, {name: count for name, count in counts.items() if count > 1}
+        return {line["custom_id"]: line for line in lines}
+
+    def about(self) -> dict[str, Any]:
+        told: dict[str, Any] = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        return told
+
+    def lines_so_far(self) -> int:
+        file = self.path / "results.jsonl"
+        return file.read_bytes().count(b"\n") if file.exists() else 0
+
+    def metrics(self) -> dict[str, Any]:
+        with h5py.File(self.path / "metrics.h5", "r", locking=False) as file:
+            return {name: file[name][:] for name in ("requests", "ranks", "telemetry")} | {"attrs": dict(file.attrs)}
+
+    def check_whole(self, ids: Iterable[str], failed: int = 0) -> None:
+        """Every request exactly once in the record; metrics and run.json say the same as the record."""
+        found = self.by_id()
+        assert set(found) == set(ids)
+        assert sum(line["error"] is not None for line in found.values()) == failed
+        assert self.about()["complete"] is True
+        metrics = self.metrics()
+        rows, _ranks = metrics["requests"], metrics["ranks"]
+        assert sorted(rows["index"]) == sorted(line["llmpi"]["index"] for line in found.values())
+        assert int((rows["ok"] == 0).sum()) == failed
+        for name in ("prompt_tokens", "output_tokens"):
+            assert int(rows[name].sum()) == sum(line["llmpi"][name] for line in found.values())
+
+
+def check_ranks_add_up(run: Run) -> None:
+    """/ranks says what /requests says. Only for runs of one session whose input had no bad line."""
+    metrics = run.metrics()
+    rows, ranks = metrics["requests"], metrics["ranks"]
+    assert int(ranks["requests"].sum()) == len(rows)
+    assert int(ranks["failed"].sum()) == int((rows["ok"] == 0).sum())
+    for name in ("prompt_tokens", "output_tokens"):
+        assert int(ranks[name].sum()) == int(rows[name].sum())
+
+
+def our_lines(done: Finished) -> list[str]:
+    """What llmpi itself says as errors; the launcher's banner is not ours."""
+    return [line for line in (done.stderr + done.stdout).splitlines() if line.startswith("llmpi: ")]
+
+
+def check_one_clear_line(done: Finished, rc: int, *words: str) -> str:
+    """It ended with `rc` and one line of ours that has all `words`, and no traceback."""
+    assert done.rc == rc, done.output
+    assert "Traceback" not in done.stderr + done.stdout, done.output
+    lines = our_lines(done)
+    assert len(lines) == 1, done.output
+    for word in words:
+        assert word in lines[0], done.output
+    return lines[0]
+
+
+def until(holds: Callable[[], Any], timeout_s: float, what: str) -> Any:
+    """Poll another process's doings until `holds` gives something true, which is returned."""
+    pause = threading.Event()
+    deadline = time.monotonic() + timeout_s
+    while not (found := holds()):
+        assert time.monotonic() < deadline, f"{what}: not within {timeout_s:g} s"
+        pause.wait(0.05)
+    return found
+
+
+def wait_all_gone(job: Job, timeout_s: float) -> None:
+    """Every process of the job has ended by itself."""
+    _, left = psutil.wait_procs(job.processes(), timeout=timeout_s)
+    assert not left, left
+
+
+def command_of(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def engines_of(job: Job) -> list[psutil.Process]:
+    return [process for process in job.processes() if "workers.engine_main" in command_of(process)]
+
+
+def ranks_of(job: Job) -> list[psutil.Process]:
+    """The job's processes that are ranks: Python, but neither engines nor the launcher."""
+    others = {job.process.pid, *(engine.pid for engine in engines_of(job))}
+    found = []
+    for process in job.processes():
+        words = command_of(process).split()
+        if process.pid not in others and words and "python" in Path(words[0]).name:
+            found.append(process)
+    return found
