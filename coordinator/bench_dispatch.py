@@ -114,8 +114,9 @@ def run_ours(session: Session, config: JobConfig, prompts: Path, run_dir: Path) 
     finally:
         session.close()
     assert gathered is not None
-    if done != source.total or int(gathered.counters[0]) != done:
-        raise ConfigError(f"{source.total} requests were sent, {done} are recorded, {gathered.counters[0]} counted")
+    counted = gathered.reduced.sums.requests
+    if done != source.total or counted != done:
+        raise ConfigError(f"{source.total} requests were sent, {done} are recorded, {counted} counted")
     return {
         "requests_per_s": done / took_s,
         "run_s": took_s,

@@ -1,12 +1,12 @@
 """The end of a session: every rank's counters, histograms and rows come together at rank 0 by collectives.
 
 All ranks of the world take part with whatever they have; a rank that hosts several workers, or none, contributes that
-many. Sums are over everything the workers counted, so rank 0 subtracts what it dropped as late before comparing them
-with the record.
+many. Sums are over everything the workers counted, the answers that rank 0 dropped as late included.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from scheduling.histogram import BUCKETS, LogHistogram
 from scheduling.tables import RANK, REQUEST, TELEMETRY
+from storage.summary import LATENCIES, Summary, Sums
 from workers.metrics import HISTOGRAMS, RankMetrics
 
 Rows = npt.NDArray[Any]
@@ -37,13 +38,11 @@ class Collecting(Protocol):
 class Gathered:
     """What rank 0 has afterwards.
 
-    counters: requests, failed, prompt tokens, output tokens over all ranks, int64 (4,). extremes: smallest and largest
-    end-to-end time in seconds, (2,), NaN without requests.
+    reduced: sums, extremes and histograms over all ranks, as their workers counted them. itl: gaps between tokens.
     """
 
-    counters: npt.NDArray[np.int64]
-    histograms: dict[str, LogHistogram]
-    extremes_s: npt.NDArray[np.float64]
+    reduced: Summary
+    itl: LogHistogram
     ranks_in: int
     requests: list[Rows] = field(default_factory=list)
     ranks: list[Rows] = field(default_factory=list)
@@ -62,14 +61,17 @@ def collect(collectives: Collecting, hosted: list[RankMetrics], now: float) -> G
     shortest = np.array([ended_well.min() if ended_well.size else np.inf])
     longest = np.array([ended_well.max() if ended_well.size else -np.inf])
 
-    counters = collectives.sum(counts)
-    merged = collectives.sum(histograms)
-    extremes = np.concatenate([collectives.minimum(shortest), collectives.maximum(longest)])
-    extremes[~np.isfinite(extremes)] = np.nan
+    sums = Sums(*collectives.sum(counts).tolist())
+    merged = {name: LogHistogram(counts) for name, counts in zip(HISTOGRAMS, collectives.sum(histograms), strict=True)}
+    [shortest_s], [longest_s] = collectives.minimum(shortest), collectives.maximum(longest)
     gathered = Gathered(
-        counters,
-        {name: LogHistogram(merged[k]) for k, name in enumerate(HISTOGRAMS)},
-        extremes,
+        Summary(
+            sums,
+            float(shortest_s) if np.isfinite(shortest_s) else math.nan,
+            float(longest_s) if np.isfinite(longest_s) else math.nan,
+            {name: merged[name.removesuffix("_s")] for name in LATENCIES},
+        ),
+        merged["itl"],
         collectives.size,
     )
     collectives.gather_rows(requests, gathered.requests.append)

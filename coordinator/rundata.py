@@ -23,7 +23,7 @@ from storage.recovery import RECORD_NAME
 from storage.recovery import rows as record_rows
 from storage.rundir import METRICS_NAME, SEGMENTS_NAME, RunDir, read_run
 from storage.segments import Segment, SegmentWriter, read_segments
-from storage.summary import Sums, check_sums, summarise, sums_of
+from storage.summary import Sums, check_reduced, check_sums, summarise, sums_of
 from workers.metrics import HISTOGRAMS
 
 Rows = npt.NDArray[Any]
@@ -67,7 +67,7 @@ def store_session(run: RunDir, gathered: Gathered, coordinator: Coordinator) -> 
     try:
         segments = [
             Segment("ranks", rank_rows(gathered, coordinator), {}),
-            Segment("itl", gathered.histograms["itl"].counts, {}),
+            Segment("itl", gathered.itl.counts, {}),
         ]
         segments += [Segment("telemetry", rows, {}) for rows in gathered.telemetry if len(rows)]
         writer.write(segments)
@@ -81,13 +81,14 @@ def write_run_metrics(
     """Make metrics.h5 from everything that is known of the run.
 
     Raises:
-        BugError: the collectives and the record do not say the same of this session.
+        BugError: reduced counters, gathered rows and the record do not say the same of this session.
         RecordError: it cannot be written.
     """
     if gathered is None or coordinator is None:
         attributes = attributes | {"collectives": "none for the last session: made from the record and the segments"}
         requests: Iterator[Rows] = record_rows(run.record_path)
     else:
+        check_reduced(gathered.reduced, summarise(gathered.requests))
         kept = own_rows(gathered, coordinator, run.session)
         recorded = _sums(record_rows(run.record_path, session=run.session))
         check_sums(recorded, _sums(iter(kept)))
@@ -120,6 +121,8 @@ def _write(path: Path, requests: Iterator[Rows], attributes: dict[str, Any]) -> 
     for name in HISTOGRAMS:
         if name != "itl":
             histograms[name] = summary.histograms[f"{name}_s"]
+    if summary.ok:
+        attributes = attributes | {"e2e_min_s": summary.shortest_s, "e2e_max_s": summary.longest_s}
     ranks = [segment.array for segment in read_segments(segments, "ranks")]
     telemetry = (segment.array.astype(TELEMETRY) for segment in read_segments(segments, "telemetry"))
     write_metrics(

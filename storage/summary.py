@@ -53,6 +53,9 @@ class Summary:
     """Sums over requests, and a histogram of each latency in LATENCIES over those that were answered."""
 
     sums: Sums = field(default_factory=Sums)
+    shortest_s: float = math.nan
+    """Smallest end-to-end time; NaN if nothing was answered."""
+    longest_s: float = math.nan
     histograms: dict[str, LogHistogram] = field(default_factory=lambda: {name: LogHistogram() for name in LATENCIES})
 
     @property
@@ -93,6 +96,10 @@ def summarise(rows_iter: Iterable[Rows]) -> Summary:
         for name, histogram in summary.histograms.items():
             values = answered[name]
             histogram.add(values[~np.isnan(values)])
+        if len(answered):
+            # fmin and fmax: a number against NaN is the number.
+            summary.shortest_s = float(np.fmin(summary.shortest_s, answered["e2e_s"].min()))
+            summary.longest_s = float(np.fmax(summary.longest_s, answered["e2e_s"].max()))
     return summary
 
 
@@ -106,20 +113,39 @@ def sums_of(rows: Rows) -> Sums:
     )
 
 
-def sums_of_ranks(ranks: Rows) -> Sums:
-    """Sums over `scheduling.tables.RANK` rows."""
-    return Sums(*(int(ranks[part.name].sum()) for part in fields(Sums)))
-
-
 def check_sums(recorded: Sums, gathered: Sums) -> None:
     """Raise BugError, with both figures, unless the record and what MPI gathered say the same."""
-    differences = [
-        f"{part.name}: {getattr(recorded, part.name)} recorded, {getattr(gathered, part.name)} gathered"
-        for part in fields(Sums)
-        if getattr(recorded, part.name) != getattr(gathered, part.name)
-    ]
+    _refuse_differences(
+        "the record and the ranks' rows", _figures(recorded), "recorded", _figures(gathered), "gathered"
+    )
+
+
+def check_reduced(reduced: Summary, rows: Summary) -> None:
+    """Raise BugError, with both figures, unless what MPI reduced is the summary of the rows that it gathered.
+
+    Workers count as requests end, and keep rows apart from that: a row lost or doubled on its way shows here.
+    """
+    _refuse_differences("the ranks' counters and their rows", _all(reduced), "reduced", _all(rows), "gathered")
+
+
+def _figures(sums: Sums) -> dict[str, object]:
+    return {part.name: getattr(sums, part.name) for part in fields(Sums)}
+
+
+def _all(summary: Summary) -> dict[str, object]:
+    extremes = {"shortest_s": repr(summary.shortest_s), "longest_s": repr(summary.longest_s)}  # NaN equals no NaN
+    counts = {f"histogram of {name}": summary.histograms[name].counts.tolist() for name in LATENCIES}
+    return _figures(summary.sums) | extremes | counts
+
+
+def _refuse_differences(what: str, a: dict[str, object], a_is: str, b: dict[str, object], b_is: str) -> None:
+    differences = [f"{name}: {_short(a[name])} {a_is}, {_short(b[name])} {b_is}" for name in a if a[name] != b[name]]
     if differences:
         raise BugError(
-            f"the record and the ranks' counters differ ({'; '.join(differences)}). The answers in the record are "
-            "whole; the metrics of this session are not to be trusted."
+            f"{what} differ ({'; '.join(differences)}). The answers in the record are whole; the metrics of this "
+            "session are not to be trusted."
         )
+
+
+def _short(value: object) -> str:
+    return f"{sum(value)} samples" if isinstance(value, list) else str(value)

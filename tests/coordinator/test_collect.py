@@ -9,9 +9,11 @@ import pytest
 
 from coordinator.collect import collect
 from coordinator.mpi import SoloCollectives
+from scheduling.errors import BugError
 from scheduling.tables import RANK, REQUEST, TELEMETRY
+from storage.summary import Sums, check_reduced, summarise
 from tests.coordinator.fakes import Contribution, FakeCollectives
-from workers.metrics import HISTOGRAMS, RankMetrics
+from workers.metrics import RankMetrics
 
 
 def metrics_of(rank: int, latencies_s: list[float], failed: int = 0) -> RankMetrics:
@@ -41,35 +43,43 @@ def contributions(*hosted: list[RankMetrics]) -> list[list[Any]]:
 def test_counters_histograms_and_rows_of_all_ranks_come_together() -> None:
     others = contributions([metrics_of(1, [1.0, 2.0])], [metrics_of(2, [9.0, 0.5, 3.0], failed=1)])
     gathered = collect(FakeCollectives(others), [], 10.0)
-    assert gathered.counters.tolist() == [5, 1, 25, 12]
+    assert gathered.reduced.sums == Sums(5, 1, 25, 12)
     assert gathered.ranks_in == 3
     assert sorted(np.concatenate(gathered.requests)["index"]) == [100, 101, 200, 201, 202]
     assert sorted(np.concatenate(gathered.ranks)["rank"]) == [1, 2]
     assert sorted(np.concatenate(gathered.telemetry)["rank"]) == [1, 2]
-    assert {name: histogram.count for name, histogram in gathered.histograms.items()} == {
-        "queue": 4, "ttft": 4, "tpot": 4, "itl": 2, "e2e": 4,
+    assert {name: histogram.count for name, histogram in gathered.reduced.histograms.items()} == {
+        "queue_s": 4, "ttft_s": 4, "tpot_s": 4, "e2e_s": 4,
     }  # fmt: skip
-    assert set(gathered.histograms) == set(HISTOGRAMS)
+    assert gathered.itl.count == 2
+    check_reduced(gathered.reduced, summarise(gathered.requests))
 
 
 def test_extremes_leave_failed_requests_out() -> None:
     others = contributions([metrics_of(1, [1.0, 2.0])], [metrics_of(2, [9.0, 0.5, 3.0], failed=1)])
     gathered = collect(FakeCollectives(others), [], 10.0)
-    assert gathered.extremes_s.tolist() == [0.5, 3.0]
+    assert (gathered.reduced.shortest_s, gathered.reduced.longest_s) == (0.5, 3.0)
 
 
 def test_without_a_request_extremes_are_missing_not_zero() -> None:
     gathered = collect(FakeCollectives(contributions([metrics_of(1, [])])), [], 10.0)
-    assert np.isnan(gathered.extremes_s).all()
-    assert gathered.counters.tolist() == [0, 0, 0, 0]
+    assert np.isnan([gathered.reduced.shortest_s, gathered.reduced.longest_s]).all()
+    assert gathered.reduced.sums == Sums()
+    check_reduced(gathered.reduced, summarise(gathered.requests))
     assert sum(len(rows) for rows in gathered.requests) == 0
+
+
+def test_a_row_lost_between_a_rank_and_rank_0_is_found_out() -> None:
+    gathered = collect(FakeCollectives(contributions([metrics_of(1, [1.0, 2.0, 4.0])])), [], 10.0)
+    lost = np.concatenate(gathered.requests)[:-1]
+    with pytest.raises(BugError, match=r"requests: 3 reduced, 2 gathered; .*longest_s: 4\.0 reduced, 2\.0 gathered"):
+        check_reduced(gathered.reduced, summarise([lost]))
 
 
 def test_a_rank_may_host_several_workers_or_none() -> None:
     one_by_one = collect(FakeCollectives(contributions([metrics_of(1, [1.0])], [metrics_of(2, [2.0])])), [], 10.0)
     together = collect(FakeCollectives(contributions([], [])), [metrics_of(1, [1.0]), metrics_of(2, [2.0])], 10.0)
-    assert together.counters.tolist() == one_by_one.counters.tolist()
-    assert together.extremes_s.tolist() == one_by_one.extremes_s.tolist()
+    check_reduced(together.reduced, one_by_one.reduced)
     assert np.concatenate(together.ranks)["rank"].tolist() == [1, 2]
 
 
@@ -94,8 +104,8 @@ def test_contributions_have_one_type_and_shape_on_every_rank() -> None:
 
 def test_alone_collectives_give_back_what_they_are_given() -> None:
     gathered = collect(SoloCollectives(), [metrics_of(1, [1.0, 2.0])], 10.0)
-    assert gathered.counters.tolist() == [2, 0, 10, 6]
-    assert gathered.extremes_s.tolist() == [1.0, 2.0]
+    assert gathered.reduced.sums == Sums(2, 0, 10, 6)
+    assert (gathered.reduced.shortest_s, gathered.reduced.longest_s) == (1.0, 2.0)
     assert gathered.ranks_in == 1
     [ranks] = gathered.ranks
     assert ranks["wall_s"].tolist() == [10.0]

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from scheduling.errors import BugError
-from scheduling.tables import RANK
-from storage.summary import Quantile, Sums, check_sums, summarise, sums_of_ranks
+from storage.summary import Quantile, Sums, check_sums, summarise
 from tests.storage.samples import rows
 
 
@@ -32,6 +31,15 @@ def test_failed_requests_count_but_are_in_no_latency() -> None:
     assert summary.prompt_tokens == 1000
     assert summary.histograms["e2e_s"].count == 60
     assert summary.quantiles("e2e_s")[2].value_s < 100
+
+
+def test_smallest_and_largest_time_are_exact_over_chunks_and_missing_without_answers() -> None:
+    first, second = rows(10), rows(5, failed=1)
+    first["e2e_s"], second["e2e_s"] = np.linspace(2.0, 3.0, 10), np.array([1.0, 2.0, 2.5, 7.0, 5.0])
+    second["ok"] = [0, 1, 1, 1, 1]
+    summary = summarise([rows(0), first, second])
+    assert (summary.shortest_s, summary.longest_s) == (2.0, 7.0)
+    assert math.isnan(summarise([rows(3, failed=3)]).shortest_s)
 
 
 def test_undefined_values_are_left_out_of_their_own_latency_only() -> None:
@@ -57,12 +65,7 @@ def test_a_percentile_is_supported_once_a_sample_lies_beyond_it() -> None:
 
 
 def test_equal_sums_pass_and_different_ones_name_both_figures() -> None:
-    ranks = np.zeros(2, RANK)
-    ranks["requests"] = [3, 4]
-    ranks["failed"] = [0, 1]
-    ranks["prompt_tokens"] = [30, 40]
-    ranks["output_tokens"] = [15, 20]
     recorded = summarise([rows(7, failed=1)]).sums
-    check_sums(recorded, sums_of_ranks(ranks))
+    check_sums(recorded, Sums(7, 1, 70, 35))
     with pytest.raises(BugError, match=r"failed: 1 recorded, 2 gathered; output_tokens: 35 recorded, 36 gathered"):
         check_sums(recorded, Sums(7, 2, 70, 36))
