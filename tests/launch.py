@@ -5,6 +5,9 @@ needs to run more ranks than cores, and as root. Output goes to files, so that a
 block, and a process that survives its job cannot hold a pipe open. At the timeout the whole session of processes
 is killed: Open MPI gives each rank a process group of its own, so killing one group is not enough.
 
+Each job has a temporary directory of its own. A killed mpirun leaves its session directory behind, named after its
+process id: in a shared one, the next mpirun that is given the same id could not start.
+
 It knows nothing of what llmpi does: it returns exit status and text.
 """
 
@@ -149,7 +152,9 @@ class Launcher:
 
 @contextmanager
 def _started(command: tuple[str, ...], env: Mapping[str, str], cwd: Path) -> Iterator[Job]:
+    # Sockets live below it, and their paths may have about 100 characters: a short name.
     folder = Path(tempfile.mkdtemp(prefix="llmpi-job-"))
+    (folder / "tmp").mkdir()
     try:
         with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err:
             process = subprocess.Popen(
@@ -157,7 +162,7 @@ def _started(command: tuple[str, ...], env: Mapping[str, str], cwd: Path) -> Ite
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
-                env={**_base_env(), **env},
+                env={**_base_env(), "TMPDIR": str(folder / "tmp"), **env},
                 cwd=cwd,
                 start_new_session=True,
             )

@@ -19,12 +19,12 @@ SMALL = ("--max-tokens", 6, "--ctx", 256, "--slots", 4)
 @pytest.mark.parametrize("schedule", ["work-stealing", "round-robin"])
 @pytest.mark.parametrize("ranks", [2, 3, 5])
 def test_every_request_is_answered_exactly_once(
-    mpirun: Launcher, tiny_model: Path, tmp_path: Path, ranks: int, schedule: str
+    mpirun: Launcher, real_model: Path, tmp_path: Path, ranks: int, schedule: str
 ) -> None:
-    lines = prompts(30)
+    lines = prompts(16)
     given = write_lines(tmp_path / "in.jsonl", lines)
     run = Run(tmp_path / "run")
-    done = mpirun(ranks, "batch", "-m", tiny_model, "-i", given, "-o", run.path, "--schedule", schedule, *SMALL)
+    done = mpirun(ranks, "batch", "-m", real_model, "-i", given, "-o", run.path, "--schedule", schedule, *SMALL)
     assert done.rc == 0, done.output
     assert "\x1b" not in done.stdout + done.stderr
     run.check_whole(line["custom_id"] for line in lines)
@@ -70,7 +70,8 @@ def test_rank_0_works_too_when_asked(mpirun: Launcher, tiny_model: Path, tmp_pat
 def test_llmpi_starts_its_own_mpirun(mpirun: Launcher, tiny_model: Path, tmp_path: Path) -> None:
     given = write_lines(tmp_path / "in.jsonl", prompts(9))
     run = Run(tmp_path / "run")
-    done = run_alone("batch", "-m", tiny_model, "-i", given, "-o", run.path, "--ranks", 3, *SMALL, env=mpirun.env)
+    command = ("batch", "-m", tiny_model, "-i", given, "-o", run.path, "--ranks", 3, *SMALL)
+    done = run_alone(*command, python=mpirun.python, env=mpirun.env)
     assert done.rc == 0, done.output
     run.check_whole(f"r{k}" for k in range(9))
     check_ranks_add_up(run)

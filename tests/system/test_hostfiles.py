@@ -25,20 +25,17 @@ def _on_this_host(example: str, scratch: Path) -> tuple[Path, int]:
     return copy, slots
 
 
-def _ranks_started(mpirun: Launcher, option: str, hostfile: Path, slots: int) -> str:
+@pytest.mark.parametrize(
+    ("mpirun", "option", "example"),
+    [
+        ("openmpi", "--hostfile", "openmpi.txt"),
+        ("openmpi", "--hostfile", "openmpi-cpu.txt"),
+        ("mpich", "-f", "mpich.txt"),
+    ],
+    indirect=["mpirun"],
+)
+def test_example_gives_all_its_slots(mpirun: Launcher, tmp_path: Path, option: str, example: str) -> None:
+    hostfile, slots = _on_this_host(example, tmp_path)
     done = mpirun(slots, program=("-c", COUNT_RANKS), mpi_options=(option, str(hostfile)), timeout_s=120)
     assert done.rc == 0, done.output
-    return done.stdout
-
-
-@pytest.mark.parametrize("example", ["openmpi.txt", "openmpi-cpu.txt"])
-def test_openmpi_example_gives_all_its_slots(mpirun: Launcher, tmp_path: Path, example: str) -> None:
-    if mpirun.kind != "openmpi":
-        pytest.skip("this environment has MPICH; the example is for Open MPI")
-    hostfile, slots = _on_this_host(example, tmp_path)
-    assert f"size {slots}" in _ranks_started(mpirun, "--hostfile", hostfile, slots)
-
-
-def test_mpich_example_gives_all_its_slots(mpirun_mpich: Launcher, tmp_path: Path) -> None:
-    hostfile, slots = _on_this_host("mpich.txt", tmp_path)
-    assert f"size {slots}" in _ranks_started(mpirun_mpich, "-f", hostfile, slots)
+    assert f"size {slots}" in done.stdout
