@@ -190,15 +190,20 @@ class Backlog:
 
     # ------------------------------------------------ the stepping threads' side
 
+    def available(self, context: int) -> int:
+        """How many choices `context` would be given now, had it slots for all of them."""
+        if not self._ready_choices:  # Unlocked: at worst a step later.
+            return 0
+        with self._lock:
+            return max(0, min(self._share(context), self._ready_choices))
+
     def take(self, context: int, free: int, now_s: float) -> list[tuple[Task, int]]:
         """Up to `free` choices for the free slots of `context`, oldest request first."""
         taken: list[tuple[Task, int]] = []
         if not self._ready:  # Unlocked: at worst a step later.
             return taken
         with self._lock:
-            total = sum(self._running) + self._ready_choices
-            share = -(-total // len(self._running)) - self._running[context]
-            wanted = min(free, share)
+            wanted = min(free, self._share(context))
             while wanted > len(taken) and self._ready:
                 task = self._ready[0]
                 if task.state is State.GONE or task.next_choice >= len(task.choices):
@@ -243,6 +248,11 @@ class Backlog:
         return sum(self._running)
 
     # ------------------------------------------------ under the lock
+
+    def _share(self, context: int) -> int:
+        """How many more choices `context` may start, for all contexts to have as many."""
+        total = sum(self._running) + self._ready_choices
+        return -(-total // len(self._running)) - self._running[context]
 
     def _withdraw(self, task: Task) -> bool:
         """Choices that have not started never will. True if the task ends with that."""

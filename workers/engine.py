@@ -37,9 +37,14 @@ from workers.protocol import (
     decode_to_engine,
 )
 from workers.shares import slots_of_contexts
+from workers.slots import Shape
 from workers.stepper import Stepper, Vocabulary
 from workers.text import PieceTable
 
+PAD_TOKENS_GPU = 192
+"""A pass over the weights takes a GPU as long as so many tokens of a prompt."""
+PATIENCE_GPU = 0.6
+"""... and as long as so many steps of those that decode."""
 JOIN_S = 2.0
 """How long the end waits for threads that are inside a decode."""
 
@@ -117,6 +122,7 @@ class BatchingEngine:
         vocabulary = Vocabulary(model.eog_table(), PieceTable(model.vocab_tokens, model.piece))
         helpers = config.sampling_threads - 1
         pool = ThreadPoolExecutor(helpers * len(contexts), "choose") if helpers > 0 else None
+        shape = self._shape(config, model)
         return [
             Stepper(
                 index,
@@ -127,11 +133,21 @@ class BatchingEngine:
                 backlog=self._backlog,
                 meter=self._meter,
                 send=self._outbox.send,
+                shape=shape,
                 pool=pool,
                 pool_threads=config.sampling_threads,
             )
             for index, (context, share) in enumerate(zip(contexts, shares, strict=True))
         ]
+
+    @staticmethod
+    def _shape(config: EngineConfig, model: LlamaModel) -> Shape:
+        """A CPU does nothing at once, so one more pass costs it little more than the rows in it."""
+        if not config.gpu_layers or not gpu_names() or config.kv_unified:
+            return Shape()
+        if not model.keeps_cells:
+            return Shape(steady=True, patience=PATIENCE_GPU)
+        return Shape(steady=True, pad_tokens=PAD_TOKENS_GPU, moves=True, patience=PATIENCE_GPU)
 
     # ------------------------------------------------ running
 

@@ -93,6 +93,9 @@ class LlamaModel:
         self.can_generate = bool(
             lib.llama_model_has_decoder(self._model) and not lib.llama_model_has_encoder(self._model)
         )
+        recurrent = lib.llama_model_is_recurrent(self._model) or lib.llama_model_is_hybrid(self._model)
+        self.keeps_cells = not recurrent and int(lib.llama_model_n_swa(self._model)) == 0
+        """Each token has a cell of its own that stays until it is removed: cells can be removed one by one."""
         self.bos = int(lib.llama_vocab_bos(self._vocab))
         self.eos = int(lib.llama_vocab_eos(self._vocab))
         buffer = ctypes.create_string_buffer(256)
@@ -235,9 +238,16 @@ class LlamaContext:
             self._logits_address = address
         return self._logits[:rows]
 
-    def forget(self, seq: int) -> None:
-        """Empty one sequence's cells."""
-        lib.llama_memory_seq_rm(self._memory, seq, -1, -1)
+    def forget(self, seq: int, first: int = -1) -> None:
+        """Empty one sequence's cells, from position `first` on; all of them by default."""
+        lib.llama_memory_seq_rm(self._memory, seq, first, -1)
+
+    def move(self, source: int, target: int) -> None:
+        """One sequence's cells become another's, whose own are emptied. The data is copied at the next decode."""
+        self.forget(target)
+        # Between KV streams only a whole sequence can be copied.
+        lib.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+        self.forget(source)
 
     def clear(self) -> None:
         """Empty all cells."""

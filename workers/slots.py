@@ -1,8 +1,18 @@
 """The slots of one context as numpy arrays, so that a step over all of them is a handful of array operations.
 
 A slot holds one sequence: its prompt and what has been put out so far stand in one row of `tokens`, of which `fed`
-have been given to the model. A slot that decodes has one token to feed, a slot that reads its prompt has more;
-nothing else tells them apart. The slot's number is llama.cpp's sequence id.
+have been given to the model. A slot with one token left to feed decodes, a slot with more reads its prompt; nothing
+else tells them apart. The slot's number is llama.cpp's sequence id.
+
+A step is some passes that read (`read_passes`), then one that decodes (`decode_pass`). llama.cpp computes in one pass
+only what has consecutive sequence ids and the same number of tokens for each; the rest costs a pass of its own, with
+all weights read again. So batches are shaped, as far as `Shape` says that it pays:
+
+- Prompts are read up to their last token, without logits. The decode pass takes that token with everybody else's, so
+  that it is one pass, whatever is being read. (A sequence that is alone needs none of this.)
+- Prompts of neighbours are read together. Shorter ones are padded; the padding is taken back (`Pass.trim`).
+- Idle slots take part in the decode pass with a token that means nothing: no hole cuts it in two, and it keeps its
+  shape, so that a GPU replays it instead of being told each kernel again.
 
 Only numbers live here; what a slot runs for is in `workers.stepper.Seat`.
 """
@@ -10,41 +20,71 @@ Only numbers live here; what a slot runs for is in `workers.stepper.Seat`.
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 Ints = npt.NDArray[np.int32]
 Places = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
+
+READ_CHUNK_TOKENS = 256
+"""Most tokens of one prompt in a step in which others decode: they wait for it."""
+MOVES_PER_PASS = 4
+"""Moving so many sequences costs about as much as a pass."""
 
 
-@dataclass(frozen=True)
-class Rows:
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What shaping batches is worth on the hardware at hand; the defaults, for a CPU, shape nothing.
+
+    steady: idle slots take part in the decode pass. pad_tokens: most padding in a pass that reads prompts. moves:
+    sequences may be moved to other slots to be neighbours. patience: how many rows may be kept idle, for each row
+    that decodes, before waiting prompts are read, so that several are read in one pass.
+    """
+
+    steady: bool = False
+    pad_tokens: int = 0
+    moves: bool = False
+    patience: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
     """One batch: parallel arrays, a row each, sorted by slot, positions ascending within a slot.
 
-    `wanted` marks rows whose logits are needed: the last token of each slot in `output_slots` (ascending).
+    `wanted` marks rows whose logits are needed. Of these, `output_rows` (in their order) belong to `output_slots`
+    (ascending); the others keep the shape steady. `slots`: all that are not idle. `prompt_tokens`: how many rows are
+    prompts' (again after a failure). `trim`: slots that were padded, whose cells from `fed` on must be emptied.
     """
 
     token: Ints
     pos: Ints
     seq: Ints
-    wanted: npt.NDArray[np.bool_]
+    wanted: Flags
     slots: Places
     output_slots: Places
+    output_rows: Places
     prompt_tokens: int
+    trim: Places
 
 
 class SlotArrays:
     """State of `count` slots of `ctx_tokens` tokens each."""
 
-    def __init__(self, count: int, ctx_tokens: int) -> None:
+    def __init__(self, count: int, ctx_tokens: int, shape: Shape = Shape()) -> None:
         self.count = count
+        self.shape = shape
+        self._ctx_tokens = ctx_tokens
         # Not zeroed: pages that no request reaches cost nothing.
         self.tokens: Ints = np.empty((count, ctx_tokens), np.int32)
         self.used = np.zeros(count, np.bool_)
         self.length = np.zeros(count, np.int64)
         self.fed = np.zeros(count, np.int64)
+        """Tokens in the cells of the slot; of an idle slot, those that mean nothing."""
         self.outputs = np.zeros(count, np.int64)
         self.limit = np.zeros(count, np.int64)
         self.order = np.zeros(count, np.int64)
@@ -57,16 +97,26 @@ class SlotArrays:
         """The text is looked at token by token."""
         self._free = list(range(count))
         self._taken = 0
+        self._rows = 0
+        """Rows of the decode pass, where it is kept steady."""
+
+    no_places: Places = np.empty(0, np.int64)
 
     @property
     def free(self) -> int:
         return len(self._free)
 
+    @property
+    def decoding(self) -> int:
+        """Slots that have put out something."""
+        return int(np.count_nonzero(self.used & (self.outputs > 0)))
+
     def take(
         self, prompt: Ints, limit: int, *, plain: bool = True, ignore_eos: bool = False, watched: bool = False
-    ) -> int:
-        """Put a prompt into the smallest free slot (holes in the order of ids cut batches apart)."""
+    ) -> tuple[int, bool]:
+        """Put a prompt into the smallest free slot. Returns it, and whether its cells have to be emptied first."""
         slot = heapq.heappop(self._free)
+        stale = bool(self.fed[slot])
         self._taken += 1
         self.tokens[slot, : prompt.size] = prompt
         self.used[slot] = True
@@ -78,56 +128,189 @@ class SlotArrays:
         self.plain[slot] = plain
         self.ignore_eos[slot] = ignore_eos
         self.watched[slot] = watched
-        return slot
+        return slot, stale
 
     def release(self, slot: int) -> None:
+        """The slot is idle. Its cells must be emptied."""
         self.used[slot] = False
+        self.fed[slot] = 0
         heapq.heappush(self._free, slot)
+
+    def forget_all(self) -> None:
+        """All cells are empty: everything is fed again, outputs included."""
+        self.fed[:] = 0
 
     def output_of(self, slot: int) -> Ints:
         """The tokens put out so far."""
         length = int(self.length[slot])
         return self.tokens[slot, length - int(self.outputs[slot]) : length]
 
-    def fill(self, batch_tokens: int) -> Rows | None:
-        """The next batch: a token for each slot that decodes, then prompts in order of arrival while there is
-        room. Marks them as fed. None if no slot is in use."""
-        slots = np.flatnonzero(self.used)
+    # ------------------------------------------------ neighbours
+
+    def moves_for(self, newcomers: int) -> list[tuple[int, int]]:
+        """Moves (from, to) after which the next `newcomers` prompts are neighbours; none if that does not pay."""
+        if not self.shape.moves or newcomers < 2:
+            return []
+        free = np.array(sorted(self._free)[:newcomers])
+        runs = 1 + int(np.count_nonzero(np.diff(free) > 1))
+        moves = self._downwards()
+        return moves if len(moves) <= MOVES_PER_PASS * (runs - 1) else []
+
+    def moves_to_shrink(self) -> list[tuple[int, int]]:
+        """Moves after which a decode pass that is mostly idle can be half as wide or less."""
+        busy = self.count - self.free
+        if not self.shape.moves or not 0 < busy <= self._rows // 2:
+            return []
+        return self._downwards()
+
+    def move(self, source: int, target: int) -> None:
+        """Everything of a slot goes to a free one. The cells have to follow."""
+        self._free.remove(target)
+        heapq.heapify(self._free)
+        for array in (
+            self.length, self.fed, self.outputs, self.limit, self.order, self.last_s, self.plain, self.ignore_eos,
+            self.watched,
+        ):  # fmt: skip
+            array[target] = array[source]
+        length = int(self.length[source])
+        self.tokens[target, :length] = self.tokens[source, :length]
+        self.used[target] = True
+        self.release(source)
+
+    def narrow(self) -> None:
+        """The decode pass need not be wider than the slots in use."""
+        self._rows = 0
+
+    def _downwards(self) -> list[tuple[int, int]]:
+        busy = np.flatnonzero(self.used)
+        above = busy[busy >= busy.size]
+        holes = np.flatnonzero(~self.used[: busy.size])
+        return list(zip(above.tolist(), holes.tolist(), strict=True))
+
+    # ------------------------------------------------ passes
+
+    def read_passes(self, batch_tokens: int) -> Iterator[Pass]:
+        """The next pieces of prompts, `batch_tokens` in all at most, oldest prompts first, none to its last token.
+        Marks them as fed as they are yielded."""
+        alone = self._alone()
+        if alone is not None:
+            if self.length[alone] - self.fed[alone] > batch_tokens:
+                yield self._read(np.array([alone]), np.array([batch_tokens]), batch_tokens)
+            return
+        slots = np.flatnonzero(self.used & (self.length - self.fed > 1))
         if not slots.size:
-            return None
-        counts = self._shares(slots, batch_tokens)
-        slots, counts = slots[counts > 0], counts[counts > 0]
-        ends = np.cumsum(counts)
-        column = np.arange(ends[-1]) + np.repeat(self.fed[slots] - (ends - counts), counts)
-        seq = np.repeat(slots, counts)
-        reading = self.outputs[slots] == 0
+            return
+        left = self.length[slots] - self.fed[slots] - 1
+        if self.decoding:
+            left = np.minimum(left, READ_CHUNK_TOKENS)
+        if int(left.sum()) > batch_tokens:
+            by_age = np.argsort(self.order[slots])
+            before = np.cumsum(left[by_age]) - left[by_age]
+            left[by_age] = np.clip(batch_tokens - before, 0, left[by_age])
+            slots, left = slots[left > 0], left[left > 0]
+        for first, last in _runs(slots):
+            yield from self._read_run(slots[first:last], left[first:last], batch_tokens)
+
+    def _read_run(self, slots: Places, left: Places, batch_tokens: int) -> Iterator[Pass]:
+        """Passes over neighbours, each with the same number of tokens for all that take part in it."""
+        longest = int(left.max())
+        room = int((self._ctx_tokens - self.fed[slots]).min())
+        padded = longest * slots.size
+        if longest <= room and padded <= batch_tokens and padded - int(left.sum()) <= self.shape.pad_tokens:
+            yield self._read(slots, left, longest)
+            return
+        tokens = int(left.min())
+        yield self._read(slots, np.full(slots.size, tokens), tokens)
+        longer = np.flatnonzero(left > tokens)
+        for first, last in _runs(slots[longer]):
+            places = longer[first:last]
+            yield from self._read_run(slots[places], left[places] - tokens, batch_tokens)
+
+    def _read(self, slots: Places, counts: Places, tokens: int) -> Pass:
+        """One pass of `tokens` rows for each of `slots`, of which `counts` are the prompts' own."""
+        column = self.fed[slots][:, None] + np.arange(tokens)
+        # Padding repeats the last token: any would do.
+        own = np.minimum(column, (self.fed[slots] + counts - 1)[:, None])
+        seq = np.repeat(slots, tokens)
         self.fed[slots] += counts
-        complete = self.fed[slots] == self.length[slots]
-        wanted = np.zeros(seq.size, np.bool_)
-        wanted[ends[complete] - 1] = True
-        return Rows(
-            token=self.tokens[seq, column],
-            pos=column.astype(np.int32),
+        return Pass(
+            token=self.tokens[seq, own.ravel()],
+            pos=column.ravel().astype(np.int32),
             seq=seq.astype(np.int32),
-            wanted=wanted,
+            wanted=np.zeros(seq.size, np.bool_),
             slots=slots,
-            output_slots=slots[complete],
-            prompt_tokens=int(counts[reading].sum()),
+            output_slots=slots[:0],
+            output_rows=slots[:0],
+            prompt_tokens=int(counts.sum()),
+            trim=slots[counts < tokens],
         )
 
-    def _shares(self, slots: Places, batch_tokens: int) -> Places:
-        """How many tokens each of `slots` feeds."""
-        left = self.length[slots] - self.fed[slots]
-        if int(left.sum()) <= batch_tokens:
-            return left
-        decoding = self.outputs[slots] > 0
-        room = batch_tokens - int(np.count_nonzero(decoding))
-        reading = np.flatnonzero(~decoding)
-        reading = reading[np.argsort(self.order[slots[reading]])]
-        before = np.cumsum(left[reading]) - left[reading]
-        shares = np.where(decoding, left, 0)
-        shares[reading] = np.clip(room - before, 0, left[reading])
-        return shares
+    def idle_full(self) -> Places:
+        """Idle slots that have no room for one more token: empty their cells."""
+        full = np.flatnonzero(~self.used & (self.fed >= self._ctx_tokens))
+        self.fed[full] = 0
+        return full
+
+    def decode_pass(self, batch_tokens: int) -> Pass | None:
+        """One token for each slot in use, marked as fed; for a slot that is alone, all that it has left. None if no
+        slot would put out anything by it."""
+        alone = self._alone()
+        if alone is not None and self.length[alone] - self.fed[alone] > 1:
+            return self._rest(alone, batch_tokens)
+        complete = self.used & (self.length - self.fed == 1)
+        if not complete.any():
+            return None
+        rows = self._decode_rows()
+        used = self.used[rows]
+        slots = rows[used]
+        pos = self.fed[rows]
+        token = np.zeros(rows.size, np.int32)
+        token[used] = self.tokens[slots, pos[used]]
+        reading = int(np.count_nonzero(self.outputs[slots] == 0))
+        self.fed[rows] += 1
+        outputs = complete[rows]
+        wanted = np.ones(rows.size, np.bool_) if self.shape.steady else outputs
+        return Pass(
+            token=token,
+            pos=pos.astype(np.int32),
+            seq=rows.astype(np.int32),
+            wanted=wanted,
+            slots=slots,
+            output_slots=rows[outputs],
+            output_rows=np.flatnonzero(outputs) if self.shape.steady else np.arange(np.count_nonzero(outputs)),
+            prompt_tokens=reading,
+            trim=slots[:0],
+        )
+
+    def _alone(self) -> int | None:
+        """The slot in use, if it is the only one. It shares no pass, and the last token of its prompt needs no pass of
+        its own: what it is fed is what llama.cpp's own programs would feed."""
+        if self.count - self.free != 1:
+            return None
+        return int(np.flatnonzero(self.used)[0])
+
+    def _rest(self, slot: int, batch_tokens: int) -> Pass | None:
+        """All that one slot has left to feed, if that fits into a batch."""
+        left = int(self.length[slot] - self.fed[slot])
+        if left > batch_tokens:
+            return None
+        rows = self._read(np.array([slot]), np.array([left]), left)
+        rows.wanted[-1] = True
+        return replace(rows, output_slots=rows.slots, output_rows=np.zeros(1, np.int64))
+
+    def _decode_rows(self) -> Places:
+        """The slots that take part: those in use, or all up to a width that seldom changes."""
+        used = np.flatnonzero(self.used)
+        if not self.shape.steady:
+            return used
+        self._rows = max(self._rows, self._width(int(used[-1]) + 1))
+        return np.arange(self._rows)
+
+    def _width(self, rows: int) -> int:
+        """A few widths only: each new one costs a GPU as much as several steps."""
+        if rows <= 4:
+            return min(rows, self.count)
+        return min(self.count, 8 if rows <= 8 else -(-rows // 16) * 16)
 
     def put(self, slots: Places, tokens: Ints, now_s: float) -> npt.NDArray[np.float64]:
         """Append one output token to each of `slots`. Returns the gaps to the tokens before, where there are."""
@@ -138,3 +321,9 @@ class SlotArrays:
         self.outputs[slots] += 1
         self.last_s[slots] = now_s
         return gaps
+
+
+def _runs(slots: Places) -> list[tuple[int, int]]:
+    """Places [first, last) in `slots` (ascending) of numbers that follow each other."""
+    edges = [0, *(np.flatnonzero(np.diff(slots) > 1) + 1).tolist(), slots.size]
+    return list(pairwise(edges)) if slots.size else []

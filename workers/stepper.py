@@ -1,8 +1,8 @@
-"""One context's loop: take requests, fill a batch, decode, choose tokens, finish.
+"""One context's loop: take requests, read pieces of prompts, decode, choose tokens, finish.
 
-Every step feeds one token for each sequence that decodes and fills the rest of the batch with pieces of prompts.
-Rows are sorted by sequence id and ids are handed out smallest first: llama.cpp cuts a batch in any other order
-into many small ones, which costs a factor of ten.
+Every step reads some of the prompts, then feeds one token for each sequence. Rows are sorted by sequence id and ids
+are handed out smallest first: llama.cpp cuts a batch in any other order into many small ones, which costs a factor of
+ten. Which rows make a batch is `workers.slots`' business.
 
 `Stepper.step` is the whole of it. Array work over all slots is done at once (`workers.slots`); Python objects are
 touched only for slots that need it: those whose sampling is more than argmax, those whose text is watched
@@ -28,10 +28,12 @@ from workers.backlog import CANCELLED, Backlog, Task
 from workers.meter import Meter
 from workers.protocol import Answer, Choice, Frame, Piece
 from workers.sampling import NOT_FINITE, RowSampler
-from workers.slots import Ints, Places, Rows, SlotArrays
+from workers.slots import Ints, Pass, Places, Shape, SlotArrays
 from workers.text import PieceTable, TextStream
 
 ERRORS_IN_A_ROW_MAX = 3
+READ_TOGETHER = 8
+"""Prompts that are enough for a pass: waiting for more of them brings nothing."""
 PARALLEL_ELEMENTS_MIN = 1 << 20
 """Logits below which a second thread costs more than it brings."""
 
@@ -49,7 +51,9 @@ class Decoder(Protocol):
 
     def logits(self, rows: int) -> npt.NDArray[np.float32]: ...
 
-    def forget(self, seq: int) -> None: ...
+    def forget(self, seq: int, first: int = -1) -> None: ...
+
+    def move(self, source: int, target: int) -> None: ...
 
     def clear(self) -> None: ...
 
@@ -88,13 +92,14 @@ class Stepper:
         backlog: Backlog,
         meter: Meter,
         send: Callable[[Frame], None],
+        shape: Shape = Shape(),  # noqa: B008, a frozen value
         pool: ThreadPoolExecutor | None = None,
         pool_threads: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._index = index
         self._decoder = decoder
-        self._slots = SlotArrays(slots, ctx_tokens)
+        self._slots = SlotArrays(slots, ctx_tokens, shape)
         self._seats: list[Seat | None] = [None] * slots
         self._vocabulary = vocabulary
         self._eog_ids = np.flatnonzero(vocabulary.eog)
@@ -106,6 +111,8 @@ class Stepper:
         self._pool_threads = pool_threads
         self._clock = clock
         self._cancels_seen = 0
+        self._idle_rows = 0
+        """How many rows were kept idle, over the last steps, though requests waited."""
         self._errors_in_a_row = 0
         self._step_ended_s = 0.0
         self._started: list[int] = []
@@ -126,32 +133,32 @@ class Stepper:
         self._end_cancelled()
         if self._slots.free:
             self._admit()
-        rows = self._slots.fill(self._decoder.batch_tokens)
-        if rows is None:
+        used = self._slots.count - self._slots.free
+        if not used:
             self._emit()
             return False
-        used = self._slots.count - self._slots.free
         began_s = self._clock()
-        code = self._decode(rows)
-        if code:
-            self._fail_batch(rows, code)
-            self._emit()
-            return True
-        self._errors_in_a_row = 0
-        outputs = rows.output_slots
-        logits = self._decoder.logits(outputs.size) if outputs.size else None
-        decoded_s = self._clock()
+        prompt_tokens = self._read()
+        for slot in self._slots.idle_full().tolist():
+            self._decoder.forget(slot)
+        rows = None if prompt_tokens is None else self._slots.decode_pass(self._decoder.batch_tokens)
+        if rows is not None and self._decode(rows):
+            prompt_tokens = (prompt_tokens or 0) + rows.prompt_tokens
+        else:
+            rows = None
+        outputs = self._slots.no_places if rows is None else rows.output_slots
+        logits = None if rows is None else self._decoder.logits(int(np.count_nonzero(rows.wanted)))
+        decoded_s = now_s = self._clock()
         gaps = np.empty(0)
-        now_s = decoded_s
-        if logits is not None:
-            tokens = self._choose(logits, outputs)
+        if rows is not None and logits is not None:
+            tokens = self._choose(logits, rows)
             now_s = self._clock()
             gaps = self._advance(outputs, tokens, now_s)
         self._emit()
         ended_s = self._clock()
         self._meter.step(
             ended_s,
-            prompt_tokens=rows.prompt_tokens,
+            prompt_tokens=prompt_tokens or 0,
             output_tokens=outputs.size,
             slot_s=used * (ended_s - self._step_ended_s),
             decode_s=decoded_s - began_s,
@@ -164,34 +171,76 @@ class Stepper:
     # ------------------------------------------------ into slots
 
     def _admit(self) -> None:
-        now_s = self._clock()
-        for task, choice in self._backlog.take(self._index, self._slots.free, now_s):
-            if choice == 0:
-                self._started.append(task.key)
-            sampling = task.sampling
-            banned = self._eog_ids if sampling.ignore_eos else self._no_ids
-            sampler = RowSampler(sampling, task.job.seed, choice, banned, self._vocabulary.eog.size)
-            watched = task.job.stream or bool(sampling.stop)
-            slot = self._slots.take(
-                task.prompt,
-                task.limit,
-                plain=sampler.plain,
-                ignore_eos=sampling.ignore_eos,
-                watched=watched,
-            )
-            self._seats[slot] = Seat(task, choice, sampler, TextStream(sampling.stop) if watched else None)
+        slots = self._slots
+        fillable = min(slots.free, self._backlog.available(self._index))
+        if not fillable:
+            self._move(slots.moves_to_shrink())
+            return
+        # Reading one prompt takes a pass that all others wait for, reading several takes hardly longer. So wait for
+        # more slots to become free, until they are several, or as much is lost by waiting as a pass costs.
+        self._idle_rows += fillable
+        if fillable < READ_TOGETHER and self._idle_rows < slots.shape.patience * slots.decoding:
+            return
+        self._idle_rows = 0
+        taken = self._backlog.take(self._index, slots.free, self._clock())
+        self._move(slots.moves_for(len(taken)))
+        for task, choice in taken:
+            self._seat_task(task, choice)
+
+    def _seat_task(self, task: Task, choice: int) -> None:
+        if choice == 0:
+            self._started.append(task.key)
+        sampling = task.sampling
+        banned = self._eog_ids if sampling.ignore_eos else self._no_ids
+        sampler = RowSampler(sampling, task.job.seed, choice, banned, self._vocabulary.eog.size)
+        watched = task.job.stream or bool(sampling.stop)
+        slot, stale = self._slots.take(
+            task.prompt,
+            task.limit,
+            plain=sampler.plain,
+            ignore_eos=sampling.ignore_eos,
+            watched=watched,
+        )
+        if stale:
+            self._decoder.forget(slot)
+        self._seats[slot] = Seat(task, choice, sampler, TextStream(sampling.stop) if watched else None)
+
+    def _move(self, moves: list[tuple[int, int]]) -> None:
+        for source, target in moves:
+            self._slots.move(source, target)
+            self._decoder.move(source, target)
+            self._seats[target], self._seats[source] = self._seats[source], None
+        if moves:
+            self._slots.narrow()
 
     # ------------------------------------------------ the model's turn
 
-    def _decode(self, rows: Rows) -> int:
+    def _read(self) -> int | None:
+        """Read pieces of prompts. Returns how many tokens; None if llama.cpp refused a batch."""
+        tokens = 0
+        for rows in self._slots.read_passes(self._decoder.batch_tokens):
+            if not self._decode(rows):
+                return None
+            tokens += rows.prompt_tokens
+            for slot in rows.trim.tolist():
+                self._decoder.forget(slot, int(self._slots.fed[slot]))
+        return tokens
+
+    def _decode(self, rows: Pass) -> bool:
+        """Give a batch to the model. False if it was refused: then its requests have failed."""
         decoder, count = self._decoder, rows.token.size
         decoder.token[:count] = rows.token
         decoder.pos[:count] = rows.pos
         decoder.seq[:count] = rows.seq
         decoder.wanted[:count] = rows.wanted
-        return decoder.decode(count)
+        code = decoder.decode(count)
+        if code:
+            self._fail_batch(rows, code)
+        else:
+            self._errors_in_a_row = 0
+        return not code
 
-    def _fail_batch(self, rows: Rows, code: int) -> None:
+    def _fail_batch(self, rows: Pass, code: int) -> None:
         """llama.cpp refused a batch: its requests fail, all others of this context start again."""
         self._errors_in_a_row += 1
         if code < -1 or self._errors_in_a_row >= ERRORS_IN_A_ROW_MAX:
@@ -203,31 +252,34 @@ class Stepper:
             self._finish(slot, "error", f"llama_decode failed with code {code}")
         self._decoder.clear()
         # Nothing of the others is in the cells any more: their tokens, outputs included, are fed again.
-        self._slots.fed[self._slots.used] = 0
+        self._slots.forget_all()
 
     # ------------------------------------------------ tokens
 
-    def _choose(self, logits: npt.NDArray[np.float32], outputs: Places) -> Ints:
-        """One token for each row of `logits`, which belong to `outputs`; NOT_FINITE where a row is damaged."""
-        slots = self._slots
+    def _choose(self, logits: npt.NDArray[np.float32], rows: Pass) -> Ints:
+        """One token for each of `rows.output_slots`; NOT_FINITE where its row of `logits` is damaged."""
+        slots, outputs = self._slots, rows.output_slots
         plain = slots.plain[outputs]
         silenced = np.flatnonzero(plain & slots.ignore_eos[outputs])
         if silenced.size and self._eog_ids.size:
-            logits[silenced[:, None], self._eog_ids] = -np.inf
+            logits[rows.output_rows[silenced, None], self._eog_ids] = -np.inf
         chosen = np.empty(outputs.size, np.int32)
         seats = [self._seats[slot] for slot in outputs.tolist()] if not plain.all() else []
 
         def part(first: int, last: int) -> None:
             if not seats or plain[first:last].all():
-                best = logits[first:last].argmax(axis=1)
-                top = logits[np.arange(first, last), best]
+                # Rows that are nobody's are looked at too: leaving them out would copy the others.
+                places = rows.output_rows[first:last]
+                best = logits[places[0] : places[-1] + 1].argmax(axis=1)[places - places[0]]
+                top = logits[places, best]
                 chosen[first:last] = np.where(np.isfinite(top), best, NOT_FINITE)
                 return
             for place in range(first, last):
                 seat, slot = seats[place], int(outputs[place])
                 assert seat is not None
                 history = slots.tokens[slot, : slots.length[slot]]
-                chosen[place] = seat.sampler.choose(logits[place], history, int(slots.outputs[slot]))
+                row = logits[rows.output_rows[place]]
+                chosen[place] = seat.sampler.choose(row, history, int(slots.outputs[slot]))
 
         threads = min(self._pool_threads, outputs.size) if logits.size >= PARALLEL_ELEMENTS_MIN else 1
         if self._pool is None or threads < 2:

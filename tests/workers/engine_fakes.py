@@ -6,6 +6,8 @@ Token 63 ends a generation. Its memory is checked like llama.cpp's: each sequenc
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import numpy.typing as npt
 
@@ -40,16 +42,36 @@ def job(key: int, prompt: tuple[int, ...] = (5,), *, stream: bool = False, seed:
     return Job(key, seed, stream, request)
 
 
-class FakeDecoder:
-    """A `workers.stepper.Decoder`. `batches` records the sequence ids of each decode."""
+def passes(seq: list[int]) -> int:
+    """In how many passes llama.cpp computes rows of these sequences, each KV stream being apart.
 
-    def __init__(self, batch_tokens: int = 64) -> None:
+    A pass takes the same number of tokens of sequences whose ids follow each other.
+    """
+    left = Counter(seq)
+    count = 0
+    while left:
+        run = [min(left)]
+        while run[-1] + 1 in left:
+            run.append(run[-1] + 1)
+        tokens = min(left[one] for one in run)
+        left.subtract(dict.fromkeys(run, tokens))
+        left = +left
+        count += 1
+    return count
+
+
+class FakeDecoder:
+    """A `workers.stepper.Decoder`. `batches` records the sequence ids of each decode, `emptied` the cells that went."""
+
+    def __init__(self, batch_tokens: int = 64, ctx_tokens: int = 100) -> None:
         self.batch_tokens = batch_tokens
+        self.ctx_tokens = ctx_tokens
         self.token = np.zeros(batch_tokens, np.int32)
         self.pos = np.zeros(batch_tokens, np.int32)
         self.seq = np.zeros(batch_tokens, np.int32)
         self.wanted = np.zeros(batch_tokens, np.int8)
         self.batches: list[list[int]] = []
+        self.emptied: list[tuple[int, ...]] = []
         self.codes: list[int] = []
         """Codes for the next decodes; 0 when empty."""
         self.damage: set[int] = set()
@@ -58,6 +80,7 @@ class FakeDecoder:
         self._logits = np.empty((0, VOCAB), np.float32)
 
     def decode(self, rows: int) -> int:
+        assert 0 < rows <= self.batch_tokens
         seq = self.seq[:rows].tolist()
         assert seq == sorted(seq), "rows of a batch must be sorted by sequence id"
         self.batches.append(seq)
@@ -68,6 +91,7 @@ class FakeDecoder:
             cells = self.cells.setdefault(one, [])
             assert self.pos[row] == len(cells), "positions must follow on"
             cells.append(int(self.token[row]))
+            assert len(cells) <= self.ctx_tokens, "no cell is left"
             if self.wanted[row]:
                 logits = np.arange(VOCAB, dtype=np.float32) / VOCAB
                 logits[(self.token[row] + 1) % VOCAB] = 9.0
@@ -82,8 +106,16 @@ class FakeDecoder:
         assert rows == len(self._logits)
         return self._logits
 
-    def forget(self, seq: int) -> None:
-        self.cells.pop(seq, None)
+    def forget(self, seq: int, first: int = -1) -> None:
+        cells = self.cells.pop(seq, [])
+        if first >= 0:
+            self.cells[seq] = cells[:first]
+        else:
+            self.emptied.append(tuple(cells))
+
+    def move(self, source: int, target: int) -> None:
+        self.forget(target)
+        self.cells[target] = self.cells.pop(source)
 
     def clear(self) -> None:
         self.cells.clear()

@@ -5,25 +5,35 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from scheduling.errors import EngineError
 from tests.workers import engine_fakes
-from tests.workers.engine_fakes import EOG, FakeDecoder, job
+from tests.workers.engine_fakes import EOG, VOCAB, FakeDecoder, job, passes
 from workers import stepper as stepper_module
 from workers.backlog import Backlog, Task
 from workers.meter import Meter
 from workers.protocol import Answer, Frame, Job, Stats
+from workers.slots import Shape
 from workers.stepper import Stepper
 
 
 class Rig:
     """One stepper over a fake decoder, with a clock that counts its readings."""
 
-    def __init__(self, slots: int = 4, ctx_tokens: int = 100, batch_tokens: int = 64, threads: int = 1) -> None:
+    def __init__(
+        self,
+        slots: int = 4,
+        ctx_tokens: int = 100,
+        batch_tokens: int = 64,
+        threads: int = 1,
+        shape: Shape = Shape(),  # noqa: B008
+    ) -> None:
         self.now = 0.0
         self.frames: list[Frame] = []
         self.stats: list[Stats] = []
-        self.decoder = FakeDecoder(batch_tokens)
+        self.decoder = FakeDecoder(batch_tokens, ctx_tokens)
         self.backlog = Backlog(1)
         self.meter = Meter(self.stats.append, 0.0)
         self.ctx_tokens = ctx_tokens
@@ -36,6 +46,7 @@ class Rig:
             backlog=self.backlog,
             meter=self.meter,
             send=self.frames.append,
+            shape=shape,
             pool=ThreadPoolExecutor(threads) if threads > 1 else None,
             pool_threads=threads,
             clock=self.clock,
@@ -126,7 +137,7 @@ def test_a_long_prompt_does_not_stop_the_others() -> None:
     rig.submit(job(2, (2,) * 50))
     for _ in range(4):
         rig.stepper.step()
-        assert rig.decoder.batches[-1] == [0] + [1] * 7
+        assert rig.decoder.batches[-2:] == [[1] * 8, [0, 1]]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -188,7 +199,7 @@ def test_damaged_logits_fail_their_request_alone() -> None:
 
 
 def test_a_refused_batch_fails_its_requests_and_the_others_start_again() -> None:
-    rig = Rig(batch_tokens=4)
+    rig = Rig(batch_tokens=3)
     rig.submit(job(1, (1,) * 4), job(2, (2,) * 4))
     rig.decoder.codes = [1]
     answers = rig.run()
@@ -222,7 +233,7 @@ def test_counters_add_up() -> None:
     rig.meter.wake(0.0)
     rig.run()
     rig.meter.sleep(rig.clock())
-    (stats,) = rig.stats
+    stats = rig.stats[0]
     assert (stats.prompt_tokens, stats.output_tokens, stats.steps) == (4, 6, 4)
     assert sum(stats.itl_counts) == 3 + 1
     assert stats.decode_s > 0
@@ -236,6 +247,56 @@ def test_a_step_that_brings_nothing_sends_nothing() -> None:
     assert [frame.started for frame in rig.frames] == [[1]]
     rig.stepper.step()
     assert len(rig.frames) == 1
+
+
+SHAPED = Shape(steady=True, pad_tokens=8, moves=True, patience=0.6)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.integers(1, 12), st.integers(0, 5)), min_size=1, max_size=40),
+    st.sampled_from([SHAPED, Shape(steady=True), Shape(steady=True, patience=3.0), Shape(pad_tokens=100, moves=True)]),
+)
+def test_the_shape_of_batches_changes_no_answer(work: list[tuple[int, int, int]], shape: Shape) -> None:
+    jobs = [
+        job(key, (first,) * length, max_tokens=output, ignore_eos=True)
+        for key, (length, output, first) in enumerate(work)
+    ]
+    plain, shaped = Rig(slots=6, batch_tokens=32, ctx_tokens=42), Rig(6, 42, 32, shape=shape)
+    plain.submit(*jobs)
+    shaped.submit(*jobs)
+    expected, got = plain.run(), shaped.run()
+    assert {key: only(answer) for key, answer in got.items()} == {key: only(answer) for key, answer in expected.items()}
+    # What was in a sequence's cells when it ended is its prompt and its output but for the last token.
+    for length, output, first in work:
+        cells = [first] * length + [(first + place) % VOCAB for place in range(1, output)]
+        assert tuple(cells) in shaped.decoder.emptied
+    assert shaped.backlog.running == 0
+
+
+def test_shaped_batches_are_one_pass_each() -> None:
+    rig = Rig(slots=8, batch_tokens=200, ctx_tokens=60, shape=SHAPED)
+    random = np.random.default_rng(1)
+    rig.submit(
+        *(
+            job(key, (1,) * int(random.integers(2, 9)), max_tokens=int(random.integers(1, 40)), ignore_eos=True)
+            for key in range(60)
+        )
+    )
+    assert len(rig.run()) == 60
+    counts = [passes(batch) for batch in rig.decoder.batches]
+    assert set(counts) == {1}
+    reads = sum(len(batch) > len(set(batch)) for batch in rig.decoder.batches)
+    assert reads < 30, "several prompts are read at once"
+
+
+def test_waiting_for_neighbours_ends_when_nothing_decodes() -> None:
+    rig = Rig(shape=Shape(steady=True, patience=1e9))
+    rig.submit(job(1, max_tokens=3))
+    rig.stepper.step()
+    rig.submit(job(2, max_tokens=3))
+    answers = rig.run()
+    assert sorted(answers) == [1, 2]
+    assert answers[2].queue_s > 0
 
 
 @pytest.mark.parametrize("threads", [2, 3, 9])
