@@ -255,6 +255,62 @@ def bench_dispatch(
     )  # fmt: skip
 
 
+@bench.command("engine")
+def bench_engine(
+    model: Model,
+    requests: Annotated[int, typer.Option(help="Requests of each repeat.")] = 512,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 128,
+    output_tokens: Annotated[int, typer.Option(help="Output tokens of each request; their mean with --sigma.")] = 128,
+    output_tokens_max: Annotated[int, typer.Option(help="Most output tokens, with --sigma.")] = 1024,
+    sigma: Annotated[float, typer.Option(help="Output lengths are lognormal with this sigma; 0: all the same.")] = 0.0,
+    shared_prefix: Annotated[int, typer.Option(help="Tokens that all prompts begin with.")] = 0,
+    concurrency: Annotated[
+        int | None, typer.Option(help="Requests that the engine has at once. [default: all]")
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="How often; medians are printed.")] = 5,
+    peers: Annotated[
+        Path | None, typer.Option(help="Folder with llama-batched-bench: run it in turn, print the ratio.")
+    ] = None,
+    peer_sequences: Annotated[
+        str, typer.Option(help="Numbers of sequences that it tries, as in 32,64,128; its best counts. [default: slots]")
+    ] = "",
+    slots: Slots = None,
+    contexts: Contexts = None,
+    ctx: Ctx = None,
+    batch_size: Annotated[int, typer.Option("--batch", help="Most tokens in one decode step.")] = 2048,
+    ubatch: Ubatch = 512,
+    threads: Threads = None,
+    gpu_layers: GpuLayers = -1,
+    flash_attention: FlashAttention = None,
+    device: DeviceOption = Device.auto,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    seed: Annotated[int, typer.Option(help="Of prompts and lengths.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Measure one engine: tokens a second, the parts of a step, and llama.cpp's own benchmark beside it."""
+    from coordinator.bench_engine import Load, run_bench_engine
+    from coordinator.config import JobConfig, checked_sampling
+
+    most = output_tokens_max if sigma else output_tokens
+    sampling = checked_sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    config = JobConfig(
+        model=model, slots=slots, contexts=contexts, ctx=ctx or prompt_tokens + most, batch=batch_size, ubatch=ubatch,
+        threads=threads, gpu_layers=gpu_layers, flash_attention=flash_attention, device=device.value, seed=seed,
+    )  # fmt: skip
+    load = Load(
+        requests=requests, prompt_tokens=prompt_tokens, output_tokens=output_tokens, output_tokens_max=most,
+        sigma=sigma, shared_prefix_tokens=shared_prefix, concurrency=concurrency, sampling=sampling, seed=seed,
+    )  # fmt: skip
+    sequences = _numbers("--peer-sequences", peer_sequences)
+    code = run_bench_engine(
+        config, load, repeats=repeats, peers=peers, sequences=sequences, as_json=as_json
+    )  # fmt: skip
+    raise typer.Exit(code)
+
+
 @app.callback(invoke_without_command=True)
 def top(
     context: typer.Context,
@@ -276,6 +332,18 @@ def _read_template(path: Path | None) -> str | None:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--chat-template {path}: {error}") from None
+
+
+def _numbers(flag: str, text: str) -> tuple[int, ...]:
+    from scheduling.errors import ConfigError
+
+    try:
+        numbers = tuple(int(word) for word in text.split(",") if word.strip())
+    except ValueError:
+        numbers = (0,)
+    if any(number < 1 for number in numbers):
+        raise ConfigError(f"{flag} {text}: give numbers of 1 or more, with commas between them")
+    return numbers
 
 
 def print_json(value: Any) -> None:

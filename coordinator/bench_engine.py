@@ -1,0 +1,310 @@
+"""`llmpi bench engine`: how fast one engine process answers, against llama.cpp's own benchmark in the same run.
+
+Ours: all requests are handed to the engine at once; the clock runs from that moment to the last answer, so reading
+prompts, choosing tokens, the reuse of slots and the emptying at the end all count. Prompts are random tokens, all
+different. Peer: llama-batched-bench (no sampling, no reuse of slots, prompts and output in two phases) at the same
+number of sequences. Repeats of both alternate, so that a machine that slows down slows both.
+
+One engine answers all repeats, after a short warm-up: loading is in no figure, nor is it in the peer's.
+"""
+
+from __future__ import annotations
+
+import select
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from coordinator.bench_peers import NAME as PEER
+from coordinator.bench_peers import BatchedBench
+from coordinator.config import JobConfig
+from coordinator.engines import engine_config
+from coordinator.setup import Setup, prepare
+from scheduling.errors import EXIT_OK, ConfigError, EngineError
+from scheduling.histogram import LogHistogram
+from scheduling.messages import Placement
+from scheduling.placement import plan_alone
+from scheduling.requests import Request, Sampling
+from workers.protocol import EngineConfig, EngineFailed, EngineLoaded, Frame, FromEngine, Job, Stats
+from workers.supervisor import EngineProcess
+
+WARM_UP = 1 << 30
+"""Number of the repeat that is not counted."""
+POLL_S = 0.05
+GREEDY = Sampling(temperature=0.0)
+CLOSE_S = 10.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Load:
+    """What the engine is asked. Lengths in tokens. `sigma` > 0: output lengths are lognormal around `output_tokens`
+    (their mean), clipped to 1 ... `output_tokens_max`. `shared_prefix_tokens` of each prompt are the same in all."""
+
+    requests: int
+    prompt_tokens: int
+    output_tokens: int
+    output_tokens_max: int
+    sigma: float = 0.0
+    shared_prefix_tokens: int = 0
+    concurrency: int | None = None
+    """Requests that the engine has at once; None hands out all of them at once."""
+    sampling: Sampling = GREEDY
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        least_one = {
+            "--requests": self.requests,
+            "--prompt-tokens": self.prompt_tokens,
+            "--output-tokens": self.output_tokens,
+            "--concurrency": 1 if self.concurrency is None else self.concurrency,
+        }
+        for flag, value in least_one.items():
+            if value < 1:
+                raise ConfigError(f"{flag} is {value}: it must be 1 or more")
+        if self.sigma < 0:
+            raise ConfigError(f"--sigma is {self.sigma}: it must be 0 or more")
+        if not 0 <= self.shared_prefix_tokens < self.prompt_tokens:
+            raise ConfigError("--shared-prefix must be 0 or more, and less than --prompt-tokens")
+
+    def jobs(self, vocab_tokens: int, repeat: int) -> list[Job]:
+        """The requests of one repeat. The same seed and repeat give the same requests."""
+        random = np.random.default_rng((self.seed, repeat))
+        prompts = random.integers(0, vocab_tokens, (self.requests, self.prompt_tokens), dtype=np.int64)
+        prompts[:, : self.shared_prefix_tokens] = prompts[0, : self.shared_prefix_tokens]
+        jobs = []
+        for key, (prompt, output) in enumerate(zip(prompts.tolist(), self._lengths(random).tolist(), strict=True)):
+            sampling = msgspec.structs.replace(self.sampling, max_tokens=output, ignore_eos=True)
+            request = Request(custom_id=str(key), kind="completion", prompt=tuple(prompt), sampling=sampling)
+            jobs.append(Job(key, key + 1, False, request))
+        return jobs
+
+    def _lengths(self, random: np.random.Generator) -> np.ndarray[Any, np.dtype[np.int64]]:
+        if not self.sigma:
+            return np.full(self.requests, self.output_tokens)
+        # The mean of a lognormal is exp(mu + sigma^2 / 2).
+        drawn = random.lognormal(np.log(self.output_tokens) - self.sigma**2 / 2, self.sigma, self.requests)
+        return np.clip(np.rint(drawn), 1, self.output_tokens_max).astype(np.int64)
+
+
+@dataclass(kw_only=True)
+class Repeat:
+    """One repeat. Times in seconds; step parts are summed over the contexts' threads."""
+
+    wall_s: float
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    steps: int = 0
+    decode_s: float = 0.0
+    sample_s: float = 0.0
+    busy_s: float = 0.0
+    slot_s: float = 0.0
+    gaps: LogHistogram = field(default_factory=LogHistogram)
+
+    @property
+    def total_tokens_per_s(self) -> float:
+        return (self.prompt_tokens + self.output_tokens) / self.wall_s
+
+    def figures(self, contexts: int) -> dict[str, float]:
+        steps = max(1, self.steps)
+        return {
+            "total_tokens_per_s": self.total_tokens_per_s,
+            "output_tokens_per_s": self.output_tokens / self.wall_s,
+            "requests_wall_s": self.wall_s,
+            "steps": self.steps,
+            "step_ms": 1e3 * self.busy_s * contexts / steps,
+            "decode_ms": 1e3 * self.decode_s / steps,
+            "sample_ms": 1e3 * self.sample_s / steps,
+            "rest_ms": 1e3 * max(0.0, self.busy_s * contexts - self.decode_s - self.sample_s) / steps,
+            "mean_running": self.slot_s / self.wall_s,
+            "itl_p50_ms": 1e3 * self.gaps.percentile(0.5),
+            "itl_p99_ms": 1e3 * self.gaps.percentile(0.99),
+        }
+
+
+class BenchEngine:
+    """An engine process and what it says, for as long as the benchmark runs."""
+
+    def __init__(self, config: EngineConfig, log_path: Path | None = None) -> None:
+        """Start it and wait until it has loaded. Raises EngineError with the reason if it cannot."""
+        began_s = time.monotonic()
+        self._engine = EngineProcess(config, log_path=log_path)
+        self.contexts = config.contexts
+        loaded: list[EngineLoaded] = []
+        while not loaded:
+            loaded = [message for message in self._listen() if isinstance(message, EngineLoaded)]
+        self.loaded = loaded[0]
+        self.ready_s = time.monotonic() - began_s
+
+    def close(self) -> None:
+        self._engine.close(CLOSE_S)
+
+    def run(self, jobs: list[Job], concurrency: int | None = None) -> Repeat:
+        """Have `jobs` answered. Raises EngineError if one fails."""
+        waiting = iter(jobs)
+        began_s = time.monotonic()
+        self._submit(waiting, concurrency or len(jobs))
+        repeat, open_jobs = Repeat(wall_s=0.0), len(jobs)
+        prompt_tokens = output_tokens = 0
+        # The counters of the last steps may follow the last answer.
+        while open_jobs or repeat.output_tokens < output_tokens:
+            for message in self._listen():
+                if isinstance(message, Stats):
+                    _add(repeat, message)
+                elif isinstance(message, Frame):
+                    for answer in message.finished:
+                        if answer.error is not None:
+                            raise EngineError(f"request {answer.key} failed: {answer.error}")
+                        open_jobs -= 1
+                        prompt_tokens += answer.prompt_tokens
+                        output_tokens += answer.output_tokens
+                    if message.finished and open_jobs:
+                        self._submit(waiting, len(message.finished))
+                    elif message.finished:
+                        repeat.wall_s = time.monotonic() - began_s
+        repeat.prompt_tokens, repeat.output_tokens = prompt_tokens, output_tokens
+        return repeat
+
+    def _submit(self, waiting: Iterator[Job], count: int) -> None:
+        jobs = [job for _, job in zip(range(count), waiting, strict=False)]
+        if jobs:
+            self._engine.submit(jobs)
+
+    def _listen(self) -> list[FromEngine]:
+        fd = self._engine.fileno()
+        select.select([] if fd is None else [fd], [], [], POLL_S)
+        messages = self._engine.poll()
+        for message in messages:
+            if isinstance(message, EngineFailed):
+                raise EngineError(f"the engine cannot go on: {message.reason}")
+        if not messages and not self._engine.alive:
+            raise EngineError(f"the engine has ended: {self._engine.exit_reason()}")
+        return messages
+
+
+def _add(repeat: Repeat, stats: Stats) -> None:
+    repeat.output_tokens += stats.output_tokens
+    repeat.steps += stats.steps
+    repeat.decode_s += stats.decode_s
+    repeat.sample_s += stats.sample_s
+    repeat.busy_s += stats.busy_s
+    repeat.slot_s += stats.slot_s
+    repeat.gaps.add_sparse(stats.itl_buckets, stats.itl_counts)
+
+
+def run_bench_engine(
+    config: JobConfig, load: Load, *, repeats: int, peers: Path | None, sequences: tuple[int, ...], as_json: bool
+) -> int:
+    """Measure and print. `sequences`: what the peer tries, its best counts; none: as many as we have slots.
+
+    Raises:
+        UserError: what cannot be measured, and why.
+        EngineError: an engine failed.
+    """
+    if repeats < 1:
+        raise ConfigError(f"--repeats is {repeats}: it must be 1 or more")
+    setup = prepare(config)
+    if setup.problem is not None:
+        raise setup.problem
+    engine = _engine_of(config, setup, load)
+    peer = None
+    if peers is not None:
+        sequences = sequences or (engine.slots,)
+        peer = BatchedBench(peers, engine, load.prompt_tokens, load.output_tokens, sequences)
+    bench = BenchEngine(engine)
+    try:
+        vocab_tokens = bench.loaded.vocab_tokens
+        bench.run(load.jobs(vocab_tokens, WARM_UP)[: engine.slots], load.concurrency)
+        ours: list[Repeat] = []
+        theirs: list[dict[int, float]] = []
+        for repeat in range(repeats):
+            ours.append(bench.run(load.jobs(vocab_tokens, repeat), load.concurrency))
+            _say(f"repeat {repeat + 1} of {repeats}: {ours[-1].total_tokens_per_s:,.0f} tokens/s in all")
+            if peer is not None:
+                theirs.append(peer.total_tokens_per_s())
+                _say(f"{PEER}: {max(theirs[-1].values()):,.0f} tokens/s in all")
+    finally:
+        bench.close()
+    found = _summary(engine, load, bench, ours, theirs)
+    if as_json:
+        from coordinator.cli import print_json
+
+        print_json(found)
+    else:
+        _print_table(found)
+    return EXIT_OK
+
+
+def _engine_of(config: JobConfig, setup: Setup, load: Load) -> EngineConfig:
+    """One engine on the first device, as a batch on this machine would start it."""
+    want_gpu = {"auto": None, "gpu": True, "cpu": False}[config.device]
+    placement: Placement = plan_alone(setup.host, gpus_per_rank=config.gpus_per_rank, want_gpu=want_gpu)[0]
+    return engine_config(config, setup.model, placement, {gpu.uuid: gpu for gpu in setup.host.gpus})
+
+
+def _summary(
+    engine: EngineConfig, load: Load, bench: BenchEngine, ours: list[Repeat], theirs: list[dict[int, float]]
+) -> dict[str, Any]:
+    figures = [repeat.figures(engine.contexts) for repeat in ours]
+    found: dict[str, Any] = {
+        "model": engine.model, "model_desc": bench.loaded.model_desc, "backend": bench.loaded.backend,
+        "slots": engine.slots, "contexts": engine.contexts, "ctx_tokens": engine.ctx_tokens,
+        "batch_tokens": engine.batch_tokens, "ubatch_tokens": engine.ubatch_tokens, "threads": engine.threads,
+        "repeats": len(ours), "ready_s": bench.ready_s,
+        "load": {name: value for name, value in asdict(load).items() if name != "sampling"},
+    }  # fmt: skip
+    found |= {name: statistics.median(one[name] for one in figures) for name in figures[0]}
+    found |= _spread("total_tokens_per_s", [one["total_tokens_per_s"] for one in figures])
+    if theirs:
+        by_sequences = {n: statistics.median(one[n] for one in theirs) for n in theirs[0]}
+        best = max(by_sequences, key=lambda n: by_sequences[n])
+        speeds = [one[best] for one in theirs]
+        found |= {"peer": PEER, "peer_sequences": best, "peer_total_tokens_per_s": by_sequences[best]}
+        found["peer_total_tokens_per_s_by_sequences"] = by_sequences
+        found |= _spread("peer_total_tokens_per_s", speeds)
+        # Each repeat against the peer's next to it, so that both saw the same machine.
+        ratios = [one["total_tokens_per_s"] / peer for one, peer in zip(figures, speeds, strict=True)]
+        found["ratio"] = statistics.median(ratios)
+        found |= _spread("ratio", ratios)
+    return found
+
+
+def _spread(name: str, values: list[float]) -> dict[str, float]:
+    return {f"{name}_min": min(values), f"{name}_max": max(values)}
+
+
+def _print_table(found: dict[str, Any]) -> None:
+    load = found["load"]
+    print(f"{found['model_desc']} on {found['backend']}, {found['slots']} slots in {found['contexts']} contexts")
+    print(
+        f"{load['requests']} requests of {load['prompt_tokens']} + {load['output_tokens']} tokens, "
+        f"median of {found['repeats']} (smallest to largest)"
+    )
+    rows = [
+        ("total tokens/s", f"{found['total_tokens_per_s']:,.0f}", "total_tokens_per_s", ",.0f"),
+        ("output tokens/s", f"{found['output_tokens_per_s']:,.0f}", "", ""),
+        ("step, ms", f"{found['step_ms']:.2f}", "", ""),
+        ("  decode", f"{found['decode_ms']:.2f}", "", ""),
+        ("  choose tokens", f"{found['sample_ms']:.2f}", "", ""),
+        ("  rest", f"{found['rest_ms']:.2f}", "", ""),
+        ("running at once", f"{found['mean_running']:.1f}", "", ""),
+        ("between tokens P50 / P99, ms", f"{found['itl_p50_ms']:.1f} / {found['itl_p99_ms']:.1f}", "", ""),
+    ]
+    if "ratio" in found:
+        name, peer = f"{PEER}, B = {found['peer_sequences']}", "peer_total_tokens_per_s"
+        rows.append((name, f"{found[peer]:,.0f}", peer, ",.0f"))
+        rows.append(("ratio", f"{found['ratio']:.3f}", "ratio", ".3f"))
+    for name, value, spread, form in rows:
+        between = f"  ({found[f'{spread}_min']:{form}} to {found[f'{spread}_max']:{form}})" if spread else ""
+        print(f"  {name:30} {value:>14}{between}")
+
+
+def _say(line: str) -> None:
+    """Progress, beside the figures on stdout."""
+    print(f"llmpi: {line}", file=sys.stderr, flush=True)
