@@ -142,8 +142,10 @@ class BatchingEngine:
 
     @staticmethod
     def _shape(config: EngineConfig, model: LlamaModel) -> Shape:
-        """A CPU does nothing at once, so one more pass costs it little more than the rows in it."""
-        if not config.gpu_layers or not gpu_names() or config.kv_unified:
+        steady = config.steady_batches
+        if steady is None:
+            steady = bool(config.gpu_layers and gpu_names()) and not config.kv_unified
+        if not steady:
             return Shape()
         if not model.keeps_cells:
             return Shape(steady=True, patience=PATIENCE_GPU)

@@ -47,6 +47,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     flash_attention: bool | None = None
     """None lets llama.cpp decide."""
     kv_unified: bool = False
+    steady_batches: bool | None = None
+    """Shape batches as a GPU likes them (`workers.slots`). None: where there is one."""
     use_mmap: bool = True
     cpus: tuple[int, ...] = ()
     """Processors the engine may use; empty leaves the affinity alone."""

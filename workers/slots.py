@@ -4,12 +4,14 @@ A slot holds one sequence: its prompt and what has been put out so far stand in 
 have been given to the model. A slot with one token left to feed decodes, a slot with more reads its prompt; nothing
 else tells them apart. The slot's number is llama.cpp's sequence id.
 
-A step is some passes that read (`read_passes`), then one that decodes (`decode_pass`). llama.cpp computes in one pass
-only what has consecutive sequence ids and the same number of tokens for each; the rest costs a pass of its own, with
-all weights read again. So batches are shaped, as far as `Shape` says that it pays:
+llama.cpp computes in one pass only what has consecutive sequence ids and the same number of tokens for each; the rest
+of a batch costs a pass of its own, with all weights read again. A processor does nothing at once, so that costs it
+little: there a step is one batch (`mixed_pass`) with a token for each slot that decodes and pieces of prompts. A GPU
+takes nearly as long for one row as for fifty. There (`Shape.steady`) a step is some passes that read (`read_passes`),
+then one that decodes (`decode_pass`), shaped as far as `Shape` says that it pays:
 
 - Prompts are read up to their last token, without logits. The decode pass takes that token with everybody else's, so
-  that it is one pass, whatever is being read. (A sequence that is alone needs none of this.)
+  that it is one pass, whatever is being read.
 - Prompts of neighbours are read together. Shorter ones are padded; the padding is taken back (`Pass.trim`).
 - Idle slots take part in the decode pass with a token that means nothing: no hole cuts it in two, and it keeps its
   shape, so that a GPU replays it instead of being told each kernel again.
@@ -21,7 +23,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -41,9 +43,10 @@ MOVES_PER_PASS = 4
 class Shape:
     """What shaping batches is worth on the hardware at hand; the defaults, for a CPU, shape nothing.
 
-    steady: idle slots take part in the decode pass. pad_tokens: most padding in a pass that reads prompts. moves:
-    sequences may be moved to other slots to be neighbours. patience: how many rows may be kept idle, for each row
-    that decodes, before waiting prompts are read, so that several are read in one pass.
+    steady: reading and decoding are passes of their own, idle slots take part in the latter. pad_tokens: most padding
+    in a pass that reads prompts. moves: sequences may be moved to other slots to be neighbours. patience: how many
+    rows may be kept idle, for each row that decodes, before waiting prompts are read, so that several are read in one
+    pass.
     """
 
     steady: bool = False
@@ -189,14 +192,56 @@ class SlotArrays:
 
     # ------------------------------------------------ passes
 
+    @property
+    def mixes(self) -> bool:
+        """Whether the next step is a `mixed_pass`. It is where a sequence is alone, too: there is nobody to share a
+        pass with, and the last token of its prompt needs no pass of its own."""
+        return not self.shape.steady or self.count - self.free == 1
+
+    def mixed_pass(self, batch_tokens: int) -> Pass:
+        """A token for each slot that decodes, then prompts in order of arrival while there is room. Marks them as fed.
+        At least one slot must be in use."""
+        slots = np.flatnonzero(self.used)
+        counts = self._shares(slots, batch_tokens)
+        slots, counts = slots[counts > 0], counts[counts > 0]
+        ends = np.cumsum(counts)
+        column = np.arange(ends[-1]) + np.repeat(self.fed[slots] - (ends - counts), counts)
+        seq = np.repeat(slots, counts)
+        reading = self.outputs[slots] == 0
+        self.fed[slots] += counts
+        complete = self.fed[slots] == self.length[slots]
+        wanted = np.zeros(seq.size, np.bool_)
+        wanted[ends[complete] - 1] = True
+        return Pass(
+            token=self.tokens[seq, column],
+            pos=column.astype(np.int32),
+            seq=seq.astype(np.int32),
+            wanted=wanted,
+            slots=slots,
+            output_slots=slots[complete],
+            output_rows=np.arange(np.count_nonzero(complete)),
+            prompt_tokens=int(counts[reading].sum()),
+            trim=slots[:0],
+        )
+
+    def _shares(self, slots: Places, batch_tokens: int) -> Places:
+        """How many tokens each of `slots` feeds in a mixed pass."""
+        left = self.length[slots] - self.fed[slots]
+        if int(left.sum()) <= batch_tokens:
+            return left
+        # After a failure those that have put out something are read again, too.
+        decoding = left == 1
+        room = batch_tokens - int(np.count_nonzero(decoding))
+        reading = np.flatnonzero(~decoding)
+        reading = reading[np.argsort(self.order[slots[reading]])]
+        before = np.cumsum(left[reading]) - left[reading]
+        shares = np.where(decoding, left, 0)
+        shares[reading] = np.clip(room - before, 0, left[reading])
+        return shares
+
     def read_passes(self, batch_tokens: int) -> Iterator[Pass]:
         """The next pieces of prompts, `batch_tokens` in all at most, oldest prompts first, none to its last token.
         Marks them as fed as they are yielded."""
-        alone = self._alone()
-        if alone is not None:
-            if self.length[alone] - self.fed[alone] > batch_tokens:
-                yield self._read(np.array([alone]), np.array([batch_tokens]), batch_tokens)
-            return
         slots = np.flatnonzero(self.used & (self.length - self.fed > 1))
         if not slots.size:
             return
@@ -251,12 +296,9 @@ class SlotArrays:
         self.fed[full] = 0
         return full
 
-    def decode_pass(self, batch_tokens: int) -> Pass | None:
-        """One token for each slot in use, marked as fed; for a slot that is alone, all that it has left. None if no
-        slot would put out anything by it."""
-        alone = self._alone()
-        if alone is not None and self.length[alone] - self.fed[alone] > 1:
-            return self._rest(alone, batch_tokens)
+    def decode_pass(self) -> Pass | None:
+        """One token for each slot in use and for idle ones between them, marked as fed. None if no slot would put out
+        anything by it."""
         complete = self.used & (self.length - self.fed == 1)
         if not complete.any():
             return None
@@ -269,41 +311,21 @@ class SlotArrays:
         reading = int(np.count_nonzero(self.outputs[slots] == 0))
         self.fed[rows] += 1
         outputs = complete[rows]
-        wanted = np.ones(rows.size, np.bool_) if self.shape.steady else outputs
         return Pass(
             token=token,
             pos=pos.astype(np.int32),
             seq=rows.astype(np.int32),
-            wanted=wanted,
+            wanted=np.ones(rows.size, np.bool_),
             slots=slots,
             output_slots=rows[outputs],
-            output_rows=np.flatnonzero(outputs) if self.shape.steady else np.arange(np.count_nonzero(outputs)),
+            output_rows=np.flatnonzero(outputs),
             prompt_tokens=reading,
             trim=slots[:0],
         )
 
-    def _alone(self) -> int | None:
-        """The slot in use, if it is the only one. It shares no pass, and the last token of its prompt needs no pass of
-        its own: what it is fed is what llama.cpp's own programs would feed."""
-        if self.count - self.free != 1:
-            return None
-        return int(np.flatnonzero(self.used)[0])
-
-    def _rest(self, slot: int, batch_tokens: int) -> Pass | None:
-        """All that one slot has left to feed, if that fits into a batch."""
-        left = int(self.length[slot] - self.fed[slot])
-        if left > batch_tokens:
-            return None
-        rows = self._read(np.array([slot]), np.array([left]), left)
-        rows.wanted[-1] = True
-        return replace(rows, output_slots=rows.slots, output_rows=np.zeros(1, np.int64))
-
     def _decode_rows(self) -> Places:
-        """The slots that take part: those in use, or all up to a width that seldom changes."""
-        used = np.flatnonzero(self.used)
-        if not self.shape.steady:
-            return used
-        self._rows = max(self._rows, self._width(int(used[-1]) + 1))
+        """The slots that take part: all up to a width that seldom changes."""
+        self._rows = max(self._rows, self._width(int(np.flatnonzero(self.used)[-1]) + 1))
         return np.arange(self._rows)
 
     def _width(self, rows: int) -> int:

@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from scheduling.errors import EngineError
 from workers.backlog import CANCELLED, Backlog, Task
+from workers.choosing import Threads, choose, largest
 from workers.meter import Meter
 from workers.protocol import Answer, Choice, Frame, Piece
 from workers.sampling import NOT_FINITE, RowSampler
@@ -103,7 +104,6 @@ class Stepper:
         self._seats: list[Seat | None] = [None] * slots
         self._vocabulary = vocabulary
         self._eog_ids = np.flatnonzero(vocabulary.eog)
-        self._no_ids = self._eog_ids[:0]
         self._backlog = backlog
         self._meter = meter
         self._send = send
@@ -138,16 +138,9 @@ class Stepper:
             self._emit()
             return False
         began_s = self._clock()
-        prompt_tokens = self._read()
-        for slot in self._slots.idle_full().tolist():
-            self._decoder.forget(slot)
-        rows = None if prompt_tokens is None else self._slots.decode_pass(self._decoder.batch_tokens)
-        if rows is not None and self._decode(rows):
-            prompt_tokens = (prompt_tokens or 0) + rows.prompt_tokens
-        else:
-            rows = None
-        outputs = self._slots.no_places if rows is None else rows.output_slots
-        logits = None if rows is None else self._decoder.logits(int(np.count_nonzero(rows.wanted)))
+        rows, prompt_tokens = self._feed()
+        outputs = rows.output_slots if rows is not None else self._slots.no_places
+        logits = self._decoder.logits(int(np.count_nonzero(rows.wanted))) if rows is not None and outputs.size else None
         decoded_s = now_s = self._clock()
         gaps = np.empty(0)
         if rows is not None and logits is not None:
@@ -158,7 +151,7 @@ class Stepper:
         ended_s = self._clock()
         self._meter.step(
             ended_s,
-            prompt_tokens=prompt_tokens or 0,
+            prompt_tokens=prompt_tokens,
             output_tokens=outputs.size,
             slot_s=used * (ended_s - self._step_ended_s),
             decode_s=decoded_s - began_s,
@@ -191,8 +184,7 @@ class Stepper:
         if choice == 0:
             self._started.append(task.key)
         sampling = task.sampling
-        banned = self._eog_ids if sampling.ignore_eos else self._no_ids
-        sampler = RowSampler(sampling, task.job.seed, choice, banned, self._vocabulary.eog.size)
+        sampler = RowSampler(sampling, task.job.seed, choice, self._vocabulary.eog.size)
         watched = task.job.stream or bool(sampling.stop)
         slot, stale = self._slots.take(
             task.prompt,
@@ -215,16 +207,26 @@ class Stepper:
 
     # ------------------------------------------------ the model's turn
 
-    def _read(self) -> int | None:
-        """Read pieces of prompts. Returns how many tokens; None if llama.cpp refused a batch."""
+    def _feed(self) -> tuple[Pass | None, int]:
+        """Give the model this step's batches. Returns the last one, if llama.cpp took it, and how many tokens of
+        prompts were read."""
+        slots, decoder = self._slots, self._decoder
+        if slots.mixes:
+            rows = slots.mixed_pass(decoder.batch_tokens)
+            return (rows, rows.prompt_tokens) if self._decode(rows) else (None, 0)
         tokens = 0
-        for rows in self._slots.read_passes(self._decoder.batch_tokens):
-            if not self._decode(rows):
-                return None
-            tokens += rows.prompt_tokens
-            for slot in rows.trim.tolist():
-                self._decoder.forget(slot, int(self._slots.fed[slot]))
-        return tokens
+        for part in slots.read_passes(decoder.batch_tokens):
+            if not self._decode(part):
+                return None, tokens
+            tokens += part.prompt_tokens
+            for slot in part.trim.tolist():
+                decoder.forget(slot, int(slots.fed[slot]))
+        for slot in slots.idle_full().tolist():
+            decoder.forget(slot)
+        last = slots.decode_pass()
+        if last is None or not self._decode(last):
+            return None, tokens
+        return last, tokens + last.prompt_tokens
 
     def _decode(self, rows: Pass) -> bool:
         """Give a batch to the model. False if it was refused: then its requests have failed."""
@@ -259,38 +261,21 @@ class Stepper:
     def _choose(self, logits: npt.NDArray[np.float32], rows: Pass) -> Ints:
         """One token for each of `rows.output_slots`; NOT_FINITE where its row of `logits` is damaged."""
         slots, outputs = self._slots, rows.output_slots
-        plain = slots.plain[outputs]
-        silenced = np.flatnonzero(plain & slots.ignore_eos[outputs])
+        # Before bias and penalties, which leave -inf as it is.
+        silenced = np.flatnonzero(slots.ignore_eos[outputs])
         if silenced.size and self._eog_ids.size:
             logits[rows.output_rows[silenced, None], self._eog_ids] = -np.inf
-        chosen = np.empty(outputs.size, np.int32)
-        seats = [self._seats[slot] for slot in outputs.tolist()] if not plain.all() else []
+        threads = Threads(self._pool if logits.size >= PARALLEL_ELEMENTS_MIN else None, self._pool_threads)
+        if slots.plain[outputs].all():
+            return largest(logits, rows.output_rows, threads)
+        places = outputs.tolist()
+        samplers = [self._seat(slot).sampler for slot in places]
 
-        def part(first: int, last: int) -> None:
-            if not seats or plain[first:last].all():
-                # Rows that are nobody's are looked at too: leaving them out would copy the others.
-                places = rows.output_rows[first:last]
-                best = logits[places[0] : places[-1] + 1].argmax(axis=1)[places - places[0]]
-                top = logits[places, best]
-                chosen[first:last] = np.where(np.isfinite(top), best, NOT_FINITE)
-                return
-            for place in range(first, last):
-                seat, slot = seats[place], int(outputs[place])
-                assert seat is not None
-                history = slots.tokens[slot, : slots.length[slot]]
-                row = logits[rows.output_rows[place]]
-                chosen[place] = seat.sampler.choose(row, history, int(slots.outputs[slot]))
+        def history(place: int) -> Ints:
+            slot = places[place]
+            return slots.tokens[slot, : slots.length[slot]]
 
-        threads = min(self._pool_threads, outputs.size) if logits.size >= PARALLEL_ELEMENTS_MIN else 1
-        if self._pool is None or threads < 2:
-            part(0, outputs.size)
-            return chosen
-        edges = [outputs.size * place // threads for place in range(threads + 1)]
-        waiting = [self._pool.submit(part, edges[place], edges[place + 1]) for place in range(1, threads)]
-        part(edges[0], edges[1])
-        for future in waiting:
-            future.result()
-        return chosen
+        return choose(logits, rows.output_rows, samplers, slots.outputs[outputs], history, threads)
 
     def _advance(self, outputs: Places, tokens: Ints, now_s: float) -> npt.NDArray[np.float64]:
         """Book the new tokens and finish what has ended. Returns the gaps between tokens in seconds."""

@@ -104,7 +104,15 @@ def answers(said: list[FromEngine]) -> dict[int, Answer]:
     return {answer.key: answer for frame in said if isinstance(frame, Frame) for answer in frame.finished}
 
 
-def config(model: Path, *, slots: int = 4, contexts: int = 1, batch_tokens: int = BATCH) -> EngineConfig:
+def counted(said: list[FromEngine]) -> tuple[int, int]:
+    """Prompt and output tokens by the engine's own counters."""
+    stats = [message for message in said if isinstance(message, Stats)]
+    return sum(one.prompt_tokens for one in stats), sum(one.output_tokens for one in stats)
+
+
+def config(
+    model: Path, *, slots: int = 4, contexts: int = 1, batch_tokens: int = BATCH, steady_batches: bool | None = None
+) -> EngineConfig:
     return EngineConfig(
         model=str(model),
         slots=slots,
@@ -113,6 +121,7 @@ def config(model: Path, *, slots: int = 4, contexts: int = 1, batch_tokens: int 
         batch_tokens=batch_tokens,
         ubatch_tokens=batch_tokens,
         flash_attention=False,
+        steady_batches=steady_batches,
     )
 
 
@@ -171,6 +180,21 @@ def test_greedy_output_at_one_slot_equals_llama_cpps_own(real_model: Path, greed
 
 
 @pytest.mark.slow
+def test_steady_batches_give_the_same_text_but_for_rounding(real_model: Path, greedy: dict[int, Answer]) -> None:
+    """What a GPU's engine does, on the CPU: padding, moving, idle rows. A cell in the wrong place changes every text
+    that comes near it; another order of summation changes one where two tokens are nearly equally likely."""
+    session = Session(config(real_model, steady_batches=True))
+    jobs = [chat(place, prompt, ignore_eos=False) for place, prompt in enumerate(PROMPTS)]
+    fillers = [chat(100 + key, "Count. " * (1 + key % 7), max_tokens=1 + key % 5) for key in range(20)]
+    mixed = [job for pair in zip(jobs, fillers, strict=True) for job in pair]
+    got = session.ask(*mixed)
+    session.engine.close(PATIENCE_S)
+    same = sum(text(got[place]) == text(greedy[1000 + place]) for place in range(len(PROMPTS)))
+    print(f"{same} of {len(PROMPTS)} texts are the same")
+    assert same >= len(PROMPTS) // 2
+
+
+@pytest.mark.slow
 def test_streaming_gives_the_same_text(real: Session, greedy: dict[int, Answer]) -> None:
     jobs = [chat(2000 + place, prompt, stream=True) for place, prompt in enumerate(PROMPTS[:4])]
     streamed = real.ask(*jobs)
@@ -213,12 +237,12 @@ def test_many_more_requests_than_slots_are_all_answered_and_counted(tiny_model: 
         )
     )
     assert all(got[key].output_tokens == 1 + key % 9 for key in range(60))
-    # The engine's end follows its last counters. They may come with the last answer, or after it.
+    wanted = sum(1 + key % 9 for key in range(60))
+    # The last counters may come with the last answer, or after it.
+    session.said += listen(session.engine, lambda new: counted(session.said + new)[1] >= wanted)
     session.engine.close(PATIENCE_S)
-    said = session.said + listen(session.engine) + session.engine.poll()
-    stats = [message for message in said if isinstance(message, Stats)]
-    assert sum(one.output_tokens for one in stats) == sum(1 + key % 9 for key in range(60))
-    assert sum(one.prompt_tokens for one in stats) == sum(answer.prompt_tokens for answer in got.values())
+    session.said += listen(session.engine) + session.engine.poll()
+    assert counted(session.said) == (sum(answer.prompt_tokens for answer in got.values()), wanted)
 
 
 @pytest.mark.slow

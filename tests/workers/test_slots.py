@@ -9,13 +9,15 @@ from tests.workers.engine_fakes import passes
 from workers.slots import READ_CHUNK_TOKENS, Pass, Shape, SlotArrays
 
 SHAPED = Shape(steady=True, pad_tokens=10, moves=True)
+PLAIN = Shape()
+STEADY = Shape(steady=True)
 
 
 def prompt(length: int, first: int = 0) -> np.typing.NDArray[np.int32]:
     return np.arange(first, first + length, dtype=np.int32)
 
 
-def with_prompts(*lengths: int, ctx_tokens: int = 64, shape: Shape = Shape()) -> SlotArrays:  # noqa: B008
+def with_prompts(*lengths: int, ctx_tokens: int = 64, shape: Shape = STEADY) -> SlotArrays:
     slots = SlotArrays(len(lengths), ctx_tokens, shape)
     for place, length in enumerate(lengths):
         slots.take(prompt(length, 100 * place), 4)
@@ -26,14 +28,18 @@ def read_all(slots: SlotArrays, batch_tokens: int = 1000) -> list[Pass]:
     return list(slots.read_passes(batch_tokens))
 
 
-def step(slots: SlotArrays, batch_tokens: int = 1000) -> Pass | None:
-    """Read, decode, and put out token 7 everywhere."""
-    read_all(slots, batch_tokens)
-    slots.idle_full()
-    rows = slots.decode_pass(1000)
-    if rows is not None:
-        slots.put(rows.output_slots, np.full(rows.output_slots.size, 7, np.int32), 0.0)
-    return rows
+def step(slots: SlotArrays, batch_tokens: int = 1000) -> list[Pass]:
+    """The passes of a step, after which token 7 is put out wherever one was wanted."""
+    if slots.mixes:
+        found = [slots.mixed_pass(batch_tokens)]
+    else:
+        found = read_all(slots, batch_tokens)
+        slots.idle_full()
+        last = slots.decode_pass()
+        found += [] if last is None else [last]
+    outputs = found[-1].output_slots
+    slots.put(outputs, np.full(outputs.size, 7, np.int32), 0.0)
+    return found
 
 
 def test_the_smallest_free_slot_is_taken() -> None:
@@ -44,10 +50,49 @@ def test_the_smallest_free_slot_is_taken() -> None:
     assert slots.take(prompt(2), 1) == (0, False)
 
 
-def test_nothing_in_use_gives_no_pass() -> None:
-    slots = SlotArrays(2, 8)
-    assert read_all(slots) == []
-    assert slots.decode_pass(1000) is None
+def test_a_mixed_prompt_is_fed_in_pieces_and_wants_its_last_row_only() -> None:
+    slots = with_prompts(5, shape=PLAIN)
+    first, second = slots.mixed_pass(3), slots.mixed_pass(3)
+    assert (first.token.tolist(), first.pos.tolist()) == ([0, 1, 2], [0, 1, 2])
+    assert not first.wanted.any()
+    assert first.output_slots.size == 0
+    assert (second.token.tolist(), second.pos.tolist()) == ([3, 4], [3, 4])
+    assert second.wanted.tolist() == [False, True]
+    assert second.output_slots.tolist() == [0]
+
+
+def test_in_a_mixed_pass_decoding_goes_on_beside_prompts_which_share_what_is_left() -> None:
+    slots = SlotArrays(3, 16)
+    slots.take(prompt(2), 4)
+    step(slots)
+    slots.take(prompt(4, 20), 4)
+    slots.take(prompt(4, 30), 4)
+    rows = slots.mixed_pass(6)
+    assert rows.seq.tolist() == [0, 1, 1, 1, 1, 2]
+    assert rows.token.tolist() == [7, 20, 21, 22, 23, 30]
+    assert rows.pos.tolist() == [2, 0, 1, 2, 3, 0]
+    assert rows.output_slots.tolist() == [0, 1]
+    assert rows.prompt_tokens == 5
+
+
+@pytest.mark.parametrize("shape", [PLAIN, STEADY], ids=["mixed", "steady"])
+def test_prompts_are_read_in_order_of_arrival_not_of_slots(shape: Shape) -> None:
+    slots = SlotArrays(2, 16, shape)
+    slots.take(prompt(2), 4)
+    slots.take(prompt(6, 10), 4)
+    slots.release(0)
+    slots.take(prompt(6, 20), 4)
+    rows = step(slots, 4)[0]
+    assert rows.seq.tolist() == [1, 1, 1, 1]
+
+
+def test_after_a_failure_nothing_overflows_though_all_is_fed_again() -> None:
+    slots = with_prompts(9, 9, 9, shape=PLAIN)
+    step(slots)
+    slots.forget_all()
+    fed = [slots.mixed_pass(8).token.size for _ in range(4)]
+    assert fed == [8, 8, 8, 6]
+    assert (slots.fed == slots.length).all()
 
 
 def test_prompts_are_read_in_pieces_up_to_their_last_tokens_which_are_decoded() -> None:
@@ -58,7 +103,7 @@ def test_prompts_are_read_in_pieces_up_to_their_last_tokens_which_are_decoded() 
     (second,) = read_all(slots, 3)
     assert (second.token.tolist(), second.pos.tolist()) == ([3, 4], [3, 4])
     assert read_all(slots, 3) == []
-    last = slots.decode_pass(1000)
+    last = slots.decode_pass()
     assert last is not None
     assert (last.token.tolist(), last.pos.tolist(), last.wanted.tolist()) == ([5, 100], [5, 0], [True, True])
     assert last.output_slots.tolist() == [0, 1]
@@ -68,51 +113,32 @@ def test_prompts_are_read_in_pieces_up_to_their_last_tokens_which_are_decoded() 
 def test_nothing_is_decoded_before_a_prompt_is_complete() -> None:
     slots = with_prompts(6, 6)
     read_all(slots, 3)
-    assert slots.decode_pass(1000) is None
+    assert slots.decode_pass() is None
 
 
-@pytest.mark.parametrize("shape", [Shape(), SHAPED], ids=["plain", "shaped"])
-def test_a_prompt_that_is_alone_is_fed_in_whole_batches_its_last_token_too(shape: Shape) -> None:
+def test_a_sequence_that_is_alone_is_fed_in_whole_batches_its_last_token_too() -> None:
     """As llama.cpp's own programs do: one token by itself is computed in another way, with another rounding."""
-    slots = with_prompts(8, 1, shape=shape)
+    slots = with_prompts(8, 1, shape=SHAPED)
     slots.release(1)
-    batches = []
-    while not slots.outputs[0]:
-        batches += [rows.token.tolist() for rows in read_all(slots, 3)]
-        rows = slots.decode_pass(3)
-        if rows is not None:
-            batches.append(rows.token.tolist())
-            slots.put(rows.output_slots, np.array([9], np.int32), 0.0)
-    assert batches == [[0, 1, 2], [3, 4, 5], [6, 7]]
-    assert rows is not None
-    assert rows.wanted.tolist() == [False, True]
+    batches = [rows for _ in range(3) for rows in step(slots, 3)]
+    assert [rows.token.tolist() for rows in batches] == [[0, 1, 2], [3, 4, 5], [6, 7]]
+    assert batches[-1].wanted.tolist() == [False, True]
 
 
 def test_a_prompt_that_is_being_read_takes_part_in_the_decode_pass() -> None:
     """Left out it would be a hole, and cut the pass in two."""
     slots = with_prompts(1, 500, 1, ctx_tokens=600)
-    slots.decode_pass(1000)
+    slots.decode_pass()
     slots.put(np.array([0, 2]), np.array([7, 8], np.int32), 0.0)
     slots.fed[1] = 0
     (read,) = read_all(slots)
     assert read.seq.tolist() == [1] * READ_CHUNK_TOKENS, "others decode: they do not wait for all of it"
-    rows = slots.decode_pass(1000)
+    rows = slots.decode_pass()
     assert rows is not None
     assert rows.seq.tolist() == [0, 1, 2]
     assert rows.pos.tolist() == [1, READ_CHUNK_TOKENS, 1]
-    assert rows.output_slots.tolist() == [0, 2]
-    assert rows.wanted.tolist() == [True, False, True]
+    assert rows.output_slots.tolist() == rows.output_rows.tolist() == [0, 2]
     assert rows.prompt_tokens == 1
-
-
-def test_prompts_are_read_in_order_of_arrival_not_of_slots() -> None:
-    slots = SlotArrays(2, 16)
-    slots.take(prompt(2), 4)
-    slots.take(prompt(6, 10), 4)
-    slots.release(0)
-    slots.take(prompt(6, 20), 4)
-    (rows,) = read_all(slots, 4)
-    assert rows.seq.tolist() == [1, 1, 1, 1]
 
 
 def test_neighbours_with_prompts_of_one_length_are_read_in_one_pass() -> None:
@@ -133,7 +159,7 @@ def test_shorter_prompts_are_padded_and_trimmed_where_that_is_cheaper_than_a_pas
 
 @pytest.mark.parametrize(
     ("lengths", "shape", "ctx_tokens"),
-    [((9, 6, 9), Shape(), 64), ((30, 6, 30), SHAPED, 64), ((7, 7), SHAPED, 8)],
+    [((9, 6, 9), STEADY, 64), ((30, 6, 30), SHAPED, 64), ((7, 7), SHAPED, 8)],
     ids=["it does not pay", "too much padding", "no room for it"],
 )
 def test_otherwise_what_is_longer_is_read_in_passes_of_its_own(
@@ -151,8 +177,7 @@ def test_a_steady_decode_pass_has_no_holes_and_seldom_another_width() -> None:
     slots = with_prompts(*[1] * 20, ctx_tokens=8, shape=SHAPED)
     widths = set()
     for slot in (3, 19, 7, 0, 12):
-        rows = step(slots)
-        assert rows is not None
+        rows = step(slots)[-1]
         assert rows.seq.tolist() == list(range(20))
         assert rows.wanted.all()
         widths.add(rows.token.size)
@@ -169,12 +194,12 @@ def test_idle_slots_are_emptied_before_they_are_full_and_when_they_are_taken() -
         slots.put(np.array([1]), np.array([7], np.int32), 0.0)
         slots.fed[1], slots.length[1] = 1, 2
         assert not slots.idle_full().size
-        slots.decode_pass(1000)
+        slots.decode_pass()
     slots.fed[1] = 1
-    slots.decode_pass(1000)
+    slots.decode_pass()
     assert slots.idle_full().tolist() == [0]
     slots.fed[1] = 1
-    slots.decode_pass(1000)
+    slots.decode_pass()
     assert slots.take(prompt(2), 1) == (0, True)
 
 
@@ -198,7 +223,7 @@ def test_nothing_is_moved_for_one_newcomer_nor_where_it_does_not_pay() -> None:
     assert slots.moves_for(2) == []
     slots.release(5)
     assert slots.moves_for(1) == []
-    plain = with_prompts(*[1] * 8)
+    plain = with_prompts(*[1] * 8, shape=PLAIN)
     plain.release(1)
     plain.release(3)
     assert plain.moves_for(2) == []
@@ -213,21 +238,18 @@ def test_a_pass_that_is_mostly_idle_becomes_narrow() -> None:
     for source, target in slots.moves_to_shrink():
         slots.move(source, target)
     slots.narrow()
-    rows = step(slots)
-    assert rows is not None
-    assert rows.seq.tolist() == [0, 1, 2]
+    assert step(slots)[-1].seq.tolist() == [0, 1, 2]
     assert slots.moves_to_shrink() == []
 
 
 def test_a_moved_sequence_goes_on_where_it_was() -> None:
-    slots = with_prompts(3, 5, shape=SHAPED)
+    slots = with_prompts(3, 5, 2, shape=SHAPED)
     step(slots)
     slots.release(0)
-    slots.move(1, 0)
+    slots.move(2, 0)
     assert slots.output_of(0).tolist() == [7]
-    rows = slots.decode_pass(1000)
-    assert rows is not None
-    assert (rows.token[0], rows.pos[0]) == (7, 5)
+    (rows,) = step(slots)
+    assert (rows.token[0], rows.pos[0]) == (7, 2)
 
 
 def test_gaps_are_between_tokens_of_a_sequence() -> None:
@@ -268,10 +290,13 @@ def test_every_sequence_is_fed_once_and_in_order(work: list[tuple[int, int]], ba
             number, (length, limit) = waiting.pop(0)
             running[slots.take(prompt(length, number * 100), limit)[0]] = number
             fed[number] = []
-        for rows in slots.read_passes(batch):
-            check(rows)
-        slots.idle_full()
-        last = slots.decode_pass(batch)
+        if slots.mixes:
+            last: Pass | None = slots.mixed_pass(batch)
+        else:
+            for rows in slots.read_passes(batch):
+                check(rows)
+            slots.idle_full()
+            last = slots.decode_pass()
         if last is None:
             continue
         check(last)
