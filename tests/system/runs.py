@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections import Counter
@@ -17,9 +18,13 @@ from typing import Any
 import h5py
 import psutil
 
-from tests.launch import Finished, Job
+from tests.launch import ROOT, Finished, Job
 
 Line = dict[str, Any]
+
+PATIENCE_S = 300.0
+"""Bounds waiting for what never comes. On a loaded machine starting Python takes ten seconds, and any process may
+stand still for some: a test that waits for a condition waits as long as that takes."""
 
 
 def prompts(count: int, **body: Any) -> list[Line]:
@@ -43,8 +48,9 @@ class Run:
     path: Path
 
     def record(self) -> list[Line]:
+        """Its whole lines: a kill can leave the beginning of another behind them, which counts for nothing."""
         file = self.path / "results.jsonl"
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+        return [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]] if file.exists() else []
 
     def by_id(self) -> dict[str, Line]:
         """Lines of the record by custom_id; each must be there once only."""
@@ -105,20 +111,82 @@ def check_one_clear_line(done: Finished, rc: int, *words: str) -> str:
     return lines[0]
 
 
-def until(holds: Callable[[], Any], timeout_s: float, what: str) -> Any:
+def until(holds: Callable[[], Any], what: str) -> Any:
     """Poll another process's doings until `holds` gives something true, which is returned."""
     pause = threading.Event()
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + PATIENCE_S
     while not (found := holds()):
-        assert time.monotonic() < deadline, f"{what}: not within {timeout_s:g} s"
+        assert time.monotonic() < deadline, f"{what}: not within {PATIENCE_S:g} s"
         pause.wait(0.05)
     return found
 
 
-def wait_all_gone(job: Job, timeout_s: float) -> None:
-    """Every process of the job has ended by itself."""
-    _, left = psutil.wait_procs(job.processes(), timeout=timeout_s)
-    assert not left, left
+def lives(process: psutil.Process) -> bool:
+    """Whether the process runs. One that has ended does not, though its status may still wait to be collected."""
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wait_gone(processes: Iterable[psutil.Process]) -> None:
+    """All of them end by themselves. Name them while the job runs: later, who belonged to it cannot be told."""
+    left = list(processes)
+
+    def all_gone() -> bool:
+        left[:] = filter(lives, left)
+        return not left
+
+    until(all_gone, f"the end of {left}")
+
+
+HOLD = """
+import sys
+if any("workers.engine_main" in word for word in sys.orig_argv):
+    import os, time
+    from workers.outbox import Outbox
+    from workers.protocol import Frame
+    send, answered, running = Outbox.send, set(), set()
+    def held_send(self, message):
+        send(self, message)
+        if isinstance(message, Frame):
+            running.update(message.started)
+            answered.update(answer.key for answer in message.finished)
+            running.difference_update(answered)
+            while answered and running and not os.path.exists(FOLDER + "/open"):
+                open(f"{FOLDER}/held.{os.getpid()}", "w").close()
+                time.sleep(0.01)
+    Outbox.send = held_send
+"""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Until it is opened, each engine stands still where it has told of an answer and of requests that still run.
+
+    What a test does to a job meets work then, however fast the engines are and however late the test is.
+    """
+
+    folder: Path
+
+    @classmethod
+    def closed(cls, folder: Path) -> Gate:
+        """`folder` is made, and is the gate's own."""
+        folder.mkdir()
+        (folder / "sitecustomize.py").write_text(f"FOLDER = {str(folder)!r}\n{HOLD}")
+        return cls(folder)
+
+    @property
+    def env(self) -> dict[str, str]:
+        """For the job's environment: Python imports `sitecustomize` when it starts."""
+        return {"PYTHONPATH": os.pathsep.join((str(self.folder), str(ROOT)))}
+
+    def open(self) -> None:
+        (self.folder / "open").touch()
+
+    def held(self) -> list[psutil.Process]:
+        """The engines that stand still."""
+        return [psutil.Process(int(file.name.split(".")[1])) for file in self.folder.glob("held.*")]
 
 
 def command_of(process: psutil.Process) -> str:

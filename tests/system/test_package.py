@@ -55,7 +55,7 @@ class Installed:
             text=True,
             cwd=self.outside,
             env=env,
-            timeout=60,
+            timeout=300,
             check=False,
         )
 

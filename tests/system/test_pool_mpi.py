@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from tests.launch import Finished, Launcher, start_alone
-from tests.system.runs import ranks_of, until
+from tests.launch import Launcher, start_alone
+from tests.system.runs import PATIENCE_S, ranks_of, until
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 
 CPU_SHARE_MAX = 0.01
 IDLE_S = 5.0
+TICK_S = 0.01
+"""Processor time is counted in ticks: one more or less is no measurement."""
 
 TELL = """
 import json, os, sys
@@ -71,7 +74,7 @@ with llmpi.Pool(MODEL, slots=2, ctx=256, engine="null") as pool:
     if pool.is_root:
         list(pool.generate(["one"], max_tokens=3))
         tell(ready=True)
-        time.sleep(60)
+        time.sleep(600)
 """
 )
 
@@ -104,14 +107,14 @@ def check_root(found: dict[str, Any]) -> None:
 
 def test_pool_alone(tiny_model: Path, tmp_path: Path) -> None:
     with start_alone(tiny_model, tmp_path / "out", program=[script(tmp_path, GENERATE)]) as job:
-        done = job.wait(120)
+        done = job.wait(PATIENCE_S)
     assert done.rc == 0, done.output
     check_root(told(tmp_path, 0))
 
 
 @pytest.mark.mpi
 def test_pool_under_mpirun(mpirun: Launcher, tiny_model: Path, tmp_path: Path) -> None:
-    done = mpirun(3, tiny_model, tmp_path / "out", program=[script(tmp_path, GENERATE)], timeout_s=120)
+    done = mpirun(3, tiny_model, tmp_path / "out", program=[script(tmp_path, GENERATE)], timeout_s=PATIENCE_S)
     assert done.rc == 0, done.output
     check_root(told(tmp_path, 0))
     # All of one rank if the other's engine loads late: more was not promised.
@@ -127,8 +130,8 @@ def test_pool_under_mpirun(mpirun: Launcher, tiny_model: Path, tmp_path: Path) -
 
 @pytest.mark.mpi
 def test_exception_in_rank_0s_body_releases_the_others(mpirun: Launcher, tiny_model: Path, tmp_path: Path) -> None:
-    done = mpirun(3, tiny_model, tmp_path / "out", program=[script(tmp_path, FAIL)], timeout_s=60)
-    assert done.rc not in (0, 137), done.output
+    done = mpirun(3, tiny_model, tmp_path / "out", program=[script(tmp_path, FAIL)])
+    assert done.rc == 1, done.output
     assert "the body of rank 0 has had enough" in done.stderr
     assert done.stderr.count("Traceback") == 1, done.output
 
@@ -145,7 +148,7 @@ def test_exception_in_rank_0s_body_releases_the_others(mpirun: Launcher, tiny_mo
 def test_pool_refuses_what_it_cannot_do(tiny_model: Path, tmp_path: Path, arguments: str, word: str) -> None:
     text = TELL + f"with llmpi.Pool({arguments}) as pool:\n    print(list(pool.generate(['x'])))\n"
     with start_alone(tiny_model, tmp_path / "out", program=[script(tmp_path, text)]) as job:
-        done: Finished = job.wait(45)
+        done = job.wait(PATIENCE_S)
     assert done.rc == 1, done.output
     last = done.stderr.strip().splitlines()[-1]
     assert "Error" in last, done.output
@@ -154,24 +157,32 @@ def test_pool_refuses_what_it_cannot_do(tiny_model: Path, tmp_path: Path, argume
 
 @pytest.mark.mpi
 def test_missing_model_under_mpirun_ends_every_rank(mpirun: Launcher, tmp_path: Path) -> None:
-    done = mpirun(3, tmp_path / "no.gguf", tmp_path / "out", program=[script(tmp_path, GENERATE)], timeout_s=60)
-    assert done.rc not in (0, 137), done.output
+    done = mpirun(3, tmp_path / "no.gguf", tmp_path / "out", program=[script(tmp_path, GENERATE)])
+    assert done.rc == 1, done.output
     assert "no.gguf" in done.stderr
+
+
+def processor_s(processes: list[psutil.Process]) -> list[float]:
+    """Processor seconds that each has used in its life."""
+    return [times.user + times.system for times in (process.cpu_times() for process in processes)]
 
 
 @pytest.mark.mpi
 def test_idle_ranks_cost_next_to_nothing(mpirun: Launcher, tmp_path: Path) -> None:
     program = [script(tmp_path, IDLE)]
     with mpirun.start(3, "none", tmp_path / "out", program=program) as job:
-        until(lambda: (tmp_path / "out.0").exists() or job.process.poll() is not None, 60, "the pool is ready")
+        until(lambda: (tmp_path / "out.0").exists() or job.process.poll() is not None, "the pool is ready")
         assert job.process.poll() is None, job.stdout + job.stderr
         ranks = ranks_of(job)
         assert len(ranks) == 3
-        before = [process.cpu_times() for process in ranks]
-        psutil.wait_procs(ranks, timeout=IDLE_S)  # none of them ends: this is the passing of time
-        used = [
-            now.user + now.system - then.user - then.system
-            for now, then in zip((process.cpu_times() for process in ranks), before, strict=True)
-        ]
-    # Clock ticks are 10 ms: one more or less is no measurement.
-    assert max(used) <= CPU_SHARE_MAX * IDLE_S + 0.011, used
+
+        def idle() -> bool:
+            """Over a while. In the first one a rank that had no request may still have been loading."""
+            before, since = processor_s(ranks), time.monotonic()
+            psutil.wait_procs(ranks, timeout=IDLE_S)  # none of them ends: this is the passing of time
+            passed_s = time.monotonic() - since
+            used = [now - then for now, then in zip(processor_s(ranks), before, strict=True)]
+            print(f"processor seconds in {passed_s:.2f} s: {used}")
+            return max(used) - TICK_S <= CPU_SHARE_MAX * passed_s
+
+        until(idle, f"ranks that use at most {CPU_SHARE_MAX:.0%} of a processor each")

@@ -1,7 +1,7 @@
 """Runs that end early: drained, killed, or with a dead engine. Nothing is lost or doubled; the same command goes on.
 
-What a test does to a running job, it does while the engines stand still: how fast they are must not decide whether
-there is something left to interrupt.
+The engines stand still at a gate until the test has interfered: how fast they are must not decide whether there is
+something left to interrupt.
 """
 
 from __future__ import annotations
@@ -12,17 +12,15 @@ import re
 import signal
 from pathlib import Path
 
-import psutil
 import pytest
 
-from tests.launch import Finished, Job, Launcher, run_alone, start_alone
+from tests.launch import Argument, Finished, Job, Launcher, run_alone, start_alone
 from tests.system.runs import (
     PATIENCE_S,
+    Gate,
     Line,
     Run,
     check_one_clear_line,
-    engines_of,
-    frozen,
     prompts,
     until,
     wait_gone,
@@ -31,34 +29,46 @@ from tests.system.runs import (
 
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.mpi]
 
-REQUESTS = 160
+Words = tuple[Argument, ...]
+
+REQUESTS = 60
 IDS = [f"r{k}" for k in range(REQUESTS)]
 
 
 def long_work() -> list[Line]:
-    """Some fifteen seconds for two ranks after the first answers: enough to interfere.
-
-    No two neighbours are equally long, so that the slots of an engine do not all become free at once.
-    """
+    """Requests of which no two neighbours are equally long: an engine's slots do not all become free at once."""
     return [line | {"max_tokens": 100 + 7 * (k % 8)} for k, line in enumerate(prompts(REQUESTS, ignore_eos=True))]
 
 
-def command(model: Path, given: Path, run: Run) -> tuple[str | Path | int, ...]:
-    return ("batch", "-m", model, "-i", given, "-o", run.path, "--ctx", 256, "--slots", 4)
+@pytest.fixture
+def gate(tmp_path: Path) -> Gate:
+    return Gate.closed(tmp_path / "gate")
 
 
-def wait_for_answers(job: Job, run: Run, count: int = 5) -> None:
-    def so_far() -> bool:
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path / "run")
+
+
+@pytest.fixture
+def work(tiny_model: Path, tmp_path: Path, run: Run) -> Words:
+    """The words of a `llmpi batch` with long work."""
+    given = write_lines(tmp_path / "in.jsonl", long_work())
+    return ("batch", "-m", tiny_model, "-i", given, "-o", run.path, "--ctx", 256, "--slots", 4)
+
+
+def wait_for_answers(job: Job, run: Run) -> None:
+    def some() -> bool:
         assert job.process.poll() is None, job.stdout + job.stderr
-        return run.lines_so_far() >= count
+        return run.lines_so_far() > 0
 
-    until(so_far, f"{count} answers in the record")
+    until(some, "answers in the record")
 
 
 def wait_for_drain(job: Job) -> None:
     """Rank 0 has been told to stop, and has said so."""
     until(lambda: "draining" in job.stderr or job.process.poll() is not None, "the drain")
-    assert job.process.poll() is None, job.stdout + job.stderr
+    assert "draining" in job.stderr, job.stdout + job.stderr
 
 
 def check_stopped_early(run: Run) -> int:
@@ -85,24 +95,22 @@ def check_resumed(done: Finished, run: Run, earlier: int) -> None:
     assert sessions == {0, 1}
 
 
-def test_killed_run_resumes_where_its_record_ends(mpirun: Launcher, tiny_model: Path, tmp_path: Path) -> None:
-    given = write_lines(tmp_path / "in.jsonl", long_work())
-    run = Run(tmp_path / "run")
-    work = command(tiny_model, given, run)
-    with mpirun.start(3, *work) as job:
+def test_killed_run_resumes_where_its_record_ends(
+    mpirun: Launcher, gate: Gate, work: Words, run: Run, tiny_model: Path, tmp_path: Path
+) -> None:
+    with mpirun.start(3, *work, env=gate.env) as job:
         wait_for_answers(job, run)
-        processes, engines = job.processes(), engines_of(job)
+        processes = job.processes()
         os.killpg(job.process.pid, signal.SIGKILL)
-        with frozen(engines):  # the ranks must leave because they notice, not because the work is done
-            wait_gone(processes)
+        wait_gone(processes)  # they notice that their launcher is gone
     earlier = check_stopped_early(run)
 
     other = write_lines(tmp_path / "other.jsonl", prompts(3))
-    refused = run_alone(*command(tiny_model, other, run))
+    refused = run_alone("batch", "-m", tiny_model, "-i", other, "-o", run.path, "--ctx", 256, "--slots", 4)
     check_one_clear_line(refused, 2, "another run")
     assert len(run.by_id()) == earlier
 
-    check_resumed(mpirun(3, *work, timeout_s=PATIENCE_S), run, earlier)
+    check_resumed(mpirun(3, *work), run, earlier)
 
     again = mpirun(3, *work)
     assert again.rc == 0, again.output
@@ -118,67 +126,55 @@ def drain_signal(mpirun: Launcher) -> signal.Signals:
 
 
 def test_drained_by_signal_it_finishes_what_runs_and_resumes(
-    mpirun: Launcher, tiny_model: Path, tmp_path: Path
+    mpirun: Launcher, gate: Gate, work: Words, run: Run
 ) -> None:
-    given = write_lines(tmp_path / "in.jsonl", long_work())
-    run = Run(tmp_path / "run")
-    work = command(tiny_model, given, run)
-    with mpirun.start(3, *work) as job:
+    with mpirun.start(3, *work, env=gate.env) as job:
         wait_for_answers(job, run)
         processes = job.processes()
-        with frozen(engines_of(job)):
-            job.process.send_signal(drain_signal(mpirun))
-            wait_for_drain(job)
+        job.process.send_signal(drain_signal(mpirun))
+        wait_for_drain(job)
+        gate.open()
         stopped = job.wait(PATIENCE_S)
         wait_gone(processes)
     assert stopped.rc == 3, stopped.output
-    assert "drain" in stopped.stderr
     assert "Traceback" not in stopped.stderr
     earlier = check_stopped_early(run)
     rows = run.metrics()["requests"]
     assert len(rows) == earlier, "a drained run has its metrics too"
-    check_resumed(mpirun(3, *work, timeout_s=PATIENCE_S), run, earlier)
+    check_resumed(mpirun(3, *work), run, earlier)
 
 
-def test_second_signal_stops_now_and_the_run_can_be_resumed(mpirun: Launcher, tiny_model: Path, tmp_path: Path) -> None:
-    # Answers of minutes: finishing what runs is no option for who is in a hurry. A short one tells that they run.
-    lines = prompts(8, max_tokens=8_000, ignore_eos=True)
-    lines[0]["max_tokens"] = 3
-    given = write_lines(tmp_path / "in.jsonl", lines)
-    run = Run(tmp_path / "run")
-    work = ("batch", "-m", tiny_model, "-i", given, "-o", run.path, "--ctx", 8192, "--slots", 4)
-    with mpirun.start(3, *work) as job:
-        wait_for_answers(job, run, 1)
+def test_second_signal_stops_now_and_the_run_can_be_resumed(
+    mpirun: Launcher, gate: Gate, work: Words, run: Run
+) -> None:
+    # The gate stays closed: what runs cannot be waited for.
+    with mpirun.start(3, *work, env=gate.env) as job:
+        wait_for_answers(job, run)
         processes = job.processes()
-        with frozen(engines_of(job)):
-            job.process.send_signal(drain_signal(mpirun))
-            wait_for_drain(job)
-            job.process.send_signal(drain_signal(mpirun))
-            stopped = job.wait(PATIENCE_S)
-            wait_gone(processes)
+        job.process.send_signal(drain_signal(mpirun))
+        wait_for_drain(job)
+        job.process.send_signal(drain_signal(mpirun))
+        stopped = job.wait(PATIENCE_S)
+        wait_gone(processes)
     if mpirun.kind == "openmpi":  # MPICH's mpirun ends its ranks by itself then, with a status of its own
         assert stopped.rc == 3, stopped.output
         assert "stopped now" in stopped.stderr
     assert stopped.rc != 0, stopped.output
-    status = run_alone("status", run.path, "--json")
-    assert status.rc == 3, status.output
-    assert json.loads(status.stdout)["done"] == 1
+    check_stopped_early(run)
 
 
-def test_drained_by_llmpi_stop(mpirun: Launcher, tiny_model: Path, tmp_path: Path) -> None:
-    given = write_lines(tmp_path / "in.jsonl", long_work())
-    run = Run(tmp_path / "run")
-    with mpirun.start(3, *command(tiny_model, given, run), "--schedule", "round-robin") as job:
+def test_drained_by_llmpi_stop(mpirun: Launcher, gate: Gate, work: Words, run: Run) -> None:
+    with mpirun.start(3, *work, "--schedule", "round-robin", env=gate.env) as job:
         wait_for_answers(job, run)
-        with frozen(engines_of(job)):
-            running = run_alone("status", run.path)
-            assert running.rc == 3, running.output
-            assert "running" in running.stdout
-            second = run_alone(*command(tiny_model, given, run))
-            check_one_clear_line(second, 2, str(run.path))
-            asked = run_alone("stop", run.path)
-            assert asked.rc == 0, asked.output
-            wait_for_drain(job)
+        running = run_alone("status", run.path)
+        assert running.rc == 3, running.output
+        assert "running" in running.stdout
+        second = run_alone(*work)
+        check_one_clear_line(second, 2, str(run.path))
+        asked = run_alone("stop", run.path)
+        assert asked.rc == 0, asked.output
+        wait_for_drain(job)
+        gate.open()
         stopped = job.wait(PATIENCE_S)
     assert stopped.rc == 3, stopped.output
     assert "llmpi stop" in stopped.stderr
@@ -187,41 +183,26 @@ def test_drained_by_llmpi_stop(mpirun: Launcher, tiny_model: Path, tmp_path: Pat
     check_one_clear_line(nobody, 2, "no job is running")
 
 
-def test_ctrl_c_drains_the_mpirun_that_llmpi_started(mpirun: Launcher, tiny_model: Path, tmp_path: Path) -> None:
-    given = write_lines(tmp_path / "in.jsonl", long_work())
-    run = Run(tmp_path / "run")
-    with start_alone(*command(tiny_model, given, run), "--ranks", 3, python=mpirun.python, env=mpirun.env) as job:
+def test_ctrl_c_drains_the_mpirun_that_llmpi_started(mpirun: Launcher, gate: Gate, work: Words, run: Run) -> None:
+    with start_alone(*work, "--ranks", 3, python=mpirun.python, env={**mpirun.env, **gate.env}) as job:
         wait_for_answers(job, run)
         processes = job.processes()
-        with frozen(engines_of(job)):
-            job.process.send_signal(signal.SIGINT)
-            wait_for_drain(job)
+        job.process.send_signal(signal.SIGINT)
+        wait_for_drain(job)
+        gate.open()
         stopped = job.wait(PATIENCE_S)
         wait_gone(processes)
     assert stopped.rc == 3, stopped.output
     check_stopped_early(run)
 
 
-def engine_at_work(job: Job, run: Run) -> psutil.Process:
-    """The engine that gave the first answer. Another rank's may still be loading: its death would cost nothing."""
-    first = json.loads((run.path / "results.jsonl").read_bytes().split(b"\n")[0])
-    for engine in engines_of(job):
-        rank = engine.parent()
-        assert rank is not None
-        told = rank.environ()
-        if first["llmpi"]["rank"] == int(told.get("OMPI_COMM_WORLD_RANK") or told["PMI_RANK"]):
-            return engine
-    raise AssertionError(f"rank {first['llmpi']['rank']} has no engine")
-
-
 def test_killed_engine_costs_its_requests_an_attempt_and_nothing_else(
-    mpirun: Launcher, tiny_model: Path, tmp_path: Path
+    mpirun: Launcher, gate: Gate, work: Words, run: Run
 ) -> None:
-    given = write_lines(tmp_path / "in.jsonl", long_work())
-    run = Run(tmp_path / "run")
-    with mpirun.start(3, *command(tiny_model, given, run)) as job:
+    with mpirun.start(3, *work, env=gate.env) as job:
         wait_for_answers(job, run)
-        engine_at_work(job, run).kill()
+        until(gate.held, "an engine with requests that run")[0].kill()
+        gate.open()
         done = job.wait(PATIENCE_S)
     assert done.rc == 0, done.output
     assert "engine was lost" in done.stderr, done.output
@@ -235,17 +216,13 @@ def test_killed_engine_costs_its_requests_an_attempt_and_nothing_else(
     assert int(metrics["attrs"]["retried"]) == len(again)
 
 
-def test_engines_do_not_outlive_a_killed_rank(mpirun: Launcher, tiny_model: Path, tmp_path: Path) -> None:
-    given = write_lines(tmp_path / "in.jsonl", long_work())
-    run = Run(tmp_path / "run")
-    with mpirun.start(3, *command(tiny_model, given, run)) as job:
+def test_engines_do_not_outlive_a_killed_rank(mpirun: Launcher, gate: Gate, work: Words, run: Run) -> None:
+    with mpirun.start(3, *work, env=gate.env) as job:
         wait_for_answers(job, run)
-        processes, engines = job.processes(), engines_of(job)
-        rank = engines[0].parent()
-        assert rank is not None
+        processes = job.processes()
+        rank = until(gate.held, "an engine with requests that run")[0].parent()
         rank.kill()
-        with frozen(engines):
-            ended = job.wait(PATIENCE_S)
-            wait_gone(processes)
+        ended = job.wait(PATIENCE_S)
+        wait_gone(processes)
     assert ended.rc != 0
     check_stopped_early(run)

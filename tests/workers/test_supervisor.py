@@ -7,6 +7,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -21,7 +22,8 @@ from workers.protocol import EngineConfig, EngineFailed, EngineLoaded, Frame, Fr
 from workers.supervisor import STDERR_LOG_BYTES, EngineProcess, engine_environment, last_words
 
 SCRIPT = Path(__file__).with_name("fake_engine.py")
-PATIENCE_S = 120.0
+PATIENCE_S = 300.0
+"""Bounds waiting for what never comes; a machine under load takes its time for everything else."""
 
 Start = Callable[..., EngineProcess]
 
@@ -59,12 +61,25 @@ def loaded(said: list[FromEngine]) -> bool:
     return any(isinstance(message, EngineLoaded) for message in said)
 
 
+def until(holds: Callable[[], bool], story: Callable[[], str]) -> None:
+    pause = threading.Event()
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not holds():
+        assert time.monotonic() < deadline_s, story()
+        pause.wait(0.02)
+
+
+def wait_for_reason(engine: EngineProcess, reason: str) -> None:
+    """`exit_reason` becomes `reason`: stderr is drained by a thread, which may be behind when the engine has ended."""
+    until(lambda: engine.exit_reason() == reason, engine.exit_reason)
+
+
 @pytest.mark.slow
 def test_what_is_sent_is_answered(start: Start) -> None:
     engine: Engine = start("serve")
     engine.submit([job(3), job(4)])
     engine.recall(9, [4])
-    said = listen(engine, lambda said: len(said) == 3)
+    said = listen(engine, lambda said: len(said) >= 3)
     assert said[1:] == [Frame(started=[3, 4]), Returned(9, [4])]
     assert engine.alive
     assert engine.exit_reason() == ""
@@ -78,18 +93,20 @@ def test_what_is_sent_is_answered(start: Start) -> None:
 def test_a_submission_larger_than_the_pipe_waits_without_blocking(start: Start) -> None:
     engine = start("serve")
     engine.submit([job(key, (1,) * 20_000) for key in range(300)])
-    said = listen(engine, lambda said: len(said) == 2)
+    said = listen(engine, lambda said: len(said) >= 2)
     assert said[1] == Frame(started=list(range(300)))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("behaviour", "reason"), [("abort", "killed by SIGABRT"), ("exit", "exit code 3")])
+@pytest.mark.parametrize(
+    ("behaviour", "reason"),
+    [("abort", "killed by SIGABRT; its last words: assertion failed"), ("exit", "exit code 3")],
+)
 def test_a_crash_is_told_with_its_reason(start: Start, behaviour: str, reason: str) -> None:
     engine = start(behaviour)
     assert loaded(listen(engine))
     assert engine.fileno() is None
-    assert engine.exit_reason().startswith(reason)
-    assert behaviour != "abort" or "assertion failed" in engine.exit_reason()
+    wait_for_reason(engine, reason)
     engine.submit([job(1)])
     engine.cancel([1])
     assert engine.poll() == []
@@ -142,7 +159,7 @@ def test_a_flood_on_stderr_is_drained_and_bounded(start: Start, tmp_path: Path) 
     engine = start("flood", log)
     listen(engine, loaded)
     engine.close(PATIENCE_S)
-    assert engine.exit_reason() == f"exit code 0; its last words: the very last line (more in {log})"
+    wait_for_reason(engine, f"exit code 0; its last words: the very last line (more in {log})")
     assert log.stat().st_size == STDERR_LOG_BYTES
 
 
@@ -151,7 +168,7 @@ def test_a_log_that_cannot_be_written_stops_nothing(start: Start, tmp_path: Path
     engine = start("flood", tmp_path / "missing" / "engine.log")
     listen(engine, loaded)
     engine.close(PATIENCE_S)
-    assert engine.exit_reason() == "exit code 0; its last words: the very last line"
+    wait_for_reason(engine, "exit code 0; its last words: the very last line")
 
 
 @pytest.mark.parametrize(
@@ -174,6 +191,7 @@ def test_the_engine_sees_its_mask_and_no_launcher(start: Start, tmp_path: Path) 
     engine = start("environment", log)
     listen(engine)
     assert engine.exit_reason().startswith("exit code 0")
+    until(lambda: log.exists() and "PATH" in log.read_text(), engine.exit_reason)
     names = log.read_text().split()
     assert "SOME_MASK" in names
     assert "GGML_NO_BACKTRACE" in names
@@ -219,21 +237,14 @@ def test_the_engine_is_ours_wherever_the_user_stands(tmp_path: Path, monkeypatch
     assert failed.reason == "there is no model file missing.gguf"
 
 
-def gone(pid: int) -> bool:
-    """Whether a process is no more (or only its exit status is)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except FileNotFoundError:
-        return True
-
-
 PARENT = """
-import signal, sys
+import select, signal, sys
 from workers.protocol import EngineConfig
 from workers.supervisor import EngineProcess
 engine = EngineProcess(EngineConfig(model=sys.argv[1], slots=2, ctx_tokens=256))
 said = []
 while not said:
+    select.select([engine.fileno()], [], [])
     said = engine.poll()
 print(engine.pid, type(said[0]).__name__, flush=True)
 signal.pause()
@@ -256,4 +267,3 @@ def test_the_engine_dies_with_its_parent(tiny_model: Path) -> None:
         parent.send_signal(signal.SIGKILL)
         assert select.select([watch], [], [], PATIENCE_S)[0], "the engine outlived its parent"
         os.close(watch)
-    assert gone(int(pid))
