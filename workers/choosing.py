@@ -1,0 +1,383 @@
+"""One token for each row of a step, all rows at once.
+
+What the filters mean and their order is in `workers.sampling`; here is how that is done with a number of numpy calls
+that hardly grows with the rows. The interpreter's lock is what many contexts in one process share: numpy lets go of
+it inside a call that is long enough, so work is cut into few long calls, and only those go to a pool of threads.
+
+A row is looked at once, for its *peaks*: its tokens are dealt out to some 2,000 columns (token modulo their number),
+and a column's peak is its largest logit. Peaks say nearly all that is needed to find a *floor* that every token which
+can be chosen reaches, and the few columns with a peak above the floor are all that is looked at again:
+
+- greedy: the floor is the largest peak.
+- top_k: the k-th largest peak. k tokens reach it, one in each of k columns.
+- min_p: the largest peak + ln(min_p).
+- top_p: needs Z, the sum of exp(logit - top) over all tokens, which costs more than all else. The floor is where the
+  peaks from the largest on weigh top_p * Z. If they never do (flat logits), tokens under top + ln((1 - top_p) * Z / V)
+  weigh less than (1 - top_p) * Z together, so top_p is reached above that.
+- top_p and min_p: tokens above min_p's floor are found first. All peaks together weigh no more than Z. If the tokens
+  that min_p keeps, without the last, weigh less than top_p of that, top_p keeps them all, and Z is not needed.
+
+Tokens that reach the floor (candidates) are laid in a table, a line for each row, sorted, cut and drawn from. Rows
+with thousands of candidates, and those with typical_p, are made to tables of one line. Temperature alone keeps every
+token: blocks of tokens are summed, a block is drawn, then a token of it.
+
+What happens to a row is a function of this row alone. Tables are cumulated, never summed, along their lines, so
+that neighbours that make a table wider change nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from workers.sampling import NOT_FINITE, Doubles, Floats, Ids, RowSampler, Tokens, penalise, typical, uniforms
+
+BLOCK = 256
+"""Tokens that are summed together first when a token is drawn from the whole vocabulary."""
+STRIPS = 64
+"""Tokens in a column."""
+COLUMNS_MIN = 256
+CROWD_COLUMNS = 256
+"""More columns than these above its floor, or more tokens than CROWD_TOKENS, and a row is worked at alone."""
+CROWD_TOKENS = 1024
+FEW_COLUMNS = 64
+"""Up to so many columns above min_p's floor, what min_p keeps is found before Z."""
+MARGIN = 1e-3
+"""Floors are so much lower than they need be: logits have 32 bits."""
+MARGIN_SUM = 1e-4
+"""Sums of weights of 32 bits are right to much less than this share."""
+
+Flags = npt.NDArray[np.bool_]
+History = Callable[[int], Tokens]
+"""The tokens of prompt and output so far, of the place in the list of rows."""
+
+
+class Threads:
+    """A pool, and how many of its threads, the caller's included, share the work of one step."""
+
+    def __init__(self, pool: ThreadPoolExecutor | None = None, count: int = 1) -> None:
+        self._pool = pool
+        self._count = count if pool is not None else 1
+
+    def spread(self, part: Callable[[int, int], None], count: int) -> None:
+        """Call `part(first, last)` for pieces of [0, count)."""
+        threads = min(self._count, count)
+        if self._pool is None or threads < 2:
+            if count:
+                part(0, count)
+            return
+        edges = [count * place // threads for place in range(threads + 1)]
+        waiting = [self._pool.submit(part, first, last) for first, last in pairwise(edges[1:])]
+        part(0, edges[1])
+        for future in waiting:
+            future.result()
+
+
+ALONE = Threads()
+
+
+def largest(logits: Floats, rows: Ids, threads: Threads = ALONE) -> Tokens:
+    """For each of `rows` (ascending) the first of its largest logits; NOT_FINITE if that is NaN or infinite."""
+    chosen = np.empty(rows.size, np.int32)
+
+    def part(first: int, last: int) -> None:
+        # Rows in between that are nobody's are looked at too: leaving them out would copy the others.
+        places = rows[first:last]
+        best = logits[places[0] : places[-1] + 1].argmax(axis=1)[places - places[0]]
+        chosen[first:last] = np.where(np.isfinite(logits[places, best]), best, NOT_FINITE)
+
+    threads.spread(part, rows.size)
+    return chosen
+
+
+def choose(
+    logits: Floats,
+    rows: Ids,
+    samplers: Sequence[RowSampler],
+    steps: npt.ArrayLike,
+    history: History,
+    threads: Threads = ALONE,
+) -> Tokens:
+    """The token of each of `rows`, or NOT_FINITE if its largest logit is NaN or infinite.
+
+    `logits`: (any, vocabulary), C-contiguous, changed in place by bias and penalties. `rows`: places in it,
+    ascending. `samplers` and `steps` (number of the output token, from 0): one for each of `rows`.
+    """
+    adjust(logits, rows, samplers, history)
+    with np.errstate(all="ignore"):
+        return _Step(logits, rows, samplers, np.asarray(steps), threads).choose()
+
+
+def adjust(logits: Floats, rows: Ids, samplers: Sequence[RowSampler], history: History) -> None:
+    """Bias, then penalties, in place."""
+    for place, sampler in enumerate(samplers):
+        if sampler.bias_ids.size:
+            logits[rows[place], sampler.bias_ids] += sampler.bias
+    penalised = [place for place, sampler in enumerate(samplers) if sampler.window]
+    if not penalised:
+        return
+    recent = []
+    for place in penalised:
+        window, tokens = samplers[place].window, history(place)
+        recent.append(tokens if window < 0 else tokens[-window:])
+    penalties = np.array([samplers[place].penalties for place in penalised])
+    penalise(logits, rows[penalised], recent, penalties)
+
+
+class _Scratch(threading.local):
+    """Each thread's room for the weights of a whole row: new memory would cost as much as filling it."""
+
+    def __init__(self) -> None:
+        self._weights: Floats = np.zeros(0, np.float32)
+
+    def weights(self, tokens: int) -> tuple[Floats, Floats]:
+        """(tokens,) to be filled, and the same in (blocks, BLOCK), whose end is 0."""
+        blocks = -(-tokens // BLOCK)
+        if self._weights.size != blocks * BLOCK:
+            self._weights = np.zeros(blocks * BLOCK, np.float32)
+        self._weights[tokens:] = 0.0
+        return self._weights[:tokens], self._weights.reshape(blocks, BLOCK)
+
+
+_scratch = _Scratch()
+
+
+class _Step:
+    """The arrays of one step, a line or an item for each row."""
+
+    def __init__(
+        self, logits: Floats, rows: Ids, samplers: Sequence[RowSampler], steps: npt.NDArray[np.int64], threads: Threads
+    ) -> None:
+        self.logits, self.rows, self.threads = logits, rows, threads
+        self.count, self.vocab = rows.size, logits.shape[1]
+        self.width = min(self.vocab, max(COLUMNS_MIN, -(-self.vocab // STRIPS)))
+        numbers = np.array([sampler.numbers for sampler in samplers])
+        self.temperature, self.top_p, self.log_min_p, self.typical_p = numbers[:, :4].T
+        self.top_k: Ids = numbers[:, 4].astype(np.int64)
+        self.number = uniforms(np.array([sampler.key for sampler in samplers], np.uint64), steps)
+        self.by_k: Flags = (self.top_k > 0) & (self.top_k < self.vocab)
+        self.by_typical: Flags = self.typical_p < 1.0
+        # Greedy is top_k 1.
+        together = ~self.by_k & ~self.by_typical
+        self.by_p: Flags = together & (self.top_p < 1.0)
+        self.whole: Flags = together & (self.top_p >= 1.0) & (self.log_min_p == -np.inf)
+        self.peaks: Floats = np.empty((self.count, self.width), np.float32)
+        self.top: Floats = np.empty(self.count, np.float32)
+        self.floor: Floats = np.empty(self.count, np.float32)
+        """NaN where there are no candidates to be found: nothing reaches it."""
+        self.blocks: Floats = np.empty((self.count, -(-self.vocab // BLOCK)), np.float32)
+        """Sums of weights of each BLOCK tokens, where a row was weighed."""
+        self.total: Doubles = np.full(self.count, np.nan)
+        """Z, where a row was weighed."""
+        self.total_min: Doubles = np.zeros(self.count)
+        """What Z is at least, for rows with top_p and min_p."""
+        self.chosen = np.full(self.count, NOT_FINITE, np.int32)
+
+    def choose(self) -> Tokens:
+        self.threads.spread(self._survey, self.count)
+        finite = np.isfinite(self.top)
+        alone = finite & self.by_typical
+        place, ids, logits = self._candidates(alone)
+        if place.size:
+            lines = np.flatnonzero(np.bincount(place, minlength=self.count))
+            self._draw(lines, *_table(np.searchsorted(lines, place), ids, logits))
+        singly = np.flatnonzero(alone)
+        self.threads.spread(lambda first, last: self._draw_singly(singly[first:last]), singly.size)
+        whole = np.flatnonzero(finite & self.whole)
+        if whole.size:
+            self._draw_from_all(whole)
+        return self.chosen
+
+    # ------------------------------------------------ over the vocabulary, in the pool
+
+    def _survey(self, first: int, last: int) -> None:
+        """Peaks and floors of the rows [first, last); Z of those that certainly need it."""
+        with np.errstate(all="ignore"):
+            self._find_peaks(first, last)
+            peaks, part = self.peaks[first:last], slice(first, last)
+            top = self.top[part] = peaks.max(axis=1)
+            finite = np.isfinite(top)
+            here = finite & ~self.whole[part] & ~self.by_typical[part]
+            best_alone = self.by_k[part] & (self.top_k[part] == 1)
+            floor = np.where(best_alone, top, top + self.log_min_p[part] - MARGIN)
+            self.floor[part] = np.where(here, floor, np.nan)
+            places = first + np.flatnonzero(here & self.by_k[part] & ~best_alone)
+            if places.size:
+                self._floor_by_k(places)
+            places = first + np.flatnonzero(finite & self.by_p[part])
+            if places.size:
+                self._floor_by_p(places)
+            for place in (first + np.flatnonzero(finite & self.whole[part])).tolist():
+                self._weigh(place, 1.0 / self.temperature[place])
+
+    def _find_peaks(self, first: int, last: int) -> None:
+        strips, width = self.vocab // self.width, self.width
+        rows = self.rows[first:last]
+        edges = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), rows.size]
+        for a, b in pairwise(edges):
+            block = self.logits[rows[a] : rows[b - 1] + 1]
+            peaks = self.peaks[first + a : first + b]
+            np.maximum.reduce(block[:, : strips * width].reshape(b - a, strips, width), axis=1, out=peaks)
+            rest = block[:, strips * width :]
+            if rest.size:
+                np.maximum(peaks[:, : rest.shape[1]], rest, out=peaks[:, : rest.shape[1]])
+
+    def _floor_by_k(self, places: Ids) -> None:
+        k = self.top_k[places]
+        ordered = np.sort(self.peaks[places], axis=1)
+        kth = ordered[np.arange(places.size), np.maximum(self.width - k, 0)]
+        self.floor[places] = np.where(k <= self.width, kth, np.float32(-np.inf))
+
+    def _floor_by_p(self, places: Ids) -> None:
+        few = np.count_nonzero(self.peaks[places] >= self.floor[places, None], axis=1) <= FEW_COLUMNS
+        few &= self.log_min_p[places] > -np.inf
+        hopeful, places = places[few], places[~few]
+        if hopeful.size:
+            self.total_min[hopeful] = np.exp(self.peaks[hopeful] - self.top[hopeful, None]).sum(axis=1)
+        if not places.size:
+            return
+        for place in places.tolist():
+            self._weigh(place)
+        top, top_p, total = self.top[places].astype(np.float64), self.top_p[places], self.total[places]
+        ordered = np.sort(self.peaks[places], axis=1)[:, ::-1]
+        mass = np.cumsum(np.exp(ordered - self.top[places, None]), axis=1, dtype=np.float64)
+        short = np.count_nonzero(mass < (top_p * total * (1.0 + MARGIN_SUM))[:, None], axis=1)
+        reached = ordered[np.arange(places.size), np.minimum(short, self.width - 1)]
+        certain = top + np.log((1.0 - top_p) * total / self.vocab) - MARGIN
+        floor = np.where(short < self.width, reached, certain)
+        self.floor[places] = np.maximum(self.floor[places], floor)
+
+    def _weigh(self, place: int, scale: float = 1.0) -> None:
+        """Sums of exp((logit - top) * scale)."""
+        weights, blocks = _scratch.weights(self.vocab)
+        np.subtract(self.logits[self.rows[place]], self.top[place], out=weights)
+        if scale != 1.0:
+            np.multiply(weights, np.float32(scale), out=weights)
+        np.exp(weights, out=weights)
+        sums = np.add.reduce(blocks, axis=1, out=self.blocks[place])
+        self.total[place] = np.add.reduce(sums, dtype=np.float64)
+
+    # ------------------------------------------------ few tokens of many rows
+
+    def _candidates(self, alone: Flags) -> tuple[Ids, Ids, Floats]:
+        """(place, token, logit) of what reaches the floors, by place and token. Crowded rows become `alone`."""
+        above = np.flatnonzero(self.peaks >= self.floor[:, None])
+        place = above // self.width
+        crowded = np.bincount(place, minlength=self.count) > CROWD_COLUMNS
+        if crowded.any():
+            alone |= crowded
+            fine = ~crowded[place]
+            above, place = above[fine], place[fine]
+        column = above - place * self.width
+        ids = column[:, None] + np.arange(0, self.vocab, self.width)
+        start = self.rows[place] * self.vocab
+        logits = self.logits.reshape(-1).take(start[:, None] + np.minimum(ids, self.vocab - 1))
+        reach = np.flatnonzero((logits >= self.floor[place, None]) & (ids < self.vocab))
+        place = place[reach // ids.shape[1]]
+        found = np.sort(place * self.vocab + ids.reshape(-1)[reach])
+        place = found // self.vocab
+        crowded = np.bincount(place, minlength=self.count) > CROWD_TOKENS
+        if crowded.any():
+            alone |= crowded
+            fine = ~crowded[place]
+            found, place = found[fine], place[fine]
+        ids = found - place * self.vocab
+        return place, ids, self.logits[self.rows[place], ids]
+
+    def _draw(self, lines: Ids, ids: Ids, logits: Floats, size: Ids) -> None:
+        """Cut a table (see `_table`) to what the filters keep and draw from it. `lines`: the places of its lines."""
+        every = np.arange(lines.size)
+        top = logits[:, 0].astype(np.float64)
+        below = logits.astype(np.float64) - top[:, None]
+        mass = np.cumsum(np.exp(below), axis=1)
+        by_k, by_p, top_p = self.by_k[lines], self.by_p[lines], self.top_p[lines]
+        size = np.where(by_k, np.minimum(size, self.top_k[lines]), size)
+        count = np.maximum(1, np.count_nonzero(below >= self.log_min_p[lines, None], axis=1))
+        count = np.minimum(count, size)
+        # min_p may have decided already (see above).
+        before = np.where(count > 1, mass[every, count - 2], 0.0)
+        decided = (count == 1) | (before < top_p * self.total_min[lines] * (1.0 - MARGIN_SUM))
+        open_ = by_p & ~decided
+        self._weigh_all(lines[open_ & np.isnan(self.total[lines])])
+        total = np.where(by_p, self.total[lines], mass[every, size - 1])
+        needed = open_ | (~by_p & (top_p < 1.0))
+        target = np.where(needed, top_p * total, np.inf)
+        count = np.minimum(count, np.count_nonzero(mass < target[:, None], axis=1) + 1)
+        weights = np.exp(below / self.temperature[lines, None])
+        edges = np.cumsum(weights, axis=1)
+        # A number of 53 bits under 1 times x is less than x: never past the last kept, nor on what weighs nothing.
+        target = self.number[lines] * edges[every, count - 1]
+        self.chosen[lines] = ids[every, np.count_nonzero(edges <= target[:, None], axis=1)]
+
+    def _weigh_all(self, places: Ids) -> None:
+        def part(first: int, last: int) -> None:
+            with np.errstate(all="ignore"):
+                for place in places[first:last].tolist():
+                    self._weigh(place)
+
+        self.threads.spread(part, places.size)
+
+    def _draw_from_all(self, places: Ids) -> None:
+        """First a block of tokens, then one of it."""
+        every = np.arange(places.size)
+        blocks = self.blocks[places].astype(np.float64)
+        edges = np.cumsum(blocks, axis=1)
+        target = self.number[places] * edges[:, -1]
+        block = np.count_nonzero(edges <= target[:, None], axis=1)
+        target -= edges[every, block] - blocks[every, block]
+        ids = block[:, None] * BLOCK + np.arange(BLOCK)
+        logits = self.logits[self.rows[places, None], np.minimum(ids, self.vocab - 1)]
+        scale = (1.0 / self.temperature[places]).astype(np.float32)
+        weights = np.exp((logits - self.top[places, None]) * scale[:, None])
+        weights[ids >= self.vocab] = 0.0
+        inside = np.cumsum(weights, axis=1, dtype=np.float64)
+        # Summed in 64 bits, a block can end a hair before the target; the last with any weight is meant then.
+        drawn = np.minimum(np.count_nonzero(inside <= target[:, None], axis=1), _last(weights))
+        self.chosen[places] = ids[every, drawn]
+
+    # ------------------------------------------------ all tokens of one row
+
+    def _draw_singly(self, places: Ids) -> None:
+        with np.errstate(all="ignore"):
+            for place in places.tolist():
+                ids, logits = self._row_candidates(place)
+                self._draw(np.array([place]), ids[None], logits[None], np.array([ids.size]))
+
+    def _row_candidates(self, place: int) -> tuple[Ids, Floats]:
+        row, k = self.logits[self.rows[place]], int(self.top_k[place])
+        floor = self.floor[place]
+        if self.by_k[place] and not floor > -np.inf:
+            floor = np.partition(row, row.size - k)[row.size - k]
+        ids = np.flatnonzero(row >= floor if floor > -np.inf else row > -np.inf)
+        ids = ids[np.argsort(-row[ids], kind="stable")]
+        if self.by_k[place]:
+            ids = ids[:k]
+        if self.by_typical[place]:
+            ids = ids[typical(row[ids], self.typical_p[place])]
+        return ids, row[ids]
+
+
+def _table(line: Ids, ids: Ids, logits: Floats) -> tuple[Ids, Floats, Ids]:
+    """A table of tokens, one of their logits, and the lines' lengths: largest logit first, ties by smaller token.
+
+    Given are items by line and token; no line is empty. Shorter lines end in logits of -inf.
+    """
+    size = np.bincount(line)
+    column = np.arange(line.size) - (np.cumsum(size) - size)[line]
+    shape = (size.size, int(size.max()))
+    all_ids, all_logits = np.zeros(shape, np.int64), np.full(shape, -np.inf, np.float32)
+    all_ids[line, column], all_logits[line, column] = ids, logits
+    order = np.argsort(-all_logits, axis=1, kind="stable")
+    every = np.arange(size.size)[:, None]
+    return all_ids[every, order], all_logits[every, order], size
+
+
+def _last(weights: Floats) -> Ids:
+    """The last place of each line that weighs anything."""
+    last: Ids = weights.shape[1] - 1 - np.argmax(weights[:, ::-1] > 0, axis=1)
+    return last
