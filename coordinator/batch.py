@@ -33,6 +33,7 @@ from scheduling.errors import (
     EXIT_OK,
     EXIT_RESUMABLE,
     EXIT_SOME_FAILED,
+    BugError,
     ConfigError,
     HandshakeError,
     InputError,
@@ -334,7 +335,13 @@ class _Lead:
         run.add_session_facts({"outcome": outcome.outcome, "reason": outcome.reason, **attributes})
         if gathered is not None:
             store_session(run, gathered, coordinator)
-        write_run_metrics(run, gathered, coordinator, attributes)
+        doubt = ""
+        try:
+            write_run_metrics(run, gathered, coordinator, attributes)
+        except BugError as error:
+            # The answers are whole: the run is complete. Only what the ranks counted is not to be trusted.
+            doubt = str(error)
+            write_run_metrics(run, None, None, attributes | {"sums_differ": doubt})
         failed = found.failed + snapshot.failed
         ended = found.done + snapshot.done + snapshot.failed
         if outcome.outcome == "done" and ended != run.total:
@@ -344,7 +351,11 @@ class _Lead:
         if outcome.outcome == "done":
             run.mark_complete({"ok": found.ok + snapshot.done, "failed": failed})
         self._session.close(outcome.outcome)
-        return self._session.leave(self._report(run, outcome.outcome, outcome.reason, failed))
+        code = self._report(run, outcome.outcome, outcome.reason, failed)
+        if doubt:
+            self._say(f"llmpi: an error of its own (please report it): {doubt}")
+            code = EXIT_INFRASTRUCTURE
+        return self._session.leave(code)
 
     def _report(self, run: RunDir, outcome: str, reason: str, failed: int) -> int:
         from coordinator.report import print_report, report_data

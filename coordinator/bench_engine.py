@@ -3,7 +3,8 @@
 Ours: all requests are handed to the engine at once; the clock runs from that moment to the last answer, so reading
 prompts, choosing tokens, the reuse of slots and the emptying at the end all count. Prompts are random tokens, all
 different. Peer: llama-batched-bench (no sampling, no reuse of slots, prompts and output in two phases) at the same
-number of sequences. Repeats of both alternate, so that a machine that slows down slows both.
+number of sequences. Repeats of both alternate, so that a machine that slows down slows both. Both count prompt and
+output tokens; it feeds all of them to the model, we do not feed the last one of each request, which nobody asks about.
 
 One engine answers all repeats, after a short warm-up: loading is in no figure, nor is it in the peer's.
 """
@@ -209,6 +210,8 @@ def run_bench_engine(
     """
     if repeats < 1:
         raise ConfigError(f"--repeats is {repeats}: it must be 1 or more")
+    if peers is not None and (load.sigma or load.shared_prefix_tokens):
+        raise ConfigError(f"--peers with --sigma or --shared-prefix: {PEER} has neither, there is no ratio to be had")
     setup = prepare(config)
     if setup.problem is not None:
         raise setup.problem

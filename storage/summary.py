@@ -123,7 +123,8 @@ def check_sums(recorded: Sums, gathered: Sums) -> None:
 def check_reduced(reduced: Summary, rows: Summary) -> None:
     """Raise BugError, with both figures, unless what MPI reduced is the summary of the rows that it gathered.
 
-    Workers count as requests end, and keep rows apart from that: a row lost or doubled on its way shows here.
+    Workers count as requests end, and keep rows apart from that; extremes and samples are of these rows. A row lost or
+    doubled on its way shows here.
     """
     _refuse_differences("the ranks' counters and their rows", _all(reduced), "reduced", _all(rows), "gathered")
 
@@ -134,18 +135,15 @@ def _figures(sums: Sums) -> dict[str, object]:
 
 def _all(summary: Summary) -> dict[str, object]:
     extremes = {"shortest_s": repr(summary.shortest_s), "longest_s": repr(summary.longest_s)}  # NaN equals no NaN
-    counts = {f"histogram of {name}": summary.histograms[name].counts.tolist() for name in LATENCIES}
-    return _figures(summary.sums) | extremes | counts
+    # Not bucket by bucket: another processor may round a value that lies on an edge to its other side.
+    samples = {f"samples of {name}": summary.histograms[name].count for name in LATENCIES}
+    return _figures(summary.sums) | extremes | samples
 
 
 def _refuse_differences(what: str, a: dict[str, object], a_is: str, b: dict[str, object], b_is: str) -> None:
-    differences = [f"{name}: {_short(a[name])} {a_is}, {_short(b[name])} {b_is}" for name in a if a[name] != b[name]]
+    differences = [f"{name}: {a[name]} {a_is}, {b[name]} {b_is}" for name in a if a[name] != b[name]]
     if differences:
         raise BugError(
             f"{what} differ ({'; '.join(differences)}). The answers in the record are whole; the metrics of this "
             "session are not to be trusted."
         )
-
-
-def _short(value: object) -> str:
-    return f"{sum(value)} samples" if isinstance(value, list) else str(value)

@@ -37,7 +37,7 @@ from workers.protocol import (
     decode_to_engine,
 )
 from workers.shares import slots_of_contexts
-from workers.slots import Shape
+from workers.slots import MOVES_PER_PASS, Shape
 from workers.stepper import Stepper, Vocabulary
 from workers.text import PieceTable
 
@@ -149,7 +149,9 @@ class BatchingEngine:
             return Shape()
         if not model.keeps_cells:
             return Shape(steady=True, patience=PATIENCE_GPU)
-        return Shape(steady=True, pad_tokens=PAD_TOKENS_GPU, moves=True, patience=PATIENCE_GPU)
+        # A move copies all cells of a slot, a pass reads all weights.
+        moves = MOVES_PER_PASS * config.ctx_tokens * model.cell_bytes <= model.model_bytes
+        return Shape(steady=True, pad_tokens=PAD_TOKENS_GPU, moves=moves, patience=PATIENCE_GPU)
 
     # ------------------------------------------------ running
 

@@ -96,6 +96,10 @@ class LlamaModel:
         recurrent = lib.llama_model_is_recurrent(self._model) or lib.llama_model_is_hybrid(self._model)
         self.keeps_cells = not recurrent and int(lib.llama_model_n_swa(self._model)) == 0
         """Each token has a cell of its own that stays until it is removed: cells can be removed one by one."""
+        heads, kv_heads = lib.llama_model_n_head(self._model), lib.llama_model_n_head_kv(self._model)
+        values = int(lib.llama_model_n_embd(self._model)) * int(kv_heads) // max(1, int(heads))
+        self.cell_bytes = 2 * 2 * int(lib.llama_model_n_layer(self._model)) * values
+        """About what a token's keys and values take, in 16 bits each."""
         self.bos = int(lib.llama_vocab_bos(self._vocab))
         self.eos = int(lib.llama_vocab_eos(self._vocab))
         buffer = ctypes.create_string_buffer(256)
@@ -240,7 +244,8 @@ class LlamaContext:
 
     def forget(self, seq: int, first: int = -1) -> None:
         """Empty one sequence's cells, from position `first` on; all of them by default."""
-        lib.llama_memory_seq_rm(self._memory, seq, first, -1)
+        if not lib.llama_memory_seq_rm(self._memory, seq, first, -1):
+            raise EngineError(f"llama.cpp cannot remove the cells of sequence {seq} from position {first} on")
 
     def move(self, source: int, target: int) -> None:
         """One sequence's cells become another's, whose own are emptied. The data is copied at the next decode."""

@@ -35,6 +35,8 @@ Flags = npt.NDArray[np.bool_]
 
 READ_CHUNK_TOKENS = 256
 """Most tokens of one prompt in a step in which others decode: they wait for it."""
+IDLE_CELLS_MAX = 256
+"""llama.cpp attends to no fewer."""
 MOVES_PER_PASS = 4
 """Moving so many sequences costs about as much as a pass."""
 
@@ -61,7 +63,8 @@ class Pass:
 
     `wanted` marks rows whose logits are needed. Of these, `output_rows` (in their order) belong to `output_slots`
     (ascending); the others keep the shape steady. `slots`: all that are not idle. `prompt_tokens`: how many rows are
-    prompts' (again after a failure). `trim`: slots that were padded, whose cells from `fed` on must be emptied.
+    prompts', without padding and what is fed again. `trim`: slots that were padded, whose cells from `fed` on must be
+    emptied.
     """
 
     token: Ints
@@ -159,12 +162,18 @@ class SlotArrays:
         moves = self._downwards()
         return moves if len(moves) <= MOVES_PER_PASS * (runs - 1) else []
 
+    @property
+    def mostly_idle(self) -> bool:
+        """Whether the decode pass could be half as wide or less."""
+        busy = np.flatnonzero(self.used)
+        if not busy.size:
+            return self._rows > 0
+        needed = busy.size if self.shape.moves else int(busy[-1]) + 1
+        return self._width(needed) <= self._rows // 2
+
     def moves_to_shrink(self) -> list[tuple[int, int]]:
-        """Moves after which a decode pass that is mostly idle can be half as wide or less."""
-        busy = self.count - self.free
-        if not self.shape.moves or not 0 < busy <= self._rows // 2:
-            return []
-        return self._downwards()
+        """Moves (from, to) after which the slots in use are the first ones."""
+        return self._downwards() if self.shape.moves else []
 
     def move(self, source: int, target: int) -> None:
         """Everything of a slot goes to a free one. The cells have to follow."""
@@ -286,13 +295,13 @@ class SlotArrays:
             slots=slots,
             output_slots=slots[:0],
             output_rows=slots[:0],
-            prompt_tokens=int(counts.sum()),
+            prompt_tokens=int(counts[self.outputs[slots] == 0].sum()),
             trim=slots[counts < tokens],
         )
 
     def idle_full(self) -> Places:
-        """Idle slots that have no room for one more token: empty their cells."""
-        full = np.flatnonzero(~self.used & (self.fed >= self._ctx_tokens))
+        """Idle slots that have enough cells: empty them. What a pass attends to is as long as its longest slot."""
+        full = np.flatnonzero(~self.used & (self.fed >= min(self._ctx_tokens, IDLE_CELLS_MAX)))
         self.fed[full] = 0
         return full
 

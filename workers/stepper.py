@@ -142,17 +142,18 @@ class Stepper:
         outputs = rows.output_slots if rows is not None else self._slots.no_places
         logits = self._decoder.logits(int(np.count_nonzero(rows.wanted))) if rows is not None and outputs.size else None
         decoded_s = now_s = self._clock()
-        gaps = np.empty(0)
+        gaps, output_tokens = np.empty(0), 0
         if rows is not None and logits is not None:
             tokens = self._choose(logits, rows)
             now_s = self._clock()
+            output_tokens = int(np.count_nonzero(tokens != NOT_FINITE))
             gaps = self._advance(outputs, tokens, now_s)
         self._emit()
         ended_s = self._clock()
         self._meter.step(
             ended_s,
             prompt_tokens=prompt_tokens,
-            output_tokens=outputs.size,
+            output_tokens=output_tokens,
             slot_s=used * (ended_s - self._step_ended_s),
             decode_s=decoded_s - began_s,
             sample_s=now_s - decoded_s,
@@ -165,15 +166,18 @@ class Stepper:
 
     def _admit(self) -> None:
         slots = self._slots
-        fillable = min(slots.free, self._backlog.available(self._index))
-        if not fillable:
-            self._move(slots.moves_to_shrink())
+        waiting = self._backlog.available(self._index)
+        if not waiting:
+            self._idle_rows = 0
+            self._shrink()
             return
-        # Reading one prompt takes a pass that all others wait for, reading several takes hardly longer. So wait for
-        # more slots to become free, until they are several, or as much is lost by waiting as a pass costs.
-        self._idle_rows += fillable
-        if fillable < READ_TOGETHER and self._idle_rows < slots.shape.patience * slots.decoding:
-            return
+        # Reading one prompt takes a pass that all others wait for, reading several takes hardly longer. So where more
+        # requests wait than there are slots, wait for more slots to become free, until they are several, or as much
+        # is lost by waiting as a pass costs.
+        if slots.free < min(waiting, READ_TOGETHER):
+            self._idle_rows += slots.free
+            if self._idle_rows < slots.shape.patience * slots.decoding:
+                return
         self._idle_rows = 0
         taken = self._backlog.take(self._index, slots.free, self._clock())
         self._move(slots.moves_for(len(taken)))
@@ -202,7 +206,11 @@ class Stepper:
             self._slots.move(source, target)
             self._decoder.move(source, target)
             self._seats[target], self._seats[source] = self._seats[source], None
-        if moves:
+
+    def _shrink(self) -> None:
+        """Nobody waits: let the decode pass be no wider than it need be."""
+        if self._slots.mostly_idle:
+            self._move(self._slots.moves_to_shrink())
             self._slots.narrow()
 
     # ------------------------------------------------ the model's turn
@@ -238,7 +246,8 @@ class Stepper:
         code = decoder.decode(count)
         if code:
             self._fail_batch(rows, code)
-        else:
+        elif rows.output_slots.size:
+            # Not after one that only read: those that decode may fail all the same.
             self._errors_in_a_row = 0
         return not code
 
@@ -252,8 +261,11 @@ class Stepper:
             )
         for slot in rows.slots.tolist():
             self._finish(slot, "error", f"llama_decode failed with code {code}")
+        self._start_again()
+
+    def _start_again(self) -> None:
+        """Empty all cells. The tokens of those that go on, outputs included, are fed again."""
         self._decoder.clear()
-        # Nothing of the others is in the cells any more: their tokens, outputs included, are fed again.
         self._slots.forget_all()
 
     # ------------------------------------------------ tokens
@@ -286,6 +298,9 @@ class Stepper:
                 place = int(slots.outputs[slot]) + 1
                 self._finish(slot, "error", f"the model gave NaN or infinite logits at output token {place}")
             outputs, tokens = outputs[~damaged], tokens[~damaged]
+            # What is not a number stays one, times 0 too: without flash attention it would come back out of cells
+            # that are masked. Those are emptied only by emptying all.
+            self._start_again()
         gaps = slots.put(outputs, tokens, now_s)
         for slot in outputs[slots.outputs[outputs] == 1].tolist():
             seat = self._seat(slot)

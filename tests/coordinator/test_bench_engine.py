@@ -85,7 +85,7 @@ def test_the_peer_gets_the_same_work_and_its_figures_are_read(tmp_path: Path) ->
     words, mask = json.loads(told.read_text())
     asked = dict(zip(words[::2], words[1::2], strict=True))
     assert mask == "7"
-    assert asked["-npl"] == "2,8"
+    assert asked["-npl"] == "2,2,8,8", "the second time counts"
     assert (asked["-npp"], asked["-ntg"], asked["-m"], asked["-ngl"], asked["-t"]) == ("100", "200", "m.gguf", "0", "2")
     assert int(asked["-c"]) == 8 * 512, "each sequence's cells are rounded up to 256"
 
@@ -93,8 +93,15 @@ def test_the_peer_gets_the_same_work_and_its_figures_are_read(tmp_path: Path) ->
 def test_a_peer_that_fails_or_is_not_there_is_told_with_its_reason(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="llama-batched-bench"):
         BatchedBench(tmp_path, ENGINE, 1, 1, (1,))
-    with pytest.raises(EngineError, match=r"exit status 3.*out of memory"):
+    with pytest.raises(EngineError, match=r"exit status 3; .*: 4\): out of memory"):
         peer(tmp_path, "sys.stderr.write('out of memory\\n'); sys.exit(3)").total_tokens_per_s()
+    with pytest.raises(ConfigError, match="--peer-sequences"):
+        peer(tmp_path, "", (32, 512))
+
+
+def test_a_figure_that_is_missing_is_no_figure_that_is_worse(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="sequences: 128"):
+        peer(tmp_path, "print(json.dumps({'pl': 32, 'speed': 9.0}))", (32, 128)).total_tokens_per_s()
 
 
 def test_an_engine_that_cannot_start_is_told_with_its_reason(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import Finished, Launcher, run_alone
+from tests.launch import Finished, Launcher, run_alone, start_alone
 from tests.system.runs import Line, Run, check_ranks_add_up, prompts, write_lines
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
@@ -175,6 +175,36 @@ def test_a_text_file_is_a_prompt_a_line(tiny_model: Path, tmp_path: Path) -> Non
     assert done.rc == 0, done.output
     assert len(run.by_id()) == 3
     run.check_whole(run.by_id())
+
+
+LOSE_A_ROW = """
+import sys
+import coordinator.session as session
+collect = session.collect
+def lossy(*arguments):
+    gathered = collect(*arguments)
+    gathered.requests[0] = gathered.requests[0][:-1]
+    return gathered
+session.collect = lossy
+from coordinator.cli import main
+main()
+"""
+
+
+def test_sums_that_differ_are_told_and_cost_the_run_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    given = write_lines(tmp_path / "in.jsonl", prompts(5))
+    run = Run(tmp_path / "run")
+    arguments = ("batch", "-m", str(tiny_model), "-i", str(given), "-o", str(run.path), *map(str, SMALL))
+    with start_alone(*arguments, program=["-c", LOSE_A_ROW]) as job:
+        done = job.wait(180)
+    assert done.rc == 4, done.output
+    assert "requests: 5 reduced, 4 gathered" in done.stderr
+    assert "Traceback" not in done.stderr
+    run.check_whole(f"r{k}" for k in range(5))
+    metrics = run.metrics()
+    assert len(metrics["requests"]) == 5, "made from the record"
+    assert "5 reduced, 4 gathered" in metrics["attrs"]["sums_differ"]
+    assert run_alone("status", run.path).rc == 0
 
 
 @pytest.mark.mpi

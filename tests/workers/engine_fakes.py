@@ -75,7 +75,8 @@ class FakeDecoder:
         self.codes: list[int] = []
         """Codes for the next decodes; 0 when empty."""
         self.damage: set[int] = set()
-        """Sequences whose next logits are NaN."""
+        """Sequences whose next logits are NaN. Their cells stay so, whatever comes into them, until all are emptied."""
+        self._poisoned: set[int] = set()
         self.cells: dict[int, list[int]] = {}
         self._logits = np.empty((0, VOCAB), np.float32)
 
@@ -97,6 +98,8 @@ class FakeDecoder:
                 logits[(self.token[row] + 1) % VOCAB] = 9.0
                 if one in self.damage:
                     self.damage.discard(one)
+                    self._poisoned.add(one)
+                if one in self._poisoned:
                     logits[3] = np.nan
                 out.append(logits)
         self._logits = np.array(out, np.float32).reshape(-1, VOCAB)
@@ -116,6 +119,9 @@ class FakeDecoder:
     def move(self, source: int, target: int) -> None:
         self.forget(target)
         self.cells[target] = self.cells.pop(source)
+        if source in self._poisoned:
+            self._poisoned.add(target)
 
     def clear(self) -> None:
         self.cells.clear()
+        self._poisoned.clear()

@@ -203,6 +203,13 @@ def test_idle_slots_are_emptied_before_they_are_full_and_when_they_are_taken() -
     assert slots.take(prompt(2), 1) == (0, True)
 
 
+def test_idle_slots_never_hold_more_than_others_attend_to_anyway() -> None:
+    slots = with_prompts(1, 1, ctx_tokens=2000, shape=SHAPED)
+    slots.release(1)
+    slots.fed[1] = 256
+    assert slots.idle_full().tolist() == [1]
+
+
 def test_newcomers_become_neighbours_where_moving_is_cheaper_than_passes() -> None:
     slots = with_prompts(*[1] * 8, shape=SHAPED)
     for slot in (1, 3, 5):
@@ -234,12 +241,13 @@ def test_a_pass_that_is_mostly_idle_becomes_narrow() -> None:
     step(slots)
     for slot in range(61):
         slots.release(slot)
+    assert slots.mostly_idle
     assert slots.moves_to_shrink() == [(61, 0), (62, 1), (63, 2)]
     for source, target in slots.moves_to_shrink():
         slots.move(source, target)
     slots.narrow()
     assert step(slots)[-1].seq.tolist() == [0, 1, 2]
-    assert slots.moves_to_shrink() == []
+    assert not slots.mostly_idle
 
 
 def test_a_moved_sequence_goes_on_where_it_was() -> None:

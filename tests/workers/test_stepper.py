@@ -198,6 +198,20 @@ def test_damaged_logits_fail_their_request_alone() -> None:
     assert rig.backlog.running == 0
 
 
+@pytest.mark.parametrize("shape", [Shape(), Shape(steady=True, moves=True)], ids=["mixed", "steady"])
+def test_damaged_cells_do_not_come_back_under_the_next_request(shape: Shape) -> None:
+    rig = Rig(slots=3, shape=shape)
+    rig.submit(*(job(key, (key,) * 4, max_tokens=3 + key) for key in range(12)))
+    rig.meter.wake(0.0)
+    rig.decoder.damage = {1}
+    answers = rig.run()
+    assert [key for key, answer in answers.items() if answer.error] == [1]
+    assert all(only(answers[key])[2] == 3 + key for key in answers if key != 1)
+    rig.meter.sleep(rig.clock())
+    assert sum(stats.output_tokens for stats in rig.stats) == sum(answer.output_tokens for answer in answers.values())
+    assert sum(stats.prompt_tokens for stats in rig.stats) == 12 * 4
+
+
 def test_a_refused_batch_fails_its_requests_and_the_others_start_again() -> None:
     rig = Rig(batch_tokens=4)
     rig.submit(job(1, (1,) * 4), job(2, (2,) * 4))
@@ -205,6 +219,14 @@ def test_a_refused_batch_fails_its_requests_and_the_others_start_again() -> None
     answers = rig.run()
     assert answers[1].error == "llama_decode failed with code 1"
     assert only(answers[2])[1:] == ("length", 4)
+
+
+def test_passes_that_only_read_do_not_hide_that_every_other_is_refused() -> None:
+    rig = Rig(slots=2, shape=Shape(steady=True))
+    rig.submit(*(job(key, (1,) * 5) for key in range(20)))
+    rig.decoder.codes = [0, 1] * 40
+    with pytest.raises(EngineError, match="code 1"):
+        rig.run()
 
 
 @pytest.mark.parametrize("codes", [[-3], [1, 1, 1]])
@@ -289,14 +311,43 @@ def test_shaped_batches_are_one_pass_each() -> None:
     assert reads < 30, "several prompts are read at once"
 
 
-def test_waiting_for_neighbours_ends_when_nothing_decodes() -> None:
-    rig = Rig(shape=Shape(steady=True, patience=1e9))
-    rig.submit(job(1, max_tokens=3))
+def running(rig: Rig) -> int:
     rig.stepper.step()
-    rig.submit(job(2, max_tokens=3))
-    answers = rig.run()
-    assert sorted(answers) == [1, 2]
-    assert answers[2].queue_s > 0
+    return rig.backlog.running
+
+
+def test_requests_wait_for_others_to_be_read_with_them_for_a_time() -> None:
+    rig = Rig(slots=4, shape=Shape(steady=True, patience=1.0))
+    rig.submit(*(job(key, max_tokens=30) for key in range(3)), job(3, max_tokens=2), *(job(4 + k) for k in range(5)))
+    # A slot becomes free, five requests wait for it: three rows decode, so it is kept idle for three steps.
+    assert [running(rig) for _ in range(5)] == [4, 3, 3, 3, 4]
+    assert len(rig.run()) == 9
+
+
+def test_nobody_waits_where_there_are_slots_for_all() -> None:
+    rig = Rig(slots=8, shape=Shape(steady=True, patience=1e9))
+    rig.submit(*(job(key, max_tokens=30) for key in range(6)))
+    assert running(rig) == 6
+    rig.submit(job(6))
+    assert running(rig) == 7
+
+
+def test_eight_are_enough_to_be_read_together() -> None:
+    rig = Rig(slots=9, shape=Shape(steady=True, patience=1e9))
+    rig.submit(
+        job(0, max_tokens=30), *(job(key, max_tokens=2) for key in range(1, 9)), *(job(9 + k) for k in range(20))
+    )
+    assert [running(rig) for _ in range(3)] == [9, 1, 9]
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_the_decode_pass_becomes_narrow_when_most_are_done(moves: bool) -> None:
+    rig = Rig(slots=16, ctx_tokens=300, shape=Shape(steady=True, moves=moves))
+    rig.submit(*(job(key, max_tokens=3) for key in range(16)))
+    rig.run()
+    rig.submit(job(16, max_tokens=20, ignore_eos=True), job(17, max_tokens=20, ignore_eos=True))
+    rig.run()
+    assert [len(batch) for batch in rig.decoder.batches[-10:]] == [2] * 10
 
 
 @pytest.mark.parametrize("threads", [2, 3, 9])
