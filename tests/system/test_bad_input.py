@@ -10,7 +10,7 @@ import pytest
 
 from scheduling.errors import EXIT_INFRASTRUCTURE
 from tests.launch import ROOT, Launcher, run_alone
-from tests.system.runs import Run, check_one_clear_line, our_lines, prompts, write_lines
+from tests.system.runs import Gate, Run, check_one_clear_line, our_lines, prompts, write_lines
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 
@@ -240,11 +240,13 @@ def test_engine_that_cannot_start_on_one_rank_ends_all_with_its_reason(
         "sys.argv[0] = 'llmpi'\n"
         "runpy.run_module('llmpi', run_name='__main__')\n"
     )
-    lines = prompts(300, max_tokens=60)
+    # The other engine must not be done with everything before that.
+    gate = Gate.closed(tmp_path / "gate")
+    lines = [line | {"max_tokens": 20 + k % 2} for k, line in enumerate(prompts(20, ignore_eos=True))]
     given = write_lines(tmp_path / "many.jsonl", lines)
     done = mpirun(
         3, "batch", "-m", tiny_model, "-i", given, "-o", tmp_path / "run", "--ctx", 128, "--slots", 2,
-        program=[program], timeout_s=PROMPT_S,
+        program=[program], env=gate.env, timeout_s=PROMPT_S,
     )  # fmt: skip
     check_one_clear_line(done, 2, "rank 2", "libcudart.so.12")
     assert run_alone("status", tmp_path / "run").rc == 3

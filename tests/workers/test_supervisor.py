@@ -140,7 +140,7 @@ def test_close_ends_an_engine_that_ignores_the_end_of_its_pipe(start: Start) -> 
     listen(engine, loaded)
     engine.close(0.1)
     engine.close(0.1)
-    assert engine.exit_reason() == "killed by SIGKILL"
+    wait_for_reason(engine, "killed by SIGKILL")
 
 
 @pytest.mark.slow
