@@ -23,6 +23,8 @@ CTX_DEFAULT_TOKENS = 4096
 SLOTS_GPU = 128
 SLOTS_CPU = 8
 CONTEXTS_GPU = 2
+SLOTS_OF_A_CONTEXT_MAX = 256
+"""LLAMA_MAX_SEQ."""
 GPU_RESERVE_BYTES = 2 << 30
 """Left free on a GPU beside model and caches: compute buffers of each context, and the driver's own."""
 
@@ -42,16 +44,27 @@ def engine_config(config: JobConfig, model: ModelFacts, placement: Placement, gp
     on_gpu = bool(placement.gpu_uuids)
     ctx = config.ctx or min(model.train_ctx_tokens or CTX_DEFAULT_TOKENS, CTX_DEFAULT_TOKENS)
     slots = config.slots or (fitting_slots(config, model, placement, gpus, ctx) if on_gpu else SLOTS_CPU)
-    contexts = config.contexts or (CONTEXTS_GPU if on_gpu and slots > 1 else 1)
+    contexts = chosen_contexts(config, slots, CONTEXTS_GPU if on_gpu else 1)
     threads = config.threads or placement.threads
     refuse_what_cannot_fit(config, model, placement, gpus, slots, ctx)
     return EngineConfig(
-        model=model.path, slots=slots, contexts=min(contexts, slots), ctx_tokens=ctx, batch_tokens=config.batch,
+        model=model.path, slots=slots, contexts=contexts, ctx_tokens=ctx, batch_tokens=config.batch,
         ubatch_tokens=min(config.ubatch, config.batch), threads=threads,
-        sampling_threads=min(8, threads) if on_gpu else 1,
+        sampling_threads=min(8, max(1, threads // contexts)) if on_gpu else 1,
         gpu_layers=config.gpu_layers if on_gpu else 0, flash_attention=config.flash_attention, cpus=placement.cpus,
         device_mask=placement.device_mask, max_tokens_default=config.max_tokens, chat_template=config.chat_template,
     )  # fmt: skip
+
+
+def chosen_contexts(config: JobConfig, slots: int, usual: int) -> int:
+    """How many contexts the slots are divided among. Raises ConfigError if those asked for cannot hold them."""
+    needed = -(-slots // SLOTS_OF_A_CONTEXT_MAX)
+    if config.contexts is not None and config.contexts < needed:
+        raise ConfigError(
+            f"--slots {slots} with --contexts {config.contexts}: llama.cpp has at most {SLOTS_OF_A_CONTEXT_MAX} "
+            f"sequences in a context; use --contexts {needed} or more"
+        )
+    return min(slots, config.contexts or max(usual, needed))
 
 
 def refuse_what_cannot_fit(

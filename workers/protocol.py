@@ -41,7 +41,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Threads for llama.cpp's CPU work, all contexts together."""
     threads_batch: int | None = None
     sampling_threads: int = 1
-    """Threads that choose tokens (argmax, filters) beside llama.cpp's."""
+    """Threads of each context that choose tokens (argmax, filters) beside llama.cpp's."""
     gpu_layers: int = -1
     """Layers on the GPU; -1 is all of them."""
     flash_attention: bool | None = None
