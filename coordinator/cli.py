@@ -330,8 +330,10 @@ def _read_template(path: Path | None) -> str | None:
         return None
     try:
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--chat-template {path}: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"--chat-template {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"--chat-template {path}: it is not UTF-8") from None
 
 
 def _numbers(flag: str, text: str) -> tuple[int, ...]:

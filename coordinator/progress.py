@@ -13,7 +13,7 @@ from typing import IO
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from coordinator.loop import Snapshot
-from coordinator.terminal import console_for
+from coordinator.terminal import NARROW_COLUMNS, console_for
 
 PLAIN_FIRST_S = 10.0
 PLAIN_EVERY_S = 30.0
@@ -26,6 +26,7 @@ class ProgressView:
     def __init__(self, stream: IO[str], *, quiet: bool = False) -> None:
         self._console = console_for(stream, live=True)
         terminal = self._console.is_terminal
+        self._narrow = terminal and self._console.width < NARROW_COLUMNS
         self._live: Progress | None = None
         self._task: TaskID | None = None
         self._quiet = quiet
@@ -33,9 +34,10 @@ class ProgressView:
         self._plain_at = time.monotonic() + PLAIN_FIRST_S
         self._window: deque[tuple[float, int, int]] = deque()
         if terminal and not quiet:
+            begin = [] if self._narrow else [TextColumn("{task.description}")]
             self._live = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
+                *begin,
+                BarColumn(bar_width=10 if self._narrow else 24),
                 TextColumn("{task.fields[numbers]}"),
                 console=self._console,
                 transient=False,
@@ -60,7 +62,7 @@ class ProgressView:
         loading = snapshot.workers_ready == 0
         self._live.update(
             self._task, description="loading model" if loading else "requests", completed=ended,
-            total=snapshot.total, numbers=numbers,
+            total=snapshot.total, numbers="loading model" if loading and self._narrow else numbers,
         )  # fmt: skip
 
     def note(self, text: str) -> None:
@@ -93,12 +95,9 @@ class ProgressView:
         if s.failed:
             parts.append(f"{s.failed} failed")
         left = s.queued if s.total is None else max(0, s.total - s.earlier - ended - s.running)
-        parts += [
-            f"{s.running} running",
-            f"{left} queued",
-            f"{rate:.1f} requests/s",
-            f"{tokens_s:.0f} tokens/s",
-        ]
+        words = ("run", "wait", "req/s", "tok/s") if self._narrow else ("running", "queued", "requests/s", "tokens/s")
+        figures = (f"{s.running}", f"{left}", f"{rate:.1f}", f"{tokens_s:.0f}")
+        parts += [f"{figure} {word}" for figure, word in zip(figures, words, strict=True)]
         parts.append("draining" if s.draining else f"ETA {duration(self._eta_s(s, ended))}")
         return " · ".join(parts)
 

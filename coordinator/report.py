@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from coordinator.progress import duration
-from coordinator.terminal import console_for
+from coordinator.terminal import NARROW_COLUMNS, console_for
 from storage.metrics import read_summary
 from storage.recovery import RECORD_NAME
 from storage.rundir import METRICS_NAME
@@ -106,7 +106,8 @@ def print_report(data: dict[str, Any], stream: IO[str], run_dir: Path, *, show: 
     console.print(_latency_table(data["latencies"]))
     if data["ranks"]:
         console.print()
-        console.print(_rank_table(data["ranks"], last.get("session")))
+        ranks = [rank for rank in data["ranks"] if last.get("session") in (None, rank["session"])]
+        console.print(_rank_table(ranks, narrow=console.width < NARROW_COLUMNS))
     console.print(f"\nrun directory: {run_dir}", soft_wrap=True, markup=False)
 
 
@@ -147,21 +148,26 @@ def _latency_table(latencies: dict[str, Any]) -> Table:
     return table
 
 
-def _rank_table(ranks: list[dict[str, Any]], session: int | None) -> Table:
+def _rank_table(ranks: list[dict[str, Any]], *, narrow: bool) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("rank", justify="right")
-    table.add_column("host")
-    table.add_column("device")
-    for title in ("requests", "failed", "output tokens", "busy", "starved", "stolen in", "out"):
-        table.add_column(title, justify="right")
-    table.caption = "busy: time with a slot in use · starved: slot time that was free while work waited elsewhere"
+    # On a narrow terminal a host that is everybody's is left out, and long devices are cut.
+    with_host = not narrow or len({row["host"] for row in ranks}) > 1
+    if with_host:
+        table.add_column("host", no_wrap=True)
+    table.add_column("device", no_wrap=True)
+    titles = ("requests", "failed", "output tokens", "busy", "starved", "stolen in", "out")
+    for title in (*titles[:2], "tokens", *titles[3:5], "in", "out") if narrow else titles:
+        table.add_column(title, justify="right", no_wrap=True)
+    table.caption = (
+        f"{'in, out: stolen · ' if narrow else ''}busy: time with a slot in use · "
+        "starved: free slots, of the slot time in which work waited to start"
+    )
     table.caption_justify = "left"
     for row in ranks:
-        if session is not None and row["session"] != session:
-            continue
         table.add_row(
-            str(row["rank"]), row["host"], row["device"], str(row["requests"]), str(row["failed"]),
-            str(row["output_tokens"]), _percent(row["busy_share"]), _share(row["starved_share"]),
+            str(row["rank"]), *([row["host"]] if with_host else []), row["device"], str(row["requests"]),
+            str(row["failed"]), str(row["output_tokens"]), _percent(row["busy_share"]), _share(row["starved_share"]),
             str(row["stolen_in"]), str(row["stolen_out"]),
         )  # fmt: skip
     return table

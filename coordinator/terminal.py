@@ -18,6 +18,8 @@ from coordinator.launch import detect
 
 LAUNCHERS = ("mpirun", "mpiexec", "prterun", "prted", "orted", "hydra_pmi_proxy", "hydra_bstrap_pr", "mpiexec.hydra")
 PLAIN_WIDTH = 110
+NARROW_COLUMNS = 100
+"""A terminal with fewer shows shorter words."""
 
 
 def console_for(stream: IO[str], *, live: bool = False) -> Console:

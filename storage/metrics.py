@@ -90,11 +90,17 @@ def write_metrics(
         _sync(path.parent)
     except (OSError, RuntimeError) as error:  # RuntimeError is what h5py makes of a failed close
         raise RecordError(
-            f"cannot write {path}: {error}. The answers are safe in the record; free space, then run the same "
+            f"cannot write {path}: {_why(error)}. The answers are safe in the record; free space, then run the same "
             "command again."
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _why(error: Exception) -> str:
+    """The reason in a few words: HDF5 says it with addresses, over several lines."""
+    number = getattr(error, "errno", None)
+    return os.strerror(number) if number else str(error).partition("\n")[0]
 
 
 def _root_attributes(file: h5py.File, attributes: Mapping[str, Any]) -> None:

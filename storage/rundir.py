@@ -27,7 +27,15 @@ from typing import Any
 
 import numpy as np
 
-from scheduling.errors import EXIT_OK, EXIT_RESUMABLE, EXIT_SOME_FAILED, BugError, RunDirError
+from scheduling.errors import (
+    EXIT_OK,
+    EXIT_RESUMABLE,
+    EXIT_SOME_FAILED,
+    BugError,
+    LlmpiError,
+    RecordError,
+    RunDirError,
+)
 from storage.files import Disk, OsDisk, read_all, replace_file
 from storage.joblock import Holder, JobLock, alive, holder_of, this_process, utc_text
 from storage.recovery import RECORD_NAME, scan
@@ -52,7 +60,8 @@ class RunDir:
     """A run directory that this process works on. Made by `create_or_resume`; locked until `close`.
 
     `resumed`: an earlier session was here. `complete`: there is nothing left to do. `session`: number of this
-    session, from 0. `notes`: what a person should be told (a lock taken over). Writing methods raise RunDirError.
+    session, from 0. `notes`: what a person should be told (a lock taken over). Writing methods raise RunDirError,
+    or RecordError where there is no space left.
     """
 
     def __init__(
@@ -86,7 +95,8 @@ class RunDir:
 
         `details` (configuration, versions, MPI library, seeds...) replace those of the last session; `session`
         (ranks, launcher, hosts, Slurm job...) is added to the list of sessions, unless the run is complete.
-        Raises RunDirError: not writable, locked, foreign content, another identity, run.json damaged.
+        Raises RunDirError: not writable, locked, foreign content, another identity, run.json damaged. RecordError: no
+        space left.
         """
         disk = disk or OsDisk()
         path = Path(path)
@@ -377,9 +387,11 @@ def _why(error: OSError) -> str:
     return os.strerror(error.errno) if error.errno else str(error)
 
 
-def _unusable(path: Path, error: OSError) -> RunDirError:
+def _unusable(path: Path, error: OSError) -> LlmpiError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        advice = "Free space, then run the same command again"
-    else:
-        advice = "Mend that, or give a run directory that can be written"
+        return RecordError(
+            f"cannot write to the run directory {path}: {_why(error)}. What is recorded is safe; free space, then run "
+            "the same command again."
+        )
+    advice = "Mend that, or give a run directory that can be written"
     return RunDirError(f"cannot use {path} as run directory: {_why(error)}. {advice}.")

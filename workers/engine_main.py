@@ -82,6 +82,8 @@ def load(config: EngineConfig, outbox: Outbox) -> BatchingEngine:
     try:
         from workers.engine import BatchingEngine
     except (ImportError, OSError, RuntimeError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name != "llama_cpp":
+            raise
         raise ConfigError(f"llama-cpp-python cannot be loaded: {error}; install it for this machine") from error
     return BatchingEngine(config, outbox)
 

@@ -47,6 +47,8 @@ STDERR_TAIL_BYTES = 16 << 10
 STDERR_LOG_BYTES = 1 << 20
 PIPE_BYTES = 1 << 20
 KILL_WAIT_S = 5.0
+LAST_WORDS_S = 2.0
+"""How long an ended engine's last words are waited for: the thread that reads them may be behind."""
 """After SIGKILL a process can still hang in the kernel (a GPU driver, NFS): it is left behind then."""
 WAIT_STEP_S = 0.02
 
@@ -260,7 +262,7 @@ class EngineProcess:
             how = f"killed by {_signal_name(-code)}"
         else:
             how = f"exit code {code}"
-        self._stderr.join(timeout=0.2)
+        self._stderr.join(timeout=LAST_WORDS_S)
         tail = self._stderr.tail()
         if words := last_words(tail):
             how += f"; its last words: {words}"

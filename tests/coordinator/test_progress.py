@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 
 import pytest
+from rich.console import Console
+from rich.text import Text
 
 from coordinator import progress as progress_module
 from coordinator.loop import Snapshot
@@ -83,6 +85,21 @@ def test_unknown_total_has_no_eta(clock: FakeClock, stream: io.StringIO) -> None
     view.show(snapshot(5.0, done=10, total=None))
     assert "10 done" in stream.getvalue()
     assert "ETA ?" in stream.getvalue()
+
+
+def test_all_figures_fit_beside_a_bar_into_80_columns(
+    clock: FakeClock, stream: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        progress_module, "console_for", lambda stream, live: Console(file=stream, width=80, force_terminal=True)
+    )
+    view = ProgressView(stream)
+    view.show(snapshot(0.0))
+    view.show(snapshot(100.0, done=1234, total=98765, running=128, queued=5000, made_tokens=2_000_000))
+    view.close()
+    line = Text.from_ansi(stream.getvalue()).plain.splitlines()[-1]
+    assert "1234/98765 done · 128 run · 97403 wait · 12.3 req/s · 20000 tok/s · ETA" in line
+    assert "━" in line
 
 
 def test_quiet_shows_notes_only(clock: FakeClock, stream: io.StringIO) -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from coordinator import report
 from coordinator.report import print_report, report_data
 from scheduling.errors import RunDirError
 from scheduling.histogram import LogHistogram
@@ -93,6 +95,19 @@ def test_tables_have_what_a_person_looks_for(run_dir: Path) -> None:
         assert part in text, text
     assert "75 %" in text
     assert "100 %" not in text, "ranks of the last session only"
+
+
+@pytest.mark.parametrize(("columns", "host"), [(80, False), (120, True)])
+def test_a_rank_is_one_line_on_a_narrow_terminal_too(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, columns: int, host: bool
+) -> None:
+    monkeypatch.setattr(report, "console_for", lambda stream: Console(file=stream, width=columns))
+    lines = printed(run_dir).splitlines()
+    at = next(place for place, line in enumerate(lines) if line.lstrip().startswith("rank"))
+    assert [line.split()[0] for line in lines[at + 1 : at + 3]] == ["1", "2"]
+    assert "busy:" in lines[at + 3]
+    assert ("host" in lines[at].split()) is host
+    assert all(len(line.rstrip()) <= columns for line in lines[at : at + 3])
 
 
 def test_every_text_is_shown_as_it_is(run_dir: Path) -> None:

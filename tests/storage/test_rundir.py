@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scheduling.errors import BugError, RunDirError
+from scheduling.errors import BugError, RecordError, RunDirError
 from scheduling.recordline import encode_failure
 from storage.files import OsDisk
 from storage.joblock import Holder, alive, read_holder, this_process
@@ -163,7 +163,7 @@ def test_a_directory_that_cannot_be_written_is_a_clear_error_and_leaves_no_lock(
     with pytest.raises(RunDirError, match=r"cannot use /run as run directory: Read-only file system\."):
         RunDir.create_or_resume(Path("/run"), IDENTITY, disk=disk)
     assert not disk.held
-    with pytest.raises(RunDirError, match="Free space"):
+    with pytest.raises(RecordError, match="free space"):
         RunDir.create_or_resume(Path("/run"), IDENTITY, disk=FakeDisk(fail={operation: errno.ENOSPC}))
 
 
