@@ -223,6 +223,7 @@ def run_bench_engine(
     bench = BenchEngine(engine)
     try:
         vocab_tokens = bench.loaded.vocab_tokens
+        _say(f"ready after {bench.ready_s:.1f} s; warming up")
         bench.run(load.jobs(vocab_tokens, WARM_UP)[: engine.slots], load.concurrency)
         ours: list[Repeat] = []
         theirs: list[dict[int, float]] = []
@@ -284,7 +285,8 @@ def _spread(name: str, values: list[float]) -> dict[str, float]:
 
 def _print_table(found: dict[str, Any]) -> None:
     load = found["load"]
-    print(f"{found['model_desc']} on {found['backend']}, {found['slots']} slots in {found['contexts']} contexts")
+    contexts = f"{found['contexts']} context" + ("s" if found["contexts"] != 1 else "")
+    print(f"{found['model_desc']} on {found['backend']}, {found['slots']} slots in {contexts}")
     print(
         f"{load['requests']} requests of {load['prompt_tokens']} + {load['output_tokens']} tokens, "
         f"median of {found['repeats']} (smallest to largest)"
