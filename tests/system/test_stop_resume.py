@@ -156,10 +156,10 @@ def test_second_signal_stops_now_and_the_run_can_be_resumed(
         job.process.send_signal(drain_signal(mpirun))
         stopped = job.wait(PATIENCE_S)
         wait_gone(processes)
-    if mpirun.kind == "openmpi":  # MPICH's mpirun ends its ranks by itself then, with a status of its own
+    if mpirun.kind == "openmpi":
         assert stopped.rc == 3, stopped.output
         assert "stopped now" in stopped.stderr
-    assert stopped.rc != 0, stopped.output
+    # MPICH's mpirun kills its ranks by itself then. Its status is whatever became of its own helpers, 0 too.
     check_stopped_early(run)
 
 
@@ -222,7 +222,6 @@ def test_engines_do_not_outlive_a_killed_rank(mpirun: Launcher, gate: Gate, work
         processes = job.processes()
         rank = until(gate.held, "an engine with requests that run")[0].parent()
         rank.kill()
-        ended = job.wait(PATIENCE_S)
+        job.wait(PATIENCE_S)  # with whatever status: after a death by a signal it is the launcher's own
         wait_gone(processes)
-    assert ended.rc != 0
     check_stopped_early(run)
