@@ -4,8 +4,9 @@ A request goes raw -> ready -> started -> gone. The reader thread adds raw ones;
 text into tokens, in order, so that they become ready in order; the stepping threads take ready ones, choice by
 choice, as their slots become free. Recall, cancel and admission are atomic with each other: one lock.
 
-With several contexts each takes no more than its even share of what runs and waits, so that a short line is spread
-over all of them instead of filling the first.
+There is a line for each `Lane`, the kind of context that a request needs. With several contexts in a lane each takes
+no more than its even share of what runs and waits there, so that a short line is spread over all of them instead of
+filling the first.
 
 This module knows neither tokens' meaning nor llama.cpp, and it does no I/O: its callers send what it returns.
 """
@@ -27,6 +28,12 @@ from workers.protocol import Answer, Choice, Job
 CANCELLED = "cancelled"
 
 
+class Lane(Enum):
+    """What a context is made for. `workers.engine` opens the contexts of a lane that is needed."""
+
+    GENERATE = "generate"
+
+
 class State(Enum):
     RAW = "raw"
     READY = "ready"
@@ -44,6 +51,7 @@ class Task:
         "error",
         "first_token_s",
         "job",
+        "lane",
         "limit",
         "next_choice",
         "prompt",
@@ -56,6 +64,8 @@ class Task:
         self.job = job
         self.received_s = received_s
         self.state = State.RAW
+        self.lane = Lane.GENERATE
+        """Which contexts can run it; set with `prompt`."""
         self.prompt: npt.NDArray[np.int32] = np.empty(0, np.int32)
         self.limit = 0
         """Most output tokens of a choice; set with `prompt`."""
@@ -91,22 +101,46 @@ class Task:
         )
 
 
-class Backlog:
-    """All requests that the engine has and not yet answered."""
+class _Line:
+    """What is ready in one lane, and how much of it each of its contexts runs."""
 
-    def __init__(self, contexts: int) -> None:
+    __slots__ = ("choices", "ready", "running")
+
+    def __init__(self) -> None:
+        self.ready: deque[Task] = deque()
+        self.choices = 0
+        self.running: dict[int, int] = {}
+
+    def share(self, context: int) -> int:
+        """How many more choices `context` may start, for all contexts of the lane to have as many."""
+        total = sum(self.running.values()) + self.choices
+        return -(-total // len(self.running)) - self.running[context]
+
+
+class Backlog:
+    """All requests that the engine has and not yet answered. Contexts are known by the numbers `open` gave them."""
+
+    def __init__(self) -> None:
         lock = threading.Lock()
         self._raw_came = threading.Condition(lock)
         self._ready_came = threading.Condition(lock)
         self._lock = lock
         self._raw: deque[Task] = deque()
-        self._ready: deque[Task] = deque()
-        self._ready_choices = 0
+        self._lines = {lane: _Line() for lane in Lane}
+        self._line_of: list[_Line] = []
         self._tasks: dict[int, Task] = {}
-        self._running = [0] * contexts
         self.closed = False
         self.cancels = 0
         """Raised whenever a started task was cancelled: a context that sees it change looks at its slots."""
+
+    def open(self, lane: Lane) -> int:
+        """One more context of `lane`. Returns its number."""
+        with self._lock:
+            line = self._lines[lane]
+            self._line_of.append(line)
+            context = len(self._line_of) - 1
+            line.running[context] = 0
+            return context
 
     # ------------------------------------------------ the reader's side
 
@@ -176,8 +210,9 @@ class Backlog:
         with self._lock:
             if task.state is State.RAW:
                 task.state = State.READY
-                self._ready.append(task)
-                self._ready_choices += len(task.choices)
+                line = self._lines[task.lane]
+                line.ready.append(task)
+                line.choices += len(task.choices)
                 self._ready_came.notify_all()
 
     def end_unstarted(self, task: Task) -> bool:
@@ -192,43 +227,46 @@ class Backlog:
 
     def available(self, context: int) -> int:
         """How many choices `context` would be given now, had it slots for all of them."""
-        if not self._ready_choices:  # Unlocked: at worst a step later.
+        line = self._line_of[context]
+        if not line.choices:  # Unlocked: at worst a step later.
             return 0
         with self._lock:
-            return max(0, min(self._share(context), self._ready_choices))
+            return max(0, min(line.share(context), line.choices))
 
     def take(self, context: int, free: int, now_s: float) -> list[tuple[Task, int]]:
         """Up to `free` choices for the free slots of `context`, oldest request first."""
+        line = self._line_of[context]
         taken: list[tuple[Task, int]] = []
-        if not self._ready:  # Unlocked: at worst a step later.
+        if not line.ready:  # Unlocked: at worst a step later.
             return taken
         with self._lock:
-            wanted = min(free, self._share(context))
-            while wanted > len(taken) and self._ready:
-                task = self._ready[0]
+            wanted = min(free, line.share(context))
+            while wanted > len(taken) and line.ready:
+                task = line.ready[0]
                 if task.state is State.GONE or task.next_choice >= len(task.choices):
-                    self._ready.popleft()
+                    line.ready.popleft()
                     continue
                 if task.state is State.READY:
                     task.state = State.STARTED
                     task.admitted_s = now_s
                 taken.append((task, task.next_choice))
                 task.next_choice += 1
-                self._ready_choices -= 1
-            self._running[context] += len(taken)
+                line.choices -= 1
+            line.running[context] += len(taken)
         return taken
 
-    def wait(self) -> bool:
-        """Wait until something is ready. False once closed."""
+    def wait(self, context: int) -> bool:
+        """Wait until something is ready for `context`. False once closed."""
+        line = self._line_of[context]
         with self._lock:
-            while not self.closed and self._ready_choices == 0:
+            while not self.closed and line.choices == 0:
                 self._ready_came.wait()
             return not self.closed
 
     def finish(self, context: int, task: Task, choice: int, result: Choice, error: str | None = None) -> bool:
         """A slot of `context` is free again. True if this was the request's last choice: it can be answered."""
         with self._lock:
-            self._running[context] -= 1
+            self._line_of[context].running[context] -= 1
             task.choices[choice] = result
             task.unfinished -= 1
             if error is not None:
@@ -245,14 +283,9 @@ class Backlog:
     @property
     def running(self) -> int:
         """Slots in use over all contexts."""
-        return sum(self._running)
+        return sum(line.running[context] for context, line in enumerate(self._line_of))
 
     # ------------------------------------------------ under the lock
-
-    def _share(self, context: int) -> int:
-        """How many more choices `context` may start, for all contexts to have as many."""
-        total = sum(self._running) + self._ready_choices
-        return -(-total // len(self._running)) - self._running[context]
 
     def _withdraw(self, task: Task) -> bool:
         """Choices that have not started never will. True if the task ends with that."""
@@ -261,7 +294,7 @@ class Backlog:
             task.choices[choice] = Choice("", CANCELLED, 0)
         task.next_choice = len(task.choices)
         task.unfinished -= waiting
-        self._ready_choices -= waiting
+        self._lines[task.lane].choices -= waiting
         if waiting and task.unfinished == 0:
             self._tasks.pop(task.key, None)
             task.state = State.GONE
@@ -270,6 +303,6 @@ class Backlog:
 
     def _forget(self, task: Task) -> None:
         if task.state is State.READY:
-            self._ready_choices -= len(task.choices)
+            self._lines[task.lane].choices -= len(task.choices)
         task.state = State.GONE
         del self._tasks[task.key]

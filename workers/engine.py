@@ -5,6 +5,9 @@
     one thread a context       `workers.stepper`
     a pool                     helps the stepping threads to choose tokens
 
+Contexts are of a `Lane` each: what they are made for. Those that generate are opened when the model is loaded, those of
+other lanes when the first request comes that needs them; where that fails, the requests that need them fail.
+
 They meet in the `Backlog`, in the `Meter` and in the `Outbox`, which have locks. A blocked pipe blocks stepping:
 that is the backpressure. An exception in any thread ends the engine with `EngineFailed`.
 """
@@ -14,11 +17,12 @@ from __future__ import annotations
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
 from scheduling.errors import ConfigError, EngineError, ModelFileError, RequestError
-from workers.backlog import Backlog, Task
+from workers.backlog import Backlog, Lane, Task
 from workers.chat import ChatTemplate
 from workers.frames import read_frame
 from workers.llama import LlamaContext, LlamaModel, gpu_names, start_backend
@@ -49,6 +53,14 @@ JOIN_S = 2.0
 """How long the end waits for threads that are inside a decode."""
 
 
+class Driver(Protocol):
+    """What runs one context in a thread of its own."""
+
+    def run(self) -> None:
+        """Work until the backlog is closed. Raises `EngineError` if llama.cpp cannot go on."""
+        ...
+
+
 class BatchingEngine:
     """Loads when made; `serve` runs it until the rank closes the pipe."""
 
@@ -58,21 +70,23 @@ class BatchingEngine:
         self._outbox = outbox
         if config.ctx_tokens < 2:
             raise ConfigError(f"--ctx {config.ctx_tokens} leaves no room for a prompt and a token of output")
-        shares = slots_of_contexts(config.slots, config.contexts)
+        slots_of_contexts(config.slots, config.contexts)  # refused before anything is loaded
         start_backend()
         backend = self._backend(config)
-        model = LlamaModel(config)
+        self._config = config
+        self._model = model = LlamaModel(config)
         if not model.can_generate:
             raise ModelFileError(f"{config.model} ({model.desc}) is not a model that continues text")
-        threads = max(1, config.threads // len(shares))
-        contexts = [LlamaContext(model, config, share, threads) for share in shares]
-        self._model = model
-        self._backlog = Backlog(len(shares))
+        self._vocabulary = Vocabulary(model.eog_table(), PieceTable(model.vocab_tokens, model.piece))
+        self._backlog = Backlog()
         self._meter = Meter(outbox.send, time.monotonic())
         own_template = model.chat_template()
         template = config.chat_template if config.chat_template is not None else own_template
         self._prompts = self._prompt_reader(config, model, template)
-        self._steppers = self._make_steppers(config, model, contexts, shares)
+        self._threads: list[threading.Thread] = []
+        self._open_lanes: dict[Lane, str] = {}
+        """Lanes that were asked for, and why they could not be opened ("" where they could)."""
+        self._open(Lane.GENERATE)
         self.loaded = EngineLoaded(
             load_s=time.monotonic() - began_s,
             vocab_tokens=model.vocab_tokens,
@@ -116,20 +130,47 @@ class BatchingEngine:
             max_tokens_default=config.max_tokens_default,
         )
 
-    def _make_steppers(
-        self, config: EngineConfig, model: LlamaModel, contexts: list[LlamaContext], shares: list[int]
-    ) -> list[Stepper]:
-        vocabulary = Vocabulary(model.eog_table(), PieceTable(model.vocab_tokens, model.piece))
+    # ------------------------------------------------ contexts
+
+    def _open(self, lane: Lane) -> None:
+        """Make the contexts of `lane` and start their threads. Raises `EngineError` if there is no memory for them."""
+        for driver in self._drivers(lane):
+            thread = threading.Thread(target=self._guard, args=(driver.run,), name=lane.value, daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        self._open_lanes[lane] = ""
+
+    def _need(self, lane: Lane) -> None:
+        """Open `lane` if it is not open. Raises `RequestError`, each time, if it cannot be."""
+        if lane not in self._open_lanes:
+            try:
+                self._open(lane)
+            except EngineError as error:
+                self._open_lanes[lane] = str(error)
+        if reason := self._open_lanes[lane]:
+            raise RequestError(reason)
+
+    def _drivers(self, lane: Lane) -> Sequence[Driver]:
+        match lane:
+            case Lane.GENERATE:
+                return self._steppers(lane)
+
+    def _steppers(self, lane: Lane) -> list[Stepper]:
+        config, model = self._config, self._model
+        shares = slots_of_contexts(config.slots, config.contexts)
+        threads = max(1, config.threads // len(shares))
+        # All of them before the first one runs: llama.cpp must not be short of memory when one of them works already.
+        contexts = [LlamaContext(model, config, share, threads) for share in shares]
         helpers = config.sampling_threads - 1
         pool = ThreadPoolExecutor(helpers * len(contexts), "choose") if helpers > 0 else None
         shape = self._shape(config, model)
         return [
             Stepper(
-                index,
+                self._backlog.open(lane),
                 context,
                 share,
                 config.ctx_tokens,
-                vocabulary=vocabulary,
+                vocabulary=self._vocabulary,
                 backlog=self._backlog,
                 meter=self._meter,
                 send=self._outbox.send,
@@ -137,7 +178,7 @@ class BatchingEngine:
                 pool=pool,
                 pool_threads=config.sampling_threads,
             )
-            for index, (context, share) in enumerate(zip(contexts, shares, strict=True))
+            for context, share in zip(contexts, shares, strict=True)
         ]
 
     @staticmethod
@@ -157,17 +198,12 @@ class BatchingEngine:
 
     def serve(self, in_fd: int) -> None:
         """Run until end of file on `in_fd`."""
-        threads = [threading.Thread(target=self._guard, args=(self._prepare,), name="prepare", daemon=True)]
-        threads += [
-            threading.Thread(target=self._guard, args=(stepper.run,), name=f"context-{index}", daemon=True)
-            for index, stepper in enumerate(self._steppers)
-        ]
-        for thread in threads:
-            thread.start()
+        preparing = threading.Thread(target=self._guard, args=(self._prepare,), name="prepare", daemon=True)
+        preparing.start()
         self._guard(lambda: self._read(in_fd))
         self._backlog.close()
         deadline_s = time.monotonic() + JOIN_S
-        for thread in threads:
+        for thread in (preparing, *self._threads):
             thread.join(max(0.0, deadline_s - time.monotonic()))
         self._meter.close(time.monotonic())
 
@@ -194,6 +230,7 @@ class BatchingEngine:
         while (task := self._backlog.next_raw()) is not None:
             try:
                 self._prompts.check_sampling(task.sampling)
+                self._need(task.lane)
                 task.prompt = self._prompts.tokens(task.job.request)
             except RequestError as error:
                 task.error = str(error)

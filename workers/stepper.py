@@ -121,7 +121,7 @@ class Stepper:
 
     def run(self) -> None:
         """Step until the backlog is closed. Raises `EngineError` if llama.cpp cannot go on."""
-        while self._backlog.wait():
+        while self._backlog.wait(self._index):
             self._step_ended_s = self._clock()
             self._meter.wake(self._step_ended_s)
             while not self._backlog.closed and self.step():

@@ -4,14 +4,16 @@ import pytest
 
 from scheduling.errors import ProtocolError
 from tests.workers.engine_fakes import job
-from workers.backlog import Backlog, Task
+from workers.backlog import Backlog, Lane, Task
 from workers.protocol import Choice
 
 DONE = Choice("x", "stop", 1)
 
 
 def filled(count: int, contexts: int = 1, prepared: bool = True, n: int = 1) -> Backlog:
-    backlog = Backlog(contexts)
+    backlog = Backlog()
+    for _ in range(contexts):
+        backlog.open(Lane.GENERATE)
     backlog.add(Task(job(key, n=n), 0.0) for key in range(count))
     if prepared:
         for _ in range(count):
@@ -141,7 +143,8 @@ def test_a_key_that_is_still_here_is_refused() -> None:
 
 
 def test_closing_ends_all_waiting() -> None:
-    backlog = Backlog(1)
+    backlog = Backlog()
+    context = backlog.open(Lane.GENERATE)
     backlog.close()
     assert backlog.next_raw() is None
-    assert not backlog.wait()
+    assert not backlog.wait(context)

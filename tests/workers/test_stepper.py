@@ -12,7 +12,7 @@ from scheduling.errors import EngineError
 from tests.workers import engine_fakes
 from tests.workers.engine_fakes import EOG, VOCAB, FakeDecoder, job, passes
 from workers import stepper as stepper_module
-from workers.backlog import Backlog, Task
+from workers.backlog import Backlog, Lane, Task
 from workers.meter import Meter
 from workers.protocol import Answer, Frame, Job, Stats
 from workers.slots import Shape
@@ -34,11 +34,11 @@ class Rig:
         self.frames: list[Frame] = []
         self.stats: list[Stats] = []
         self.decoder = FakeDecoder(batch_tokens, ctx_tokens)
-        self.backlog = Backlog(1)
+        self.backlog = Backlog()
         self.meter = Meter(self.stats.append, 0.0)
         self.ctx_tokens = ctx_tokens
         self.stepper = Stepper(
-            0,
+            self.backlog.open(Lane.GENERATE),
             self.decoder,
             slots,
             ctx_tokens,
