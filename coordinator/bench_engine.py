@@ -20,9 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import msgspec
-import numpy as np
-
+from coordinator.bench_load import Interrupts, Load
 from coordinator.bench_peers import NAME as PEER
 from coordinator.bench_peers import BatchedBench
 from coordinator.config import JobConfig
@@ -32,66 +30,13 @@ from scheduling.errors import EXIT_OK, ConfigError, EngineError
 from scheduling.histogram import LogHistogram
 from scheduling.messages import Placement
 from scheduling.placement import plan_alone
-from scheduling.requests import Request, Sampling
 from workers.protocol import EngineConfig, EngineFailed, EngineLoaded, Frame, FromEngine, Job, Stats
 from workers.supervisor import EngineProcess
 
 WARM_UP = 1 << 30
 """Number of the repeat that is not counted."""
 POLL_S = 0.05
-GREEDY = Sampling(temperature=0.0)
 CLOSE_S = 10.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Load:
-    """What the engine is asked. Lengths in tokens. `sigma` > 0: output lengths are lognormal around `output_tokens`
-    (their mean), clipped to 1 ... `output_tokens_max`. `shared_prefix_tokens` of each prompt are the same in all."""
-
-    requests: int
-    prompt_tokens: int
-    output_tokens: int
-    output_tokens_max: int
-    sigma: float = 0.0
-    shared_prefix_tokens: int = 0
-    concurrency: int | None = None
-    """Requests that the engine has at once; None hands out all of them at once."""
-    sampling: Sampling = GREEDY
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        least_one = {
-            "--requests": self.requests,
-            "--prompt-tokens": self.prompt_tokens,
-            "--output-tokens": self.output_tokens,
-            "--concurrency": 1 if self.concurrency is None else self.concurrency,
-        }
-        for flag, value in least_one.items():
-            if value < 1:
-                raise ConfigError(f"{flag} is {value}: it must be 1 or more")
-        if self.sigma < 0:
-            raise ConfigError(f"--sigma is {self.sigma}: it must be 0 or more")
-        if not 0 <= self.shared_prefix_tokens < self.prompt_tokens:
-            raise ConfigError("--shared-prefix must be 0 or more, and less than --prompt-tokens")
-
-    def jobs(self, vocab_tokens: int, repeat: int) -> list[Job]:
-        """The requests of one repeat. The same seed and repeat give the same requests."""
-        random = np.random.default_rng((self.seed, repeat))
-        prompts = random.integers(0, vocab_tokens, (self.requests, self.prompt_tokens), dtype=np.int64)
-        prompts[:, : self.shared_prefix_tokens] = prompts[0, : self.shared_prefix_tokens]
-        jobs = []
-        for key, (prompt, output) in enumerate(zip(prompts.tolist(), self._lengths(random).tolist(), strict=True)):
-            sampling = msgspec.structs.replace(self.sampling, max_tokens=output, ignore_eos=True)
-            request = Request(custom_id=str(key), kind="completion", prompt=tuple(prompt), sampling=sampling)
-            jobs.append(Job(key, key + 1, False, request))
-        return jobs
-
-    def _lengths(self, random: np.random.Generator) -> np.ndarray[Any, np.dtype[np.int64]]:
-        if not self.sigma:
-            return np.full(self.requests, self.output_tokens)
-        # The mean of a lognormal is exp(mu + sigma^2 / 2).
-        drawn = random.lognormal(np.log(self.output_tokens) - self.sigma**2 / 2, self.sigma, self.requests)
-        return np.clip(np.rint(drawn), 1, self.output_tokens_max).astype(np.int64)
 
 
 @dataclass(kw_only=True)
@@ -102,6 +47,7 @@ class Repeat:
     prompt_tokens: int = 0
     output_tokens: int = 0
     steps: int = 0
+    reading_steps: int = 0
     decode_s: float = 0.0
     sample_s: float = 0.0
     busy_s: float = 0.0
@@ -119,6 +65,7 @@ class Repeat:
             "output_tokens_per_s": self.output_tokens / self.wall_s,
             "requests_wall_s": self.wall_s,
             "steps": self.steps,
+            "reading_steps_share": self.reading_steps / steps,
             "step_ms": 1e3 * self.busy_s * contexts / steps,
             "decode_ms": 1e3 * self.decode_s / steps,
             "sample_ms": 1e3 * self.sample_s / steps,
@@ -146,15 +93,19 @@ class BenchEngine:
     def close(self) -> None:
         self._engine.close(CLOSE_S)
 
-    def run(self, jobs: list[Job], concurrency: int | None = None) -> Repeat:
-        """Have `jobs` answered. Raises EngineError if one fails."""
+    def run(self, jobs: list[Job], concurrency: int | None = None, interrupts: Interrupts | None = None) -> Repeat:
+        """Have `jobs` answered, `interrupts` coming in between. Raises EngineError if one fails."""
         waiting = iter(jobs)
         began_s = time.monotonic()
         self._submit(waiting, concurrency or len(jobs))
-        repeat, open_jobs = Repeat(wall_s=0.0), len(jobs)
+        repeat, open_jobs, between = Repeat(wall_s=0.0), len(jobs), set[int]()
         prompt_tokens = output_tokens = 0
         # The counters of the last steps may follow the last answer.
-        while open_jobs or repeat.output_tokens < output_tokens:
+        while open_jobs or between or repeat.output_tokens < output_tokens:
+            if interrupts is not None and open_jobs:
+                due = interrupts.due(time.monotonic() - began_s, idle=not between)
+                between.update(job.key for job in due)
+                self._engine.submit(due)
             for message in self._listen():
                 if isinstance(message, Stats):
                     _add(repeat, message)
@@ -162,20 +113,20 @@ class BenchEngine:
                     for answer in message.finished:
                         if answer.error is not None:
                             raise EngineError(f"request {answer.key} failed: {answer.error}")
-                        open_jobs -= 1
                         prompt_tokens += answer.prompt_tokens
                         output_tokens += answer.output_tokens
-                    if message.finished and open_jobs:
-                        self._submit(waiting, len(message.finished))
-                    elif message.finished:
+                    mine = [answer for answer in message.finished if answer.key not in between]
+                    between.difference_update(answer.key for answer in message.finished)
+                    open_jobs -= len(mine)
+                    if mine and open_jobs:
+                        self._submit(waiting, len(mine))
+                    elif mine:
                         repeat.wall_s = time.monotonic() - began_s
         repeat.prompt_tokens, repeat.output_tokens = prompt_tokens, output_tokens
         return repeat
 
     def _submit(self, waiting: Iterator[Job], count: int) -> None:
-        jobs = [job for _, job in zip(range(count), waiting, strict=False)]
-        if jobs:
-            self._engine.submit(jobs)
+        self._engine.submit([job for _, job in zip(range(count), waiting, strict=False)])
 
     def _listen(self) -> list[FromEngine]:
         fd = self._engine.fileno()
@@ -192,6 +143,7 @@ class BenchEngine:
 def _add(repeat: Repeat, stats: Stats) -> None:
     repeat.output_tokens += stats.output_tokens
     repeat.steps += stats.steps
+    repeat.reading_steps += stats.reading_steps
     repeat.decode_s += stats.decode_s
     repeat.sample_s += stats.sample_s
     repeat.busy_s += stats.busy_s
@@ -210,8 +162,10 @@ def run_bench_engine(
     """
     if repeats < 1:
         raise ConfigError(f"--repeats is {repeats}: it must be 1 or more")
-    if peers is not None and (load.sigma or load.shared_prefix_tokens):
-        raise ConfigError(f"--peers with --sigma or --shared-prefix: {PEER} has neither, there is no ratio to be had")
+    if peers is not None and (load.sigma or load.shared_prefix_tokens or load.interrupt_tokens):
+        raise ConfigError(
+            f"--peers with --sigma, --shared-prefix or --interrupt-tokens: {PEER} has none of them, there is no ratio"
+        )
     setup = prepare(config)
     if setup.problem is not None:
         raise setup.problem
@@ -228,7 +182,8 @@ def run_bench_engine(
         ours: list[Repeat] = []
         theirs: list[dict[int, float]] = []
         for repeat in range(repeats):
-            ours.append(bench.run(load.jobs(vocab_tokens, repeat), load.concurrency))
+            interrupts = load.interrupts(vocab_tokens, repeat)
+            ours.append(bench.run(load.jobs(vocab_tokens, repeat), load.concurrency, interrupts))
             _say(f"repeat {repeat + 1} of {repeats}: {ours[-1].total_tokens_per_s:,.0f} tokens/s in all")
             if peer is not None:
                 theirs.append(peer.total_tokens_per_s())

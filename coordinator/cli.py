@@ -264,6 +264,10 @@ def bench_engine(
     output_tokens_max: Annotated[int, typer.Option(help="Most output tokens, with --sigma.")] = 1024,
     sigma: Annotated[float, typer.Option(help="Output lengths are lognormal with this sigma; 0: all the same.")] = 0.0,
     shared_prefix: Annotated[int, typer.Option(help="Tokens that all prompts begin with.")] = 0,
+    interrupt_tokens: Annotated[
+        int, typer.Option(help="Tokens of a prompt that comes in between, one at a time; 0: none does.")
+    ] = 0,
+    interrupt_every: Annotated[float, typer.Option(help="Seconds from one of those to the next.")] = 1.0,
     concurrency: Annotated[
         int | None, typer.Option(help="Requests that the engine has at once. [default: all]")
     ] = None,
@@ -291,7 +295,8 @@ def bench_engine(
     as_json: AsJson = False,
 ) -> None:
     """Measure one engine: tokens a second, the parts of a step, and llama.cpp's own benchmark beside it."""
-    from coordinator.bench_engine import Load, run_bench_engine
+    from coordinator.bench_engine import run_bench_engine
+    from coordinator.bench_load import Load
     from coordinator.config import JobConfig, checked_sampling
 
     most = output_tokens_max if sigma else output_tokens
@@ -302,7 +307,8 @@ def bench_engine(
     )  # fmt: skip
     load = Load(
         requests=requests, prompt_tokens=prompt_tokens, output_tokens=output_tokens, output_tokens_max=most,
-        sigma=sigma, shared_prefix_tokens=shared_prefix, concurrency=concurrency, sampling=sampling, seed=seed,
+        sigma=sigma, shared_prefix_tokens=shared_prefix, interrupt_tokens=interrupt_tokens,
+        interrupt_every_s=interrupt_every, concurrency=concurrency, sampling=sampling, seed=seed,
     )  # fmt: skip
     sequences = _numbers("--peer-sequences", peer_sequences)
     code = run_bench_engine(

@@ -31,7 +31,7 @@ class Meter:
         self._reset()
 
     def _reset(self) -> None:
-        self._steps = self._prompt_tokens = self._output_tokens = 0
+        self._steps = self._reading_steps = self._prompt_tokens = self._output_tokens = 0
         self._busy_s = self._slot_s = self._decode_s = self._sample_s = 0.0
         self._gaps = np.zeros(BUCKETS, np.int64)
 
@@ -64,6 +64,7 @@ class Meter:
         """Count one step of one context. `gaps_s`: times since the previous token of each sequence (1-D)."""
         with self._lock:
             self._steps += 1
+            self._reading_steps += prompt_tokens > 0
             self._prompt_tokens += prompt_tokens
             self._output_tokens += output_tokens
             self._slot_s += slot_s
@@ -91,6 +92,7 @@ class Meter:
                 Stats(
                     interval_s=now_s - self._since_s,
                     steps=self._steps,
+                    reading_steps=self._reading_steps,
                     prompt_tokens=self._prompt_tokens,
                     output_tokens=self._output_tokens,
                     busy_s=self._busy_s,

@@ -180,6 +180,8 @@ class Stats(msgspec.Struct, tag="stats", frozen=True, kw_only=True):
     decode_s: float
     """Time inside llama_decode and waiting for its results, summed over contexts."""
     sample_s: float
+    reading_steps: int = 0
+    """Steps in which pieces of prompts were read."""
     itl_buckets: list[int] = []
     itl_counts: list[int] = []
 

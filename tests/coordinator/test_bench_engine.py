@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coordinator.bench_engine import BenchEngine, Load
+from coordinator.bench_engine import BenchEngine
+from coordinator.bench_load import Load
 from coordinator.bench_peers import BatchedBench
 from scheduling.errors import ConfigError, EngineError
 from tests.launch import run_alone
@@ -51,6 +52,19 @@ def test_a_shared_prefix_is_all_that_is_shared() -> None:
     assert len(set(prompts[:, 5])) > 1
 
 
+def test_long_prompts_come_when_they_are_due_and_once() -> None:
+    interrupts = load(interrupt_tokens=30, interrupt_every_s=0.5).interrupts(100, 0)
+    assert interrupts is not None
+    assert interrupts.due(0.4, idle=True) == []
+    (first,) = interrupts.due(0.6, idle=True)
+    assert interrupts.due(0.7, idle=True) == []
+    assert interrupts.due(1.1, idle=False) == []
+    (second,) = interrupts.due(1.6, idle=True)
+    assert (first.key, second.key) == (50, 51)
+    assert {len(job.request.prompt) for job in (first, second)} == {30}
+    assert load().interrupts(100, 0) is None
+
+
 @pytest.mark.parametrize(
     ("change", "flag"),
     [
@@ -58,6 +72,8 @@ def test_a_shared_prefix_is_all_that_is_shared() -> None:
         ({"output_tokens": 0}, "--output-tokens"),
         ({"concurrency": 0}, "--concurrency"),
         ({"sigma": -1.0}, "--sigma"),
+        ({"interrupt_tokens": -1}, "--interrupt-tokens"),
+        ({"interrupt_every_s": 0.0}, "--interrupt-every"),
         ({"shared_prefix_tokens": 8}, "--shared-prefix"),
     ],
 )
