@@ -2,7 +2,8 @@
 
 What the filters mean and their order is in `workers.sampling`; here is how that is done with a number of numpy calls
 that hardly grows with the rows. The interpreter's lock is what many contexts in one process share: numpy lets go of
-it inside a call that is long enough, so work is cut into few long calls, and only those go to a pool of threads.
+it inside a call that is long enough, so work is cut into few long calls, and only those go to a pool of threads: each
+of the short calls that a thread makes beside them is a queue at that lock.
 
 A row is looked at once, for its *peaks*: its tokens are dealt out to some 2,000 columns (token modulo their number),
 and a column's peak is its largest logit. Peaks say nearly all that is needed to find a *floor* that every token which
@@ -179,8 +180,8 @@ class _Step:
         self.chosen = np.full(self.count, NOT_FINITE, np.int32)
 
     def choose(self) -> Tokens:
-        self.threads.spread(self._survey, self.count)
-        finite = np.isfinite(self.top)
+        self.threads.spread(self._find_peaks, self.count)
+        finite = self._find_floors()
         alone = finite & self.by_typical
         place, ids, logits = self._candidates(alone)
         if place.size:
@@ -193,27 +194,25 @@ class _Step:
             self._draw_from_all(whole)
         return self.chosen
 
-    # ------------------------------------------------ over the vocabulary, in the pool
+    # ------------------------------------------------ over the vocabulary
 
-    def _survey(self, first: int, last: int) -> None:
-        """Peaks and floors of the rows [first, last); Z of those that certainly need it."""
-        with np.errstate(all="ignore"):
-            self._find_peaks(first, last)
-            peaks, part = self.peaks[first:last], slice(first, last)
-            top = self.top[part] = peaks.max(axis=1)
-            finite = np.isfinite(top)
-            here = finite & ~self.whole[part] & ~self.by_typical[part]
-            best_alone = self.by_k[part] & (self.top_k[part] == 1)
-            floor = np.where(best_alone, top, top + self.log_min_p[part] - MARGIN)
-            self.floor[part] = np.where(here, floor, np.nan)
-            places = first + np.flatnonzero(here & self.by_k[part] & ~best_alone)
-            if places.size:
-                self._floor_by_k(places)
-            places = first + np.flatnonzero(finite & self.by_p[part])
-            if places.size:
-                self._floor_by_p(places)
-            for place in (first + np.flatnonzero(finite & self.whole[part])).tolist():
-                self._weigh(place, 1.0 / self.temperature[place])
+    def _find_floors(self) -> Flags:
+        """Floors, and Z of the rows that certainly need it. Returns which rows' largest logit is finite."""
+        self.top = self.peaks.max(axis=1)
+        finite: Flags = np.isfinite(self.top)
+        here = finite & ~self.whole & ~self.by_typical
+        best_alone = self.by_k & (self.top_k == 1)
+        floor = np.where(best_alone, self.top, self.top + self.log_min_p - MARGIN)
+        self.floor[:] = np.where(here, floor, np.nan)
+        places = np.flatnonzero(here & self.by_k & ~best_alone)
+        if places.size:
+            self._floor_by_k(places)
+        places = np.flatnonzero(finite & self.by_p)
+        if places.size:
+            self._floor_by_p(places)
+        places = np.flatnonzero(finite & self.whole)
+        self._weigh_all(places, 1.0 / self.temperature[places])
+        return finite
 
     def _find_peaks(self, first: int, last: int) -> None:
         strips, width = self.vocab // self.width, self.width
@@ -241,8 +240,7 @@ class _Step:
             self.total_min[hopeful] = np.exp(self.peaks[hopeful] - self.top[hopeful, None]).sum(axis=1)
         if not places.size:
             return
-        for place in places.tolist():
-            self._weigh(place)
+        self._weigh_all(places)
         top, top_p, total = self.top[places].astype(np.float64), self.top_p[places], self.total[places]
         ordered = np.sort(self.peaks[places], axis=1)[:, ::-1]
         mass = np.cumsum(np.exp(ordered - self.top[places, None]), axis=1, dtype=np.float64)
@@ -314,11 +312,11 @@ class _Step:
         target = self.number[lines] * edges[every, count - 1]
         self.chosen[lines] = ids[every, np.count_nonzero(edges <= target[:, None], axis=1)]
 
-    def _weigh_all(self, places: Ids) -> None:
+    def _weigh_all(self, places: Ids, scales: Doubles | None = None) -> None:
         def part(first: int, last: int) -> None:
             with np.errstate(all="ignore"):
-                for place in places[first:last].tolist():
-                    self._weigh(place)
+                for one in range(first, last):
+                    self._weigh(int(places[one]), 1.0 if scales is None else float(scales[one]))
 
         self.threads.spread(part, places.size)
 
