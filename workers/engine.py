@@ -2,7 +2,7 @@
 
     reader (the main thread)   frames from the rank: submit, recall, cancel; end of file ends the engine
     preparing thread           chat templates and tokenising, ahead of admission
-    one thread a context       `workers.stepper`
+    one thread a context       `workers.stepper`, over llama.cpp or over the simulation of it
     a pool                     helps the stepping threads to choose tokens
 
 Contexts are of a `Lane` each: what they are made for. Those that generate are opened when the model is loaded, those of
@@ -25,7 +25,7 @@ from scheduling.errors import ConfigError, EngineError, ModelFileError, RequestE
 from workers.backlog import Backlog, Lane, Task
 from workers.chat import ChatTemplate
 from workers.frames import read_frame
-from workers.llama import LlamaContext, LlamaModel, gpu_names, start_backend
+from workers.library import Library, Model
 from workers.meter import Meter
 from workers.outbox import Outbox, fail
 from workers.prompts import PromptReader
@@ -64,17 +64,18 @@ class Driver(Protocol):
 class BatchingEngine:
     """Loads when made; `serve` runs it until the rank closes the pipe."""
 
-    def __init__(self, config: EngineConfig, outbox: Outbox) -> None:
+    def __init__(self, config: EngineConfig, outbox: Outbox, library: Library) -> None:
         """Raises `UserError` or `EngineError` if the model or a context cannot be had."""
         began_s = time.monotonic()
         self._outbox = outbox
         if config.ctx_tokens < 2:
             raise ConfigError(f"--ctx {config.ctx_tokens} leaves no room for a prompt and a token of output")
         slots_of_contexts(config.slots, config.contexts)  # refused before anything is loaded
-        start_backend()
-        backend = self._backend(config)
+        library.start()
+        self._gpu_names = library.gpu_names() if config.gpu_layers else []
+        self._check_gpu(config)
         self._config = config
-        self._model = model = LlamaModel(config)
+        self._model = model = library.load(config)
         if not model.can_generate:
             raise ModelFileError(f"{config.model} ({model.desc}) is not a model that continues text")
         self._vocabulary = Vocabulary(model.eog_table(), PieceTable(model.vocab_tokens, model.piece))
@@ -94,24 +95,21 @@ class BatchingEngine:
             slots=config.slots,
             model_desc=model.desc,
             model_bytes=model.model_bytes,
-            backend=backend,
+            backend="+".join(self._gpu_names) or "CPU",
             chat_template=template is not None,
         )
 
-    @staticmethod
-    def _backend(config: EngineConfig) -> str:
-        names = gpu_names() if config.gpu_layers else []
+    def _check_gpu(self, config: EngineConfig) -> None:
         asked = {name: value for name, value in config.device_mask.items() if value not in ("", "-1")}
-        if asked and config.gpu_layers and not names:
+        if asked and config.gpu_layers and not self._gpu_names:
             given = ", ".join(f"{name}={value}" for name, value in asked.items())
             raise ConfigError(
                 f"a GPU was assigned ({given}), but llama.cpp sees none: install a llama-cpp-python built for it, "
                 "or use --gpu-layers 0"
             )
-        return "+".join(names) or "CPU"
 
     @staticmethod
-    def _prompt_reader(config: EngineConfig, model: LlamaModel, template: str | None) -> PromptReader:
+    def _prompt_reader(config: EngineConfig, model: Model, template: str | None) -> PromptReader:
         chat = ChatTemplate(
             template,
             bos=model.token_text(model.bos),
@@ -160,7 +158,7 @@ class BatchingEngine:
         shares = slots_of_contexts(config.slots, config.contexts)
         threads = max(1, config.threads // len(shares))
         # All of them before the first one runs: llama.cpp must not be short of memory when one of them works already.
-        contexts = [LlamaContext(model, config, share, threads) for share in shares]
+        contexts = [model.context(config, share, threads) for share in shares]
         helpers = config.sampling_threads - 1
         pool = ThreadPoolExecutor(helpers * len(contexts), "choose") if helpers > 0 else None
         shape = self._shape(config, model)
@@ -181,11 +179,10 @@ class BatchingEngine:
             for context, share in zip(contexts, shares, strict=True)
         ]
 
-    @staticmethod
-    def _shape(config: EngineConfig, model: LlamaModel) -> Shape:
+    def _shape(self, config: EngineConfig, model: Model) -> Shape:
         steady = config.steady_batches
         if steady is None:
-            steady = bool(config.gpu_layers and gpu_names()) and not config.kv_unified
+            steady = bool(self._gpu_names) and not config.kv_unified
         if not steady:
             return Shape()
         if not model.keeps_cells:

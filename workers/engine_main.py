@@ -2,7 +2,8 @@
 
 Started by `workers.supervisor`. In this order: tie its life to its parent's, ignore the signals that are meant for
 the rank, read `EngineStart`, set affinity and device mask, and only then import llama.cpp, because GPU libraries
-read their environment once. Then `workers.engine` takes over until the pipe from the rank ends.
+read their environment once. Then `workers.engine` takes over until the pipe from the rank ends. A simulated engine
+(`EngineConfig.service_times`) goes the same way, and imports no llama.cpp.
 """
 
 from __future__ import annotations
@@ -78,14 +79,20 @@ def check_model_file(path: str) -> None:
 
 def load(config: EngineConfig, outbox: Outbox) -> BatchingEngine:
     """Load llama.cpp, then the model. Raises `UserError` or `EngineError` with the reason."""
+    from workers.engine import BatchingEngine
+
+    if config.service_times is not None:
+        from workers.simulated import SimulatedLibrary
+
+        return BatchingEngine(config, outbox, SimulatedLibrary(config.service_times))
     check_model_file(config.model)
     try:
-        from workers.engine import BatchingEngine
+        from workers.llama import Llama
     except (ImportError, OSError, RuntimeError) as error:
         if isinstance(error, ModuleNotFoundError) and error.name != "llama_cpp":
             raise
         raise ConfigError(f"llama-cpp-python cannot be loaded: {error}; install it for this machine") from error
-    return BatchingEngine(config, outbox)
+    return BatchingEngine(config, outbox, Llama())
 
 
 def run(in_fd: int, out_fd: int) -> None:

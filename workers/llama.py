@@ -159,6 +159,23 @@ class LlamaModel:
         ids: list[int] = tokens[: max(count, 0)].tolist()
         return ids
 
+    def context(self, config: EngineConfig, slots: int, threads: int) -> LlamaContext:
+        """A context over this model. Raises `EngineError` if llama.cpp cannot make it."""
+        return LlamaContext(self, config, slots, threads)
+
+
+class Llama:
+    """The `workers.library.Library` that computes."""
+
+    def start(self) -> None:
+        start_backend()
+
+    def gpu_names(self) -> list[str]:
+        return gpu_names()
+
+    def load(self, config: EngineConfig) -> LlamaModel:
+        return LlamaModel(config)
+
 
 class LlamaContext:
     """One context: its KV cells, and a batch whose arrays are numpy's.

@@ -16,6 +16,7 @@ import struct
 import msgspec
 
 from scheduling.requests import Request
+from scheduling.servicetime import ServiceTimes
 
 FRAME_LENGTH = struct.Struct("<I")
 FRAME_BYTES_MAX = 1 << 30
@@ -57,6 +58,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens_default: int = 512
     chat_template: str | None = None
     """A template that replaces the model's own."""
+    service_times: ServiceTimes | None = None
+    """Nothing is computed: the engine is simulated, and takes as long as these say."""
 
 
 class EngineStart(msgspec.Struct, tag="start", frozen=True):

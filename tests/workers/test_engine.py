@@ -1,4 +1,5 @@
-"""The engine process over real models: SmolLM2 for what is said, the tiny random model for everything else."""
+"""The engine process over real models: SmolLM2 for what is said, the tiny random model for everything else. What the
+protocol alone promises is asked of the simulated engine, too."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ import pytest
 
 from scheduling.errors import ConfigError
 from scheduling.requests import Message, Request, Sampling
+from scheduling.servicetime import EXAMPLE
 from tests.workers.test_supervisor import PATIENCE_S, listen
 from workers.protocol import (
     Answer,
@@ -155,6 +157,17 @@ def tiny(tiny_model: Path) -> Iterator[Session]:
     session.engine.close(PATIENCE_S)
 
 
+@pytest.fixture(scope="module", params=["llama.cpp", "simulated"])
+def either(request: pytest.FixtureRequest, tiny_model: Path) -> Iterator[Session]:
+    """What the protocol promises does not depend on what computes."""
+    made = config(tiny_model, slots=3, contexts=2, batch_tokens=64)
+    if request.param == "simulated":
+        made = msgspec.structs.replace(made, service_times=EXAMPLE.scaled(0.01))
+    session = Session(made)
+    yield session
+    session.engine.close(PATIENCE_S)
+
+
 @pytest.fixture(scope="module")
 def greedy(real: Session) -> dict[int, Answer]:
     """Answers to PROMPTS from four slots."""
@@ -246,9 +259,9 @@ def test_many_more_requests_than_slots_are_all_answered_and_counted(tiny_model: 
 
 
 @pytest.mark.slow
-def test_choices_have_seeds_of_their_own(tiny: Session) -> None:
+def test_choices_have_seeds_of_their_own(either: Session) -> None:
     job = chat(100, "x", n=3, temperature=1.0, seed=7, ignore_eos=True)
-    answer = tiny.ask(job)[100]
+    answer = either.ask(job)[100]
     assert len({choice.text for choice in answer.choices}) == 3
     assert answer.output_tokens == 3 * OUTPUT_TOKENS
 
@@ -263,48 +276,48 @@ def test_a_seed_gives_the_same_text_at_one_slot(tiny_model: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_prompt_too_long_fails_alone_and_says_how_long(tiny: Session) -> None:
-    got = tiny.ask(chat(200, "word " * 500), chat(201, "word"))
+def test_a_prompt_too_long_fails_alone_and_says_how_long(either: Session) -> None:
+    got = either.ask(chat(200, "word " * 500), chat(201, "word"))
     assert "--ctx" in (got[200].error or "")
     assert "255 fit" in (got[200].error or "")
     assert got[201].error is None
 
 
 @pytest.mark.slow
-def test_a_prompt_of_ten_megabytes_is_refused_at_once(tiny: Session) -> None:
-    assert "bytes, which is more than" in (tiny.ask(chat(210, "x" * 10_000_000))[210].error or "")
+def test_a_prompt_of_ten_megabytes_is_refused_at_once(either: Session) -> None:
+    assert "bytes, which is more than" in (either.ask(chat(210, "x" * 10_000_000))[210].error or "")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("content", ["a\0b", "\x00", "🙂" * 20, "\ufffe\uffff", "<|im_start|>", ""])
-def test_strange_prompts_are_answered(tiny: Session, content: str) -> None:
+def test_strange_prompts_are_answered(either: Session, content: str) -> None:
     key = 220 + len(content)
-    assert tiny.ask(chat(key, content))[key].error is None
+    assert either.ask(chat(key, content))[key].error is None
 
 
 @pytest.mark.slow
-def test_recall_and_cancel_reach_what_waits_and_what_runs(tiny: Session) -> None:
+def test_recall_and_cancel_reach_what_waits_and_what_runs(either: Session) -> None:
     jobs = [chat(key, "x", max_tokens=200, ignore_eos=True) for key in range(300, 320)]
-    tiny.engine.submit(jobs)
-    tiny.engine.recall(1, list(range(310, 320)))
-    tiny.engine.cancel(list(range(300, 310)))
-    said = listen(tiny.engine, lambda said: any(isinstance(message, Returned) for message in said))
+    either.engine.submit(jobs)
+    either.engine.recall(1, list(range(310, 320)))
+    either.engine.cancel(list(range(300, 310)))
+    said = listen(either.engine, lambda said: any(isinstance(message, Returned) for message in said))
     (returned,) = [message for message in said if isinstance(message, Returned)]
     assert returned.recall == 1
     got = answers(said)
-    got |= tiny.wait_for(set(range(300, 320)) - set(returned.keys) - got.keys())
+    got |= either.wait_for(set(range(300, 320)) - set(returned.keys) - got.keys())
     assert set(got) | set(returned.keys) == set(range(300, 320))
     assert not set(got) & set(returned.keys)
     assert all(got[key].choices[0].finish_reason in ("cancelled", "length") for key in range(300, 310))
 
 
 @pytest.mark.slow
-def test_signals_meant_for_the_rank_do_not_end_its_engine(tiny: Session) -> None:
-    pid = tiny.engine.pid
+def test_signals_meant_for_the_rank_do_not_end_its_engine(either: Session) -> None:
+    pid = either.engine.pid
     assert pid is not None
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         os.kill(pid, number)
-    assert tiny.ask(chat(400, "still here?"))[400].error is None
+    assert either.ask(chat(400, "still here?"))[400].error is None
 
 
 @pytest.mark.slow

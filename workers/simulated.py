@@ -1,0 +1,224 @@
+"""llmpi's engine without llama.cpp: it takes as long as one would, and says what looks like words.
+
+Below the real engine's code this stands in for `workers.llama`. A `SimulatedContext` is the `Decoder` that
+`workers.stepper` drives: it looks at what is in a batch, waits as long as `scheduling.servicetime` says that this
+takes, and gives logits. So admission, passes, stop strings, limits, cancelling, streaming and counters are the real
+ones, in a process of its own that can be killed like the real one. No file is read, no GPU touched.
+
+The vocabulary is that of bytes, and two control tokens. Logits favour letters that make words one can pronounce; now
+and then the end of the answer. They depend on the tokens before them and where these stand, and on nothing else: an
+answer is the same whatever runs beside it, in any slot, on any rank, at any attempt. It means nothing.
+
+What is not simulated: memory that runs short, loading, the moving of sequences between slots.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from scheduling.servicetime import ServiceTimes
+from workers.protocol import EngineConfig
+from workers.sampling import uniforms
+
+Ints = npt.NDArray[np.int32]
+Keys = npt.NDArray[np.uint64]
+Floats = npt.NDArray[np.float32]
+
+BYTES = 256
+CONTROL = ("<|im_start|>", "<|im_end|>")
+VOCAB = BYTES + len(CONTROL)
+BOS, EOS = BYTES, BYTES + 1
+
+END_ONCE_IN_TOKENS = 256
+"""An answer that is not cut off earlier has so many tokens in the mean."""
+NOISE = 6.0
+"""Logits of letters that may come next are spread over so much."""
+UNLIKELY = -40.0
+
+_CONTROL = re.compile("|".join(map(re.escape, CONTROL)))
+_VOWELS, _CONSONANTS = b"aeiou", b"bdfgklmnprstvz"
+
+
+def _grammar() -> Floats:
+    """(VOCAB, VOCAB) logits of each token after each other one, without noise."""
+    after = np.full((VOCAB, VOCAB), UNLIKELY, np.float32)
+    vowels, consonants = list(_VOWELS), list(_CONSONANTS)
+    after[:, consonants] = 0.0
+    after[consonants, :] = UNLIKELY
+    after[np.ix_(consonants, vowels)] = 0.0
+    after[vowels, ord(" ")] = NOISE / 4
+    return after
+
+
+class SimulatedModel:
+    """A `workers.library.Model` of bytes; its sizes are those of the model that was measured."""
+
+    def __init__(self, times: ServiceTimes) -> None:
+        self._times = times
+        self.vocab_tokens = VOCAB
+        self.train_ctx_tokens = times.measured.ctx_tokens
+        self.model_bytes = times.measured.model_bytes
+        self.cell_bytes = times.measured.cell_bytes
+        self.can_generate = True
+        self.keeps_cells = True
+        self.bos, self.eos = BOS, EOS
+        self.desc = f"simulated {times.measured.model_desc}"
+
+    def chat_template(self) -> str | None:
+        return None
+
+    def eog_table(self) -> npt.NDArray[np.bool_]:
+        return np.arange(VOCAB) == EOS
+
+    def piece_bytes_max(self) -> int:
+        return max(map(len, CONTROL))
+
+    def control_texts(self) -> list[str]:
+        return list(CONTROL)
+
+    def token_text(self, token: int) -> str:
+        return CONTROL[token - BYTES] if token >= BYTES else self.piece(token).decode("latin-1")
+
+    def piece(self, token: int) -> bytes:
+        return bytes([token]) if token < BYTES else b""
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        """A token a byte; one for the text of a control token if `parse_special`."""
+        if not parse_special:
+            return list(text.encode("utf-8", "replace"))
+        tokens: list[int] = []
+        end = 0
+        for found in _CONTROL.finditer(text):
+            tokens += text[end : found.start()].encode("utf-8", "replace")
+            tokens.append(BYTES + CONTROL.index(found[0]))
+            end = found.end()
+        return tokens + list(text[end:].encode("utf-8", "replace"))
+
+    def context(self, config: EngineConfig, slots: int, threads: int) -> SimulatedContext:
+        return SimulatedContext(self._times, slots, config.ctx_tokens, max(config.batch_tokens, slots))
+
+
+class SimulatedLibrary:
+    """A `workers.library.Library`."""
+
+    def __init__(self, times: ServiceTimes) -> None:
+        self._times = times
+
+    def start(self) -> None:
+        """There is nothing to start."""
+
+    def gpu_names(self) -> list[str]:
+        """One where the times are a GPU's: batches are shaped as they were when it was measured."""
+        return ["simulated"] if self._times.measured.steady else []
+
+    def load(self, config: EngineConfig) -> SimulatedModel:
+        return SimulatedModel(self._times)
+
+
+class SimulatedContext:
+    """A `workers.stepper.Decoder` that waits instead of computing.
+
+    What a sequence has read so far is one number for each of its cells: a sum over the tokens up to there, each
+    scattered by its position. Removing the end of a sequence needs no more than forgetting it.
+    """
+
+    def __init__(
+        self,
+        times: ServiceTimes,
+        slots: int,
+        ctx_tokens: int,
+        batch_tokens: int,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.batch_tokens = batch_tokens
+        self.token: Ints = np.zeros(batch_tokens, np.int32)
+        self.pos: Ints = np.zeros(batch_tokens, np.int32)
+        self.seq: Ints = np.zeros(batch_tokens, np.int32)
+        self.wanted: npt.NDArray[np.int8] = np.zeros(batch_tokens, np.int8)
+        self._times = times
+        self._clock, self._sleep = clock, sleep
+        # Column p is the state before position p. Not zeroed: pages that no request reaches cost nothing.
+        self._states: Keys = np.empty((slots, ctx_tokens + 1), np.uint64)
+        self._states[:, 0] = 0
+        self._next = np.full(slots, -1, np.int64)
+        """The position after the last one that the last pass gave a sequence; -1 if it had no part in it."""
+        self._grammar = _grammar()
+        self._logits: Floats = np.empty((0, VOCAB), np.float32)
+        self._due_s = self._clock()
+        self._took_s = 0.0
+
+    def decode(self, rows: int) -> int:
+        """Take the first `rows` rows, and the time that this takes."""
+        token, pos, seq = self.token[:rows], self.pos[:rows], self.seq[:rows]
+        first = np.flatnonzero(np.diff(seq, prepend=-1))
+        counts = np.diff(first, append=rows)
+        heads, lengths = seq[first], pos[first]
+        goes_on = bool((self._next[heads] == lengths).any())
+        self._read(token, pos, seq, first, counts)
+        self._next[:] = -1
+        self._next[heads] = lengths + counts
+        wanted = np.flatnonzero(self.wanted[:rows])
+        self._logits = self._say(token[wanted], self._states[seq[wanted], pos[wanted] + 1])
+        self._wait(self._pass_s(pos, counts, wanted.size), goes_on)
+        return 0
+
+    def _read(
+        self, token: Ints, pos: Ints, seq: Ints, first: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]
+    ) -> None:
+        scattered = (uniforms(token.astype(np.uint64), pos.astype(np.int64)) * 2.0**53).astype(np.uint64)
+        sums = np.cumsum(scattered, dtype=np.uint64)
+        start = self._states[seq[first], pos[first]] - (sums[first] - scattered[first])
+        self._states[seq, pos + 1] = sums + np.repeat(start, counts)
+
+    def _pass_s(self, pos: Ints, counts: npt.NDArray[np.int64], chosen: int) -> float:
+        """A sequence with one row decodes, one with more is read."""
+        alone = np.repeat(counts == 1, counts)
+        cells = pos.astype(np.int64) + 1
+        return self._times.pass_s(
+            decode_rows=int(np.count_nonzero(alone)),
+            decode_cells=int(cells[alone].sum()),
+            read_tokens=int(np.count_nonzero(~alone)),
+            read_cells=int(cells[~alone].sum()),
+            chosen=chosen,
+        )
+
+    def _say(self, last: Ints, states: Keys) -> Floats:
+        drawn = uniforms(states[:, None], np.arange(VOCAB))
+        logits: Floats = self._grammar[last] + (NOISE * drawn).astype(np.float32)
+        logits[drawn[:, EOS] < 1.0 / END_ONCE_IN_TOKENS, EOS] = NOISE + 1.0
+        return logits
+
+    def _wait(self, pass_s: float, goes_on: bool) -> None:
+        """Until the pass is over. What the engine's own code takes between two passes is in their times already: a pass
+        begins where the one before it was due, if a sequence goes on in it. What is more than that is no such thing,
+        but a machine that cannot keep up, or had nothing to do, and is not made up for."""
+        now_s = self._clock()
+        begins_s = max(self._due_s, now_s - self._took_s) if goes_on else now_s
+        self._due_s, self._took_s = begins_s + pass_s, pass_s
+        if self._due_s > now_s:
+            self._sleep(self._due_s - now_s)
+
+    def logits(self, rows: int) -> Floats:
+        """(rows, VOCAB) logits of the wanted rows in batch order."""
+        return self._logits[:rows]
+
+    def forget(self, seq: int, first: int = -1) -> None:
+        """Cells need not be emptied, they are written before they are read. The sequence does not go on, however."""
+        if first < 0:
+            self._next[seq] = -1
+
+    def move(self, source: int, target: int) -> None:
+        """One sequence's cells become another's."""
+        self._states[target] = self._states[source]
+        self._next[target], self._next[source] = self._next[source], -1
+
+    def clear(self) -> None:
+        """All sequences begin again."""
+        self._next[:] = -1
