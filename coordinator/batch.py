@@ -27,6 +27,7 @@ from coordinator.serve import serve
 from coordinator.session import Session
 from coordinator.setup import Setup, build_worker, prepare
 from coordinator.signals import StopSignals, ignore_stop_signals
+from coordinator.simulated import WARNING
 from coordinator.source import FileSource, same_input
 from scheduling.errors import (
     EXIT_INFRASTRUCTURE,
@@ -92,7 +93,7 @@ def ranks_for_devices(config: JobConfig) -> int:
     """Ranks to start on this machine by ourselves: one a GPU, or 1 where one process is enough."""
     from workers.hosts import describe_host
 
-    if config.device == "cpu":
+    if config.want_gpu is False:
         return 1
     devices = len(describe_host(os.environ).gpus) // config.gpus_per_rank * config.ranks_per_gpu
     if devices <= 1:
@@ -248,6 +249,7 @@ class _Lead:
             "config": msgspec.to_builtins(self._config),
             "versions": package_versions() | {"python": sys.version.split()[0]},
             "seed": self._config.seed,
+            "service_times": msgspec.to_builtins(self._setup.service_times),
         }
 
     def _facts(self) -> dict[str, Any]:
@@ -327,6 +329,7 @@ class _Lead:
         gathered = self._session.collect()
         attributes = {
             "wall_s": snapshot.elapsed_s, "session": run.session, "schedule": self._config.schedule, "fsyncs": fsyncs,
+            "engine": self._config.engine,
             "requests": snapshot.done + snapshot.failed, "earlier": found.done,
             "prompt_tokens": snapshot.prompt_tokens, "output_tokens": snapshot.output_tokens,
             "late_answers_dropped": coordinator.plane.totals.late, "recalls": coordinator.plane.totals.recalls,
@@ -367,6 +370,8 @@ class _Lead:
             print_json(data)
         elif not self._options.quiet:
             print_report(data, sys.stdout, run.path, show=self._options.show)
+        if self._config.engine == "simulated" and (self._options.as_json or self._options.quiet):
+            self._say(WARNING)
         if outcome == "drained":
             self._say(f"drained ({reason}); the same command resumes {run.path}")
             return EXIT_RESUMABLE

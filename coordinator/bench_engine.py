@@ -26,11 +26,11 @@ from coordinator.bench_peers import BatchedBench
 from coordinator.config import JobConfig
 from coordinator.engines import engine_config
 from coordinator.setup import Setup, prepare
+from coordinator.simulated import simulated_engine
 from scheduling.errors import EXIT_OK, ConfigError, EngineError
 from scheduling.histogram import LogHistogram
-from scheduling.messages import Placement
 from scheduling.placement import plan_alone
-from workers.protocol import EngineConfig, EngineFailed, EngineLoaded, Frame, FromEngine, Job, Stats
+from workers.protocol import Answer, EngineConfig, EngineFailed, EngineLoaded, Frame, FromEngine, Job, Stats
 from workers.supervisor import EngineProcess
 
 WARM_UP = 1 << 30
@@ -53,6 +53,7 @@ class Repeat:
     busy_s: float = 0.0
     slot_s: float = 0.0
     gaps: LogHistogram = field(default_factory=LogHistogram)
+    answers: list[Answer] = field(default_factory=list)
 
     @property
     def total_tokens_per_s(self) -> float:
@@ -117,6 +118,7 @@ class BenchEngine:
                         output_tokens += answer.output_tokens
                     mine = [answer for answer in message.finished if answer.key not in between]
                     between.difference_update(answer.key for answer in message.finished)
+                    repeat.answers += mine
                     open_jobs -= len(mine)
                     if mine and open_jobs:
                         self._submit(waiting, len(mine))
@@ -169,7 +171,7 @@ def run_bench_engine(
     setup = prepare(config)
     if setup.problem is not None:
         raise setup.problem
-    engine = _engine_of(config, setup, load)
+    engine = first_engine(setup)
     peer = None
     if peers is not None:
         sequences = sequences or (engine.slots,)
@@ -177,17 +179,17 @@ def run_bench_engine(
     bench = BenchEngine(engine)
     try:
         vocab_tokens = bench.loaded.vocab_tokens
-        _say(f"ready after {bench.ready_s:.1f} s; warming up")
+        say(f"ready after {bench.ready_s:.1f} s; warming up")
         bench.run(load.jobs(vocab_tokens, WARM_UP)[: engine.slots], load.concurrency)
         ours: list[Repeat] = []
         theirs: list[dict[int, float]] = []
         for repeat in range(repeats):
             interrupts = load.interrupts(vocab_tokens, repeat)
             ours.append(bench.run(load.jobs(vocab_tokens, repeat), load.concurrency, interrupts))
-            _say(f"repeat {repeat + 1} of {repeats}: {ours[-1].total_tokens_per_s:,.0f} tokens/s in all")
+            say(f"repeat {repeat + 1} of {repeats}: {ours[-1].total_tokens_per_s:,.0f} tokens/s in all")
             if peer is not None:
                 theirs.append(peer.total_tokens_per_s())
-                _say(f"{PEER}: {max(theirs[-1].values()):,.0f} tokens/s in all")
+                say(f"{PEER}: {max(theirs[-1].values()):,.0f} tokens/s in all")
     finally:
         bench.close()
     found = _summary(engine, load, bench, ours, theirs)
@@ -200,10 +202,12 @@ def run_bench_engine(
     return EXIT_OK
 
 
-def _engine_of(config: JobConfig, setup: Setup, load: Load) -> EngineConfig:
+def first_engine(setup: Setup) -> EngineConfig:
     """One engine on the first device, as a batch on this machine would start it."""
-    want_gpu = {"auto": None, "gpu": True, "cpu": False}[config.device]
-    placement: Placement = plan_alone(setup.host, gpus_per_rank=config.gpus_per_rank, want_gpu=want_gpu)[0]
+    config = setup.config
+    placement = plan_alone(setup.host, gpus_per_rank=config.gpus_per_rank, want_gpu=config.want_gpu)[0]
+    if setup.service_times is not None:
+        return simulated_engine(config, setup.service_times, placement)
     return engine_config(config, setup.model, placement, {gpu.uuid: gpu for gpu in setup.host.gpus})
 
 
@@ -265,6 +269,6 @@ def _print_table(found: dict[str, Any]) -> None:
         print(f"  {name:30} {value:>14}{between}")
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
     """Progress, beside the figures on stdout."""
     print(f"llmpi: {line}", file=sys.stderr, flush=True)

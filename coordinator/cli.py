@@ -42,6 +42,11 @@ class Device(str, Enum):
     cpu = "cpu"
 
 
+class EngineKind(str, Enum):
+    llama = "llama"
+    simulated = "simulated"
+
+
 class InputFormat(str, Enum):
     jsonl = "jsonl"
     text = "text"
@@ -137,6 +142,20 @@ def batch(
     lease: Annotated[float, typer.Option(help="Seconds of silence after which a rank is lost.")] = 60.0,
     commit_interval: Annotated[float, typer.Option(help="Seconds between commits of the record to disk.")] = 0.05,
     commit_bytes: Annotated[int, typer.Option(help="Bytes after which the record is committed earlier.")] = 16 << 20,
+    engine: Annotated[
+        EngineKind,
+        typer.Option(
+            help="'simulated' computes nothing, needs no model, and takes as long as --service-times say: for studies "
+            "and tests, its answers mean nothing."
+        ),
+    ] = EngineKind.llama,
+    service_times: Annotated[
+        Path | None,
+        typer.Option(
+            help="Of the simulated engine, as `llmpi bench engine --calibrate` writes them. [default: an example's]"
+        ),
+    ] = None,
+    time_scale: Annotated[float, typer.Option(help="The simulated engine takes so many times as long.")] = 1.0,
     show: Annotated[int, typer.Option(min=0, help="Answers to print at the end.")] = 0,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress and no tables.")] = False,
     as_json: AsJson = False,
@@ -151,7 +170,8 @@ def batch(
         gpus_per_rank=gpus_per_rank, ranks_per_gpu=ranks_per_gpu, coordinator_works=coordinator_works,
         sampling=checked_sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p),
         max_tokens=max_tokens, seed=seed, prefetch=prefetch, lease_s=lease, commit_interval_s=commit_interval,
-        commit_bytes=commit_bytes, precheck=precheck, chat_template=_read_template(chat_template),
+        commit_bytes=commit_bytes, precheck=precheck, chat_template=_read_template(chat_template), engine=engine.value,
+        service_times=None if service_times is None else str(service_times), time_scale=time_scale,
     )  # fmt: skip
     options = BatchOptions(
         input=requests, output=output, format=None if input_format is None else input_format.value, ranks=ranks,
@@ -292,19 +312,34 @@ def bench_engine(
     top_p: TopP = 1.0,
     min_p: MinP = 0.0,
     seed: Annotated[int, typer.Option(help="Of prompts and lengths.")] = 0,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate",
+            help="Measure service times for the simulated engine instead; lengths and numbers of requests are its own.",
+        ),
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="With --calibrate: file to write. [default: MODEL.service-times.json]"),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure one engine: tokens a second, the parts of a step, and llama.cpp's own benchmark beside it."""
     from coordinator.bench_engine import run_bench_engine
     from coordinator.bench_load import Load
+    from coordinator.calibrate import CTX_TOKENS, run_calibrate
     from coordinator.config import JobConfig, checked_sampling
 
     most = output_tokens_max if sigma else output_tokens
+    own_ctx = CTX_TOKENS if calibrate else prompt_tokens + most
     sampling = checked_sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     config = JobConfig(
-        model=model, slots=slots, contexts=contexts, ctx=ctx or prompt_tokens + most, batch=batch_size, ubatch=ubatch,
+        model=model, slots=slots, contexts=contexts, ctx=ctx or own_ctx, batch=batch_size, ubatch=ubatch,
         threads=threads, gpu_layers=gpu_layers, flash_attention=flash_attention, device=device.value, seed=seed,
     )  # fmt: skip
+    if calibrate:
+        raise typer.Exit(run_calibrate(config, sampling, repeats=repeats, output=output, as_json=as_json))
     load = Load(
         requests=requests, prompt_tokens=prompt_tokens, output_tokens=output_tokens, output_tokens_max=most,
         sigma=sigma, shared_prefix_tokens=shared_prefix, interrupt_tokens=interrupt_tokens,

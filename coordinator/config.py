@@ -7,6 +7,7 @@ another one is refused by name instead of computing something else.
 from __future__ import annotations
 
 import hashlib
+import math
 from importlib import metadata
 from typing import Any, Literal
 
@@ -45,8 +46,11 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True):
     commit_bytes: int = 16 << 20
     precheck: bool = True
     chat_template: str | None = None
-    engine: Literal["llama", "null"] = "llama"
+    engine: Literal["llama", "null", "simulated"] = "llama"
     null_answer_bytes: int = 200
+    service_times: str | None = None
+    """File with the times of the simulated engine; None: an example's."""
+    time_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if self.schedule not in POLICIES:
@@ -69,6 +73,20 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True):
         for flag, seconds in (("--lease", self.lease_s), ("--commit-interval", self.commit_interval_s)):
             if not seconds > 0:
                 raise ConfigError(f"{flag} is {seconds}: it must be above 0 seconds")
+        self._check_simulation()
+
+    def _check_simulation(self) -> None:
+        if self.engine != "simulated" and (self.service_times is not None or self.time_scale != 1.0):
+            raise ConfigError("--service-times and --time-scale are for --engine simulated")
+        if not 0.0 <= self.time_scale < math.inf:
+            raise ConfigError(f"--time-scale is {self.time_scale}: it must be 0 or more, and finite")
+
+    @property
+    def want_gpu(self) -> bool | None:
+        """Whether workers need a GPU; None: where there is one. What is simulated needs none."""
+        if self.device == "auto":
+            return False if self.engine == "simulated" else None
+        return self.device == "gpu"
 
     def digest(self) -> str:
         """What all ranks must agree on, as 16 hex digits."""

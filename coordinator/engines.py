@@ -13,8 +13,10 @@ from pathlib import Path
 import psutil
 
 from coordinator.config import JobConfig
+from coordinator.simulated import simulated_engine
 from scheduling.errors import ConfigError
 from scheduling.messages import Gpu, Placement
+from scheduling.servicetime import ServiceTimes
 from workers.null_engine import NullEngine
 from workers.port import Engine
 from workers.protocol import EngineConfig
@@ -107,15 +109,21 @@ def fitting_slots(
 
 
 def engine_factory(
-    config: JobConfig, model: ModelFacts, gpus: dict[str, Gpu], stderr_log: Path | None
+    config: JobConfig,
+    model: ModelFacts,
+    gpus: dict[str, Gpu],
+    stderr_log: Path | None,
+    service_times: ServiceTimes | None = None,
 ) -> Callable[[Placement], Engine]:
-    """What a worker calls to get its engine, at its start and after each death."""
+    """What a worker calls to get its engine, at its start and after each death. Simulated with `service_times`."""
 
     def start(placement: Placement) -> Engine:
         if config.engine == "null":
             return NullEngine(config.slots or SLOTS_GPU, config.null_answer_bytes)
         from workers.supervisor import EngineProcess
 
+        if service_times is not None:
+            return EngineProcess(simulated_engine(config, service_times, placement), log_path=stderr_log)
         return EngineProcess(engine_config(config, model, placement, gpus), log_path=stderr_log)
 
     return start

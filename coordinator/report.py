@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from coordinator.progress import duration
+from coordinator.simulated import WARNING
 from coordinator.terminal import NARROW_COLUMNS, console_for
 from storage.metrics import read_summary
 from storage.recovery import RECORD_NAME
@@ -102,6 +103,8 @@ def print_report(data: dict[str, Any], stream: IO[str], run_dir: Path, *, show: 
         f" · {_figure(data['requests_per_s'])} requests/s",
         soft_wrap=True,
     )
+    if last.get("engine") == "simulated":
+        console.print(WARNING, soft_wrap=True)
     console.print()
     console.print(_latency_table(data["latencies"]))
     if data["ranks"]:

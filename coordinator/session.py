@@ -86,16 +86,15 @@ class Session:
 
     def _place(self) -> Plan:
         config = self.setup.config
-        want_gpu = {"auto": None, "gpu": True, "cpu": False}[config.device]
         if self.world is None:
             alone = plan_alone(
                 self.setup.host, gpus_per_rank=config.gpus_per_rank, ranks_per_gpu=config.ranks_per_gpu,
-                want_gpu=want_gpu,
+                want_gpu=config.want_gpu,
             )  # fmt: skip
             return Plan(dict(enumerate(alone)), coordinator_works=True, notes=())
         return plan(
             self.hosts, rank0_works=config.coordinator_works, gpus_per_rank=config.gpus_per_rank,
-            ranks_per_gpu=config.ranks_per_gpu, want_gpu=want_gpu,
+            ranks_per_gpu=config.ranks_per_gpu, want_gpu=config.want_gpu,
         )  # fmt: skip
 
     def _welcome(self, placement: m.Placement) -> m.Welcome:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Callable
@@ -11,9 +12,11 @@ from typing import Any
 
 from coordinator.config import JobConfig, package_versions
 from coordinator.engines import ModelFacts, engine_factory
+from coordinator.simulated import read_service_times
 from scheduling import messages as m
 from scheduling.errors import UserError
 from scheduling.link import Spoke
+from scheduling.servicetime import ServiceTimes, service_times_json
 from storage.gguf import check_gguf, fingerprint
 from workers.gpus import load_nvml
 from workers.hosts import describe_host
@@ -31,6 +34,8 @@ class Setup:
     fingerprint: str
     host: m.Host
     problem: UserError | None = None
+    service_times: ServiceTimes | None = None
+    """Of the simulated engine, where the job asks for it."""
 
     def hello(self) -> m.Hello:
         return m.Hello(
@@ -46,12 +51,25 @@ def prepare(config: JobConfig) -> Setup:
     if config.engine == "null":
         return Setup(config, ModelFacts("", 0, None, None), "null", "none", host)
     path = Path(config.model)
+    if config.engine == "simulated":
+        return _prepare_simulated(config, path.stem, host)
     try:
         info = check_gguf(path)
         facts = ModelFacts(str(path.resolve()), info.file_bytes, info.context_tokens, info.kv_bytes_per_token)
         return Setup(config, facts, path.stem, fingerprint(path), host)
     except UserError as error:
         return Setup(config, ModelFacts(str(path), 0, None, None), path.stem, "none", host, error)
+
+
+def _prepare_simulated(config: JobConfig, name: str, host: m.Host) -> Setup:
+    nothing = ModelFacts(config.model, 0, None, None)
+    try:
+        times = read_service_times(config)
+    except UserError as error:
+        return Setup(config, nothing, f"simulated-{name}", "none", host, error)
+    # All ranks must simulate the same, and a run must be resumed with the same.
+    digest = hashlib.sha256(service_times_json(times)).hexdigest()[:16]
+    return Setup(config, nothing, f"simulated-{name}", f"simulated-{digest}", host, service_times=times)
 
 
 def build_worker(setup: Setup, rank: int, spoke: Spoke, stderr_log: Path | None) -> Worker:
@@ -61,8 +79,8 @@ def build_worker(setup: Setup, rank: int, spoke: Spoke, stderr_log: Path | None)
         spoke,
         WorkerOptions(
             rank=rank, hello=setup.hello(), model_name=setup.model_name, defaults=setup.config.sampling,
-            engine_factory=engine_factory(setup.config, setup.model, gpus, stderr_log), clock=time.monotonic,
-            wall_clock=time.time, telemetry_factory=_telemetry,
+            engine_factory=engine_factory(setup.config, setup.model, gpus, stderr_log, setup.service_times),
+            clock=time.monotonic, wall_clock=time.time, telemetry_factory=_telemetry,
         ),
     )  # fmt: skip
 
