@@ -73,7 +73,9 @@ class SimulatedModel:
         return None
 
     def eog_table(self) -> npt.NDArray[np.bool_]:
-        return np.arange(VOCAB) == EOS
+        table = np.zeros(VOCAB, np.bool_)
+        table[EOS] = True
+        return table
 
     def piece_bytes_max(self) -> int:
         return max(map(len, CONTROL))
