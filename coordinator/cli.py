@@ -87,6 +87,13 @@ TopK = Annotated[int, typer.Option(help="For requests that do not say; 0 is off.
 TopP = Annotated[float, typer.Option(help="For requests that do not say; 1 is off.")]
 MinP = Annotated[float, typer.Option(help="For requests that do not say; 0 is off.")]
 Seed = Annotated[int, typer.Option(help="Seed of the run: requests without a seed get one from it and their index.")]
+JsonSchema = Annotated[
+    str | None,
+    typer.Option(help="JSON schema, or a file with one, that the answers of requests that do not say are held to."),
+]
+GrammarFile = Annotated[
+    Path | None, typer.Option(help="File with a GBNF grammar that the answers of requests that do not say are held to.")
+]
 ChatTemplate = Annotated[Path | None, typer.Option(help="File with a Jinja chat template that replaces the model's.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON on stdout.")]
 
@@ -127,6 +134,8 @@ def batch(
     top_p: TopP = 1.0,
     min_p: MinP = 0.0,
     seed: Seed = 0,
+    json_schema: JsonSchema = None,
+    grammar_file: GrammarFile = None,
     chat_template: ChatTemplate = None,
     input_format: Annotated[
         InputFormat | None,
@@ -168,9 +177,11 @@ def batch(
         model=model, schedule=schedule.value, slots=slots, contexts=contexts, ctx=ctx, batch=batch_size, ubatch=ubatch,
         threads=threads, gpu_layers=gpu_layers, flash_attention=flash_attention, device=device.value,
         gpus_per_rank=gpus_per_rank, ranks_per_gpu=ranks_per_gpu, coordinator_works=coordinator_works,
-        sampling=checked_sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p),
+        sampling=checked_sampling(
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, **_constraint(json_schema, grammar_file)
+        ),
         max_tokens=max_tokens, seed=seed, prefetch=prefetch, lease_s=lease, commit_interval_s=commit_interval,
-        commit_bytes=commit_bytes, precheck=precheck, chat_template=_read_template(chat_template), engine=engine.value,
+        commit_bytes=commit_bytes, precheck=precheck, chat_template=_read("--chat-template", chat_template), engine=engine.value,
         service_times=None if service_times is None else str(service_times), time_scale=time_scale,
     )  # fmt: skip
     options = BatchOptions(
@@ -197,6 +208,8 @@ def infer(
     top_p: TopP = 1.0,
     min_p: MinP = 0.0,
     seed: Seed = 0,
+    json_schema: JsonSchema = None,
+    grammar_file: GrammarFile = None,
     chat_template: ChatTemplate = None,
     as_json: AsJson = False,
 ) -> None:
@@ -206,8 +219,10 @@ def infer(
 
     config = JobConfig(
         model=model, slots=1, ctx=ctx, threads=threads, gpu_layers=gpu_layers, device=device.value,
-        sampling=checked_sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p),
-        max_tokens=max_tokens, seed=seed, chat_template=_read_template(chat_template),
+        sampling=checked_sampling(
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, **_constraint(json_schema, grammar_file)
+        ),
+        max_tokens=max_tokens, seed=seed, chat_template=_read("--chat-template", chat_template),
     )  # fmt: skip
     text = sys.stdin.read() if prompt == "-" else prompt
     raise typer.Exit(run_infer(config, text, system=system, raw=raw, stream=stream, as_json=as_json))
@@ -364,7 +379,7 @@ def top(
         raise typer.Exit(0)
 
 
-def _read_template(path: Path | None) -> str | None:
+def _read(flag: str, path: Path | None) -> str | None:
     from scheduling.errors import ConfigError
 
     if path is None:
@@ -372,9 +387,23 @@ def _read_template(path: Path | None) -> str | None:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"--chat-template {path}: {error.strerror or error}") from None
+        raise ConfigError(f"{flag} {path}: {error.strerror or error}") from None
     except UnicodeDecodeError:
-        raise ConfigError(f"--chat-template {path}: it is not UTF-8") from None
+        raise ConfigError(f"{flag} {path}: it is not UTF-8") from None
+
+
+def _constraint(json_schema: str | None, grammar_file: Path | None) -> dict[str, Any]:
+    """What the two options are in a request."""
+    from scheduling.errors import ConfigError
+
+    grammar = _read("--grammar-file", grammar_file)
+    if json_schema is None:
+        return {"grammar": grammar}
+    text = json_schema if json_schema.lstrip().startswith("{") else _read("--json-schema", Path(json_schema))
+    try:
+        return {"grammar": grammar, "json_schema": json.loads(text or "")}
+    except ValueError as error:
+        raise ConfigError(f"--json-schema: this is not JSON: {error}") from None
 
 
 def _numbers(flag: str, text: str) -> tuple[int, ...]:

@@ -15,9 +15,9 @@ import msgspec
 
 from scheduling.errors import ConfigError, RequestError
 from scheduling.policies import POLICIES
-from scheduling.requests import MAX_TOKENS_LIMIT, Sampling, parse_request
+from scheduling.requests import MAX_TOKENS_LIMIT, Sampling, parse_request, request_line
 
-VERSIONED_PACKAGES = ("llmpi", "llama-cpp-python", "msgspec", "numpy")
+VERSIONED_PACKAGES = ("llmpi", "llama-cpp-python", "llguidance", "msgspec", "numpy")
 
 
 class JobConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,16 +110,15 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def checked_sampling(**values: float) -> Sampling:
-    """Sampling defaults from the command line, held to the same limits as a request's own.
+def checked_sampling(**values: object) -> Sampling:
+    """Sampling defaults from the command line or a call, held to the same limits as a request's own.
 
     Raises:
         ConfigError: a value is out of its range.
     """
-    import json
-
     try:
-        return parse_request(json.dumps({"prompt": "x", **values}).encode(), default_id="-").sampling
+        return parse_request(request_line({"prompt": "x", **values}), default_id="-").sampling
     except RequestError as error:
-        name = (error.param or "").replace("_", "-")
+        name = (error.param or "").split(".")[0].replace("_", "-")
+        name = "grammar-file" if name == "grammar" else name
         raise ConfigError(f"--{name}: {error}" if name else str(error)) from None

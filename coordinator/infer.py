@@ -36,9 +36,10 @@ def run_infer(config: JobConfig, prompt: str, *, system: str | None, raw: bool, 
 
 def _sampling_fields(config: JobConfig) -> dict[str, Any]:
     sampling = config.sampling
+    constraint = {} if sampling.constraint is None else sampling.constraint.field()
     return {
         "temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p,
-        "min_p": sampling.min_p, "max_tokens": config.max_tokens,
+        "min_p": sampling.min_p, "max_tokens": config.max_tokens, **constraint,
     }  # fmt: skip
 
 

@@ -58,10 +58,38 @@ Off = Annotated[bool, Meta(description="false or left out", extra=_UNSUPPORTED)]
 Auto = Annotated[Literal["none", "auto"], Meta(description='"none", "auto" or left out', extra=_UNSUPPORTED)]
 Text = Annotated[str, Meta(description="a string")]
 Bool = Annotated[bool, Meta(description="true or false")]
+Schema = Annotated[dict[str, Any], Meta(description="a JSON schema that is an object")]
+Grammar = Annotated[str, Meta(min_length=1, description="a string that is not empty: a grammar in GBNF")]
 
 
-class TextFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    type: Literal["text"]
+class TextFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="text"):
+    pass
+
+
+class ObjectFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="json_object"):
+    pass
+
+
+class NamedSchema(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`name`, `description` and `strict` change nothing: the schema holds in any case."""
+
+    schema: Schema
+    name: Text | None = None
+    description: Text | None = None
+    strict: Bool | None = None
+
+
+class SchemaFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="json_schema"):
+    json_schema: NamedSchema
+
+
+Format = Annotated[
+    TextFormat | ObjectFormat | SchemaFormat,
+    Meta(
+        description='{"type": "text"}, {"type": "json_object"} or {"type": "json_schema", "json_schema": '
+        '{"name": …, "schema": {…}}}'
+    ),
+]
 
 
 class TextPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -134,10 +162,10 @@ class Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     prompt_cache_retention: Text | None = None
     parallel_tool_calls: Bool | None = None
     stream_options: Annotated[dict[str, bool], Meta(description="an object of true and false")] | None = None
+    response_format: Format | None = None
+    json_schema: Schema | None = None
+    grammar: Grammar | None = None
     # Accepted only at the value that changes nothing.
-    response_format: (
-        Annotated[TextFormat, Meta(description='{"type": "text"} or left out', extra=_UNSUPPORTED)] | None
-    ) = None
     logprobs: Off | None = None
     top_logprobs: Annotated[Literal[0], Meta(description="0 or left out", extra=_UNSUPPORTED)] | None = None
     echo: Off | None = None
@@ -157,8 +185,6 @@ class Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     audio: Nothing = None
     prediction: Nothing = None
     web_search_options: Nothing = None
-    grammar: Nothing = None
-    json_schema: Nothing = None
 
 
 class Plain(Body, frozen=True, forbid_unknown_fields=True, gc=False):
@@ -222,8 +248,7 @@ def explain(line: bytes) -> Batch | Plain:
     if form is Batch:
         _check_batch(value)
     else:
-        _check_fields(value, Plain, "")
-        _check_messages(value.get("messages"))
+        _check_body(value, Plain, "")
     try:
         return msgspec.json.decode(line, type=form)
     except _DECODE_ERRORS as error:
@@ -261,7 +286,12 @@ def _check_batch(value: dict[str, Any]) -> None:
         raise RequestError("body is missing: a batch line carries the parameters in it", "body")
     if not isinstance(body, dict):
         refuse("body", body, "an object with the request's parameters")
-    _check_fields(body, Body, "body.")
+    _check_body(body, Body, "body.")
+
+
+def _check_body(body: dict[str, Any], form: type[msgspec.Struct], where: str) -> None:
+    _check_format(body.get("response_format"), f"{where}response_format")
+    _check_fields(body, form, where)
     _check_messages(body.get("messages"))
 
 
@@ -299,6 +329,18 @@ def _check_messages(messages: object) -> None:
                 allowed = _RULES[WireMessage][key][1]
                 raise RequestError(f"{path}.{key} is missing; it must be {allowed}", f"{path}.{key}")
         _check_fields(message, WireMessage, f"{path}.")
+
+
+def _check_format(value: object, path: str) -> None:
+    """What is wrong inside a `json_schema`; `_check_fields` sees the rest."""
+    if not isinstance(value, dict) or value.get("type") != "json_schema":
+        return
+    inner, path = value.get("json_schema"), f"{path}.json_schema"
+    if not isinstance(inner, dict):
+        refuse(path, inner, 'an object: {"name": …, "schema": {…}}')
+    if inner.get("schema") is None:
+        refuse(f"{path}.schema", None, _RULES[NamedSchema]["schema"][1])
+    _check_fields(inner, NamedSchema, f"{path}.")
 
 
 def _check_part(part: object, path: str) -> None:
@@ -381,5 +423,5 @@ def _told(hint: Any) -> tuple[str, bool]:
 
 
 _RULES: Final[dict[type[msgspec.Struct], dict[str, tuple[Any, str, bool]]]] = {
-    form: _rules(form) for form in (Plain, Batch, Body, WireMessage, TextPart)
+    form: _rules(form) for form in (Plain, Batch, Body, WireMessage, TextPart, NamedSchema)
 }

@@ -15,16 +15,18 @@ from typing import Any, Literal
 
 import msgspec
 
+from scheduling.constraints import ANY_OBJECT, Constraint, of_grammar, of_schema
 from scheduling.errors import RequestError
 from scheduling.lines import MAX_TOKENS_LIMIT as MAX_TOKENS_LIMIT
-from scheduling.lines import Batch, Body, WireMessage, decode_line, refuse
+from scheduling.lines import Batch, Body, ObjectFormat, SchemaFormat, WireMessage, decode_line, refuse
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How tokens are chosen. Defaults are OpenAI's: temperature 1, no truncation of the distribution.
 
     `temperature` 0 is greedy. `top_k` 0, `top_p` 1, `min_p` 0 and `typical_p` 1 switch a filter off.
-    `max_tokens` None means: what the run's default says. `seed` None: derived from (run seed, index).
+    `max_tokens` None means: what the run's default says. `seed` None: derived from (run seed, index). `constraint`:
+    what the text may be.
     """
 
     max_tokens: int | None = None
@@ -42,6 +44,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     n: int = 1
+    constraint: Constraint | None = None
 
 
 class Message(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -157,6 +160,13 @@ def _sampling(b: Body, d: Sampling) -> Sampling:
             "max_completion_tokens",
         )
     stop = b.stop
+    ignore_eos = d.ignore_eos if b.ignore_eos is None else b.ignore_eos
+    constraint = _constraint(b, d)
+    if ignore_eos and constraint is not None:
+        raise RequestError(
+            "ignore_eos cannot be true where a grammar or a schema says what the text is: it ends when it is whole",
+            "ignore_eos",
+        )
     return Sampling(
         max_tokens=max_tokens,
         temperature=d.temperature if b.temperature is None else b.temperature,
@@ -171,9 +181,29 @@ def _sampling(b: Body, d: Sampling) -> Sampling:
         seed=d.seed if b.seed is None else b.seed,
         logit_bias=d.logit_bias if b.logit_bias is None else b.logit_bias,
         stop=d.stop if stop is None else (stop,) if isinstance(stop, str) else stop,
-        ignore_eos=d.ignore_eos if b.ignore_eos is None else b.ignore_eos,
+        ignore_eos=ignore_eos,
         n=d.n if b.n is None else b.n,
+        constraint=constraint,
     )
+
+
+def _constraint(b: Body, d: Sampling) -> Constraint | None:
+    form = b.response_format
+    given: dict[str, object] = {"grammar": b.grammar, "json_schema": b.json_schema}
+    if isinstance(form, ObjectFormat | SchemaFormat):
+        given["response_format"] = form
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise RequestError(f"{names[0]} and {names[1]} are both given; give one of them", names[1])
+    if b.grammar is not None:
+        return of_grammar(b.grammar)
+    if b.json_schema is not None:
+        return of_schema(b.json_schema, "json_schema")
+    if isinstance(form, SchemaFormat):
+        return of_schema(form.json_schema.schema, "response_format.json_schema.schema")
+    if isinstance(form, ObjectFormat):
+        return Constraint("schema", ANY_OBJECT)
+    return d.constraint if form is None else None
 
 
 # ---------------------------------------------------------------- lines that we write ourselves
@@ -207,6 +237,9 @@ def request_line(request: Mapping[str, Any] | Request) -> bytes:
 def request_fields(request: Request) -> dict[str, Any]:
     """`request` as the object of a plain line: what `parse_request` turns into the same `Request` again."""
     sampling = msgspec.structs.asdict(request.sampling)
+    constraint = sampling.pop("constraint")
+    # Without one this says so, lest a run's default takes its place.
+    sampling |= {"response_format": {"type": "text"}} if constraint is None else constraint.field()
     fields: dict[str, Any] = {"custom_id": request.custom_id}
     if request.kind == "chat":
         fields["messages"] = [_without_none(msgspec.structs.asdict(message)) for message in request.messages]

@@ -17,6 +17,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable
 from enum import Enum
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,9 @@ import numpy.typing as npt
 from scheduling.errors import ProtocolError
 from scheduling.requests import Sampling
 from workers.protocol import Answer, Choice, Job
+
+if TYPE_CHECKING:
+    from workers.constraints import Grammar
 
 CANCELLED = "cancelled"
 
@@ -50,6 +54,7 @@ class Task:
         "choices",
         "error",
         "first_token_s",
+        "grammar",
         "job",
         "lane",
         "limit",
@@ -69,6 +74,8 @@ class Task:
         self.prompt: npt.NDArray[np.int32] = np.empty(0, np.int32)
         self.limit = 0
         """Most output tokens of a choice; set with `prompt`."""
+        self.grammar: Grammar | None = None
+        """What the text has to follow; set with `prompt`."""
         self.next_choice = 0
         self.choices: list[Choice | None] = [None] * max(1, job.request.sampling.n)
         self.unfinished = len(self.choices)

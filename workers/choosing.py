@@ -53,6 +53,8 @@ MARGIN = 1e-3
 MARGIN_SUM = 1e-4
 """Sums of weights of 32 bits are right to much less than this share."""
 
+LOWEST = np.finfo(np.float32).min
+
 Flags = npt.NDArray[np.bool_]
 History = Callable[[int], Tokens]
 """The tokens of prompt and output so far, of the place in the list of rows."""
@@ -230,7 +232,8 @@ class _Step:
         k = self.top_k[places]
         ordered = np.sort(self.peaks[places], axis=1)
         kth = ordered[np.arange(places.size), np.maximum(self.width - k, 0)]
-        self.floor[places] = np.where(k <= self.width, kth, np.float32(-np.inf))
+        # Where fewer than k tokens are allowed, a floor under all finite logits keeps the others out.
+        self.floor[places] = np.where(k <= self.width, np.maximum(kth, LOWEST), np.float32(-np.inf))
 
     def _floor_by_p(self, places: Ids) -> None:
         few = np.count_nonzero(self.peaks[places] >= self.floor[places, None], axis=1) <= FEW_COLUMNS

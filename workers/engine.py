@@ -1,7 +1,7 @@
 """The engine inside its process: one model, several contexts, the threads that drive them.
 
     reader (the main thread)   frames from the rank: submit, recall, cancel; end of file ends the engine
-    preparing thread           chat templates and tokenising, ahead of admission
+    preparing thread           chat templates, tokenising and compiling grammars, ahead of admission
     one thread a context       `workers.stepper`, over llama.cpp or over the simulation of it
     a pool                     helps the stepping threads to choose tokens
 
@@ -21,9 +21,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
+import numpy as np
+
 from scheduling.errors import ConfigError, EngineError, ModelFileError, RequestError
 from workers.backlog import Backlog, Lane, Task
 from workers.chat import ChatTemplate
+from workers.constraints import Constraints
 from workers.frames import read_frame
 from workers.library import Library, Model
 from workers.meter import Meter
@@ -79,6 +82,13 @@ class BatchingEngine:
         if not model.can_generate:
             raise ModelFileError(f"{config.model} ({model.desc}) is not a model that continues text")
         self._vocabulary = Vocabulary(model.eog_table(), PieceTable(model.vocab_tokens, model.piece))
+        vocabulary = self._vocabulary
+        self._constraints = Constraints(
+            model.vocab_tokens,
+            vocabulary.pieces.__getitem__,
+            np.flatnonzero(vocabulary.eog).tolist(),
+            config.sampling_threads,
+        )
         self._backlog = Backlog()
         self._meter = Meter(outbox.send, time.monotonic())
         own_template = model.chat_template()
@@ -172,6 +182,7 @@ class BatchingEngine:
                 backlog=self._backlog,
                 meter=self._meter,
                 send=self._outbox.send,
+                constraints=self._constraints,
                 shape=shape,
                 pool=pool,
                 pool_threads=config.sampling_threads,
@@ -229,6 +240,8 @@ class BatchingEngine:
                 self._prompts.check_sampling(task.sampling)
                 self._need(task.lane)
                 task.prompt = self._prompts.tokens(task.job.request)
+                if task.sampling.constraint is not None:
+                    task.grammar = self._constraints.grammar(task.sampling.constraint)
             except RequestError as error:
                 task.error = str(error)
             except Exception as error:  # one prompt must not end the engine

@@ -26,6 +26,7 @@ import numpy.typing as npt
 from scheduling.errors import EngineError
 from workers.backlog import CANCELLED, Backlog, Task
 from workers.choosing import Threads, choose, largest
+from workers.constraints import STUCK, Allowed, Constraints, Matcher
 from workers.meter import Meter
 from workers.protocol import Answer, Choice, Frame, Piece
 from workers.sampling import NOT_FINITE, RowSampler
@@ -74,6 +75,8 @@ class Seat:
     task: Task
     choice: int
     sampler: RowSampler
+    matcher: Matcher | None = None
+    """Of a constrained text."""
     stream: TextStream | None = None
     parts: list[str] = field(default_factory=list)
     unsent_tokens: int = 0
@@ -93,6 +96,7 @@ class Stepper:
         backlog: Backlog,
         meter: Meter,
         send: Callable[[Frame], None],
+        constraints: Constraints | None = None,
         shape: Shape = Shape(),  # noqa: B008, a frozen value
         pool: ThreadPoolExecutor | None = None,
         pool_threads: int = 1,
@@ -107,6 +111,9 @@ class Stepper:
         self._backlog = backlog
         self._meter = meter
         self._send = send
+        self._constraints = constraints
+        self._constrained = 0
+        """Seats with a matcher."""
         self._pool = pool if pool_threads > 1 else None
         self._pool_threads = pool_threads
         self._clock = clock
@@ -140,13 +147,15 @@ class Stepper:
         began_s = self._clock()
         rows, prompt_tokens = self._feed()
         outputs = rows.output_slots if rows is not None else self._slots.no_places
+        # Before the logits, which wait for the GPU.
+        allowed = self._allowed(outputs)
         logits = self._decoder.logits(int(np.count_nonzero(rows.wanted))) if rows is not None and outputs.size else None
         decoded_s = now_s = self._clock()
         gaps, output_tokens = np.empty(0), 0
         if rows is not None and logits is not None:
-            tokens = self._choose(logits, rows)
+            tokens = self._choose(logits, rows, allowed)
             now_s = self._clock()
-            output_tokens = int(np.count_nonzero(tokens != NOT_FINITE))
+            output_tokens = int(np.count_nonzero(tokens >= 0))
             gaps = self._advance(outputs, tokens, now_s)
         self._emit()
         ended_s = self._clock()
@@ -190,16 +199,18 @@ class Stepper:
         sampling = task.sampling
         sampler = RowSampler(sampling, task.job.seed, choice, self._vocabulary.eog.size)
         watched = task.job.stream or bool(sampling.stop)
+        matcher = None if task.grammar is None else task.grammar.start()
+        self._constrained += matcher is not None
         slot, stale = self._slots.take(
             task.prompt,
             task.limit,
-            plain=sampler.plain,
+            plain=sampler.plain and matcher is None,
             ignore_eos=sampling.ignore_eos,
             watched=watched,
         )
         if stale:
             self._decoder.forget(slot)
-        self._seats[slot] = Seat(task, choice, sampler, TextStream(sampling.stop) if watched else None)
+        self._seats[slot] = Seat(task, choice, sampler, matcher, TextStream(sampling.stop) if watched else None)
 
     def _move(self, moves: list[tuple[int, int]]) -> None:
         for source, target in moves:
@@ -270,14 +281,30 @@ class Stepper:
 
     # ------------------------------------------------ tokens
 
-    def _choose(self, logits: npt.NDArray[np.float32], rows: Pass) -> Ints:
-        """One token for each of `rows.output_slots`; NOT_FINITE where its row of `logits` is damaged."""
+    def _allowed(self, outputs: Places) -> Allowed | None:
+        """What grammars and schemas let the next tokens of `outputs` be. None if there are none."""
+        if not self._constrained or self._constraints is None:
+            return None
+        return self._constraints.allowed([self._seat(slot).matcher for slot in outputs.tolist()])
+
+    def _choose(self, logits: npt.NDArray[np.float32], rows: Pass, allowed: Allowed | None) -> Ints:
+        """One token for each of `rows.output_slots`; NOT_FINITE where its row of `logits` is damaged, STUCK where its
+        grammar has failed."""
         slots, outputs = self._slots, rows.output_slots
         # Before bias and penalties, which leave -inf as it is.
         silenced = np.flatnonzero(slots.ignore_eos[outputs])
         if silenced.size and self._eog_ids.size:
             logits[rows.output_rows[silenced, None], self._eog_ids] = -np.inf
         threads = Threads(self._pool if logits.size >= PARALLEL_ELEMENTS_MIN else None, self._pool_threads)
+        if allowed is None:
+            return self._chosen(logits, rows, threads)
+        allowed.forbid_others(logits, rows.output_rows, threads)
+        tokens = self._chosen(logits, rows, threads)
+        allowed.consume(tokens)
+        return tokens
+
+    def _chosen(self, logits: npt.NDArray[np.float32], rows: Pass, threads: Threads) -> Ints:
+        slots, outputs = self._slots, rows.output_slots
         if slots.plain[outputs].all():
             return largest(logits, rows.output_rows, threads)
         places = outputs.tolist()
@@ -292,15 +319,8 @@ class Stepper:
     def _advance(self, outputs: Places, tokens: Ints, now_s: float) -> npt.NDArray[np.float64]:
         """Book the new tokens and finish what has ended. Returns the gaps between tokens in seconds."""
         slots = self._slots
-        damaged = tokens == NOT_FINITE
-        if damaged.any():
-            for slot in outputs[damaged].tolist():
-                place = int(slots.outputs[slot]) + 1
-                self._finish(slot, "error", f"the model gave NaN or infinite logits at output token {place}")
-            outputs, tokens = outputs[~damaged], tokens[~damaged]
-            # What is not a number stays one, times 0 too: without flash attention it would come back out of cells
-            # that are masked. Those are emptied only by emptying all.
-            self._start_again()
+        if (tokens < 0).any():
+            outputs, tokens = self._drop_failed(outputs, tokens)
         gaps = slots.put(outputs, tokens, now_s)
         for slot in outputs[slots.outputs[outputs] == 1].tolist():
             seat = self._seat(slot)
@@ -309,14 +329,41 @@ class Stepper:
         ended = self._vocabulary.eog[tokens] & ~slots.ignore_eos[outputs]
         full = slots.outputs[outputs] >= slots.limit[outputs]
         watched = slots.watched[outputs]
-        for place in np.flatnonzero(ended | full | watched).tolist():
+        over = self._over(outputs)
+        for place in np.flatnonzero(ended | full | watched | over).tolist():
             slot = int(outputs[place])
             stopped = watched[place] and self._watch(slot, int(tokens[place]), bool(ended[place]))
-            if ended[place] or stopped:
+            matcher = self._seat(slot).matcher
+            if matcher is not None and matcher.error:
+                self._finish(slot, "error", matcher.error)
+            elif ended[place] or stopped or over[place]:
                 self._finish(slot, "stop")
             elif full[place]:
                 self._finish(slot, "length")
         return gaps
+
+    def _drop_failed(self, outputs: Places, tokens: Ints) -> tuple[Places, Ints]:
+        """Finish the outputs that have no token. Returns the others."""
+        failed, damaged = tokens < 0, tokens == NOT_FINITE
+        for slot in outputs[damaged].tolist():
+            place = int(self._slots.outputs[slot]) + 1
+            self._finish(slot, "error", f"the model gave NaN or infinite logits at output token {place}")
+        for slot in outputs[tokens == STUCK].tolist():
+            matcher = self._seat(slot).matcher
+            assert matcher is not None
+            self._finish(slot, "error", matcher.error)
+        if damaged.any():
+            # What is not a number stays one, times 0 too: without flash attention it would come back out of cells
+            # that are masked. Those are emptied only by emptying all.
+            self._start_again()
+        return outputs[~failed], tokens[~failed]
+
+    def _over(self, outputs: Places) -> npt.NDArray[np.bool_]:
+        """Which constrained texts are over: whole, so that nothing can follow, or failed."""
+        if not self._constrained:
+            return np.zeros(outputs.size, np.bool_)
+        matchers = [self._seat(slot).matcher for slot in outputs.tolist()]
+        return np.array([matcher is not None and matcher.over for matcher in matchers], np.bool_)
 
     def _watch(self, slot: int, token: int, ended: bool) -> bool:
         """Look at a watched slot's new text. True if a stop string has come."""
@@ -360,6 +407,7 @@ class Stepper:
         self._decoder.forget(slot)
         slots.release(slot)
         self._seats[slot] = None
+        self._constrained -= seat.matcher is not None
         if self._backlog.finish(self._index, seat.task, seat.choice, result, error):
             self._finished.append(seat.task.answer(self._clock()))
 

@@ -142,9 +142,9 @@ def test_a_value_out_of_range_is_refused_with_field_value_and_range(name: str, v
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("response_format", {"type": "json_object"}), ("logprobs", True), ("logprobs", 5), ("top_logprobs", 2),
+    [("logprobs", True), ("logprobs", 5), ("top_logprobs", 2),
      ("tools", [{"type": "function"}]), ("tool_choice", "required"), ("echo", True), ("suffix", "x"),
-     ("best_of", 2), ("modalities", ["audio"]), ("audio", {}), ("grammar", "root ::= x")],
+     ("best_of", 2), ("modalities", ["audio"]), ("audio", {})],
 )  # fmt: skip
 def test_what_only_a_later_version_can_do_is_refused_as_such(name: str, value: object) -> None:
     error = refusal({"prompt": "a", name: value})

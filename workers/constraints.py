@@ -1,0 +1,253 @@
+"""Which tokens may come next, for requests whose text has to follow a grammar or a schema.
+
+llguidance does the work: its matchers know, after each token, the set of tokens with which the text can still become
+whole. A `Grammar` is made once (`Constraints.grammar`, in the preparing thread), each choice has a `Matcher` of it. A
+step asks for the masks of all its constrained rows at once (`Constraints.allowed`), forbids every other token, and
+tells the matchers what was chosen. EOS is in a mask exactly when the text is whole.
+
+What a grammar may cost is bounded: it is compiled in `workers.trial` first; `LIMITS` bound each mask; and a matcher
+that keeps taking long ends its request (`Matcher.charged`). An error of a matcher is never more than its request's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from llguidance import LLExecutor, LLMatcher, LLTokenizer
+
+from scheduling.constraints import Constraint
+from scheduling.errors import RequestError
+from workers.choosing import ALONE, Threads
+from workers.lark import to_lark
+from workers.sampling import Floats, Ids, Tokens
+from workers.trial import LIMITS, STACK_BYTES, Trial, in_plain_words, on_stack
+
+Masks = npt.NDArray[np.uint8]
+"""(rows, bytes): a bit for each token, lowest first."""
+
+STUCK = -2
+"""Stands for a token where a constrained text cannot go on. Its matcher says why."""
+GRAMMARS_KEPT = 32
+SLOW_S = 0.05
+"""Masks of a step that take longer make the next ones be measured one by one."""
+MEASURED_STEPS = 16
+FREE_S = 0.005
+"""What a token may cost for nothing, in processor time. Most take a hundredth of it."""
+BUDGET_S = 2.0
+"""What all tokens of a choice may cost beyond."""
+FEW = 32
+"""A mask with at most a FEW-th of its bytes of one kind is read token by token."""
+
+
+class Matcher:
+    """Where one choice stands. `ended`: the text is whole and nothing can follow. `error`: why it cannot go on."""
+
+    __slots__ = ("ended", "error", "native", "_grammar", "_spent_s")
+
+    def __init__(self, grammar: Grammar, native: LLMatcher) -> None:
+        self.ended = False
+        self.error = ""
+        self.native = native
+        self._grammar = grammar
+        self._spent_s = 0.0
+
+    @property
+    def over(self) -> bool:
+        return self.ended or self.error != ""
+
+    def consume(self, token: int) -> None:
+        """The text goes on with `token`. Sets `ended` or `error`."""
+        with self.charged():
+            self.native.consume_token(token)
+        self.check()
+        self.ended = not self.error and self.native.is_stopped()
+
+    @contextmanager
+    def charged(self) -> Iterator[None]:
+        """Book the processor time of what is done meanwhile; who takes too much fails."""
+        began_s = time.thread_time()
+        yield
+        self._spent_s += max(0.0, time.thread_time() - began_s - FREE_S)
+        if self._spent_s > BUDGET_S:
+            self.fail(f"it is too complex: finding its next tokens has taken {self._spent_s:.1f} seconds")
+
+    def check(self) -> None:
+        """Note what llguidance has to complain about."""
+        if self.native.is_error():
+            self.fail(f"it cannot be followed any further: {in_plain_words(self.native.get_error())}")
+
+    def fail(self, why: str) -> None:
+        """The request cannot go on."""
+        self.error = f"{self._grammar.name}: {why}"
+        # What copies share is what has grown too large: the next request gets a new one.
+        self._grammar.spoiled = True
+
+
+class Grammar:
+    """A compiled constraint. `name` is what people call it."""
+
+    def __init__(self, name: str, native: LLMatcher) -> None:
+        self.name = name
+        self.spoiled = False
+        self._native = native
+
+    def start(self) -> Matcher:
+        """A matcher for a new text: a copy that shares what is learnt about the vocabulary, so it costs nothing."""
+        return Matcher(self, self._native.deep_copy())
+
+
+class Constraints:
+    """All that an engine's threads need for constrained requests. Nothing is made before the first of them.
+
+    `pieces`: a token's bytes, none for control tokens. `ends`: tokens that end a generation. `threads`: how many work
+    at the masks of a step.
+    """
+
+    def __init__(self, vocab_tokens: int, pieces: Callable[[int], bytes], ends: Sequence[int], threads: int) -> None:
+        self._vocab_tokens = vocab_tokens
+        self._pieces = pieces
+        self._ends = list(ends)
+        self._threads = threads
+        self._trial = Trial()
+        self._tokenizer: LLTokenizer | None = None
+        self._executor: LLExecutor | None = None
+        self._known: OrderedDict[Constraint, Grammar | RequestError] = OrderedDict()
+        self._measured_left = 0
+
+    # ------------------------------------------------ the preparing thread's side
+
+    def grammar(self, constraint: Constraint) -> Grammar:
+        """Raises `RequestError` if llguidance cannot compile it, or not within its limits."""
+        known = self._known.pop(constraint, None)
+        if known is None or (isinstance(known, Grammar) and known.spoiled):
+            known = self._compile(constraint)
+        self._known[constraint] = known
+        if len(self._known) > GRAMMARS_KEPT:
+            self._known.popitem(last=False)
+        if isinstance(known, RequestError):
+            raise RequestError(str(known), known.param)
+        return known
+
+    def _compile(self, constraint: Constraint) -> Grammar | RequestError:
+        name, param = ("the JSON schema", "json_schema") if constraint.kind == "schema" else ("the grammar", "grammar")
+        if not self._ends:
+            return RequestError(f"{name} cannot be used: this model has no token that ends a text", param)
+        lark = to_lark(constraint)
+        if reason := self._trial.reason(lark):
+            return RequestError(f"{name} cannot be used: {reason}", param)
+        tokenizer = self._tokenizer = self._tokenizer or self._make_tokenizer()
+        self._executor = self._executor or LLExecutor(self._threads)
+        native = on_stack(4 * STACK_BYTES, lambda: LLMatcher(tokenizer, lark, log_level=0, limits=LIMITS))
+        if native.is_error():
+            return RequestError(f"{name} cannot be used: {in_plain_words(native.get_error())}", param)
+        return Grammar(name, native)
+
+    def _make_tokenizer(self) -> LLTokenizer:
+        vocabulary = _Vocabulary([self._pieces(token) for token in range(self._vocab_tokens)], self._ends)
+        return LLTokenizer(vocabulary, eos_token=self._ends)  # type: ignore[arg-type]
+
+    # ------------------------------------------------ the stepping threads' side
+
+    def allowed(self, matchers: Sequence[Matcher | None]) -> Allowed | None:
+        """What may come next in the texts of a step, None standing for one that may be anything."""
+        found = {place: matcher for place, matcher in enumerate(matchers) if matcher is not None}
+        if not found:
+            return None
+        constrained = list(found.values())
+        return Allowed(np.array(list(found)), constrained, self._masks(constrained))
+
+    def _masks(self, matchers: Sequence[Matcher]) -> Masks:
+        """A line for each of `matchers`. One that fails has its `error` set; its line means nothing."""
+        assert self._executor is not None
+        masks = np.zeros((len(matchers), -(-self._vocab_tokens // 32)), np.uint32)
+        if self._measured_left > 0:
+            self._measured_left -= 1
+            for mask, matcher in zip(masks, matchers, strict=True):
+                with matcher.charged():
+                    matcher.native.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        else:
+            began_s = time.perf_counter()
+            rows = [(matcher.native, place) for place, matcher in enumerate(matchers)]
+            self._executor.unsafe_compute_mask_ptr(rows, masks.ctypes.data, masks[0].nbytes, len(rows))
+            if time.perf_counter() - began_s > SLOW_S:
+                self._measured_left = MEASURED_STEPS
+        for mask, matcher in zip(masks, matchers, strict=True):
+            matcher.check()
+            if not matcher.error and not mask.any():
+                matcher.fail("no token of this model can come next")
+        return masks.view(np.uint8)
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """What a step's constrained texts may go on with. `places`: theirs among the outputs of the step."""
+
+    places: Ids
+    matchers: list[Matcher]
+    masks: Masks
+
+    def forbid_others(self, logits: Floats, rows: Ids, threads: Threads = ALONE) -> None:
+        """Set the logits of all other tokens to -inf. `rows`: places in `logits` of all outputs of the step."""
+        mine = rows[self.places]
+
+        def part(first: int, last: int) -> None:
+            for place in range(first, last):
+                _forbid(logits[mine[place]], self.masks[place])
+
+        threads.spread(part, mine.size)
+
+    def consume(self, tokens: Tokens) -> None:
+        """Tell the matchers what was chosen. Where one has failed, the token becomes STUCK."""
+        for place, matcher in zip(self.places.tolist(), self.matchers, strict=True):
+            if matcher.error:
+                tokens[place] = STUCK
+            elif tokens[place] >= 0:
+                matcher.consume(int(tokens[place]))
+
+
+class _Vocabulary:
+    """What `LLTokenizer` asks of a tokenizer."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, pieces: list[bytes], ends: list[int]) -> None:
+        # The byte 0xFF, which is in no text, marks a token that stands for none.
+        self.tokens = [piece or b"\xff<%d>" % token for token, piece in enumerate(pieces)]
+        self.eos_token_id = ends[0]
+        self.special_token_ids = [token for token, piece in enumerate(pieces) if not piece]
+
+    def __call__(self, text: str) -> list[int]:
+        """Tokens of a text. Asked only about texts that are certain, of which nothing is made here (see `HEAD`)."""
+        return []
+
+
+def _forbid(row: Floats, mask: npt.NDArray[np.uint8]) -> None:
+    """Set what is not in `mask` to -inf."""
+    # Most masks allow a handful of tokens, or all but a handful.
+    some = np.flatnonzero(mask)
+    if some.size <= mask.size // FEW:
+        allowed = _tokens(mask, some, row.size)
+        kept = row[allowed]
+        row.fill(-np.inf)
+        row[allowed] = kept
+        return
+    lacking = np.flatnonzero(mask != 0xFF)
+    if lacking.size <= mask.size // FEW:
+        row[_tokens(~mask, lacking, row.size)] = -np.inf
+    else:
+        bits = np.unpackbits(mask, bitorder="little", count=row.size).view(np.bool_)
+        np.copyto(row, -np.inf, where=~bits)
+
+
+def _tokens(mask: npt.NDArray[np.uint8], places: Ids, vocab_tokens: int) -> Ids:
+    """The tokens whose bits are set in the bytes at `places`."""
+    bits = np.flatnonzero(np.unpackbits(mask[places], bitorder="little"))
+    tokens: Ids = places[bits >> 3] * 8 + (bits & 7)
+    return tokens[tokens < vocab_tokens]
