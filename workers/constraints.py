@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from llguidance import LLExecutor, LLMatcher, LLTokenizer
+from llguidance import LLExecutor, LLMatcher, LLTokenizer, TokenizerWrapper
 
 from scheduling.constraints import Constraint
 from scheduling.errors import RequestError
@@ -150,7 +150,7 @@ class Constraints:
 
     def _make_tokenizer(self) -> LLTokenizer:
         vocabulary = _Vocabulary([self._pieces(token) for token in range(self._vocab_tokens)], self._ends)
-        return LLTokenizer(vocabulary, eos_token=self._ends)  # type: ignore[arg-type]
+        return LLTokenizer(TokenizerWrapper(vocabulary), eos_token=self._ends)
 
     # ------------------------------------------------ the stepping threads' side
 
@@ -212,9 +212,8 @@ class Allowed:
 
 
 class _Vocabulary:
-    """What `LLTokenizer` asks of a tokenizer."""
+    """What `TokenizerWrapper` asks of a tokenizer."""
 
-    is_tokenizer_wrapper = True
     bos_token_id = None
 
     def __init__(self, pieces: list[bytes], ends: list[int]) -> None:
@@ -223,7 +222,7 @@ class _Vocabulary:
         self.eos_token_id = ends[0]
         self.special_token_ids = [token for token, piece in enumerate(pieces) if not piece]
 
-    def __call__(self, text: str) -> list[int]:
+    def __call__(self, text: bytes) -> list[int]:
         """Tokens of a text. Asked only about texts that are certain, of which nothing is made here (see `HEAD`)."""
         return []
 

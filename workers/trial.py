@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 from workers.engine_main import tie_to_parent
 from workers.frames import read_frame, write_all
@@ -124,8 +124,9 @@ def in_plain_words(error: str) -> str:
     lines = [line.strip() for line in error.splitlines()]
     lines = [line for line in lines if line and not line.startswith(("<", "^"))] or ["unknown error"]
     text = re.sub(r"^(at )?\d+\(\d+\): |failed to compile JSON schema: ", "", lines[0])
-    if text.endswith(":"):  # a regular expression, where it is wrong, and then why
-        text = f"{text} {lines[-1].removeprefix('error: ')}"
+    why = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    if why:  # a regular expression, with a mark where it is wrong
+        text = f"{text} {why[0]}"
     if unknown := re.fullmatch(r"Unimplemented keys: \[(.*)\]", text):
         return f"keywords that are not supported: {unknown[1]}"
     return re.sub(r" is not present in a registry and .*", " is not in the schema, and none is fetched", text)
@@ -135,16 +136,20 @@ def in_plain_words(error: str) -> str:
 
 
 class _Bytes:
-    """A vocabulary of the 256 bytes and an end, for `LLTokenizer`."""
+    """A vocabulary of the 256 bytes and an end, for `TokenizerWrapper`."""
 
-    is_tokenizer_wrapper = True
     tokens = (*(bytes([byte]) for byte in range(256)), b"\xff<end>")
     eos_token_id = 256
     bos_token_id = None
     special_token_ids = (256,)
 
-    def __call__(self, text: str) -> list[int]:
-        return list(text.encode())
+    def __call__(self, text: bytes) -> list[int]:
+        return list(text)
+
+
+def byte_tokenizer() -> LLTokenizer:
+    """Enough to compile with: a model's vocabulary changes masks, not grammars."""
+    return LLTokenizer(TokenizerWrapper(_Bytes()))
 
 
 def _frame(text: str) -> bytes:
@@ -170,7 +175,7 @@ def _limit_memory() -> None:
 
 def main(parent_pid: int) -> None:
     tie_to_parent(parent_pid)
-    tokenizer = LLTokenizer(_Bytes())  # type: ignore[arg-type]
+    tokenizer = byte_tokenizer()
     _limit_memory()
     while (body := read_frame(0)) is not None:
         grammar = body.decode()

@@ -12,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from scheduling import lines
+from scheduling.constraints import Constraint
 from scheduling.errors import RequestError
 from scheduling.requests import (
     MAX_TOKENS_LIMIT,
@@ -285,6 +286,85 @@ def test_a_request_written_as_a_line_reads_back_the_same_whatever_the_defaults(
 def test_the_slow_path_reads_what_the_fast_one_reads(sampling: dict[str, Any]) -> None:
     line = request_line({"custom_id": "a", "body": {**CHAT, **sampling}})
     assert lines.explain(line) == lines.decode_line(line)
+
+
+# ---------------------------------------------------------------- what the text may be
+
+YES_NO = 'root ::= "yes" | "no"'
+SCHEMA = {"type": "object", "properties": {"b": {"type": "integer"}, "a": True}}
+NAMED = {"name": "pair", "schema": SCHEMA, "strict": True, "description": "Two of them."}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"grammar": YES_NO}, Constraint("grammar", YES_NO)),
+        ({"grammar": YES_NO, "response_format": {"type": "text"}}, Constraint("grammar", YES_NO)),
+        ({"json_schema": SCHEMA}, Constraint("schema", json.dumps(SCHEMA, separators=(",", ":")))),
+        ({"response_format": {"type": "json_object"}}, Constraint("schema", '{"type":"object"}')),
+        ({"response_format": {"type": "text"}}, None),
+        ({}, None),
+    ],
+)  # fmt: skip
+def test_a_request_says_what_its_text_may_be(given: dict[str, Any], expected: Constraint | None) -> None:
+    assert parse({**CHAT, **given}).sampling.constraint == expected
+
+
+def test_openais_form_of_a_schema_means_the_schema_whatever_its_name() -> None:
+    form = {"type": "json_schema", "json_schema": NAMED}
+    same = parse({"prompt": "a", "json_schema": SCHEMA})
+    assert parse({"prompt": "a", "response_format": form}) == same
+    assert parse({"custom_id": "d", "body": {"prompt": "a", "response_format": form}}) == same
+
+
+def test_a_runs_constraint_holds_for_requests_that_do_not_say() -> None:
+    defaults = Sampling(constraint=Constraint("grammar", YES_NO))
+    assert parse({"prompt": "a", "json_schema": None}, defaults=defaults).sampling == defaults
+    assert parse({"prompt": "a", "response_format": {"type": "text"}}, defaults=defaults).sampling.constraint is None
+    assert parse({"prompt": "a", "json_schema": {}}, defaults=defaults).sampling.constraint == Constraint(
+        "schema", "{}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "param", "message"),
+    [
+        ({"grammar": YES_NO, "json_schema": {}}, "json_schema", "grammar and json_schema are both given"),
+        ({"json_schema": {}, "response_format": {"type": "json_object"}}, "response_format", "both given"),
+        ({"grammar": "root ::= x"}, "grammar", "line 1, column 10: there is no rule named x"),
+        ({"grammar": ""}, "grammar", "not empty"),
+        ({"grammar": "#" * 70_000}, "grammar", "70,000 bytes; at most 65,536"),
+        ({"json_schema": {"const": "x" * 70_000}}, "json_schema", "70,012 bytes; at most 65,536"),
+        ({"json_schema": [SCHEMA]}, "json_schema", "a JSON schema that is an object"),
+        ({"json_schema": "{}"}, "json_schema", "a JSON schema that is an object"),
+        ({"json_schema": {"x-guidance": {}}}, "json_schema", "x-guidance, which is not supported"),
+        ({"json_schema": json.loads('{"items":' * 101 + "{}" + "}" * 101)}, "json_schema", "nested deeper than 100"),
+        ({"grammar": YES_NO, "ignore_eos": True}, "ignore_eos", "ends when it is whole"),
+        ({"response_format": {"type": "xml"}}, "response_format", '{"type": "json_object"}'),
+        ({"response_format": {"type": "json_object", "schema": {}}}, "response_format", "it must be"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", '"schema"'),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}},
+         "response_format.json_schema.schema", "a JSON schema that is an object"),
+        ({"response_format": {"type": "json_schema", "json_schema": {**NAMED, "strct": True}}},
+         "response_format.json_schema.strct", "did you mean strict?"),
+        ({"response_format": {"type": "json_schema", "json_schema": {**NAMED, "strict": 1}}},
+         "response_format.json_schema.strict", "true or false"),
+    ],
+    ids=lambda item: str(item)[:30],
+)  # fmt: skip
+def test_what_cannot_be_a_constraint_is_refused_when_it_is_read(
+    given: dict[str, Any], param: str, message: str
+) -> None:
+    for error in (refusal({"prompt": "a", **given}), refusal({"custom_id": "x", "body": {"prompt": "a", **given}})):
+        assert error.param == param
+        assert message in str(error)
+
+
+@pytest.mark.parametrize("constraint", [None, Constraint("grammar", YES_NO), Constraint("schema", '{"b":1,"a":2}')])
+def test_a_constraint_survives_being_written_as_a_line(constraint: Constraint | None) -> None:
+    request = Request(custom_id="a", kind="completion", prompt="p", sampling=Sampling(constraint=constraint))
+    other = Sampling(constraint=Constraint("grammar", 'root ::= "other"'))
+    assert parse_request(request_line(request), other) == request
 
 
 # ---------------------------------------------------------------- lines we write, seeds, estimates
