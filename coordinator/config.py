@@ -15,7 +15,7 @@ import msgspec
 
 from scheduling.errors import ConfigError, RequestError
 from scheduling.policies import POLICIES
-from scheduling.requests import MAX_TOKENS_LIMIT, Sampling, parse_request, request_line
+from scheduling.requests import MAX_TOKENS_LIMIT, Sampling, parse_request
 
 VERSIONED_PACKAGES = ("llmpi", "llama-cpp-python", "llguidance", "msgspec", "numpy")
 
@@ -116,8 +116,13 @@ def checked_sampling(**values: object) -> Sampling:
     Raises:
         ConfigError: a value is out of its range.
     """
+    import json
+
     try:
-        return parse_request(request_line({"prompt": "x", **values}), default_id="-").sampling
+        # Not `request_line`, which does not say whose value it is that is not finite.
+        return parse_request(json.dumps({"prompt": "x", **values}).encode(), default_id="-").sampling
+    except TypeError as error:
+        raise ConfigError(f"a sampling parameter cannot be written as JSON: {error}") from None
     except RequestError as error:
         name = (error.param or "").split(".")[0].replace("_", "-")
         name = "grammar-file" if name == "grammar" else name

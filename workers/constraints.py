@@ -6,15 +6,14 @@ step asks for the masks of all its constrained rows at once (`Constraints.allowe
 tells the matchers what was chosen. EOS is in a mask exactly when the text is whole.
 
 What a grammar may cost is bounded: it is compiled in `workers.trial` first; `LIMITS` bound each mask; and a matcher
-that keeps taking long ends its request (`Matcher.charged`). An error of a matcher is never more than its request's.
+that keeps taking long ends its request (`Matcher.measure`). An error of a matcher is never more than its request's.
 """
 
 from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,30 +30,55 @@ from workers.trial import LIMITS, STACK_BYTES, Trial, in_plain_words, on_stack
 Masks = npt.NDArray[np.uint8]
 """(rows, bytes): a bit for each token, lowest first."""
 
+_NAMES = {"schema": "the JSON schema", "grammar": "the grammar"}
+_PARAMS = {"schema": "json_schema", "grammar": "grammar"}
+
 STUCK = -2
 """Stands for a token where a constrained text cannot go on. Its matcher says why."""
 GRAMMARS_KEPT = 32
 SLOW_S = 0.05
 """Masks of a step that take longer make the next ones be measured one by one."""
 MEASURED_STEPS = 16
-FREE_S = 0.005
-"""What a token may cost for nothing, in processor time. Most take a hundredth of it."""
+FREE_S = 0.02
+"""What a token may cost for nothing, in processor time. Most take a thousandth of it."""
 BUDGET_S = 2.0
-"""What all tokens of a choice may cost beyond."""
+"""What all tokens of a text, or one token of all its grammar's texts, may cost beyond."""
+TOO_SLOW = f"it is too complex: more than {BUDGET_S:g} s were spent on it, beyond {FREE_S * 1e3:g} ms a token"
 FEW = 32
 """A mask with at most a FEW-th of its bytes of one kind is read token by token."""
 
 
-class Matcher:
-    """Where one choice stands. `ended`: the text is whole and nothing can follow. `error`: why it cannot go on."""
+class Grammar:
+    """A compiled constraint. `name` is what people call it.
 
-    __slots__ = ("ended", "error", "native", "_grammar", "_spent_s")
+    spoiled: a text of it has failed; the next request gets a new one, since what copies share may have grown too large.
+    too_slow: its texts fail, running and new ones. excess_s: what the present step has cost beyond what is free.
+    """
+
+    def __init__(self, name: str, native: LLMatcher) -> None:
+        self.name = name
+        self.spoiled = False
+        self.too_slow = False
+        self.excess_s = 0.0
+        self._native = native
+
+    def start(self) -> Matcher:
+        """A matcher for a new text: a copy that shares what is learnt about the vocabulary, so it costs nothing."""
+        return Matcher(self, self._native.deep_copy())
+
+
+class Matcher:
+    """Where one text stands. `ended`: it is whole and nothing can follow. `error`: why it cannot go on. `fresh`: no
+    mask of it has been made."""
+
+    __slots__ = ("ended", "error", "fresh", "grammar", "native", "_spent_s")
 
     def __init__(self, grammar: Grammar, native: LLMatcher) -> None:
         self.ended = False
         self.error = ""
+        self.fresh = True
+        self.grammar = grammar
         self.native = native
-        self._grammar = grammar
         self._spent_s = 0.0
 
     @property
@@ -63,43 +87,32 @@ class Matcher:
 
     def consume(self, token: int) -> None:
         """The text goes on with `token`. Sets `ended` or `error`."""
-        with self.charged():
-            self.native.consume_token(token)
+        self.measure(self.native.consume_token, token)
         self.check()
         self.ended = not self.error and self.native.is_stopped()
 
-    @contextmanager
-    def charged(self) -> Iterator[None]:
-        """Book the processor time of what is done meanwhile; who takes too much fails."""
-        began_s = time.thread_time()
-        yield
-        self._spent_s += max(0.0, time.thread_time() - began_s - FREE_S)
-        if self._spent_s > BUDGET_S:
-            self.fail(f"it is too complex: finding its next tokens has taken {self._spent_s:.1f} seconds")
+    def measure(self, work: Callable[..., object], *args: object) -> None:
+        """Do some work for this text and book its processor time. Who takes too much fails, with all of its grammar."""
+        grammar = self.grammar
+        if not grammar.too_slow:
+            began_s = time.thread_time()
+            work(*args)
+            excess_s = max(0.0, time.thread_time() - began_s - FREE_S)
+            self._spent_s += excess_s
+            grammar.excess_s += excess_s
+            grammar.too_slow = max(self._spent_s, grammar.excess_s) > BUDGET_S
+        if grammar.too_slow:
+            self.fail(TOO_SLOW)
 
     def check(self) -> None:
         """Note what llguidance has to complain about."""
-        if self.native.is_error():
+        if not self.error and self.native.is_error():
             self.fail(f"it cannot be followed any further: {in_plain_words(self.native.get_error())}")
 
     def fail(self, why: str) -> None:
-        """The request cannot go on."""
-        self.error = f"{self._grammar.name}: {why}"
-        # What copies share is what has grown too large: the next request gets a new one.
-        self._grammar.spoiled = True
-
-
-class Grammar:
-    """A compiled constraint. `name` is what people call it."""
-
-    def __init__(self, name: str, native: LLMatcher) -> None:
-        self.name = name
-        self.spoiled = False
-        self._native = native
-
-    def start(self) -> Matcher:
-        """A matcher for a new text: a copy that shares what is learnt about the vocabulary, so it costs nothing."""
-        return Matcher(self, self._native.deep_copy())
+        """The text cannot go on."""
+        self.error = f"{self.grammar.name}: {why}"
+        self.grammar.spoiled = True
 
 
 class Constraints:
@@ -123,8 +136,10 @@ class Constraints:
     # ------------------------------------------------ the preparing thread's side
 
     def grammar(self, constraint: Constraint) -> Grammar:
-        """Raises `RequestError` if llguidance cannot compile it, or not within its limits."""
+        """Raises `RequestError` if llguidance cannot compile it, or not within its limits, or if it was too slow."""
         known = self._known.pop(constraint, None)
+        if isinstance(known, Grammar) and known.too_slow:
+            known = RequestError(f"{known.name}: {TOO_SLOW}", _PARAMS[constraint.kind])
         if known is None or (isinstance(known, Grammar) and known.spoiled):
             known = self._compile(constraint)
         self._known[constraint] = known
@@ -135,7 +150,7 @@ class Constraints:
         return known
 
     def _compile(self, constraint: Constraint) -> Grammar | RequestError:
-        name, param = ("the JSON schema", "json_schema") if constraint.kind == "schema" else ("the grammar", "grammar")
+        name, param = _NAMES[constraint.kind], _PARAMS[constraint.kind]
         if not self._ends:
             return RequestError(f"{name} cannot be used: this model has no token that ends a text", param)
         lark = to_lark(constraint)
@@ -166,15 +181,18 @@ class Constraints:
         """A line for each of `matchers`. One that fails has its `error` set; its line means nothing."""
         assert self._executor is not None
         masks = np.zeros((len(matchers), -(-self._vocab_tokens // 32)), np.uint32)
-        if self._measured_left > 0:
-            self._measured_left -= 1
-            for mask, matcher in zip(masks, matchers, strict=True):
-                with matcher.charged():
-                    matcher.native.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        else:
+        together = []
+        for place, matcher in enumerate(matchers):
+            matcher.grammar.excess_s = 0.0
+            if matcher.fresh or self._measured_left > 0:
+                matcher.fresh = False
+                matcher.measure(matcher.native.unsafe_compute_mask_ptr, masks[place].ctypes.data, masks[place].nbytes)
+            else:
+                together.append((matcher.native, place))
+        self._measured_left = max(0, self._measured_left - 1)
+        if together:
             began_s = time.perf_counter()
-            rows = [(matcher.native, place) for place, matcher in enumerate(matchers)]
-            self._executor.unsafe_compute_mask_ptr(rows, masks.ctypes.data, masks[0].nbytes, len(rows))
+            self._executor.unsafe_compute_mask_ptr(together, masks.ctypes.data, masks[0].nbytes, len(matchers))
             if time.perf_counter() - began_s > SLOW_S:
                 self._measured_left = MEASURED_STEPS
         for mask, matcher in zip(masks, matchers, strict=True):

@@ -16,7 +16,19 @@ from __future__ import annotations
 import msgspec
 
 from scheduling.constraints import Constraint
-from scheduling.gbnf import Chars, Choice, Name, Node, Repeat, Rules, Sequence, needed, parse_gbnf, recursive
+from scheduling.gbnf import (
+    Chars,
+    Choice,
+    Name,
+    Node,
+    Repeat,
+    Rules,
+    Sequence,
+    characters,
+    needed,
+    parse_gbnf,
+    recursive,
+)  # fmt: skip
 
 HEAD = '%llguidance {"no_forcing":true}\n'
 """Without it llguidance allows one spelling of a text that is certain: its own tokens for it, not the model's."""
@@ -52,7 +64,7 @@ class _Writer:
     def _body(self, node: Node) -> str:
         """`node` as the right side of a line."""
         if isinstance(node, Choice):
-            return " | ".join(self._item(option) for option in node.options)
+            return " | ".join(self._item(option) for option in _merged(node.options))
         if isinstance(node, Sequence):
             return " ".join(self._item(part) for part in node.parts) or '""'
         if isinstance(node, Repeat):
@@ -71,3 +83,10 @@ class _Writer:
         self._count += 1
         self._lines.append(f"{name}: {self._body(node)}")
         return name
+
+
+def _merged(options: tuple[Node, ...]) -> list[Node]:
+    """`options` with those of one character as a single class: each terminal has its price."""
+    ranges = [pair for option in options if isinstance(option, Chars) for pair in option.ranges]
+    others = [option for option in options if not isinstance(option, Chars)]
+    return [characters(ranges), *others] if ranges else others

@@ -35,8 +35,8 @@ COMPILE_BYTES = 256 << 20
 STACK_BYTES = 16 << 20
 
 LIMITS = LLParserLimits(
-    # Rules over single characters make many short-lived items; 20,000 take about a millisecond.
-    step_max_items=500_000,
+    # Rules over single characters make many items. A mask takes at most about their number squared times 80 ps.
+    step_max_items=100_000,
     max_items_in_row=10_000,
     # About 2 KiB each, kept as long as the grammar is.
     max_lexer_states=50_000,

@@ -13,6 +13,7 @@ from coordinator import batch as batch_module
 from coordinator import cli
 from coordinator.batch import BatchOptions
 from coordinator.config import JobConfig
+from scheduling.constraints import Constraint
 from scheduling.errors import (
     BugError,
     ConfigError,
@@ -108,6 +109,40 @@ def test_chat_template_is_read_from_its_file(run: Run, started: list[Any], tmp_p
     template.write_text("{{ messages }} ü", encoding="utf-8")
     assert run(*BATCH, "--chat-template", str(template)) == 0
     assert started[0][0].chat_template == "{{ messages }} ü"
+
+
+def test_a_schema_is_a_file_or_the_text_itself(run: Run, started: list[Any], tmp_path: Path) -> None:
+    file = tmp_path / "schema.json"
+    file.write_text('{"type": "object"}', encoding="utf-8")
+    assert run(*BATCH, "--json-schema", str(file)) == 0
+    assert run(*BATCH, "--json-schema", ' {"type": "object"}') == 0
+    expected = Constraint("schema", '{"type":"object"}')
+    assert [config.sampling.constraint for config, *_ in started] == [expected, expected]
+
+
+def test_a_grammar_is_read_from_its_file(run: Run, started: list[Any], tmp_path: Path) -> None:
+    file = tmp_path / "g.gbnf"
+    file.write_text('root ::= "ü"', encoding="utf-8")
+    assert run(*BATCH, "--grammar-file", str(file)) == 0
+    assert started[0][0].sampling.constraint == Constraint("grammar", 'root ::= "ü"')
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--json-schema", "no-such-file"], "--json-schema no-such-file: No such file"),
+        (["--json-schema", '{"type":'], "--json-schema: this is not JSON"),
+        (["--json-schema", "{}", "--grammar-file", "GRAMMAR"], "grammar and json_schema are both given"),
+        (["--grammar-file", "GRAMMAR", "--json-schema", "GRAMMAR"], "this is not JSON"),
+    ],
+)
+def test_a_schema_or_grammar_that_cannot_be_used_is_refused(
+    run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path, flags: list[str], message: str
+) -> None:
+    (tmp_path / "g.gbnf").write_text('root ::= "a"', encoding="utf-8")
+    given = [str(tmp_path / "g.gbnf") if flag == "GRAMMAR" else flag for flag in flags]
+    assert run(*BATCH, *given) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

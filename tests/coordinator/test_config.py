@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from coordinator.config import JobConfig, checked_sampling, package_versions
+from scheduling.constraints import Constraint
 from scheduling.errors import ConfigError
 from scheduling.requests import MAX_TOKENS_LIMIT, Sampling
 
@@ -75,6 +76,14 @@ def test_sampling_of_the_command_line_is_held_to_a_requests_limits() -> None:
     assert checked_sampling(temperature=0.5, top_k=3) == Sampling(temperature=0.5, top_k=3)
 
 
+def test_grammars_and_schemas_can_be_a_runs_defaults() -> None:
+    schema = Sampling(constraint=Constraint("schema", '{"type":"object"}'))
+    assert checked_sampling(json_schema={"type": "object"}, grammar=None) == schema
+    assert checked_sampling(response_format={"type": "json_object"}) == schema
+    assert checked_sampling(grammar='root ::= "a"').constraint == Constraint("grammar", 'root ::= "a"')
+    assert JobConfig(model="m", sampling=schema).identity() != JobConfig(model="m").identity()
+
+
 @pytest.mark.parametrize(
     ("values", "word"),
     [
@@ -85,8 +94,12 @@ def test_sampling_of_the_command_line_is_held_to_a_requests_limits() -> None:
         ({"min_p": -0.1}, "--min-p"),
         ({"top_k": -5}, "--top-k"),
         ({"temprature": 1.0}, "temprature"),
+        ({"grammar": "root ::= x"}, "--grammar-file: grammar, line 1, column 10"),
+        ({"json_schema": {"x-guidance": {}}}, "--json-schema"),
+        ({"json_schema": {"const": object()}}, "cannot be written as JSON"),
+        ({"response_format": {"type": "json_schema"}}, "--response-format"),
     ],
 )
-def test_sampling_out_of_range_is_refused_by_its_flag(values: dict[str, float], word: str) -> None:
+def test_sampling_out_of_range_is_refused_by_its_flag(values: dict[str, object], word: str) -> None:
     with pytest.raises(ConfigError, match=word):
         checked_sampling(**values)

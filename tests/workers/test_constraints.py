@@ -116,21 +116,27 @@ def test_without_constrained_texts_there_is_nothing_to_do(one: Constraints) -> N
     assert one.allowed([None, None]) is None
 
 
-def test_a_text_that_takes_too_long_fails_alone_and_its_grammar_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_grammar_that_takes_too_long_fails_its_texts_and_is_refused_from_then_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(module, "SLOW_S", 0.0)
+    monkeypatch.setattr(module, "FREE_S", 0.005)
     monkeypatch.setattr(module, "BUDGET_S", 0.05)
     fresh = constraints()
     hard, easy = (fresh.grammar(grammar(text)) for text in ("root ::= root root | [a] | ", "root ::= [a]+"))
-    slow, quick = hard.start(), easy.start()
+    slow, other, quick = hard.start(), hard.start(), easy.start()
     for _ in range(500):
-        fresh.allowed([slow, quick])
+        fresh.allowed([slow, other, quick])
         if slow.over:
             break
         slow.consume(ord("a"))
         quick.consume(ord("a"))
     assert slow.error.startswith("the grammar: it is too complex")
     assert not quick.over
-    assert fresh.grammar(grammar("root ::= root root | [a] | ")) is not hard
+    fresh.allowed([other])
+    assert other.error == slow.error
+    with pytest.raises(RequestError, match="it is too complex"):
+        fresh.grammar(grammar("root ::= root root | [a] | "))
     assert fresh.grammar(grammar("root ::= [a]+")) is easy
 
 
@@ -145,6 +151,9 @@ def test_a_text_over_the_limits_of_its_lexer_fails_with_the_reason() -> None:
         matcher.consume(byte)
     assert "cannot be followed any further" in matcher.error
     assert "too many" in matcher.error
+    again = fresh.grammar(grammar("root ::= ((([ab]{1,1000}){1,1000}){1,1000})"))
+    assert again is not matcher.grammar
+    assert again.start().error == ""
 
 
 @given(

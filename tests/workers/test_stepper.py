@@ -13,6 +13,7 @@ from tests.workers import engine_fakes
 from tests.workers.engine_fakes import EOG, VOCAB, FakeDecoder, job, passes
 from workers import stepper as stepper_module
 from workers.backlog import Backlog, Lane, Task
+from workers.constraints import Constraints
 from workers.meter import Meter
 from workers.protocol import Answer, Frame, Job, Stats
 from workers.slots import Shape
@@ -29,6 +30,7 @@ class Rig:
         batch_tokens: int = 64,
         threads: int = 1,
         shape: Shape = Shape(),  # noqa: B008
+        constraints: Constraints | None = None,
     ) -> None:
         self.now = 0.0
         self.frames: list[Frame] = []
@@ -37,6 +39,7 @@ class Rig:
         self.backlog = Backlog()
         self.meter = Meter(self.stats.append, 0.0)
         self.ctx_tokens = ctx_tokens
+        self.constraints = constraints
         self.stepper = Stepper(
             self.backlog.open(Lane.GENERATE),
             self.decoder,
@@ -46,6 +49,7 @@ class Rig:
             backlog=self.backlog,
             meter=self.meter,
             send=self.frames.append,
+            constraints=constraints,
             shape=shape,
             pool=ThreadPoolExecutor(threads) if threads > 1 else None,
             pool_threads=threads,
@@ -65,6 +69,8 @@ class Rig:
             assert isinstance(prompt, tuple)
             task.prompt = np.array(prompt, np.int32)
             asked = one.request.sampling.max_tokens
+            if self.constraints is not None and (asked_text := one.request.sampling.constraint) is not None:
+                task.grammar = self.constraints.grammar(asked_text)
             task.limit = min(self.ctx_tokens if asked is None else asked, self.ctx_tokens - len(prompt))
             self.backlog.ready(task)
 
