@@ -181,8 +181,8 @@ def batch(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, **_constraint(json_schema, grammar_file)
         ),
         max_tokens=max_tokens, seed=seed, prefetch=prefetch, lease_s=lease, commit_interval_s=commit_interval,
-        commit_bytes=commit_bytes, precheck=precheck, chat_template=_read("--chat-template", chat_template), engine=engine.value,
-        service_times=None if service_times is None else str(service_times), time_scale=time_scale,
+        commit_bytes=commit_bytes, precheck=precheck, chat_template=_read("--chat-template", chat_template),
+        engine=engine.value, service_times=None if service_times is None else str(service_times), time_scale=time_scale,
     )  # fmt: skip
     options = BatchOptions(
         input=requests, output=output, format=None if input_format is None else input_format.value, ranks=ranks,
