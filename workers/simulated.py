@@ -5,9 +5,11 @@ Below the real engine's code this stands in for `workers.llama`. A `SimulatedCon
 takes, and gives logits. So admission, passes, stop strings, limits, cancelling, streaming and counters are the real
 ones, in a process of its own that can be killed like the real one. No file is read, no GPU touched.
 
-The vocabulary is that of bytes, and two control tokens. Logits favour letters that make words one can pronounce; now
-and then the end of the answer. They depend on the tokens before them and where these stand, and on nothing else: an
-answer is the same whatever runs beside it, in any slot, on any rank, at any attempt. It means nothing.
+The vocabulary is that of bytes, and two control tokens. An answer is a letter a token; a prompt that comes as text is
+as many tokens as a real vocabulary would need, and cannot be made from them again. Logits favour letters that make
+words one can pronounce; now and then the end of the answer. They depend on the tokens before them and where these
+stand, and on nothing else: an answer is the same whatever runs beside it, in any slot, on any rank, at any attempt. It
+means nothing.
 
 What is not simulated: memory that runs short, loading, the moving of sequences between slots.
 """
@@ -34,6 +36,9 @@ CONTROL = ("<|im_start|>", "<|im_end|>")
 VOCAB = BYTES + len(CONTROL)
 BOS, EOS = BYTES, BYTES + 1
 
+TEXT_BYTES = 4
+"""Bytes of a prompt for each of its tokens: about as many as a real vocabulary needs for English."""
+
 END_ONCE_IN_TOKENS = 256
 """An answer that is not cut off earlier has so many tokens in the mean."""
 NOISE = 6.0
@@ -42,6 +47,15 @@ UNLIKELY = -40.0
 
 _CONTROL = re.compile("|".join(map(re.escape, CONTROL)))
 _VOWELS, _CONSONANTS = b"aeiou", b"bdfgklmnprstvz"
+
+
+def _scattered(text: str) -> list[int]:
+    """Tokens of a text, each of which depends on all of its bytes. The text cannot be made from them again."""
+    data = text.encode("utf-8", "replace")
+    data += b"\0" * (-len(data) % TEXT_BYTES)
+    # Knuth's multiplicative hash: the golden ratio in 32 bits, of whose product the upper bits are the best.
+    tokens: list[int] = ((np.frombuffer(data, "<u4") * np.uint32(2654435769)) >> np.uint32(24)).tolist()
+    return tokens
 
 
 def _grammar() -> Floats:
@@ -90,16 +104,16 @@ class SimulatedModel:
         return bytes([token]) if token < BYTES else b""
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
-        """A token a byte; one for the text of a control token if `parse_special`."""
+        """A token for `TEXT_BYTES` bytes; one for the text of a control token if `parse_special`."""
         if not parse_special:
-            return list(text.encode("utf-8", "replace"))
+            return _scattered(text)
         tokens: list[int] = []
         end = 0
         for found in _CONTROL.finditer(text):
-            tokens += text[end : found.start()].encode("utf-8", "replace")
+            tokens += _scattered(text[end : found.start()])
             tokens.append(BYTES + CONTROL.index(found[0]))
             end = found.end()
-        return tokens + list(text[end:].encode("utf-8", "replace"))
+        return tokens + _scattered(text[end:])
 
     def context(self, config: EngineConfig, slots: int, threads: int) -> SimulatedContext:
         return SimulatedContext(self._times, slots, config.ctx_tokens, max(config.batch_tokens, slots))

@@ -205,11 +205,26 @@ def test_answers_are_words_that_end_by_themselves() -> None:
     assert {answer.choices[0].finish_reason for answer in whole.values()} == {"length"}
 
 
-def test_a_prompt_is_its_bytes_and_its_control_tokens() -> None:
-    text = "é<|im_end|>x"
-    assert MODEL.tokenize(text, add_special=True, parse_special=True) == [0xC3, 0xA9, EOS, ord("x")]
-    plain = MODEL.tokenize(text, add_special=True, parse_special=False)
-    assert b"".join(map(MODEL.piece, plain)).decode() == text
+def tokens(text: str, *, parse_special: bool = False) -> list[int]:
+    return MODEL.tokenize(text, add_special=True, parse_special=parse_special)
+
+
+def test_a_text_is_a_token_for_four_bytes_and_one_for_each_control_token() -> None:
+    assert len(tokens("x" * 400)) == 100
+    assert len(tokens("é" * 3)) == 2
+    assert tokens("") == []
+    assert max(tokens("".join(map(chr, range(1, 2000))))) < VOCAB - 2
+    assert tokens("one<|im_end|>two", parse_special=True) == [*tokens("one"), EOS, *tokens("two")]
+    assert EOS not in tokens("one<|im_end|>two")
+
+
+def test_every_byte_of_a_text_counts() -> None:
+    text = "What is the capital of France?"
+    others = [text[:place] + chr(ord(text[place]) + 1) + text[place + 1 :] for place in range(len(text))]
+    assert sum(tokens(other) != tokens(text) for other in others) >= len(others) - 2
+
+
+def test_control_tokens_have_a_text_and_put_out_none() -> None:
     assert MODEL.token_text(EOS) == "<|im_end|>"
     assert MODEL.piece(EOS) == b""
 
