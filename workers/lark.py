@@ -88,5 +88,5 @@ class _Writer:
 def _merged(options: tuple[Node, ...]) -> list[Node]:
     """`options` with those of one character as a single class: each terminal has its price."""
     ranges = [pair for option in options if isinstance(option, Chars) for pair in option.ranges]
-    others = [option for option in options if not isinstance(option, Chars)]
+    others: list[Node] = [option for option in options if not isinstance(option, Chars)]
     return [characters(ranges), *others] if ranges else others

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -79,7 +80,7 @@ def test_infer_says_what_is_wrong_with_a_schema(tiny_model: Path) -> None:
 
 def test_a_pool_takes_them_as_arguments_and_in_requests(real_model: Path) -> None:
     with llmpi.Pool(str(real_model), slots=4, ctx=256, max_tokens=80) as pool:
-        asked = [{"prompt": "Is snow cold?", "grammar": YES_NO}, "Describe a lamp as JSON:"]
+        asked: list[str | dict[str, Any]] = [{"prompt": "Is snow cold?", "grammar": YES_NO}, "Describe a lamp as JSON:"]
         answers = {result.index: result for result in pool.generate(asked, json_schema=SCHEMA)}
         assert answers[0].text in ("yes", "no")
         jsonschema.validate(json.loads(answers[1].text), SCHEMA)
