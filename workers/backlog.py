@@ -50,6 +50,7 @@ class Task:
 
     __slots__ = (
         "admitted_s",
+        "cached_tokens",
         "cancelled",
         "choices",
         "error",
@@ -81,6 +82,8 @@ class Task:
         self.unfinished = len(self.choices)
         self.admitted_s: float | None = None
         self.first_token_s: float | None = None
+        self.cached_tokens: int | None = None
+        """Tokens of the prompt that no choice had to read."""
         self.error: str | None = None
         self.cancelled = False
 
@@ -105,6 +108,7 @@ class Task:
             ttft_s=0.0 if self.first_token_s is None else self.first_token_s - self.received_s,
             e2e_s=now_s - self.received_s,
             error=self.error,
+            cached_tokens=self.cached_tokens or 0,
         )
 
 
@@ -270,9 +274,22 @@ class Backlog:
                 self._ready_came.wait()
             return not self.closed
 
-    def finish(self, context: int, task: Task, choice: int, result: Choice, error: str | None = None) -> bool:
-        """A slot of `context` is free again. True if this was the request's last choice: it can be answered."""
+    def finish(
+        self,
+        context: int,
+        task: Task,
+        choice: int,
+        result: Choice,
+        error: str | None = None,
+        cached_tokens: int = 0,
+    ) -> bool:
+        """A slot of `context` is free again. True if this was the request's last choice: it can be answered.
+
+        `cached_tokens`: so many tokens of the prompt were in cells already when it began.
+        """
         with self._lock:
+            fewest = task.cached_tokens
+            task.cached_tokens = cached_tokens if fewest is None else min(fewest, cached_tokens)
             self._line_of[context].running[context] -= 1
             task.choices[choice] = result
             task.unfinished -= 1

@@ -14,6 +14,7 @@ that is the backpressure. An exception in any thread ends the engine with `Engin
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import traceback
@@ -48,10 +49,14 @@ from workers.slots import MOVES_PER_PASS, Shape
 from workers.stepper import Stepper, Vocabulary
 from workers.text import PieceTable
 
-PAD_TOKENS_GPU = 192
-"""A pass over the weights takes a GPU as long as so many tokens of a prompt."""
+PASS_TOKENS_GPU = 192
+PASS_TOKENS_CPU = 4
+"""A pass over the weights takes as long as so many tokens of a prompt. On a GPU so many may be padding of one."""
 PATIENCE_GPU = 0.6
 """... and as long as so many steps of those that decode."""
+COPY_TOKENS_MIN_GPU = 64
+COPY_TOKENS_MIN_CPU = 16
+"""Copying a slot, however small, takes as long as reading so many tokens of a prompt."""
 JOIN_S = 2.0
 """How long the end waits for threads that are inside a decode."""
 
@@ -194,13 +199,23 @@ class BatchingEngine:
         steady = config.steady_batches
         if steady is None:
             steady = bool(self._gpu_names) and not config.kv_unified
+        # In a unified cache all would attend to what idle slots keep.
+        keeps = config.prefix_reuse and model.keeps_cells and not config.kv_unified
+        # A copy reads and writes all cells of a slot, a pass reads all weights.
+        copy_share = 2 * config.ctx_tokens * model.cell_bytes / model.model_bytes
         if not steady:
-            return Shape()
+            copy_tokens = max(COPY_TOKENS_MIN_CPU, math.ceil(copy_share * PASS_TOKENS_CPU))
+            return Shape(keeps=keeps, copy_tokens=copy_tokens)
         if not model.keeps_cells:
             return Shape(steady=True, patience=PATIENCE_GPU)
-        # A move copies all cells of a slot, a pass reads all weights.
-        moves = MOVES_PER_PASS * config.ctx_tokens * model.cell_bytes <= model.model_bytes
-        return Shape(steady=True, pad_tokens=PAD_TOKENS_GPU, moves=moves, patience=PATIENCE_GPU)
+        return Shape(
+            steady=True,
+            pad_tokens=PASS_TOKENS_GPU,
+            moves=MOVES_PER_PASS * copy_share <= 2,
+            patience=PATIENCE_GPU,
+            keeps=keeps,
+            copy_tokens=max(COPY_TOKENS_MIN_GPU, math.ceil(copy_share * PASS_TOKENS_GPU)),
+        )
 
     # ------------------------------------------------ running
 

@@ -259,17 +259,19 @@ class LlamaContext:
             self._logits_address = address
         return self._logits[:rows]
 
-    def forget(self, seq: int, first: int = -1) -> None:
+    def forget(self, seq: int, first: int = 0) -> None:
         """Empty one sequence's cells, from position `first` on; all of them by default."""
         if not lib.llama_memory_seq_rm(self._memory, seq, first, -1):
             raise EngineError(f"llama.cpp cannot remove the cells of sequence {seq} from position {first} on")
 
-    def move(self, source: int, target: int) -> None:
-        """One sequence's cells become another's, whose own are emptied. The data is copied at the next decode."""
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy one sequence's first `length` cells to another, whose own are emptied.
+
+        The data is copied at the next decode, and all of it: between KV streams only a whole sequence can be.
+        """
         self.forget(target)
-        # Between KV streams only a whole sequence can be copied.
         lib.llama_memory_seq_cp(self._memory, source, target, -1, -1)
-        self.forget(source)
+        self.forget(target, length)
 
     def clear(self) -> None:
         """Empty all cells."""

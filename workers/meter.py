@@ -31,7 +31,8 @@ class Meter:
         self._reset()
 
     def _reset(self) -> None:
-        self._steps = self._reading_steps = self._prompt_tokens = self._output_tokens = 0
+        self._steps = self._reading_steps = 0
+        self._prompt_tokens = self._cached_tokens = self._output_tokens = 0
         self._busy_s = self._slot_s = self._decode_s = self._sample_s = 0.0
         self._gaps = np.zeros(BUCKETS, np.int64)
 
@@ -55,6 +56,7 @@ class Meter:
         now_s: float,
         *,
         prompt_tokens: int,
+        cached_tokens: int,
         output_tokens: int,
         slot_s: float,
         decode_s: float,
@@ -66,6 +68,7 @@ class Meter:
             self._steps += 1
             self._reading_steps += prompt_tokens > 0
             self._prompt_tokens += prompt_tokens
+            self._cached_tokens += cached_tokens
             self._output_tokens += output_tokens
             self._slot_s += slot_s
             self._decode_s += decode_s
@@ -94,6 +97,7 @@ class Meter:
                     steps=self._steps,
                     reading_steps=self._reading_steps,
                     prompt_tokens=self._prompt_tokens,
+                    cached_tokens=self._cached_tokens,
                     output_tokens=self._output_tokens,
                     busy_s=self._busy_s,
                     slot_s=self._slot_s,

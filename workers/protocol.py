@@ -48,6 +48,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     flash_attention: bool | None = None
     """None lets llama.cpp decide."""
     kv_unified: bool = False
+    prefix_reuse: bool = True
+    """What a prompt has in common with one that is in the cache is not computed again (`workers.prefixes`)."""
     steady_batches: bool | None = None
     """Shape batches as a GPU likes them (`workers.slots`). None: where there is one."""
     use_mmap: bool = True
@@ -128,7 +130,8 @@ class Answer(msgspec.Struct, array_like=True, frozen=True):
     """The end of one request. `error` is set instead of choices if it could not be run.
 
     queue_s: received to first scheduled. ttft_s: received to first output token (0.0 if there was none).
-    e2e_s: received to finished. So ttft_s and e2e_s include queue_s.
+    e2e_s: received to finished. So ttft_s and e2e_s include queue_s. cached_tokens: those of prompt_tokens that no
+    choice had to compute, because they were in the cache.
     """
 
     key: int
@@ -139,6 +142,7 @@ class Answer(msgspec.Struct, array_like=True, frozen=True):
     ttft_s: float
     e2e_s: float
     error: str | None = None
+    cached_tokens: int = 0
 
 
 class Piece(msgspec.Struct, array_like=True, frozen=True):
@@ -170,6 +174,7 @@ class Returned(msgspec.Struct, tag="returned", frozen=True):
 class Stats(msgspec.Struct, tag="stats", frozen=True, kw_only=True):
     """Counters since the last `Stats`, about once a second and once at the end.
 
+    prompt_tokens: those that were computed, for each choice of a request. cached_tokens: those that were in the cache.
     busy_s: time in which at least one slot was in use. slot_s: integral of used slots over time.
     itl_buckets / itl_counts: a sparse `scheduling.histogram` of gaps between tokens of a sequence, in seconds.
     """
@@ -177,6 +182,7 @@ class Stats(msgspec.Struct, tag="stats", frozen=True, kw_only=True):
     interval_s: float
     steps: int
     prompt_tokens: int
+    cached_tokens: int = 0
     output_tokens: int
     busy_s: float
     slot_s: float

@@ -225,15 +225,15 @@ class SimulatedContext:
         """(rows, VOCAB) logits of the wanted rows in batch order."""
         return self._logits[:rows]
 
-    def forget(self, seq: int, first: int = -1) -> None:
+    def forget(self, seq: int, first: int = 0) -> None:
         """Cells need not be emptied, they are written before they are read. The sequence does not go on, however."""
-        if first < 0:
+        if not first:
             self._next[seq] = -1
 
-    def move(self, source: int, target: int) -> None:
-        """One sequence's cells become another's."""
-        self._states[target] = self._states[source]
-        self._next[target], self._next[source] = self._next[source], -1
+    def copy(self, source: int, target: int, length: int) -> None:
+        """One sequence's first `length` cells become another's, too."""
+        self._states[target, : length + 1] = self._states[source, : length + 1]
+        self._next[target] = self._next[source]
 
     def clear(self) -> None:
         """All sequences begin again."""

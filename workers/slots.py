@@ -16,12 +16,15 @@ then one that decodes (`decode_pass`), shaped as far as `Shape` says that it pay
 - Idle slots take part in the decode pass with a token that means nothing: no hole cuts it in two, and it keeps its
   shape, so that a GPU replays it instead of being told each kernel again.
 
-Only numbers live here; what a slot runs for is in `workers.stepper.Seat`.
+Where the model allows it (`Shape.keeps`) a slot that becomes idle keeps its cells: `kept` of them still hold the tokens
+of its row, the rest mean nothing. `workers.prefixes` finds prompts that begin with them. A slot may also wait for
+another, its donor, that has or reads what its own prompt begins with: it takes part in nothing that reads then.
+
+Only numbers live here; what a slot runs for is in `workers.seating.Seat`.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -35,8 +38,13 @@ Flags = npt.NDArray[np.bool_]
 
 READ_CHUNK_TOKENS = 256
 """Most tokens of one prompt in a step in which others decode: they wait for it."""
-IDLE_CELLS_MAX = 256
-"""llama.cpp attends to no fewer."""
+CELLS_STEP = 256
+"""A pass attends to a multiple of this many cells of each stream: as many as the longest stream in it needs."""
+IDLE_ROOM = 32
+"""Where what an idle slot keeps is cut, for so many steps nothing need be cut again."""
+NARROW_ROWS = 4
+"""A decode pass of so many rows takes hardly longer than one of fewer."""
+NOBODY = -1
 MOVES_PER_PASS = 4
 """Moving so many sequences costs about as much as a pass."""
 
@@ -48,13 +56,16 @@ class Shape:
     steady: reading and decoding are passes of their own, idle slots take part in the latter. pad_tokens: most padding
     in a pass that reads prompts. moves: sequences may be moved to other slots to be neighbours. patience: how many
     rows may be kept idle, for each row that decodes, before waiting prompts are read, so that several are read in one
-    pass.
+    pass. keeps: idle slots keep their cells for prompts that begin with the same tokens. copy_tokens: so many tokens of
+    a prompt are read while a slot is copied.
     """
 
     steady: bool = False
     pad_tokens: int = 0
     moves: bool = False
     patience: float = 0.0
+    keeps: bool = False
+    copy_tokens: int = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +101,18 @@ class SlotArrays:
         self.used = np.zeros(count, np.bool_)
         self.length = np.zeros(count, np.int64)
         self.fed = np.zeros(count, np.int64)
-        """Tokens in the cells of the slot; of an idle slot, those that mean nothing."""
+        """Tokens in the cells of the slot; of an idle slot, those that mean nothing included."""
+        self.kept = np.zeros(count, np.int64)
+        """Of an idle slot: its first cells that hold the tokens of its row."""
+        self.cached = np.zeros(count, np.int64)
+        """Tokens of the prompt that were in cells already, and not read."""
+        self.donor = np.full(count, NOBODY, np.int64)
+        """The slot from which this one waits to be given its first `awaited` tokens."""
+        self.awaited = np.zeros(count, np.int64)
+        self.asked_tokens = np.zeros(count, np.int64)
+        """So many tokens at its beginning have been asked for by another prompt, ..."""
+        self.asked = np.zeros(count, np.int64)
+        """... last when this many slots had been taken."""
         self.outputs = np.zeros(count, np.int64)
         self.limit = np.zeros(count, np.int64)
         self.order = np.zeros(count, np.int64)
@@ -101,8 +123,9 @@ class SlotArrays:
         self.ignore_eos = np.zeros(count, np.bool_)
         self.watched = np.zeros(count, np.bool_)
         """The text is looked at token by token."""
-        self._free = list(range(count))
-        self._taken = 0
+        self.taken = 0
+        """How often a slot was taken."""
+        self._busy = 0
         self._rows = 0
         """Rows of the decode pass, where it is kept steady."""
 
@@ -110,7 +133,19 @@ class SlotArrays:
 
     @property
     def free(self) -> int:
-        return len(self._free)
+        return self.count - self._busy
+
+    @property
+    def span(self) -> int:
+        """Slots below this one may be taken without making the decode pass wider, where it is kept steady."""
+        if not self.shape.steady:
+            return self.count
+        return max(self._rows, self._width(self._busy + 1), min(self.count, NARROW_ROWS))
+
+    @property
+    def held(self) -> Places:
+        """(slots,) first cells of each that hold the tokens of its row."""
+        return np.where(self.used, self.fed, self.kept)
 
     @property
     def decoding(self) -> int:
@@ -118,33 +153,58 @@ class SlotArrays:
         return int(np.count_nonzero(self.used & (self.outputs > 0)))
 
     def take(
-        self, prompt: Ints, limit: int, *, plain: bool = True, ignore_eos: bool = False, watched: bool = False
+        self,
+        prompt: Ints,
+        limit: int,
+        *,
+        slot: int | None = None,
+        keep: int = 0,
+        plain: bool = True,
+        ignore_eos: bool = False,
+        watched: bool = False,
     ) -> tuple[int, bool]:
-        """Put a prompt into the smallest free slot. Returns it, and whether its cells have to be emptied first."""
-        slot = heapq.heappop(self._free)
-        stale = bool(self.fed[slot])
-        self._taken += 1
-        self.tokens[slot, : prompt.size] = prompt
+        """Put a prompt into a free slot, by default the smallest, whose first `keep` cells hold its beginning.
+
+        Returns the slot, and whether its cells from there on have to be emptied first.
+        """
+        if slot is None:
+            slot = int(np.flatnonzero(~self.used)[0])
+        stale = bool(self.fed[slot] > keep)
+        self.taken += 1
+        self._busy += 1
+        self.tokens[slot, keep : prompt.size] = prompt[keep:]
         self.used[slot] = True
         self.length[slot] = prompt.size
-        self.fed[slot] = 0
+        self.fed[slot] = self.cached[slot] = keep
         self.outputs[slot] = 0
         self.limit[slot] = limit
-        self.order[slot] = self._taken
+        self.order[slot] = self.taken
         self.plain[slot] = plain
         self.ignore_eos[slot] = ignore_eos
         self.watched[slot] = watched
         return slot, stale
 
     def release(self, slot: int) -> None:
-        """The slot is idle. Its cells must be emptied."""
+        """The slot is idle. Unless idle slots keep them, its cells must be emptied."""
+        if not self.shape.keeps:
+            self.fed[slot] = 0
         self.used[slot] = False
-        self.fed[slot] = 0
-        heapq.heappush(self._free, slot)
+        self.kept[slot] = self.fed[slot]
+        self.donor[slot] = NOBODY
+        self._busy -= 1
+
+    def give(self, slot: int, tokens: int) -> int:
+        """A slot has been given its first `tokens` tokens, which are in its cells now. Returns how many are new."""
+        new = tokens - int(self.fed[slot])
+        self.cached[slot] += new
+        self.fed[slot] = tokens
+        self.donor[slot] = NOBODY
+        return new
 
     def forget_all(self) -> None:
         """All cells are empty: everything is fed again, outputs included."""
-        self.fed[:] = 0
+        for array in (self.fed, self.kept, self.cached):
+            array[:] = 0
 
     def output_of(self, slot: int) -> Ints:
         """The tokens put out so far."""
@@ -157,7 +217,7 @@ class SlotArrays:
         """Moves (from, to) after which the next `newcomers` prompts are neighbours; none if that does not pay."""
         if not self.shape.moves or newcomers < 2:
             return []
-        free = np.array(sorted(self._free)[:newcomers])
+        free = np.flatnonzero(~self.used)[:newcomers]
         runs = 1 + int(np.count_nonzero(np.diff(free) > 1))
         moves = self._downwards()
         return moves if len(moves) <= MOVES_PER_PASS * (runs - 1) else []
@@ -177,16 +237,16 @@ class SlotArrays:
 
     def move(self, source: int, target: int) -> None:
         """Everything of a slot goes to a free one. The cells have to follow."""
-        self._free.remove(target)
-        heapq.heapify(self._free)
         for array in (
-            self.length, self.fed, self.outputs, self.limit, self.order, self.last_s, self.plain, self.ignore_eos,
-            self.watched,
+            self.length, self.fed, self.cached, self.donor, self.awaited, self.asked_tokens, self.asked, self.outputs,
+            self.limit, self.order, self.last_s, self.plain, self.ignore_eos, self.watched,
         ):  # fmt: skip
             array[target] = array[source]
         length = int(self.length[source])
         self.tokens[target, :length] = self.tokens[source, :length]
         self.used[target] = True
+        self._busy += 1
+        self.donor[self.donor == source] = target
         self.release(source)
 
     def narrow(self) -> None:
@@ -210,7 +270,7 @@ class SlotArrays:
     def mixed_pass(self, batch_tokens: int) -> Pass:
         """A token for each slot that decodes, then prompts in order of arrival while there is room. Marks them as fed.
         At least one slot must be in use."""
-        slots = np.flatnonzero(self.used)
+        slots = np.flatnonzero(self.used & (self.donor == NOBODY))
         counts = self._shares(slots, batch_tokens)
         slots, counts = slots[counts > 0], counts[counts > 0]
         ends = np.cumsum(counts)
@@ -251,7 +311,7 @@ class SlotArrays:
     def read_passes(self, batch_tokens: int) -> Iterator[Pass]:
         """The next pieces of prompts, `batch_tokens` in all at most, oldest prompts first, none to its last token.
         Marks them as fed as they are yielded."""
-        slots = np.flatnonzero(self.used & (self.length - self.fed > 1))
+        slots = np.flatnonzero(self.used & (self.length - self.fed > 1) & (self.donor == NOBODY))
         if not slots.size:
             return
         left = self.length[slots] - self.fed[slots] - 1
@@ -299,10 +359,16 @@ class SlotArrays:
             trim=slots[counts < tokens],
         )
 
-    def idle_full(self) -> Places:
-        """Idle slots that have enough cells: empty them. What a pass attends to is as long as its longest slot."""
-        full = np.flatnonzero(~self.used & (self.fed >= min(self._ctx_tokens, IDLE_CELLS_MAX)))
-        self.fed[full] = 0
+    def trim_idle(self) -> Places:
+        """Idle slots of the next decode pass whose cells from `fed` on must be emptied, to make room for tokens that
+        mean nothing: what all attend to must not become longer by an idle slot."""
+        rows = self._decode_rows()
+        idle = rows[~self.used[rows]]
+        longest = int(self.fed[self.used].max()) + 1
+        limit = min(self._ctx_tokens, -(-longest // CELLS_STEP) * CELLS_STEP)
+        full = idle[self.fed[idle] >= limit]
+        self.kept[full] = np.minimum(self.kept[full], max(0, limit - IDLE_ROOM))
+        self.fed[full] = self.kept[full]
         return full
 
     def decode_pass(self) -> Pass | None:

@@ -2,7 +2,7 @@
 
 Every step reads some of the prompts, then feeds one token for each sequence. Rows are sorted by sequence id and ids
 are handed out smallest first: llama.cpp cuts a batch in any other order into many small ones, which costs a factor of
-ten. Which rows make a batch is `workers.slots`' business.
+ten. Which rows make a batch is `workers.slots`' business, which request sits in which slot that of `workers.seating`.
 
 `Stepper.step` is the whole of it. Array work over all slots is done at once (`workers.slots`); Python objects are
 touched only for slots that need it: those whose sampling is more than argmax, those whose text is watched
@@ -17,47 +17,25 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from scheduling.errors import EngineError
-from workers.backlog import CANCELLED, Backlog, Task
+from workers.backlog import CANCELLED, Backlog
 from workers.choosing import Threads, choose, largest
-from workers.constraints import STUCK, Allowed, Constraints, Matcher
+from workers.constraints import STUCK, Allowed, Constraints
 from workers.meter import Meter
 from workers.protocol import Answer, Choice, Frame, Piece
-from workers.sampling import NOT_FINITE, RowSampler
+from workers.sampling import NOT_FINITE
+from workers.seating import Decoder, Seat, Seating
 from workers.slots import Ints, Pass, Places, Shape, SlotArrays
-from workers.text import PieceTable, TextStream
+from workers.text import PieceTable
 
 ERRORS_IN_A_ROW_MAX = 3
-READ_TOGETHER = 8
-"""Prompts that are enough for a pass: waiting for more of them brings nothing."""
 PARALLEL_ELEMENTS_MIN = 1 << 20
 """Logits below which a second thread costs more than it brings."""
-
-
-class Decoder(Protocol):
-    """What a stepper needs of a context. See `workers.llama.LlamaContext`."""
-
-    batch_tokens: int
-    token: Ints
-    pos: Ints
-    seq: Ints
-    wanted: npt.NDArray[np.int8]
-
-    def decode(self, rows: int) -> int: ...
-
-    def logits(self, rows: int) -> npt.NDArray[np.float32]: ...
-
-    def forget(self, seq: int, first: int = -1) -> None: ...
-
-    def move(self, source: int, target: int) -> None: ...
-
-    def clear(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -66,20 +44,6 @@ class Vocabulary:
 
     eog: npt.NDArray[np.bool_]
     pieces: PieceTable
-
-
-@dataclass
-class Seat:
-    """What one slot runs: choice `choice` of a request."""
-
-    task: Task
-    choice: int
-    sampler: RowSampler
-    matcher: Matcher | None = None
-    """Of a constrained text."""
-    stream: TextStream | None = None
-    parts: list[str] = field(default_factory=list)
-    unsent_tokens: int = 0
 
 
 class Stepper:
@@ -105,21 +69,17 @@ class Stepper:
         self._index = index
         self._decoder = decoder
         self._slots = SlotArrays(slots, ctx_tokens, shape)
-        self._seats: list[Seat | None] = [None] * slots
+        self._seats = Seating(index, self._slots, decoder, backlog, vocabulary.eog.size)
         self._vocabulary = vocabulary
         self._eog_ids = np.flatnonzero(vocabulary.eog)
         self._backlog = backlog
         self._meter = meter
         self._send = send
         self._constraints = constraints
-        self._constrained = 0
-        """Seats with a matcher."""
         self._pool = pool if pool_threads > 1 else None
         self._pool_threads = pool_threads
         self._clock = clock
         self._cancels_seen = 0
-        self._idle_rows = 0
-        """How many rows were kept idle, over the last steps, though requests waited."""
         self._errors_in_a_row = 0
         self._step_ended_s = 0.0
         self._started: list[int] = []
@@ -138,8 +98,10 @@ class Stepper:
     def step(self) -> bool:
         """One step. False if there was nothing to do."""
         self._end_cancelled()
+        # Before others take the slots of donors that have ended.
+        self._seats.settle()
         if self._slots.free:
-            self._admit()
+            self._started += self._seats.admit(self._clock())
         used = self._slots.count - self._slots.free
         if not used:
             self._emit()
@@ -162,67 +124,16 @@ class Stepper:
         self._meter.step(
             ended_s,
             prompt_tokens=prompt_tokens,
+            cached_tokens=self._seats.cached_tokens,
             output_tokens=output_tokens,
             slot_s=used * (ended_s - self._step_ended_s),
             decode_s=decoded_s - began_s,
             sample_s=now_s - decoded_s,
             gaps_s=gaps,
         )
+        self._seats.cached_tokens = 0
         self._step_ended_s = ended_s
         return True
-
-    # ------------------------------------------------ into slots
-
-    def _admit(self) -> None:
-        slots = self._slots
-        waiting = self._backlog.available(self._index)
-        if not waiting:
-            self._idle_rows = 0
-            self._shrink()
-            return
-        # Reading one prompt takes a pass that all others wait for, reading several takes hardly longer. So where more
-        # requests wait than there are slots, wait for more slots to become free, until they are several, or as much
-        # is lost by waiting as a pass costs.
-        if slots.free < min(waiting, READ_TOGETHER):
-            self._idle_rows += slots.free
-            if self._idle_rows < slots.shape.patience * slots.decoding:
-                return
-        self._idle_rows = 0
-        taken = self._backlog.take(self._index, slots.free, self._clock())
-        self._move(slots.moves_for(len(taken)))
-        for task, choice in taken:
-            self._seat_task(task, choice)
-
-    def _seat_task(self, task: Task, choice: int) -> None:
-        if choice == 0:
-            self._started.append(task.key)
-        sampling = task.sampling
-        sampler = RowSampler(sampling, task.job.seed, choice, self._vocabulary.eog.size)
-        watched = task.job.stream or bool(sampling.stop)
-        matcher = None if task.grammar is None else task.grammar.start()
-        self._constrained += matcher is not None
-        slot, stale = self._slots.take(
-            task.prompt,
-            task.limit,
-            plain=sampler.plain and matcher is None,
-            ignore_eos=sampling.ignore_eos,
-            watched=watched,
-        )
-        if stale:
-            self._decoder.forget(slot)
-        self._seats[slot] = Seat(task, choice, sampler, matcher, TextStream(sampling.stop) if watched else None)
-
-    def _move(self, moves: list[tuple[int, int]]) -> None:
-        for source, target in moves:
-            self._slots.move(source, target)
-            self._decoder.move(source, target)
-            self._seats[target], self._seats[source] = self._seats[source], None
-
-    def _shrink(self) -> None:
-        """Nobody waits: let the decode pass be no wider than it need be."""
-        if self._slots.mostly_idle:
-            self._move(self._slots.moves_to_shrink())
-            self._slots.narrow()
 
     # ------------------------------------------------ the model's turn
 
@@ -240,8 +151,8 @@ class Stepper:
             tokens += part.prompt_tokens
             for slot in part.trim.tolist():
                 decoder.forget(slot, int(slots.fed[slot]))
-        for slot in slots.idle_full().tolist():
-            decoder.forget(slot)
+        for slot in slots.trim_idle().tolist():
+            decoder.forget(slot, int(slots.fed[slot]))
         last = slots.decode_pass()
         if last is None or not self._decode(last):
             return None, tokens
@@ -283,9 +194,9 @@ class Stepper:
 
     def _allowed(self, outputs: Places) -> Allowed | None:
         """What grammars and schemas let the next tokens of `outputs` be. None if there are none."""
-        if not self._constrained or self._constraints is None:
+        if not self._seats.constrained or self._constraints is None:
             return None
-        return self._constraints.allowed([self._seat(slot).matcher for slot in outputs.tolist()])
+        return self._constraints.allowed([self._seats[slot].matcher for slot in outputs.tolist()])
 
     def _choose(self, logits: npt.NDArray[np.float32], rows: Pass, allowed: Allowed | None) -> Ints:
         """One token for each of `rows.output_slots`; NOT_FINITE where its row of `logits` is damaged, STUCK where its
@@ -308,7 +219,7 @@ class Stepper:
         if slots.plain[outputs].all():
             return largest(logits, rows.output_rows, threads)
         places = outputs.tolist()
-        samplers = [self._seat(slot).sampler for slot in places]
+        samplers = [self._seats[slot].sampler for slot in places]
 
         def history(place: int) -> Ints:
             slot = places[place]
@@ -323,7 +234,7 @@ class Stepper:
             outputs, tokens = self._drop_failed(outputs, tokens)
         gaps = slots.put(outputs, tokens, now_s)
         for slot in outputs[slots.outputs[outputs] == 1].tolist():
-            seat = self._seat(slot)
+            seat = self._seats[slot]
             if seat.task.first_token_s is None:
                 seat.task.first_token_s = now_s
         ended = self._vocabulary.eog[tokens] & ~slots.ignore_eos[outputs]
@@ -333,7 +244,7 @@ class Stepper:
         for place in np.flatnonzero(ended | full | watched | over).tolist():
             slot = int(outputs[place])
             stopped = watched[place] and self._watch(slot, int(tokens[place]), bool(ended[place]))
-            matcher = self._seat(slot).matcher
+            matcher = self._seats[slot].matcher
             if matcher is not None and matcher.error:
                 self._finish(slot, "error", matcher.error)
             elif ended[place] or stopped or over[place]:
@@ -349,7 +260,7 @@ class Stepper:
             place = int(self._slots.outputs[slot]) + 1
             self._finish(slot, "error", f"the model gave NaN or infinite logits at output token {place}")
         for slot in outputs[tokens == STUCK].tolist():
-            matcher = self._seat(slot).matcher
+            matcher = self._seats[slot].matcher
             assert matcher is not None
             self._finish(slot, "error", matcher.error)
         if damaged.any():
@@ -360,14 +271,14 @@ class Stepper:
 
     def _over(self, outputs: Places) -> npt.NDArray[np.bool_]:
         """Which constrained texts are over: whole, so that nothing can follow, or failed."""
-        if not self._constrained:
+        if not self._seats.constrained:
             return np.zeros(outputs.size, np.bool_)
-        matchers = [self._seat(slot).matcher for slot in outputs.tolist()]
+        matchers = [self._seats[slot].matcher for slot in outputs.tolist()]
         return np.array([matcher is not None and matcher.over for matcher in matchers], np.bool_)
 
     def _watch(self, slot: int, token: int, ended: bool) -> bool:
         """Look at a watched slot's new text. True if a stop string has come."""
-        seat = self._seat(slot)
+        seat = self._seats[slot]
         assert seat.stream is not None
         seat.unsent_tokens += 1
         if not ended:
@@ -388,12 +299,11 @@ class Stepper:
         if self._cancels_seen == self._backlog.cancels:
             return
         self._cancels_seen = self._backlog.cancels
-        for slot, seat in enumerate(self._seats):
-            if seat is not None and seat.task.cancelled:
-                self._finish(slot, CANCELLED)
+        for slot in self._seats.cancelled():
+            self._finish(slot, CANCELLED)
 
     def _finish(self, slot: int, reason: str, error: str | None = None) -> None:
-        seat, slots = self._seat(slot), self._slots
+        seat, slots = self._seats[slot], self._slots
         outputs = slots.output_of(slot)
         if seat.stream is not None:
             self._say(seat, seat.stream.finish())
@@ -404,17 +314,9 @@ class Stepper:
             last_is_text = not (outputs.size and self._vocabulary.eog[outputs[-1]] and reason == "stop")
             text = self._vocabulary.pieces.text((outputs if last_is_text else outputs[:-1]).tolist())
         result = Choice(text, reason, int(outputs.size))
-        self._decoder.forget(slot)
-        slots.release(slot)
-        self._seats[slot] = None
-        self._constrained -= seat.matcher is not None
-        if self._backlog.finish(self._index, seat.task, seat.choice, result, error):
+        self._seats.leave(slot)
+        if self._backlog.finish(self._index, seat.task, seat.choice, result, error, int(slots.cached[slot])):
             self._finished.append(seat.task.answer(self._clock()))
-
-    def _seat(self, slot: int) -> Seat:
-        seat = self._seats[slot]
-        assert seat is not None, slot
-        return seat
 
     def _emit(self) -> None:
         if not (self._started or self._finished or self._pieces):

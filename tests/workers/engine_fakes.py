@@ -109,18 +109,20 @@ class FakeDecoder:
         assert rows == len(self._logits)
         return self._logits
 
-    def forget(self, seq: int, first: int = -1) -> None:
+    def forget(self, seq: int, first: int = 0) -> None:
         cells = self.cells.pop(seq, [])
-        if first >= 0:
+        if first > 0:
             self.cells[seq] = cells[:first]
         else:
             self.emptied.append(tuple(cells))
 
-    def move(self, source: int, target: int) -> None:
-        self.forget(target)
-        self.cells[target] = self.cells.pop(source)
+    def copy(self, source: int, target: int, length: int) -> None:
+        cells = self.cells.get(source, [])
+        assert 0 < length <= len(cells), "cells that are not there cannot be copied"
+        self.cells[target] = list(cells)
         if source in self._poisoned:
             self._poisoned.add(target)
+        self.forget(target, length)
 
     def clear(self) -> None:
         self.cells.clear()

@@ -12,6 +12,7 @@ def step(meter: Meter, now_s: float, *, gaps: tuple[float, ...] = ()) -> None:
     meter.step(
         now_s,
         prompt_tokens=3,
+        cached_tokens=4,
         output_tokens=2,
         slot_s=0.5,
         decode_s=0.2,
@@ -30,7 +31,7 @@ def test_counters_go_out_about_once_a_second_and_start_again() -> None:
     step(meter, 1.5)
     meter.close(1.75)
     first, second = sent
-    assert (first.steps, first.prompt_tokens, first.output_tokens) == (2, 6, 4)
+    assert (first.steps, first.prompt_tokens, first.cached_tokens, first.output_tokens) == (2, 6, 8, 4)
     assert (first.interval_s, first.busy_s, first.slot_s) == (1.25, 1.0, 1.0)
     assert first.decode_s == pytest.approx(0.4)
     assert first.sample_s == pytest.approx(0.2)

@@ -34,7 +34,7 @@ def step(slots: SlotArrays, batch_tokens: int = 1000) -> list[Pass]:
         found = [slots.mixed_pass(batch_tokens)]
     else:
         found = read_all(slots, batch_tokens)
-        slots.idle_full()
+        slots.trim_idle()
         last = slots.decode_pass()
         found += [] if last is None else [last]
     outputs = found[-1].output_slots
@@ -193,21 +193,23 @@ def test_idle_slots_are_emptied_before_they_are_full_and_when_they_are_taken() -
     for _ in range(3):
         slots.put(np.array([1]), np.array([7], np.int32), 0.0)
         slots.fed[1], slots.length[1] = 1, 2
-        assert not slots.idle_full().size
+        assert not slots.trim_idle().size
         slots.decode_pass()
     slots.fed[1] = 1
     slots.decode_pass()
-    assert slots.idle_full().tolist() == [0]
+    assert slots.trim_idle().tolist() == [0]
     slots.fed[1] = 1
     slots.decode_pass()
     assert slots.take(prompt(2), 1) == (0, True)
 
 
 def test_idle_slots_never_hold_more_than_others_attend_to_anyway() -> None:
-    slots = with_prompts(1, 1, ctx_tokens=2000, shape=SHAPED)
+    slots = with_prompts(1, 1, 1, ctx_tokens=2000, shape=SHAPED)
     slots.release(1)
-    slots.fed[1] = 256
-    assert slots.idle_full().tolist() == [1]
+    slots.fed[:] = (255, 256, 0)
+    assert slots.trim_idle().tolist() == [1]
+    slots.fed[:] = (256, 256, 0)
+    assert slots.trim_idle().tolist() == []
 
 
 def test_newcomers_become_neighbours_where_moving_is_cheaper_than_passes() -> None:
@@ -303,7 +305,7 @@ def test_every_sequence_is_fed_once_and_in_order(work: list[tuple[int, int]], ba
         else:
             for rows in slots.read_passes(batch):
                 check(rows)
-            slots.idle_full()
+            slots.trim_idle()
             last = slots.decode_pass()
         if last is None:
             continue

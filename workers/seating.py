@@ -1,0 +1,174 @@
+"""Which choice of which request sits in which slot of one context: into slots, between slots, out of slots.
+
+`Seating.admit` takes what waits in the backlog when it is a good moment to read prompts, has the free slots made
+neighbours where that pays, and gives each prompt the slot where least of it has to be read (`workers.prefixes`).
+`settle` gives slots that wait for another one's tokens what has become available. Whatever changes in `SlotArrays` here
+is done to the decoder's cells in the same breath, so that the two never say different things.
+
+It knows neither logits nor tokens' meaning; steps are `workers.stepper`'s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from workers.backlog import Backlog, Task
+from workers.constraints import Matcher
+from workers.prefixes import Prefixes
+from workers.sampling import RowSampler
+from workers.slots import NOBODY, Ints, SlotArrays
+from workers.text import TextStream
+
+READ_TOGETHER = 8
+"""Prompts that are enough for a pass: waiting for more of them brings nothing."""
+
+
+class Decoder(Protocol):
+    """What is needed of a context. See `workers.llama.LlamaContext`."""
+
+    batch_tokens: int
+    token: Ints
+    pos: Ints
+    seq: Ints
+    wanted: npt.NDArray[np.int8]
+
+    def decode(self, rows: int) -> int: ...
+
+    def logits(self, rows: int) -> npt.NDArray[np.float32]: ...
+
+    def forget(self, seq: int, first: int = 0) -> None: ...
+
+    def copy(self, source: int, target: int, length: int) -> None: ...
+
+    def clear(self) -> None: ...
+
+
+@dataclass
+class Seat:
+    """What one slot runs: choice `choice` of a request."""
+
+    task: Task
+    choice: int
+    sampler: RowSampler
+    matcher: Matcher | None = None
+    """Of a constrained text."""
+    stream: TextStream | None = None
+    parts: list[str] = field(default_factory=list)
+    unsent_tokens: int = 0
+
+
+class Seating:
+    """The seats of context `index`. `cached_tokens` counts tokens of prompts that were not read, until it is reset."""
+
+    def __init__(self, index: int, slots: SlotArrays, decoder: Decoder, backlog: Backlog, vocab_tokens: int) -> None:
+        self._index = index
+        self._slots = slots
+        self._decoder = decoder
+        self._backlog = backlog
+        self._vocab_tokens = vocab_tokens
+        self._prefixes = Prefixes(slots)
+        self._seats: list[Seat | None] = [None] * slots.count
+        self._idle_rows = 0
+        """How many rows were kept idle, over the last steps, though requests waited."""
+        self.cached_tokens = 0
+        self.constrained = 0
+        """Seats with a matcher."""
+
+    def __getitem__(self, slot: int) -> Seat:
+        seat = self._seats[slot]
+        assert seat is not None, slot
+        return seat
+
+    def cancelled(self) -> list[int]:
+        """Slots whose requests have been cancelled."""
+        return [slot for slot, seat in enumerate(self._seats) if seat is not None and seat.task.cancelled]
+
+    # ------------------------------------------------ into slots
+
+    def admit(self, now_s: float) -> list[int]:
+        """Take requests for free slots. Returns the keys of those that start with it."""
+        slots = self._slots
+        waiting = self._backlog.available(self._index)
+        if not waiting:
+            self._idle_rows = 0
+            self._shrink()
+            return []
+        # Reading one prompt takes a pass that all others wait for, reading several takes hardly longer. So where more
+        # requests wait than there are slots, wait for more slots to become free, until they are several, or as much
+        # is lost by waiting as a pass costs.
+        if slots.free < min(waiting, READ_TOGETHER):
+            self._idle_rows += slots.free
+            if self._idle_rows < slots.shape.patience * slots.decoding:
+                return []
+        self._idle_rows = 0
+        taken = self._backlog.take(self._index, slots.free, now_s)
+        self._move(slots.moves_for(len(taken)))
+        for task, choice in taken:
+            self._seat(task, choice)
+        return [task.key for task, choice in taken if choice == 0]
+
+    def _seat(self, task: Task, choice: int) -> None:
+        slots, sampling = self._slots, task.sampling
+        sampler = RowSampler(sampling, task.job.seed, choice, self._vocab_tokens)
+        watched = task.job.stream or bool(sampling.stop)
+        matcher = None if task.grammar is None else task.grammar.start()
+        self.constrained += matcher is not None
+        place = self._prefixes.place(task.prompt)
+        slot, stale = slots.take(
+            task.prompt,
+            task.limit,
+            slot=place.slot,
+            keep=place.keep,
+            plain=sampler.plain and matcher is None,
+            ignore_eos=sampling.ignore_eos,
+            watched=watched,
+        )
+        if stale:
+            self._decoder.forget(slot, place.keep)
+        self._seats[slot] = Seat(task, choice, sampler, matcher, TextStream(sampling.stop) if watched else None)
+        self.cached_tokens += place.keep
+        self._prefixes.taken(place)
+        if place.donor != NOBODY:
+            # Now, if it is there: an idle donor may be the next one's slot.
+            self.settle()
+
+    # ------------------------------------------------ between slots
+
+    def settle(self) -> None:
+        """Copy what slots have waited for and others have read by now."""
+        slots = self._slots
+        for slot in self._prefixes.settled():
+            source, tokens = int(slots.donor[slot]), int(slots.awaited[slot])
+            self._decoder.copy(source, slot, tokens)
+            self.cached_tokens += slots.give(slot, tokens)
+
+    def _move(self, moves: list[tuple[int, int]]) -> None:
+        slots = self._slots
+        for source, target in moves:
+            self._decoder.copy(source, target, int(slots.fed[source]))
+            slots.move(source, target)
+            self._seats[target] = self._seats[source]
+            self._empty(source)
+
+    def _shrink(self) -> None:
+        """Nobody waits: let the decode pass be no wider than it need be."""
+        if self._slots.mostly_idle:
+            self._move(self._slots.moves_to_shrink())
+            self._slots.narrow()
+
+    # ------------------------------------------------ out of slots
+
+    def leave(self, slot: int) -> None:
+        """What sat in a slot has ended."""
+        self.constrained -= self[slot].matcher is not None
+        self._slots.release(slot)
+        self._empty(slot)
+
+    def _empty(self, slot: int) -> None:
+        self._seats[slot] = None
+        if not self._slots.shape.keeps:
+            self._decoder.forget(slot)
