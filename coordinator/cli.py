@@ -80,6 +80,10 @@ GpuLayers = Annotated[int, typer.Option(help="Layers on the GPU; -1 is all.")]
 FlashAttention = Annotated[
     bool | None, typer.Option("--flash-attention/--no-flash-attention", help="[default: llama.cpp decides]")
 ]
+PrefixReuse = Annotated[
+    bool,
+    typer.Option("--prefix-reuse/--no-prefix-reuse", help="Whether what prompts begin with in common is read once."),
+]
 DeviceOption = Annotated[Device, typer.Option(help="'gpu' insists on one, 'cpu' uses none.")]
 MaxTokens = Annotated[int, typer.Option(help="Most output tokens of a request that does not say.")]
 Temperature = Annotated[float, typer.Option(help="For requests that do not say; 0 is greedy.")]
@@ -118,6 +122,7 @@ def batch(
     threads: Threads = None,
     gpu_layers: GpuLayers = -1,
     flash_attention: FlashAttention = None,
+    prefix_reuse: PrefixReuse = True,
     device: DeviceOption = Device.auto,
     gpus_per_rank: Annotated[int, typer.Option(help="GPUs of each worker, for a model that needs several.")] = 1,
     ranks_per_gpu: Annotated[int, typer.Option(help="Workers that share a GPU.")] = 1,
@@ -175,8 +180,9 @@ def batch(
 
     config = JobConfig(
         model=model, schedule=schedule.value, slots=slots, contexts=contexts, ctx=ctx, batch=batch_size, ubatch=ubatch,
-        threads=threads, gpu_layers=gpu_layers, flash_attention=flash_attention, device=device.value,
-        gpus_per_rank=gpus_per_rank, ranks_per_gpu=ranks_per_gpu, coordinator_works=coordinator_works,
+        threads=threads, gpu_layers=gpu_layers, flash_attention=flash_attention, prefix_reuse=prefix_reuse,
+        device=device.value, gpus_per_rank=gpus_per_rank, ranks_per_gpu=ranks_per_gpu,
+        coordinator_works=coordinator_works,
         sampling=checked_sampling(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, **_constraint(json_schema, grammar_file)
         ),
@@ -321,6 +327,7 @@ def bench_engine(
     threads: Threads = None,
     gpu_layers: GpuLayers = -1,
     flash_attention: FlashAttention = None,
+    prefix_reuse: PrefixReuse = True,
     device: DeviceOption = Device.auto,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
@@ -352,6 +359,7 @@ def bench_engine(
     config = JobConfig(
         model=model, slots=slots, contexts=contexts, ctx=ctx or own_ctx, batch=batch_size, ubatch=ubatch,
         threads=threads, gpu_layers=gpu_layers, flash_attention=flash_attention, device=device.value, seed=seed,
+        prefix_reuse=prefix_reuse,
     )  # fmt: skip
     if calibrate:
         raise typer.Exit(run_calibrate(config, sampling, repeats=repeats, output=output, as_json=as_json))

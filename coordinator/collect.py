@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 import numpy as np
@@ -52,10 +52,12 @@ class Gathered:
 def collect(collectives: Collecting, hosted: list[RankMetrics], now: float) -> Gathered:
     """Take part with the metrics of the workers that this rank hosts. The result is meaningful on rank 0."""
     requests = _joined([metrics.requests.rows() for metrics in hosted], REQUEST)
-    counts = np.zeros(4, np.int64)
+    counts = np.zeros(len(fields(Sums)), np.int64)
     histograms = np.zeros((len(HISTOGRAMS), BUCKETS), np.int64)
     for metrics in hosted:
-        counts += (metrics.finished, metrics.failed, metrics.prompt_tokens, metrics.output_tokens)
+        counts += (
+            metrics.finished, metrics.failed, metrics.prompt_tokens, metrics.cached_tokens, metrics.output_tokens,
+        )  # fmt: skip
         histograms += metrics.histograms()
     ended_well = requests["e2e_s"][requests["ok"] == 1]
     shortest = np.array([ended_well.min() if ended_well.size else np.inf])

@@ -33,6 +33,7 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True):
     threads: int | None = None
     gpu_layers: int = -1
     flash_attention: bool | None = None
+    prefix_reuse: bool = True
     device: Literal["auto", "gpu", "cpu"] = "auto"
     gpus_per_rank: int = 1
     ranks_per_gpu: int = 1

@@ -54,7 +54,8 @@ def engine_config(config: JobConfig, model: ModelFacts, placement: Placement, gp
         ubatch_tokens=min(config.ubatch, config.batch), threads=threads,
         sampling_threads=min(8, max(1, threads // contexts)) if on_gpu else 1,
         gpu_layers=config.gpu_layers if on_gpu else 0, flash_attention=config.flash_attention, cpus=placement.cpus,
-        device_mask=placement.device_mask, max_tokens_default=config.max_tokens, chat_template=config.chat_template,
+        device_mask=placement.device_mask, prefix_reuse=config.prefix_reuse, max_tokens_default=config.max_tokens,
+        chat_template=config.chat_template,
     )  # fmt: skip
 
 

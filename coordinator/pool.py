@@ -35,7 +35,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     """One answer. `texts` has one text for each of the request's `n` choices; `text` is the first.
 
     `error` is set, and the texts are empty, if the request failed. Times in seconds, measured by the engine from when
-    it received the request; None where undefined.
+    it received the request; None where undefined. `cached_tokens`: those of the prompt that were not computed, because
+    they were in the cache.
     """
 
     custom_id: str
@@ -43,6 +44,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     texts: tuple[str, ...]
     finish_reasons: tuple[str, ...]
     prompt_tokens: int
+    cached_tokens: int
     output_tokens: int
     queue_s: float
     ttft_s: float | None
@@ -70,6 +72,7 @@ def result_of(line: bytes) -> Result:
         custom_id=entry["custom_id"], index=part["index"],
         texts=tuple(c["message"]["content"] if "message" in c else c["text"] for c in choices),
         finish_reasons=tuple(c["finish_reason"] for c in choices), prompt_tokens=part["prompt_tokens"],
+        cached_tokens=part["cached_tokens"],
         output_tokens=part["output_tokens"], queue_s=part["queue_s"], ttft_s=part["ttft_s"], tpot_s=part["tpot_s"],
         e2e_s=part["e2e_s"], rank=part["rank"], attempt=part["attempt"],
         error=error["message"] if error is not None else None,

@@ -51,6 +51,7 @@ def report_data(run_dir: Path) -> dict[str, Any]:
         "ok": summary.ok,
         "failed": summary.failed,
         "prompt_tokens": summary.prompt_tokens,
+        "cached_tokens": summary.cached_tokens,
         "output_tokens": summary.output_tokens,
         "last_session": {name: _plain(value) for name, value in attributes.items()},
         "output_tokens_per_s": _number(_per(attributes.get("output_tokens", 0), wall_s)),
@@ -105,6 +106,9 @@ def print_report(data: dict[str, Any], stream: IO[str], run_dir: Path, *, show: 
     )
     if last.get("engine") == "simulated":
         console.print(WARNING, soft_wrap=True)
+    if data["cached_tokens"]:
+        share = data["cached_tokens"] / data["prompt_tokens"]
+        console.print(f"{100 * share:.0f} % of the prompts' tokens were in the cache already", soft_wrap=True)
     console.print()
     console.print(_latency_table(data["latencies"]))
     if data["ranks"]:

@@ -47,10 +47,15 @@ class _TextChoice(msgspec.Struct, frozen=True, gc=False):
     finish_reason: str
 
 
+class _PromptDetails(msgspec.Struct, frozen=True, gc=False):
+    cached_tokens: int
+
+
 class _Usage(msgspec.Struct, frozen=True, gc=False):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: _PromptDetails
 
 
 class _Body(msgspec.Struct, frozen=True, gc=False):
@@ -79,7 +84,8 @@ class Timing(msgspec.Struct, frozen=True, gc=False):
     """The `llmpi` part of a line. Times in seconds on the engine's clock; None where undefined.
 
     `ttft_s` is None without output, `tpot_s` = (e2e_s - ttft_s) / (output_tokens - 1) also for one token and for
-    several choices, whose tokens overlap in time.
+    several choices, whose tokens overlap in time. `cached_tokens`: those of the prompt that were not computed, because
+    they were in the cache.
     """
 
     index: int
@@ -93,6 +99,7 @@ class Timing(msgspec.Struct, frozen=True, gc=False):
     prompt_tokens: int
     output_tokens: int
     finish_reason: str
+    cached_tokens: int = 0
 
 
 class _Line(msgspec.Struct, frozen=True, gc=False):
@@ -138,6 +145,7 @@ def encode_result(
     e2e_s: float,
     created: int,
     model: str,
+    cached_tokens: int = 0,
 ) -> bytes:
     """The sealed line of a request that was answered.
 
@@ -168,8 +176,9 @@ def encode_result(
         prompt_tokens,
         output_tokens,
         _gravest([why for _, why, _ in answer_choices]) if several else answer_choices[0][1],
+        cached_tokens,
     )
-    usage = _Usage(prompt_tokens, output_tokens, prompt_tokens + output_tokens)
+    usage = _Usage(prompt_tokens, output_tokens, prompt_tokens + output_tokens, _PromptDetails(cached_tokens))
     response = _Response(200, "req_" + ident, _Body(body_id, name, created, model, choices, usage))
     return seal(_encode(_Line("batch_req_" + ident, request.custom_id, response, None, timing)))
 
@@ -185,10 +194,13 @@ def encode_failure(
     prompt_tokens: int = 0,
     queue_s: float = 0.0,
     e2e_s: float = 0.0,
+    cached_tokens: int = 0,
 ) -> bytes:
     """The sealed line of a request that failed. Its finish reason is `cancelled` for that code, else `error`."""
     reason = "cancelled" if code == "cancelled" else "error"
-    timing = Timing(index, attempt, rank, session, queue_s, None, None, e2e_s, prompt_tokens, 0, reason)
+    timing = Timing(
+        index, attempt, rank, session, queue_s, None, None, e2e_s, prompt_tokens, 0, reason, cached_tokens
+    )  # fmt: skip
     ident = "batch_req_" + str(index)
     try:
         return seal(_encode(_Line(ident, custom_id, None, Failure(code, message), timing)))
@@ -228,7 +240,7 @@ def decode_row(line: bytes) -> Row:
         raise ValueError(str(error)) from error
 
 
-def request_row(row: Row) -> tuple[int, int, int, int, int, int, float, float, float, float, int, int]:
+def request_row(row: Row) -> tuple[int, int, int, int, int, int, int, float, float, float, float, int, int]:
     """`row` as a tuple for `scheduling.tables.REQUEST`. Undefined times become NaN."""
     part = row.llmpi
     nan = float("nan")
@@ -238,6 +250,7 @@ def request_row(row: Row) -> tuple[int, int, int, int, int, int, float, float, f
         part.attempt,
         part.session,
         part.prompt_tokens,
+        part.cached_tokens,
         part.output_tokens,
         part.queue_s,
         nan if part.ttft_s is None else part.ttft_s,

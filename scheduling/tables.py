@@ -20,6 +20,7 @@ REQUEST = np.dtype(
         ("attempt", "<i4"),
         ("session", "<i4"),
         ("prompt_tokens", "<i4"),
+        ("cached_tokens", "<i4"),
         ("output_tokens", "<i4"),
         ("queue_s", "<f8"),
         ("ttft_s", "<f8"),
@@ -39,6 +40,7 @@ RANK = np.dtype(
         ("requests", "<i8"),
         ("failed", "<i8"),
         ("prompt_tokens", "<i8"),
+        ("cached_tokens", "<i8"),
         ("output_tokens", "<i8"),
         ("busy_s", "<f8"),
         ("slot_s", "<f8"),
@@ -51,7 +53,8 @@ RANK = np.dtype(
         ("steps", "<i8"),
     ]
 )
-"""`requests` counts all that ended on the rank, `failed` those of them that failed."""
+"""`requests` counts all that ended on the rank, `failed` those of them that failed. Tokens of a prompt that were in the
+cache, and not computed, are in `prompt_tokens` and in `cached_tokens`."""
 
 TELEMETRY = np.dtype(
     [

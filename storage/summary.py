@@ -42,6 +42,7 @@ class Sums:
     requests: int = 0
     failed: int = 0
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     output_tokens: int = 0
 
     def __add__(self, other: Sums) -> Sums:
@@ -70,6 +71,11 @@ class Summary:
     def prompt_tokens(self) -> int:
         """Of all requests, failed ones too."""
         return self.sums.prompt_tokens
+
+    @property
+    def cached_tokens(self) -> int:
+        """Those of `prompt_tokens` that were in the cache, and not computed."""
+        return self.sums.cached_tokens
 
     @property
     def output_tokens(self) -> int:
@@ -109,6 +115,7 @@ def sums_of(rows: Rows) -> Sums:
         len(rows),
         int((rows["ok"] == 0).sum()),
         int(rows["prompt_tokens"].sum(dtype=np.int64)),
+        int(rows["cached_tokens"].sum(dtype=np.int64)),
         int(rows["output_tokens"].sum(dtype=np.int64)),
     )
 

@@ -14,7 +14,6 @@ that is the backpressure. An exception in any thread ends the engine with `Engin
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 import traceback
@@ -44,19 +43,11 @@ from workers.protocol import (
     Submit,
     decode_to_engine,
 )
+from workers.shape import shape_of
 from workers.shares import slots_of_contexts
-from workers.slots import MOVES_PER_PASS, Shape
 from workers.stepper import Stepper, Vocabulary
 from workers.text import PieceTable
 
-PASS_TOKENS_GPU = 192
-PASS_TOKENS_CPU = 4
-"""A pass over the weights takes as long as so many tokens of a prompt. On a GPU so many may be padding of one."""
-PATIENCE_GPU = 0.6
-"""... and as long as so many steps of those that decode."""
-COPY_TOKENS_MIN_GPU = 64
-COPY_TOKENS_MIN_CPU = 16
-"""Copying a slot, however small, takes as long as reading so many tokens of a prompt."""
 JOIN_S = 2.0
 """How long the end waits for threads that are inside a decode."""
 
@@ -176,7 +167,13 @@ class BatchingEngine:
         contexts = [model.context(config, share, threads) for share in shares]
         helpers = config.sampling_threads - 1
         pool = ThreadPoolExecutor(helpers * len(contexts), "choose") if helpers > 0 else None
-        shape = self._shape(config, model)
+        shape = shape_of(
+            config,
+            on_gpu=bool(self._gpu_names),
+            keeps_cells=model.keeps_cells,
+            cell_bytes=model.cell_bytes,
+            model_bytes=model.model_bytes,
+        )
         return [
             Stepper(
                 self._backlog.open(lane),
@@ -194,28 +191,6 @@ class BatchingEngine:
             )
             for context, share in zip(contexts, shares, strict=True)
         ]
-
-    def _shape(self, config: EngineConfig, model: Model) -> Shape:
-        steady = config.steady_batches
-        if steady is None:
-            steady = bool(self._gpu_names) and not config.kv_unified
-        # In a unified cache all would attend to what idle slots keep.
-        keeps = config.prefix_reuse and model.keeps_cells and not config.kv_unified
-        # A copy reads and writes all cells of a slot, a pass reads all weights.
-        copy_share = 2 * config.ctx_tokens * model.cell_bytes / model.model_bytes
-        if not steady:
-            copy_tokens = max(COPY_TOKENS_MIN_CPU, math.ceil(copy_share * PASS_TOKENS_CPU))
-            return Shape(keeps=keeps, copy_tokens=copy_tokens)
-        if not model.keeps_cells:
-            return Shape(steady=True, patience=PATIENCE_GPU)
-        return Shape(
-            steady=True,
-            pad_tokens=PASS_TOKENS_GPU,
-            moves=MOVES_PER_PASS * copy_share <= 2,
-            patience=PATIENCE_GPU,
-            keeps=keeps,
-            copy_tokens=max(COPY_TOKENS_MIN_GPU, math.ceil(copy_share * PASS_TOKENS_GPU)),
-        )
 
     # ------------------------------------------------ running
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from workers.protocol import EngineConfig
-from workers.stepper import Decoder
+from workers.seating import Decoder
 
 
 class Model(Protocol):

@@ -59,6 +59,7 @@ class RankMetrics:
         self.finished = 0
         self.failed = 0
         self.prompt_tokens = 0
+        self.cached_tokens = 0
         self.output_tokens = 0
         self.busy_s = 0.0
         self.slot_s = 0.0
@@ -99,7 +100,8 @@ class RankMetrics:
         row["rank"], row["session"] = self.rank, self.session
         row["host"], row["device"] = fitted(self.host, RANK["host"]), fitted(self.device, RANK["device"])
         row["requests"], row["failed"] = self.finished, self.failed
-        row["prompt_tokens"], row["output_tokens"] = self.prompt_tokens, self.output_tokens
+        row["prompt_tokens"], row["cached_tokens"] = self.prompt_tokens, self.cached_tokens
+        row["output_tokens"] = self.output_tokens
         row["busy_s"], row["slot_s"], row["starved_slot_s"] = self.busy_s, self.slot_s, self.starved_slot_s
         row["open_slot_s"] = self.open_slot_s
         row["wall_s"] = 0.0 if self.ready_at is None else now - self.ready_at

@@ -5,8 +5,8 @@ Three places may hold the beginning of a prompt:
 - A free slot: idle slots keep their cells. The slot is taken as it is, and what follows the common part is emptied.
 - Another slot of the same context, whose whole stream is copied. That takes as long as reading `Shape.copy_tokens`
   tokens, so less is not copied.
-- A slot that has not read it yet. Then this one waits for it (`SlotArrays.donor`) and is given it by a copy. Donors were
-  taken earlier than those that wait for them, so nobody waits in a circle; if one ends before, they look again.
+- A slot that has not read it yet. Then this one waits for it (`SlotArrays.donor`) and is given it by a copy. Donors
+  were taken earlier than those that wait for them, so nobody waits in a circle; if one ends before, they look again.
 
 The last token of a prompt is always read: its logits are needed.
 

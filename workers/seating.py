@@ -149,7 +149,10 @@ class Seating:
     def _move(self, moves: list[tuple[int, int]]) -> None:
         slots = self._slots
         for source, target in moves:
-            self._decoder.copy(source, target, int(slots.fed[source]))
+            if slots.fed[source]:
+                self._decoder.copy(source, target, int(slots.fed[source]))
+            else:
+                self._decoder.forget(target)
             slots.move(source, target)
             self._seats[target] = self._seats[source]
             self._empty(source)

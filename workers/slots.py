@@ -8,7 +8,7 @@ llama.cpp computes in one pass only what has consecutive sequence ids and the sa
 of a batch costs a pass of its own, with all weights read again. A processor does nothing at once, so that costs it
 little: there a step is one batch (`mixed_pass`) with a token for each slot that decodes and pieces of prompts. A GPU
 takes nearly as long for one row as for fifty. There (`Shape.steady`) a step is some passes that read (`read_passes`),
-then one that decodes (`decode_pass`), shaped as far as `Shape` says that it pays:
+then one that decodes (`decode_pass`), shaped as far as `workers.shape` says that it pays:
 
 - Prompts are read up to their last token, without logits. The decode pass takes that token with everybody else's, so
   that it is one pass, whatever is being read.
@@ -32,6 +32,8 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
+from workers.shape import MOVES_PER_PASS, Shape
+
 Ints = npt.NDArray[np.int32]
 Places = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
@@ -45,27 +47,6 @@ IDLE_ROOM = 32
 NARROW_ROWS = 4
 """A decode pass of so many rows takes hardly longer than one of fewer."""
 NOBODY = -1
-MOVES_PER_PASS = 4
-"""Moving so many sequences costs about as much as a pass."""
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What shaping batches is worth on the hardware at hand; the defaults, for a CPU, shape nothing.
-
-    steady: reading and decoding are passes of their own, idle slots take part in the latter. pad_tokens: most padding
-    in a pass that reads prompts. moves: sequences may be moved to other slots to be neighbours. patience: how many
-    rows may be kept idle, for each row that decodes, before waiting prompts are read, so that several are read in one
-    pass. keeps: idle slots keep their cells for prompts that begin with the same tokens. copy_tokens: so many tokens of
-    a prompt are read while a slot is copied.
-    """
-
-    steady: bool = False
-    pad_tokens: int = 0
-    moves: bool = False
-    patience: float = 0.0
-    keeps: bool = False
-    copy_tokens: int = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +73,7 @@ class Pass:
 class SlotArrays:
     """State of `count` slots of `ctx_tokens` tokens each."""
 
-    def __init__(self, count: int, ctx_tokens: int, shape: Shape = Shape()) -> None:
+    def __init__(self, count: int, ctx_tokens: int, shape: Shape = Shape()) -> None:  # noqa: B008, a frozen value
         self.count = count
         self.shape = shape
         self._ctx_tokens = ctx_tokens

@@ -30,7 +30,8 @@ from workers.meter import Meter
 from workers.protocol import Answer, Choice, Frame, Piece
 from workers.sampling import NOT_FINITE
 from workers.seating import Decoder, Seat, Seating
-from workers.slots import Ints, Pass, Places, Shape, SlotArrays
+from workers.shape import Shape
+from workers.slots import Ints, Pass, Places, SlotArrays
 from workers.text import PieceTable
 
 ERRORS_IN_A_ROW_MAX = 3

@@ -276,7 +276,7 @@ class Worker:
         if answer.error is not None:
             self._finish_failed(
                 answer.key, one.attempt, one.request.custom_id, "request_failed", answer.error,
-                answer.prompt_tokens, answer.queue_s, answer.e2e_s,
+                answer.prompt_tokens, answer.queue_s, answer.e2e_s, answer.cached_tokens,
             )  # fmt: skip
             return
         options, metrics = self._options, self.metrics
@@ -284,38 +284,41 @@ class Worker:
         line = encode_result(
             one.request, answer.key, one.attempt, options.rank, metrics.session, choices, answer.prompt_tokens,
             answer.output_tokens, answer.queue_s, answer.ttft_s, answer.e2e_s, int(options.wall_clock()),
-            options.model_name,
+            options.model_name, answer.cached_tokens,
         )  # fmt: skip
         tokens = answer.output_tokens
         tpot_s = (answer.e2e_s - answer.ttft_s) / (tokens - 1) if tokens > 1 and len(choices) == 1 else NAN
         metrics.requests.append(
             (
-                answer.key, options.rank, one.attempt, metrics.session, answer.prompt_tokens, tokens, answer.queue_s,
-                answer.ttft_s if tokens else NAN, tpot_s, answer.e2e_s, finish_number(choices[0][1]), 1,
+                answer.key, options.rank, one.attempt, metrics.session, answer.prompt_tokens, answer.cached_tokens,
+                tokens, answer.queue_s, answer.ttft_s if tokens else NAN, tpot_s, answer.e2e_s,
+                finish_number(choices[0][1]), 1,
             )
         )  # fmt: skip
         metrics.finished += 1
         metrics.prompt_tokens += answer.prompt_tokens
+        metrics.cached_tokens += answer.cached_tokens
         metrics.output_tokens += tokens
         self._finished.append(m.Finished(answer.key, one.attempt, True, answer.prompt_tokens, tokens, line))
 
     def _finish_failed(
         self, index: int, attempt: int, custom_id: str, code: str, reason: str,
-        prompt_tokens: int = 0, queue_s: float = 0.0, e2e_s: float = 0.0,
+        prompt_tokens: int = 0, queue_s: float = 0.0, e2e_s: float = 0.0, cached_tokens: int = 0,
     ) -> None:  # fmt: skip
         rank, metrics = self._options.rank, self.metrics
         line = encode_failure(
-            custom_id, index, attempt, rank, metrics.session, code, reason, prompt_tokens, queue_s, e2e_s
+            custom_id, index, attempt, rank, metrics.session, code, reason, prompt_tokens, queue_s, e2e_s, cached_tokens
         )
         metrics.requests.append(
             (
-                index, rank, attempt, metrics.session, prompt_tokens, 0, queue_s, NAN, NAN, e2e_s,
+                index, rank, attempt, metrics.session, prompt_tokens, cached_tokens, 0, queue_s, NAN, NAN, e2e_s,
                 finish_number("error"), 0,
             )
         )  # fmt: skip
         metrics.finished += 1
         metrics.failed += 1
         metrics.prompt_tokens += prompt_tokens
+        metrics.cached_tokens += cached_tokens
         self._finished.append(m.Finished(index, attempt, False, prompt_tokens, 0, line))
 
     # ------------------------------------------------------------ the engine's life

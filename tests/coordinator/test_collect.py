@@ -21,10 +21,11 @@ def metrics_of(rank: int, latencies_s: list[float], failed: int = 0) -> RankMetr
     metrics.engine_ready(2, 0.0)
     for k, e2e_s in enumerate(latencies_s):
         ok = int(k >= failed)
-        metrics.requests.append((100 * rank + k, rank, 1, 0, 5, 3 * ok, 0.0, 0.1, 0.01, e2e_s, 0 if ok else 2, ok))
+        metrics.requests.append((100 * rank + k, rank, 1, 0, 5, 2, 3 * ok, 0.0, 0.1, 0.01, e2e_s, 0 if ok else 2, ok))
         metrics.finished += 1
         metrics.failed += 1 - ok
         metrics.prompt_tokens += 5
+        metrics.cached_tokens += 2
         metrics.output_tokens += 3 * ok
     metrics.telemetry.append((1.0, rank, 0, -1, 1.0, 2, 3.0, 4.0, 5.0, 6.0, 7))
     metrics.itl.add_sparse([rank], [1])
@@ -43,7 +44,7 @@ def contributions(*hosted: list[RankMetrics]) -> list[list[Any]]:
 def test_counters_histograms_and_rows_of_all_ranks_come_together() -> None:
     others = contributions([metrics_of(1, [1.0, 2.0])], [metrics_of(2, [9.0, 0.5, 3.0], failed=1)])
     gathered = collect(FakeCollectives(others), [], 10.0)
-    assert gathered.reduced.sums == Sums(5, 1, 25, 12)
+    assert gathered.reduced.sums == Sums(5, 1, 25, 10, 12)
     assert gathered.ranks_in == 3
     assert sorted(np.concatenate(gathered.requests)["index"]) == [100, 101, 200, 201, 202]
     assert sorted(np.concatenate(gathered.ranks)["rank"]) == [1, 2]
@@ -104,7 +105,7 @@ def test_contributions_have_one_type_and_shape_on_every_rank() -> None:
 
 def test_alone_collectives_give_back_what_they_are_given() -> None:
     gathered = collect(SoloCollectives(), [metrics_of(1, [1.0, 2.0])], 10.0)
-    assert gathered.reduced.sums == Sums(2, 0, 10, 6)
+    assert gathered.reduced.sums == Sums(2, 0, 10, 4, 6)
     assert (gathered.reduced.shortest_s, gathered.reduced.longest_s) == (1.0, 2.0)
     assert gathered.ranks_in == 1
     [ranks] = gathered.ranks

@@ -192,12 +192,13 @@ def test_missing_model_is_refused_on_entering() -> None:
 def test_result_has_what_the_line_says() -> None:
     request = Request(custom_id="c", kind="chat", messages=())
     choices = [("one", "stop", 2), ("two", "length", 3)]
-    result = result_of(encode_result(request, 7, 2, 3, 0, choices, 11, 5, 0.1, 0.2, 0.9, 1, "m"))
+    result = result_of(encode_result(request, 7, 2, 3, 0, choices, 11, 5, 0.1, 0.2, 0.9, 1, "m", 4))
     assert (result.custom_id, result.index, result.attempt, result.rank) == ("c", 7, 2, 3)
     assert result.texts == ("one", "two")
     assert result.text == "one"
     assert result.finish_reasons == ("stop", "length")
-    assert (result.prompt_tokens, result.output_tokens, result.e2e_s, result.error) == (11, 5, 0.9, None)
+    assert (result.prompt_tokens, result.cached_tokens, result.output_tokens) == (11, 4, 5)
+    assert (result.e2e_s, result.error) == (0.9, None)
 
 
 def test_failed_line_is_a_result_with_its_error() -> None:

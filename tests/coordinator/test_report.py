@@ -87,6 +87,7 @@ def test_tables_have_what_a_person_looks_for(run_dir: Path) -> None:
     for part in (
         "90 answered, 10 failed, 40 of them earlier; the last job took 3m07s",
         "10.0 output tokens/s",
+        "40 % of the prompts' tokens were in the cache already",
         "TTFT",
         "TPOT",
         "end-to-end",

@@ -29,7 +29,7 @@ TEXT = Request(custom_id="b-2", kind="completion", prompt="hello")
 
 def result(request: Request = CHAT, choices: list[tuple[str, str, int]] | None = None, tokens: int = 5) -> bytes:
     return encode_result(
-        request, 7, 2, 3, 1, choices or [("hi", "stop", tokens)], 11, tokens, 0.25, 0.5, 2.5, 1_700_000_000, "m"
+        request, 7, 2, 3, 1, choices or [("hi", "stop", tokens)], 11, tokens, 0.25, 0.5, 2.5, 1_700_000_000, "m", 4
     )
 
 
@@ -48,7 +48,12 @@ def test_chat_answer_is_openai_batch_output_with_timings_and_checksum_last() -> 
     assert body["choices"] == [
         {"index": 0, "message": {"role": "assistant", "content": "hi"}, "logprobs": None, "finish_reason": "stop"}
     ]
-    assert body["usage"] == {"prompt_tokens": 11, "completion_tokens": 5, "total_tokens": 16}
+    assert body["usage"] == {
+        "prompt_tokens": 11,
+        "completion_tokens": 5,
+        "total_tokens": 16,
+        "prompt_tokens_details": {"cached_tokens": 4},
+    }
     assert line["llmpi"] == {
         "index": 7,
         "attempt": 2,
@@ -61,6 +66,7 @@ def test_chat_answer_is_openai_batch_output_with_timings_and_checksum_last() -> 
         "prompt_tokens": 11,
         "output_tokens": 5,
         "finish_reason": "stop",
+        "cached_tokens": 4,
     }
 
 
@@ -140,10 +146,11 @@ def test_garbage_never_checks_and_never_decodes_to_anything_but_a_value_error(da
 
 
 def test_rows_become_numbers_with_nan_for_what_is_undefined() -> None:
-    lines = [result(), result(tokens=0), encode_failure("c", 8, 1, 2, 0, "engine", "died", 3, 0.1, 0.2)]
+    lines = [result(), result(tokens=0), encode_failure("c", 8, 1, 2, 0, "engine", "died", 3, 0.1, 0.2, 2)]
     table = np.array([request_row(decode_row(line)) for line in lines], REQUEST)
     assert table["index"].tolist() == [7, 7, 8]
     assert table["ok"].tolist() == [1, 1, 0]
+    assert table["cached_tokens"].tolist() == [4, 4, 2]
     assert table["tpot_s"][0] == 0.5
     assert math.isnan(table["ttft_s"][1])
     assert math.isnan(table["tpot_s"][2])
@@ -156,7 +163,7 @@ def test_rows_become_numbers_with_nan_for_what_is_undefined() -> None:
 
 def test_a_finish_reason_of_a_newer_writer_is_other() -> None:
     row = decode_row(result(choices=[("x", "tool_calls", 5)]))
-    assert request_row(row)[10] == FINISH_REASONS["other"]
+    assert request_row(row)[11] == FINISH_REASONS["other"]
 
 
 def test_seal_of_any_object_checks() -> None:

@@ -35,6 +35,7 @@ def rows(count: int, seed: int = 0, failed: int = 0) -> Rows:
     table = np.zeros(count, REQUEST)
     table["index"] = np.arange(count)
     table["prompt_tokens"] = 10
+    table["cached_tokens"] = 4
     table["output_tokens"] = 5
     for name in ("queue_s", "ttft_s", "tpot_s", "e2e_s"):
         table[name] = random.lognormal(-1, 1, count)

@@ -28,7 +28,7 @@ def test_percentiles_are_those_of_the_merged_data_within_a_bucket() -> None:
 def test_failed_requests_count_but_are_in_no_latency() -> None:
     summary = summarise([rows(100, failed=40)])
     assert (summary.ok, summary.failed) == (60, 40)
-    assert summary.prompt_tokens == 1000
+    assert (summary.prompt_tokens, summary.cached_tokens) == (1000, 400)
     assert summary.histograms["e2e_s"].count == 60
     assert summary.quantiles("e2e_s")[2].value_s < 100
 
@@ -66,6 +66,6 @@ def test_a_percentile_is_supported_once_a_sample_lies_beyond_it() -> None:
 
 def test_equal_sums_pass_and_different_ones_name_both_figures() -> None:
     recorded = summarise([rows(7, failed=1)]).sums
-    check_sums(recorded, Sums(7, 1, 70, 35))
+    check_sums(recorded, Sums(7, 1, 70, 28, 35))
     with pytest.raises(BugError, match=r"failed: 1 recorded, 2 gathered; output_tokens: 35 recorded, 36 gathered"):
-        check_sums(recorded, Sums(7, 2, 70, 36))
+        check_sums(recorded, Sums(7, 2, 70, 28, 36))

@@ -12,7 +12,7 @@ from tests.workers.grammar_fakes import grammar
 from tests.workers.test_stepper import Rig, only
 from workers.constraints import Constraints
 from workers.protocol import Answer, Job
-from workers.slots import Shape
+from workers.shape import Shape
 
 STEADY = Shape(steady=True, pad_tokens=64, moves=True, patience=1.0)
 SHORT_THEN_X = grammar('root ::= [a-c]+ "x"')

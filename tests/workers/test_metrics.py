@@ -13,7 +13,7 @@ NAN = float("nan")
 
 
 def row(index: int, *, ok: int = 1, e2e_s: float = 1.0, tpot_s: float = 0.1) -> tuple[float, ...]:
-    return (index, 1, 1, 0, 5, 3, 0.01, 0.2, tpot_s, e2e_s, 0, ok)
+    return (index, 1, 1, 0, 5, 0, 3, 0.01, 0.2, tpot_s, e2e_s, 0, ok)
 
 
 def test_rows_come_back_in_order_however_many_there_are() -> None:
@@ -77,10 +77,12 @@ def test_rank_row_says_what_was_counted() -> None:
     metrics.device = "CPU, 2 threads of 8"
     metrics.engine_ready(4, 100.0)
     metrics.finished, metrics.failed, metrics.prompt_tokens, metrics.output_tokens = 9, 2, 40, 70
+    metrics.cached_tokens = 30
     metrics.busy_s, metrics.slot_s, metrics.steps = 1.5, 2.5, 12
     [found] = metrics.rank_row(110.0)
     assert (found["rank"], found["session"], found["host"], found["device"]) == (3, 2, b"node7", b"CPU, 2 threads of 8")
     assert (found["requests"], found["failed"], found["prompt_tokens"], found["output_tokens"]) == (9, 2, 40, 70)
+    assert found["cached_tokens"] == 30
     assert (found["busy_s"], found["slot_s"], found["wall_s"], found["steps"]) == (1.5, 2.5, 10.0, 12)
 
 

@@ -23,7 +23,7 @@ from workers.meter import Meter
 from workers.prompts import PromptReader
 from workers.protocol import Answer, EngineConfig, EngineLoaded, Frame, FromEngine, Job, Returned
 from workers.simulated import BOS, EOS, VOCAB, SimulatedContext, SimulatedLibrary, SimulatedModel
-from workers.slots import Shape
+from workers.shape import Shape
 from workers.stepper import Stepper, Vocabulary
 from workers.supervisor import EngineProcess
 from workers.text import PieceTable
@@ -134,7 +134,7 @@ def test_cells_that_were_taken_back_leave_nothing_behind() -> None:
 def test_a_moved_sequence_goes_on_as_it_would_have() -> None:
     decoder, other = context(FakeTime()), context(FakeTime())
     give(decoder, (7, 0, 1), (7, 1, 2))
-    decoder.move(7, 2)
+    decoder.copy(7, 2, 2)
     give(decoder, (2, 2, 3))
     give(other, (0, 0, 1), (0, 1, 2), (0, 2, 3))
     assert (decoder.logits(1)[0] == other.logits(3)[2]).all()

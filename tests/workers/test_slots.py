@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.workers.engine_fakes import passes
-from workers.slots import READ_CHUNK_TOKENS, Pass, Shape, SlotArrays
+from workers.shape import Shape
+from workers.slots import READ_CHUNK_TOKENS, Pass, SlotArrays
 
 SHAPED = Shape(steady=True, pad_tokens=10, moves=True)
 PLAIN = Shape()

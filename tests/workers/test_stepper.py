@@ -16,7 +16,7 @@ from workers.backlog import Backlog, Lane, Task
 from workers.constraints import Constraints
 from workers.meter import Meter
 from workers.protocol import Answer, Frame, Job, Stats
-from workers.slots import Shape
+from workers.shape import Shape
 from workers.stepper import Stepper
 
 
