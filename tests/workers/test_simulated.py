@@ -22,8 +22,8 @@ from workers.chat import ChatTemplate
 from workers.meter import Meter
 from workers.prompts import PromptReader
 from workers.protocol import Answer, EngineConfig, EngineLoaded, Frame, FromEngine, Job, Returned
-from workers.simulated import BOS, EOS, VOCAB, SimulatedContext, SimulatedLibrary, SimulatedModel
 from workers.shape import Shape
+from workers.simulated import BOS, EOS, VOCAB, SimulatedContext, SimulatedLibrary, SimulatedModel
 from workers.stepper import Stepper, Vocabulary
 from workers.supervisor import EngineProcess
 from workers.text import PieceTable
