@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from scheduling.errors import ProtocolError
 from scheduling.requests import Sampling
+from scheduling.vectors import Vectors, to_bytes
 from workers.protocol import Answer, Choice, Job
 
 CANCELLED = "cancelled"
@@ -32,6 +33,7 @@ class Lane(Enum):
     """What a context is made for. `workers.engine` opens the contexts of a lane that is needed."""
 
     GENERATE = "generate"
+    EMBED = "embed"
 
 
 class State(Enum):
@@ -42,7 +44,10 @@ class State(Enum):
 
 
 class Task:
-    """One request inside the engine. Its choices may run at different times and in different contexts."""
+    """One request inside the engine. Its choices may run at different times and in different contexts.
+
+    Each input of a request for embeddings is a choice.
+    """
 
     __slots__ = (
         "admitted_s",
@@ -56,8 +61,10 @@ class Task:
         "next_choice",
         "prompt",
         "received_s",
+        "starts",
         "state",
         "unfinished",
+        "vectors",
     )
 
     def __init__(self, job: Job, received_s: float) -> None:
@@ -69,8 +76,12 @@ class Task:
         self.prompt: npt.NDArray[np.int32] = np.empty(0, np.int32)
         self.limit = 0
         """Most output tokens of a choice; set with `prompt`."""
+        self.starts: npt.NDArray[np.int32] = np.empty(0, np.int32)
+        """Where in `prompt` each input begins, and the last one ends; set with `prompt`, for embeddings only."""
+        self.vectors: Vectors = np.empty((0, 0), np.float32)
+        """(inputs, dimensions), filled as they are computed; set with `prompt`, for embeddings only."""
         self.next_choice = 0
-        self.choices: list[Choice | None] = [None] * max(1, job.request.sampling.n)
+        self.choices: list[Choice | None] = [None] * (len(job.request.inputs) or max(1, job.request.sampling.n))
         self.unfinished = len(self.choices)
         self.admitted_s: float | None = None
         self.first_token_s: float | None = None
@@ -98,6 +109,7 @@ class Task:
             ttft_s=0.0 if self.first_token_s is None else self.first_token_s - self.received_s,
             e2e_s=now_s - self.received_s,
             error=self.error,
+            vectors=to_bytes(self.vectors) if self.vectors.size and self.error is None else b"",
         )
 
 
