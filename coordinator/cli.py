@@ -47,6 +47,12 @@ class EngineKind(str, Enum):
     simulated = "simulated"
 
 
+class Pooling(str, Enum):
+    mean = "mean"
+    cls = "cls"
+    last = "last"
+
+
 class InputFormat(str, Enum):
     jsonl = "jsonl"
     text = "text"
@@ -88,6 +94,10 @@ TopP = Annotated[float, typer.Option(help="For requests that do not say; 1 is of
 MinP = Annotated[float, typer.Option(help="For requests that do not say; 0 is off.")]
 Seed = Annotated[int, typer.Option(help="Seed of the run: requests without a seed get one from it and their index.")]
 ChatTemplate = Annotated[Path | None, typer.Option(help="File with a Jinja chat template that replaces the model's.")]
+PoolingOption = Annotated[
+    Pooling | None,
+    typer.Option(help="How an embedding is made of those of its tokens. [default: as the model says, else mean]"),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON on stdout.")]
 
 
@@ -128,6 +138,7 @@ def batch(
     min_p: MinP = 0.0,
     seed: Seed = 0,
     chat_template: ChatTemplate = None,
+    pooling: PoolingOption = None,
     input_format: Annotated[
         InputFormat | None,
         typer.Option("--format", help="How the input is written. [default: text for .txt, else by the file's content]"),
@@ -172,6 +183,7 @@ def batch(
         max_tokens=max_tokens, seed=seed, prefetch=prefetch, lease_s=lease, commit_interval_s=commit_interval,
         commit_bytes=commit_bytes, precheck=precheck, chat_template=_read_template(chat_template), engine=engine.value,
         service_times=None if service_times is None else str(service_times), time_scale=time_scale,
+        pooling=None if pooling is None else pooling.value,
     )  # fmt: skip
     options = BatchOptions(
         input=requests, output=output, format=None if input_format is None else input_format.value, ranks=ranks,
@@ -211,6 +223,34 @@ def infer(
     )  # fmt: skip
     text = sys.stdin.read() if prompt == "-" else prompt
     raise typer.Exit(run_infer(config, text, system=system, raw=raw, stream=stream, as_json=as_json))
+
+
+@app.command()
+def embed(
+    model: Model,
+    prompt: Annotated[
+        list[str], typer.Option("-p", "--prompt", help="A text; may be given again. '-' reads them, a line each.")
+    ],
+    dimensions: Annotated[
+        int | None, typer.Option(help="First numbers to keep, of models trained for it. [default: all]")
+    ] = None,
+    pooling: PoolingOption = None,
+    ctx: Ctx = None,
+    threads: Threads = None,
+    gpu_layers: GpuLayers = -1,
+    device: DeviceOption = Device.auto,
+    as_json: AsJson = False,
+) -> None:
+    """Print the embedding of each text, a JSON list a line."""
+    from coordinator.config import JobConfig
+    from coordinator.embed import run_embed
+
+    config = JobConfig(
+        model=model, slots=1, ctx=ctx, threads=threads, gpu_layers=gpu_layers, device=device.value,
+        pooling=None if pooling is None else pooling.value, embeddings=True,
+    )  # fmt: skip
+    texts = sys.stdin.read().splitlines() if prompt == ["-"] else prompt
+    raise typer.Exit(run_embed(config, texts, dimensions=dimensions, as_json=as_json))
 
 
 @app.command()

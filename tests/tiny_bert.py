@@ -102,7 +102,9 @@ def _weights(shape: BertShape, vocabulary: int, seed: int) -> list[tuple[str, np
     random = np.random.default_rng(seed)
 
     def matrix(outputs: int, inputs: int, gain: float = 1.0) -> npt.NDArray[np.float32]:
-        return random.standard_normal((outputs, inputs), np.float32) * np.float32(gain / inputs**0.5)
+        drawn: npt.NDArray[np.float32] = random.standard_normal((outputs, inputs), np.float32)
+        drawn *= np.float32(gain / inputs**0.5)
+        return drawn
 
     def norm(name: str) -> list[tuple[str, npt.NDArray[np.float32]]]:
         return [(f"{name}.weight", np.ones(width, np.float32)), (f"{name}.bias", np.zeros(width, np.float32))]
