@@ -1,7 +1,7 @@
 """Embedding vectors as they travel and as they are written: float32, little-endian, one after the other.
 
-Between processes they are bytes. In the record they are numbers with as few digits as tell one float32 from the next
-(half of what the same value has as a float64), or base64 of the bytes where the request asks for that.
+Between processes they are bytes. In the record they are numbers with the eight digits, or nine, that tell one float32
+from the next (half of what the same value has as a float64), or base64 of the bytes where the request asks for that.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def from_base64(text: str) -> Vectors:
 
 
 def to_numbers(vectors: Vectors) -> list[list[float]]:
-    """The same as Python floats, each the one that is written with fewest digits."""
+    """The same as Python floats, each one that is written with few digits and read as the same float32."""
     exact = vectors.astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         # 10**magnitude <= |value|, but for rounding where it is close to the next: that costs a digit, no more.

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-POOLING = {"mean": 1, "cls": 2, "last": 3}
-"""llama.cpp's numbers for ways to make one vector of many."""
+POOLING = {"mean": 1, "cls": 2, "last": 3, "rank": 4}
+"""llama.cpp's numbers for ways to make one vector of many; the last makes a score instead."""
 CTX_TOKENS = 512
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")

@@ -24,7 +24,7 @@ from typing import Protocol
 
 import numpy as np
 
-from scheduling.errors import ConfigError, EngineError, RequestError
+from scheduling.errors import ConfigError, EngineError, ModelFileError, RequestError
 from workers.backlog import Backlog, Lane, Task
 from workers.chat import ChatTemplate
 from workers.embedder import Embedder, Encoder
@@ -165,7 +165,7 @@ class BatchingEngine:
         if lane not in self._open_lanes:
             try:
                 self._open(lane)
-            except EngineError as error:
+            except (EngineError, ModelFileError) as error:
                 self._open_lanes[lane] = str(error)
         if reason := self._open_lanes[lane]:
             raise RequestError(reason)
@@ -205,7 +205,9 @@ class BatchingEngine:
     def _steppers(self, lane: Lane) -> list[Stepper]:
         config, model = self._config, self._model
         if not model.can_generate:
-            raise EngineError(f"{model.desc} is not a model that continues text: it can only be asked for embeddings")
+            raise ModelFileError(
+                f"{config.model} ({model.desc}) is not a model that continues text: it can only be asked for embeddings"
+            )
         shares = slots_of_contexts(config.slots, config.contexts)
         threads = max(1, config.threads // len(shares))
         # All of them before the first one runs: llama.cpp must not be short of memory when one of them works already.

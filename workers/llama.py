@@ -209,14 +209,14 @@ def pooling_of(model: LlamaModel, config: EngineConfig) -> int:
     """How an input's one vector is made of its tokens', as llama.cpp's number: as `config` says, else as the file does,
     else their mean.
 
-    Raises `EngineError` for a model that gives scores instead of vectors.
+    Raises `ModelFileError` for a model that gives scores instead of vectors.
     """
     if config.pooling is not None:
         return POOLING[config.pooling]
     kind = int(model.metadata(f"{model.architecture}.pooling_type") or POOLING["mean"])
     if kind == lib.LLAMA_POOLING_TYPE_RANK:
-        raise EngineError(
-            f"{model.desc} is a model that ranks, with no embeddings of its own; --pooling mean, cls or last makes some"
+        raise ModelFileError(
+            f"{config.model} is a model that ranks, with no embeddings of its own; --pooling mean|cls|last makes some"
         )
     return kind if kind in POOLING.values() else POOLING["mean"]
 
