@@ -156,7 +156,7 @@ def _latency_table(latencies: dict[str, Any]) -> Table:
         in_seconds = any((values[p]["value"] or 0) >= 10 for p in ("p50", "p95", "p99"))
         cells = [_time(values[p]["value"], values[p]["supported"], in_seconds) for p in ("p50", "p95", "p99")]
         table.add_row(title, *cells, str(values["p50"]["samples"]))
-    if any(not values["p99"]["supported"] for values in latencies.values()):
+    if any(values["p99"]["samples"] and not values["p99"]["supported"] for values in latencies.values()):
         table.caption = "* too few samples to support this percentile"
         table.caption_justify = "left"
     return table

@@ -83,6 +83,7 @@ def _write_shape(writer: Any, shape: BertShape, pooling: str | None) -> None:
     writer.add_head_count(shape.heads)
     writer.add_layer_norm_eps(1e-12)
     writer.add_causal_attention(False)
+    writer.add_file_type(1)  # matrices of 16 bits
     if pooling is not None:
         writer.add_uint32("bert.pooling_type", POOLING[pooling])
 
