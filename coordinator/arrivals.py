@@ -11,6 +11,7 @@ import numpy as np
 
 from coordinator.ids import IdSet, hash_id
 from coordinator.inputfile import default_id, text_of
+from scheduling.embeddings import may_embed
 from scheduling.errors import RequestError
 from scheduling.requests import Sampling, estimate_tokens, parse_request, text_line
 
@@ -18,7 +19,8 @@ from scheduling.requests import Sampling, estimate_tokens, parse_request, text_l
 class Arrival(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One request of the input. `error` is set if it cannot be run; then `line` need not be a request.
 
-    `line` has a custom_id even if the input's own had none. `max_tokens` None: the run's default applies.
+    `line` has a custom_id even if the input's own had none. `max_tokens` None: the run's default applies; 0: it asks
+    for embeddings.
     """
 
     index: int
@@ -84,7 +86,7 @@ def of_request(index: int, line: bytes, defaults: Sampling) -> Arrival:
         line=line,
         custom_id=request.custom_id,
         prompt_tokens_estimate=estimate_tokens(len(line)),
-        max_tokens=request.sampling.max_tokens,
+        max_tokens=0 if request.inputs else request.sampling.max_tokens,
     )
 
 
@@ -100,12 +102,14 @@ def of_checked(index: int, line: bytes, defaults: Sampling) -> Arrival:
         line = _with_id(line, custom_id)
     body = found if found.body is None else found.body
     limit = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
+    if limit is None:
+        limit = 0 if may_embed(line) else defaults.max_tokens
     return Arrival(
         index=index,
         line=line,
         custom_id=str(custom_id),
         prompt_tokens_estimate=estimate_tokens(len(line)),
-        max_tokens=defaults.max_tokens if limit is None else limit,
+        max_tokens=limit,
     )
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from coordinator.config import JobConfig, package_versions
-from coordinator.inputfile import Format, ends_identity, sniff_format
+from coordinator.inputfile import Format, ends_identity, only_embeddings, sniff_format
 from coordinator.launch import Launch, check_singleton, detect, find_mpirun, own_mpirun, run_own_mpirun
 from coordinator.loop import Callbacks, Coordinator
 from coordinator.mpi import Collectives, World
@@ -210,6 +210,7 @@ class _Lead:
         self._tell_resume(run, found)
         source.skip(found.states > 0)
         self._session.number = run.session
+        self._session.embeds_only = only_embeddings(self._options.input, source.format)
         self._session.log_dir = run.path / "logs"
         self._session.log_dir.mkdir(exist_ok=True)
         for note in self._session.start():

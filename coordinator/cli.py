@@ -47,6 +47,12 @@ class EngineKind(str, Enum):
     simulated = "simulated"
 
 
+class Pooling(str, Enum):
+    mean = "mean"
+    cls = "cls"
+    last = "last"
+
+
 class InputFormat(str, Enum):
     jsonl = "jsonl"
     text = "text"
@@ -99,6 +105,10 @@ GrammarFile = Annotated[
     Path | None, typer.Option(help="File with a GBNF grammar that the answers of requests that do not say are held to.")
 ]
 ChatTemplate = Annotated[Path | None, typer.Option(help="File with a Jinja chat template that replaces the model's.")]
+PoolingOption = Annotated[
+    Pooling | None,
+    typer.Option(help="How an embedding is made of those of its tokens. [default: as the model says, else mean]"),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON on stdout.")]
 
 
@@ -142,6 +152,7 @@ def batch(
     json_schema: JsonSchema = None,
     grammar_file: GrammarFile = None,
     chat_template: ChatTemplate = None,
+    pooling: PoolingOption = None,
     input_format: Annotated[
         InputFormat | None,
         typer.Option("--format", help="How the input is written. [default: text for .txt, else by the file's content]"),
@@ -189,6 +200,7 @@ def batch(
         max_tokens=max_tokens, seed=seed, prefetch=prefetch, lease_s=lease, commit_interval_s=commit_interval,
         commit_bytes=commit_bytes, precheck=precheck, chat_template=_read("--chat-template", chat_template),
         engine=engine.value, service_times=None if service_times is None else str(service_times), time_scale=time_scale,
+        pooling=None if pooling is None else pooling.value,
     )  # fmt: skip
     options = BatchOptions(
         input=requests, output=output, format=None if input_format is None else input_format.value, ranks=ranks,
@@ -232,6 +244,34 @@ def infer(
     )  # fmt: skip
     text = sys.stdin.read() if prompt == "-" else prompt
     raise typer.Exit(run_infer(config, text, system=system, raw=raw, stream=stream, as_json=as_json))
+
+
+@app.command()
+def embed(
+    model: Model,
+    prompt: Annotated[
+        list[str], typer.Option("-p", "--prompt", help="A text; may be given again. '-' reads them, a line each.")
+    ],
+    dimensions: Annotated[
+        int | None, typer.Option(help="First numbers to keep, of models trained for it. [default: all]")
+    ] = None,
+    pooling: PoolingOption = None,
+    ctx: Ctx = None,
+    threads: Threads = None,
+    gpu_layers: GpuLayers = -1,
+    device: DeviceOption = Device.auto,
+    as_json: AsJson = False,
+) -> None:
+    """Print the embedding of each text, a JSON list a line."""
+    from coordinator.config import JobConfig
+    from coordinator.embed import run_embed
+
+    config = JobConfig(
+        model=model, slots=1, ctx=ctx, threads=threads, gpu_layers=gpu_layers, device=device.value,
+        pooling=None if pooling is None else pooling.value, embeddings=True,
+    )  # fmt: skip
+    texts = sys.stdin.read().splitlines() if prompt == ["-"] else prompt
+    raise typer.Exit(run_embed(config, texts, dimensions=dimensions, as_json=as_json))
 
 
 @app.command()

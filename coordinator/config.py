@@ -47,6 +47,9 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True):
     commit_bytes: int = 16 << 20
     precheck: bool = True
     chat_template: str | None = None
+    pooling: Literal["mean", "cls", "last"] | None = None
+    embeddings: bool = False
+    """Nothing is made ready for generating text before a request asks for some."""
     engine: Literal["llama", "null", "simulated"] = "llama"
     null_answer_bytes: int = 200
     service_times: str | None = None
@@ -96,7 +99,7 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     def identity(self) -> dict[str, Any]:
         """The part that decides the answers: a run is resumed only with the same."""
-        keys = ("ctx", "sampling", "max_tokens", "seed", "chat_template", "engine")
+        keys = ("ctx", "sampling", "max_tokens", "seed", "chat_template", "pooling", "engine")
         return {key: msgspec.to_builtins(getattr(self, key)) for key in keys}
 
 

@@ -48,7 +48,8 @@ def engine_config(config: JobConfig, model: ModelFacts, placement: Placement, gp
     slots = config.slots or (fitting_slots(config, model, placement, gpus, ctx) if on_gpu else SLOTS_CPU)
     contexts = chosen_contexts(config, slots, CONTEXTS_GPU if on_gpu else 1)
     threads = config.threads or placement.threads
-    refuse_what_cannot_fit(config, model, placement, gpus, slots, ctx)
+    if "generate" in placement.lanes:
+        refuse_what_cannot_fit(config, model, placement, gpus, slots, ctx)
     return EngineConfig(
         model=model.path, slots=slots, contexts=contexts, ctx_tokens=ctx, batch_tokens=config.batch,
         ubatch_tokens=min(config.ubatch, config.batch), threads=threads,
@@ -56,6 +57,7 @@ def engine_config(config: JobConfig, model: ModelFacts, placement: Placement, gp
         gpu_layers=config.gpu_layers if on_gpu else 0, flash_attention=config.flash_attention, cpus=placement.cpus,
         device_mask=placement.device_mask, prefix_reuse=config.prefix_reuse, max_tokens_default=config.max_tokens,
         chat_template=config.chat_template,
+        pooling=config.pooling, lanes_at_start=placement.lanes,
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from coordinator.ids import hash_id, repeated
+from scheduling.embeddings import may_embed
 from scheduling.errors import InputError, RequestError
 from scheduling.requests import Request, Sampling, parse_request
 
@@ -33,6 +34,7 @@ Progress = Callable[[int, int], None]
 BLOCK_BYTES = 1 << 20
 LINE_BYTES_MAX = 64 << 20
 BOM = b"\xef\xbb\xbf"
+LOOK_AHEAD_REQUESTS = 256
 PROBLEMS_SHOWN = 5
 PROBLEMS_MAX = 1_000
 """After so many bad lines a check stops: the file is of another kind."""
@@ -88,6 +90,16 @@ def sniff_format(path: Path) -> Format:
                 if line.strip():
                     return "jsonl" if line.lstrip().startswith(b"{") else "text"
     return "jsonl"
+
+
+def only_embeddings(path: Path, form: Format) -> bool:
+    """Whether the first requests of the file, some hundred, all seem to ask for embeddings."""
+    if form == "text":
+        return False
+    with open_input(path) as file:
+        block = next(line_blocks(file), Block(0, []))
+    lines = [line for line in block.lines if line.strip()][:LOOK_AHEAD_REQUESTS]
+    return bool(lines) and all(may_embed(line) for line in lines)
 
 
 class Block(NamedTuple):

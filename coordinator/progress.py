@@ -81,7 +81,8 @@ class ProgressView:
 
     def _numbers(self, s: Snapshot) -> str:
         ended = s.done + s.failed
-        self._window.append((s.elapsed_s, ended, s.made_tokens))
+        # Where nothing is generated what is read counts.
+        self._window.append((s.elapsed_s, ended, s.made_tokens or s.prompt_tokens))
         while len(self._window) > 2 and s.elapsed_s - self._window[0][0] > RATE_WINDOW_S:
             self._window.popleft()
         since_s, ended_then, tokens_then = self._window[0]
@@ -89,7 +90,8 @@ class ProgressView:
         if s.elapsed_s - since_s < 0.5:
             rate = tokens_s = 0.0
         else:
-            rate, tokens_s = (ended - ended_then) / span_s, (s.made_tokens - tokens_then) / span_s
+            rate = (ended - ended_then) / span_s
+            tokens_s = max(0, self._window[-1][2] - tokens_then) / span_s
         total = f"/{s.total}" if s.total is not None else ""
         parts = [f"{s.earlier + ended}{total} done"]
         if s.failed:

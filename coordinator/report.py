@@ -14,6 +14,7 @@ from rich.text import Text
 from coordinator.progress import duration
 from coordinator.simulated import WARNING
 from coordinator.terminal import NARROW_COLUMNS, console_for
+from scheduling.vectors import from_base64
 from storage.metrics import read_summary
 from storage.recovery import RECORD_NAME
 from storage.rundir import METRICS_NAME
@@ -126,14 +127,24 @@ def _print_answers(console: Console, run_dir: Path, count: int) -> None:
             entry = json.loads(line)
             if entry["error"] is not None:
                 continue
-            choice = entry["response"]["body"]["choices"][0]
-            text = choice["message"]["content"] if "message" in choice else choice["text"]
-            text = " ".join(text.split())
+            text = " ".join(_answer_text(entry["response"]["body"]).split())
             if len(text) > ANSWER_CHARACTERS:
                 text = text[:ANSWER_CHARACTERS] + "…"
             # As `Text`: answers are full of brackets and backslashes, which would be read as markup.
             console.print(Text.assemble((entry["custom_id"], "bold"), "  ", text))
             count -= 1
+
+
+def _answer_text(body: dict[str, Any]) -> str:
+    """What to show of an answer: its first choice, or the beginning of its first embedding."""
+    if "choices" not in body:
+        first = body["data"][0]["embedding"]
+        vector = from_base64(first).tolist() if isinstance(first, str) else first
+        begin = ", ".join(f"{value:.4f}" for value in vector[:4])
+        others = f" and {len(body['data']) - 1} more" if len(body["data"]) > 1 else ""
+        return f"[{begin}, …] of {len(vector)} numbers{others}"
+    choice = body["choices"][0]
+    return str(choice["message"]["content"] if "message" in choice else choice["text"])
 
 
 def _latency_table(latencies: dict[str, Any]) -> Table:
@@ -149,7 +160,7 @@ def _latency_table(latencies: dict[str, Any]) -> Table:
         in_seconds = any((values[p]["value"] or 0) >= 10 for p in ("p50", "p95", "p99"))
         cells = [_time(values[p]["value"], values[p]["supported"], in_seconds) for p in ("p50", "p95", "p99")]
         table.add_row(title, *cells, str(values["p50"]["samples"]))
-    if any(not values["p99"]["supported"] for values in latencies.values()):
+    if any(values["p99"]["samples"] and not values["p99"]["supported"] for values in latencies.values()):
         table.caption = "* too few samples to support this percentile"
         table.caption_justify = "left"
     return table

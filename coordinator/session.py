@@ -13,6 +13,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
+
 from coordinator.collect import Collecting, Gathered, collect
 from coordinator.handshake import Handshake
 from coordinator.loop import Callbacks, Coordinator, Recorder
@@ -45,6 +47,8 @@ class Session:
         self.hosted: list[Worker] = []
         self.coordinator: Coordinator | None = None
         self.log_dir: Path | None = None
+        self.embeds_only = setup.config.embeddings
+        """Whether engines need not be ready for generating text. To be set before `start`."""
         self._routes: dict[int, Endpoint] = {}
         remote = list(range(1, world.size)) if world is not None else []
         self._remote = remote
@@ -98,6 +102,8 @@ class Session:
         )  # fmt: skip
 
     def _welcome(self, placement: m.Placement) -> m.Welcome:
+        if self.embeds_only:
+            placement = msgspec.structs.replace(placement, lanes=("embed",))
         return m.Welcome(placement=placement, run_seed=self.setup.config.seed, session=self.number)
 
     def log_path(self, worker: int) -> Path | None:

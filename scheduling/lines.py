@@ -11,6 +11,7 @@ This module knows nothing of `Request`, of files, or of what the parameters do.
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import math
 import typing
@@ -203,7 +204,7 @@ class Batch(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     url: (
         Annotated[
             Literal["/v1/chat/completions", "/v1/completions"],
-            Meta(description='"/v1/chat/completions" or "/v1/completions"'),
+            Meta(description='"/v1/chat/completions", "/v1/completions" or "/v1/embeddings"'),
         ]
         | None
     ) = None
@@ -211,7 +212,7 @@ class Batch(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
 
 _batch = msgspec.json.Decoder(Batch)
 _plain = msgspec.json.Decoder(Plain)
-_DECODE_ERRORS = (msgspec.MsgspecError, ValueError, RecursionError)
+DECODE_ERRORS = (msgspec.MsgspecError, ValueError, RecursionError)
 
 _OTHER_NAMES: Final = {
     "n_predict": "max_tokens",
@@ -234,13 +235,13 @@ def decode_line(line: bytes) -> Batch | Plain:
     """
     try:
         return _batch.decode(line) if b'"body"' in line else _plain.decode(line)
-    except _DECODE_ERRORS:
+    except DECODE_ERRORS:
         return explain(line)
 
 
 def explain(line: bytes) -> Batch | Plain:
     """Read a line field by field, slowly. Raises RequestError with the first reason to refuse it, if any."""
-    value = _decode_any(line)
+    value = decode_any(line)
     if not isinstance(value, dict):
         hint = "; write one object per line" if isinstance(value, list) else ""
         raise RequestError(f"a request must be a JSON object, not {kind_of(value)}{hint}")
@@ -251,7 +252,7 @@ def explain(line: bytes) -> Batch | Plain:
         _check_body(value, Plain, "")
     try:
         return msgspec.json.decode(line, type=form)
-    except _DECODE_ERRORS as error:
+    except DECODE_ERRORS as error:
         # The checks above know all fields; this is what keeps a gap in them from becoming another exception.
         raise RequestError(f"this request cannot be read: {error}") from None
 
@@ -278,9 +279,7 @@ def kind_of(value: object) -> str:
 
 
 def _check_batch(value: dict[str, Any]) -> None:
-    if value.get("url") == "/v1/embeddings":
-        raise RequestError("this version cannot compute embeddings: url is /v1/embeddings", "url")
-    _check_fields({key: item for key, item in value.items() if key != "body"}, Batch, "")
+    check_fields({key: item for key, item in value.items() if key != "body"}, Batch, "")
     body = value.get("body")
     if body is None:
         raise RequestError("body is missing: a batch line carries the parameters in it", "body")
@@ -291,12 +290,16 @@ def _check_batch(value: dict[str, Any]) -> None:
 
 def _check_body(body: dict[str, Any], form: type[msgspec.Struct], where: str) -> None:
     _check_format(body.get("response_format"), f"{where}response_format")
-    _check_fields(body, form, where)
+    check_fields(body, form, where)
     _check_messages(body.get("messages"))
 
 
-def _check_fields(value: dict[str, Any], form: type[msgspec.Struct], where: str) -> None:
-    rules = _RULES[form]
+def check_fields(value: dict[str, Any], form: type[msgspec.Struct], where: str) -> None:
+    """Raise RequestError for the first field of `value` that `form` does not know or whose value it does not allow.
+
+    `where` stands before the names of fields in messages.
+    """
+    rules = rules_of(form)
     for key, item in value.items():
         if key not in rules:
             _refuse_unknown(key, form, where)
@@ -309,7 +312,7 @@ def _check_fields(value: dict[str, Any], form: type[msgspec.Struct], where: str)
             if _not_finite(item):
                 raise ValueError
             msgspec.convert(item, rule, str_keys=True)
-        except _DECODE_ERRORS:
+        except DECODE_ERRORS:
             refuse(where + key, item, allowed, unsupported=unsupported)
 
 
@@ -317,7 +320,7 @@ def _check_messages(messages: object) -> None:
     if messages is None:
         return
     if not isinstance(messages, list) or not messages:
-        refuse("messages", messages, _RULES[Body]["messages"][1])
+        refuse("messages", messages, rules_of(Body)["messages"][1])
     for place, message in enumerate(messages):
         path = f"messages[{place}]"
         if not isinstance(message, dict):
@@ -326,21 +329,21 @@ def _check_messages(messages: object) -> None:
             _check_part(part, f"{path}.content[{part_place}]")
         for key in ("role", "content"):
             if message.get(key) is None:
-                allowed = _RULES[WireMessage][key][1]
+                allowed = rules_of(WireMessage)[key][1]
                 raise RequestError(f"{path}.{key} is missing; it must be {allowed}", f"{path}.{key}")
-        _check_fields(message, WireMessage, f"{path}.")
+        check_fields(message, WireMessage, f"{path}.")
 
 
 def _check_format(value: object, path: str) -> None:
-    """What is wrong inside a `json_schema`; `_check_fields` sees the rest."""
+    """What is wrong inside a `json_schema`; `check_fields` sees the rest."""
     if not isinstance(value, dict) or value.get("type") != "json_schema":
         return
     inner, path = value.get("json_schema"), f"{path}.json_schema"
     if not isinstance(inner, dict):
         refuse(path, inner, 'an object: {"name": …, "schema": {…}}')
     if inner.get("schema") is None:
-        refuse(f"{path}.schema", None, _RULES[NamedSchema]["schema"][1])
-    _check_fields(inner, NamedSchema, f"{path}.")
+        refuse(f"{path}.schema", None, rules_of(NamedSchema)["schema"][1])
+    check_fields(inner, NamedSchema, f"{path}.")
 
 
 def _check_part(part: object, path: str) -> None:
@@ -350,13 +353,13 @@ def _check_part(part: object, path: str) -> None:
         refuse(f"{path}.type", part.get("type"), '"text": this version reads no images, audio or files')
     if not isinstance(part.get("text"), str):
         refuse(f"{path}.text", part.get("text"), "a string")
-    _check_fields(part, TextPart, f"{path}.")
+    check_fields(part, TextPart, f"{path}.")
 
 
 def _refuse_unknown(key: str, form: type[msgspec.Struct], where: str) -> NoReturn:
-    rules = _RULES[form]
+    rules = rules_of(form)
     near = _OTHER_NAMES.get(key) or next(iter(difflib.get_close_matches(key[:64], rules, 1, 0.7)), None)
-    if form is Batch and key in _RULES[Body]:
+    if form is Batch and key in rules_of(Body):
         hint = "it belongs inside body"
     elif near in rules:
         hint = f"did you mean {near}?"
@@ -372,10 +375,11 @@ def _not_finite(value: object) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def _decode_any(line: bytes) -> Any:
+def decode_any(line: bytes) -> Any:
+    """`line` as plain JSON values. Raises RequestError that says where it is none."""
     try:
         return msgspec.json.decode(line)
-    except _DECODE_ERRORS as error:
+    except DECODE_ERRORS as error:
         _refuse_text(line, error)
 
 
@@ -398,14 +402,15 @@ def _refuse_text(line: bytes, error: Exception) -> NoReturn:
         for where, part in (("body.", body if isinstance(body, dict) else {}), ("", value)):
             for key, item in part.items():
                 if _not_finite(item):
-                    rule = _RULES[Plain].get(key)
+                    rule = rules_of(Plain).get(key)
                     refuse(where + key, item, rule[1] if rule else "a finite number")
     if "\\ud" in line.decode("utf-8").lower():
         raise RequestError("a string holds half of a surrogate pair (\\ud800 to \\udfff), which is no character")
     raise RequestError(f"this is not JSON: {error}")
 
 
-def _rules(form: type[msgspec.Struct]) -> dict[str, tuple[Any, str, bool]]:
+@functools.cache
+def rules_of(form: type[msgspec.Struct]) -> dict[str, tuple[Any, str, bool]]:
     """For each field of `form`: its type, what a person is told is allowed, whether later versions allow more."""
     hints = typing.get_type_hints(form, include_extras=True)
     return {name: (hint, *_told(hint)) for name, hint in hints.items() if name in form.__struct_fields__}
@@ -420,8 +425,3 @@ def _told(hint: Any) -> tuple[str, bool]:
         if allowed:
             return allowed, unsupported
     return "", False
-
-
-_RULES: Final[dict[type[msgspec.Struct], dict[str, tuple[Any, str, bool]]]] = {
-    form: _rules(form) for form in (Plain, Batch, Body, WireMessage, TextPart, NamedSchema)
-}

@@ -165,6 +165,8 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
     threads: int = 1
     note: str = ""
     """One clause for people, e.g. 'GPU-3f… (index 2)' or 'CPU, 2 threads of 8'."""
+    lanes: tuple[str, ...] = ("generate",)
+    """What its engine should be ready for when it has loaded (`workers.backlog.Lane`); for other work it is later."""
 
 
 class Welcome(msgspec.Struct, tag="welcome", frozen=True, kw_only=True):

@@ -16,6 +16,7 @@ import msgspec
 
 from scheduling.requests import Request
 from scheduling.tables import finish_number
+from scheduling.vectors import Vectors, to_base64, to_numbers
 
 SEAL_OPEN = b',"crc32":"'
 SEAL_CLOSE = b'"}\n'
@@ -67,10 +68,28 @@ class _Body(msgspec.Struct, frozen=True, gc=False):
     usage: _Usage
 
 
+class _Embedding(msgspec.Struct, frozen=True, gc=False):
+    object: str
+    index: int
+    embedding: list[float] | str
+
+
+class _EmbeddingUsage(msgspec.Struct, frozen=True, gc=False):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class _EmbeddingBody(msgspec.Struct, frozen=True, gc=False):
+    object: str
+    data: list[_Embedding]
+    model: str
+    usage: _EmbeddingUsage
+
+
 class _Response(msgspec.Struct, frozen=True, gc=False):
     status_code: int
     request_id: str
-    body: _Body
+    body: _Body | _EmbeddingBody
 
 
 class Failure(msgspec.Struct, frozen=True, gc=False):
@@ -180,6 +199,30 @@ def encode_result(
     )
     usage = _Usage(prompt_tokens, output_tokens, prompt_tokens + output_tokens, _PromptDetails(cached_tokens))
     response = _Response(200, "req_" + ident, _Body(body_id, name, created, model, choices, usage))
+    return seal(_encode(_Line("batch_req_" + ident, request.custom_id, response, None, timing)))
+
+
+def encode_embeddings(
+    request: Request,
+    index: int,
+    attempt: int,
+    rank: int,
+    session: int,
+    vectors: Vectors,
+    prompt_tokens: int,
+    queue_s: float,
+    e2e_s: float,
+    model: str,
+) -> bytes:
+    """The sealed line of a request for embeddings that was answered. `vectors`: (inputs, dimensions)."""
+    ident = str(index)
+    if request.encoding_format == "base64":
+        data = [_Embedding("embedding", place, to_base64(one)) for place, one in enumerate(vectors)]
+    else:
+        data = [_Embedding("embedding", place, one) for place, one in enumerate(to_numbers(vectors))]
+    body = _EmbeddingBody("list", data, model, _EmbeddingUsage(prompt_tokens, prompt_tokens))
+    timing = Timing(index, attempt, rank, session, queue_s, None, None, e2e_s, prompt_tokens, 0, "stop")
+    response = _Response(200, "req_" + ident, body)
     return seal(_encode(_Line("batch_req_" + ident, request.custom_id, response, None, timing)))
 
 

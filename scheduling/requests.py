@@ -1,10 +1,10 @@
 """A request as a person writes it, validated before anything else of the system sees it.
 
 Three ways to write one, a line each: OpenAI batch format (`custom_id`, `method`, `url`, `body`), a plain
-`{"prompt": …}` or `{"messages": …}` object, or a bare line of text. All become one frozen `Request`. Unknown
-parameters are refused by name. `scheduling.lines` holds the form of a line and says why one is refused; here it
-becomes a `Request`. This module knows nothing about files: lines come in as bytes, requests or a `RequestError`
-come out.
+`{"prompt": …}`, `{"messages": …}` or `{"input": …}` object, or a bare line of text. All become one frozen `Request`.
+Unknown parameters are refused by name. `scheduling.lines` and `scheduling.embeddings` hold the form of a line and say
+why one is refused; here it becomes a `Request`. This module knows nothing about files: lines come in as bytes,
+requests or a `RequestError` come out.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, Literal
 import msgspec
 
 from scheduling.constraints import ANY_OBJECT, Constraint, of_grammar, of_schema
+from scheduling.embeddings import EmbeddingBatch, EmbeddingBody, decode_embedding, inputs_of
 from scheduling.errors import RequestError
 from scheduling.lines import MAX_TOKENS_LIMIT as MAX_TOKENS_LIMIT
 from scheduling.lines import Batch, Body, ObjectFormat, SchemaFormat, WireMessage, decode_line, refuse
@@ -56,13 +57,20 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One request, validated. Exactly one of `messages` (chat) and `prompt` (text, or token ids) is set."""
+    """One request, validated. One of `messages` (chat), `prompt` (completion: text, or token ids) and `inputs`
+    (embedding: a text or token ids each) is set.
+
+    `encoding_format` and `dimensions` (None: all of the model's) are of an embedding, `sampling` and `stream` are not.
+    """
 
     custom_id: str
-    kind: Literal["chat", "completion"]
+    kind: Literal["chat", "completion", "embedding"]
     sampling: Sampling = Sampling()
     messages: tuple[Message, ...] = ()
     prompt: str | tuple[int, ...] = ""
+    inputs: tuple[str | tuple[int, ...], ...] = ()
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
     model: str | None = None
     user: str | None = None
     metadata: dict[str, str] | None = None
@@ -87,12 +95,17 @@ def parse_request(
     Raises RequestError that names the field, its value and what is allowed; `line_number` is put before it.
     """
     try:
-        wire = decode_line(line)
+        embedding = decode_embedding(line)
+        wire = decode_line(line) if embedding is None else embedding
+        if isinstance(wire, EmbeddingBatch):
+            return _build_embedding(wire.body, wire.custom_id, "body.", default_id)
         if isinstance(wire, Batch):
             return _build(wire.body, wire.custom_id, wire.url, defaults, default_id)
         if wire.id is not None and wire.custom_id is not None and wire.id != wire.custom_id:
             raise RequestError("custom_id and id are both given and differ; give one of them", "id")
         custom_id = wire.id if wire.custom_id is None else wire.custom_id
+        if isinstance(wire, EmbeddingBody):
+            return _build_embedding(wire, custom_id, "", default_id)
         return _build(wire, custom_id, None, defaults, default_id)
     except RequestError as error:
         if line_number is None:
@@ -103,10 +116,7 @@ def parse_request(
 def _build(
     body: Body, custom_id: str | int | None, url: str | None, defaults: Sampling, default_id: str | None
 ) -> Request:
-    if custom_id is None:
-        custom_id = default_id
-        if custom_id is None:
-            raise RequestError("custom_id is missing", "custom_id")
+    custom_id = _some_id(custom_id, default_id)
     if body.logprobs:
         refuse("logprobs", True, "false or left out", unsupported=True)
     if body.echo:
@@ -119,7 +129,7 @@ def _build(
         if url == "/v1/completions":
             raise RequestError("/v1/completions takes prompt, not messages; the url may be wrong", "messages")
         return Request(
-            custom_id=str(custom_id),
+            custom_id=custom_id,
             kind="chat",
             sampling=_sampling(body, defaults),
             messages=tuple([_message(message) for message in written]),
@@ -131,7 +141,7 @@ def _build(
     if url == "/v1/chat/completions":
         raise RequestError("/v1/chat/completions takes messages, not prompt; the url may be wrong", "prompt")
     return Request(
-        custom_id=str(custom_id),
+        custom_id=custom_id,
         kind="completion",
         sampling=_sampling(body, defaults),
         prompt=body.prompt or "",
@@ -140,6 +150,30 @@ def _build(
         metadata=body.metadata,
         stream=body.stream is True,
     )
+
+
+def _build_embedding(body: EmbeddingBody, custom_id: str | int | None, where: str, default_id: str | None) -> Request:
+    custom_id = _some_id(custom_id, default_id)
+    if body.input is None:
+        raise RequestError(f"{where}input is missing: the text, or the texts, to embed", "input")
+    return Request(
+        custom_id=custom_id,
+        kind="embedding",
+        sampling=_DEFAULTS,
+        inputs=inputs_of(body.input, f"{where}input"),
+        encoding_format=body.encoding_format or "float",
+        dimensions=body.dimensions,
+        model=body.model,
+        user=body.user,
+    )
+
+
+def _some_id(custom_id: str | int | None, default_id: str | None) -> str:
+    if custom_id is None:
+        custom_id = default_id
+        if custom_id is None:
+            raise RequestError("custom_id is missing", "custom_id")
+    return str(custom_id)
 
 
 def _message(message: WireMessage) -> Message:
@@ -236,11 +270,14 @@ def request_line(request: Mapping[str, Any] | Request) -> bytes:
 
 def request_fields(request: Request) -> dict[str, Any]:
     """`request` as the object of a plain line: what `parse_request` turns into the same `Request` again."""
+    fields: dict[str, Any] = {"custom_id": request.custom_id}
+    if request.kind == "embedding":
+        names = ("encoding_format", "dimensions", "model", "user")
+        return _without_none(fields | {"input": request.inputs} | {name: getattr(request, name) for name in names})
     sampling = msgspec.structs.asdict(request.sampling)
     constraint = sampling.pop("constraint")
     # Without one this says so, lest a run's default takes its place.
     sampling |= {"response_format": {"type": "text"}} if constraint is None else constraint.field()
-    fields: dict[str, Any] = {"custom_id": request.custom_id}
     if request.kind == "chat":
         fields["messages"] = [_without_none(msgspec.structs.asdict(message)) for message in request.messages]
     else:

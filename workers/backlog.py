@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from scheduling.errors import ProtocolError
 from scheduling.requests import Sampling
+from scheduling.vectors import Vectors, to_bytes
 from workers.protocol import Answer, Choice, Job
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class Lane(Enum):
     """What a context is made for. `workers.engine` opens the contexts of a lane that is needed."""
 
     GENERATE = "generate"
+    EMBED = "embed"
 
 
 class State(Enum):
@@ -46,7 +48,10 @@ class State(Enum):
 
 
 class Task:
-    """One request inside the engine. Its choices may run at different times and in different contexts."""
+    """One request inside the engine. Its choices may run at different times and in different contexts.
+
+    Each input of a request for embeddings is a choice.
+    """
 
     __slots__ = (
         "admitted_s",
@@ -62,8 +67,10 @@ class Task:
         "next_choice",
         "prompt",
         "received_s",
+        "starts",
         "state",
         "unfinished",
+        "vectors",
     )
 
     def __init__(self, job: Job, received_s: float) -> None:
@@ -77,8 +84,12 @@ class Task:
         """Most output tokens of a choice; set with `prompt`."""
         self.grammar: Grammar | None = None
         """What the text has to follow; set with `prompt`."""
+        self.starts: npt.NDArray[np.int32] = np.empty(0, np.int32)
+        """Where in `prompt` each input begins, and the last one ends; set with `prompt`, for embeddings only."""
+        self.vectors: Vectors = np.empty((0, 0), np.float32)
+        """(inputs, dimensions), filled as they are computed; set with `prompt`, for embeddings only."""
         self.next_choice = 0
-        self.choices: list[Choice | None] = [None] * max(1, job.request.sampling.n)
+        self.choices: list[Choice | None] = [None] * (len(job.request.inputs) or max(1, job.request.sampling.n))
         self.unfinished = len(self.choices)
         self.admitted_s: float | None = None
         self.first_token_s: float | None = None
@@ -109,6 +120,7 @@ class Task:
             e2e_s=now_s - self.received_s,
             error=self.error,
             cached_tokens=self.cached_tokens or 0,
+            vectors=to_bytes(self.vectors) if self.vectors.size and self.error is None else b"",
         )
 
 

@@ -2,11 +2,12 @@
 
     reader (the main thread)   frames from the rank: submit, recall, cancel; end of file ends the engine
     preparing thread           chat templates, tokenising and compiling grammars, ahead of admission
-    one thread a context       `workers.stepper`, over llama.cpp or over the simulation of it
+    one thread a context       `workers.stepper` or `workers.embedder`, over llama.cpp or over the simulation of it
     a pool                     helps the stepping threads to choose tokens
 
-Contexts are of a `Lane` each: what they are made for. Those that generate are opened when the model is loaded, those of
-other lanes when the first request comes that needs them; where that fails, the requests that need them fail.
+Contexts are of a `Lane` each: what they are made for. Those of the lanes that the rank expects to need are opened when
+the model is loaded, others when the first request comes that needs them; where that fails, the requests that need them
+fail.
 
 They meet in the `Backlog`, in the `Meter` and in the `Outbox`, which have locks. A blocked pipe blocks stepping:
 that is the backpressure. An exception in any thread ends the engine with `EngineFailed`.
@@ -27,7 +28,9 @@ from scheduling.errors import ConfigError, EngineError, ModelFileError, RequestE
 from workers.backlog import Backlog, Lane, Task
 from workers.chat import ChatTemplate
 from workers.constraints import Constraints
+from workers.embedder import Embedder, Encoder
 from workers.frames import read_frame
+from workers.inputs import InputReader
 from workers.library import Library, Model
 from workers.meter import Meter
 from workers.outbox import Outbox, fail
@@ -48,6 +51,10 @@ from workers.shares import slots_of_contexts
 from workers.stepper import Stepper, Vocabulary
 from workers.text import PieceTable
 
+ENCODERS = 2
+"""Contexts for embeddings: while one computes, another's vectors are copied and its next batch is made."""
+EMBEDDED_AT_ONCE = 512
+"""Requests to be given where nothing is generated: several batches of short inputs."""
 JOIN_S = 2.0
 """How long the end waits for threads that are inside a decode."""
 
@@ -75,8 +82,6 @@ class BatchingEngine:
         self._check_gpu(config)
         self._config = config
         self._model = model = library.load(config)
-        if not model.can_generate:
-            raise ModelFileError(f"{config.model} ({model.desc}) is not a model that continues text")
         self._vocabulary = Vocabulary(model.eog_table(), PieceTable(model.vocab_tokens, model.piece))
         vocabulary = self._vocabulary
         self._constraints = Constraints(
@@ -89,16 +94,20 @@ class BatchingEngine:
         self._meter = Meter(outbox.send, time.monotonic())
         own_template = model.chat_template()
         template = config.chat_template if config.chat_template is not None else own_template
-        self._prompts = self._prompt_reader(config, model, template)
+        piece_bytes_max = model.piece_bytes_max()
+        self._prompts = self._prompt_reader(config, model, template, piece_bytes_max)
+        self._inputs = self._input_reader(config, model, piece_bytes_max)
         self._threads: list[threading.Thread] = []
         self._open_lanes: dict[Lane, str] = {}
         """Lanes that were asked for, and why they could not be opened ("" where they could)."""
-        self._open(Lane.GENERATE)
+        lanes = [Lane(name) for name in config.lanes_at_start] if model.can_generate else [Lane.EMBED]
+        for lane in lanes:
+            self._open(lane)
         self.loaded = EngineLoaded(
             load_s=time.monotonic() - began_s,
             vocab_tokens=model.vocab_tokens,
             train_ctx_tokens=model.train_ctx_tokens,
-            slots=config.slots,
+            slots=config.slots if Lane.GENERATE in lanes else EMBEDDED_AT_ONCE,
             model_desc=model.desc,
             model_bytes=model.model_bytes,
             backend="+".join(self._gpu_names) or "CPU",
@@ -115,7 +124,7 @@ class BatchingEngine:
             )
 
     @staticmethod
-    def _prompt_reader(config: EngineConfig, model: Model, template: str | None) -> PromptReader:
+    def _prompt_reader(config: EngineConfig, model: Model, template: str | None, piece_bytes_max: int) -> PromptReader:
         chat = ChatTemplate(
             template,
             bos=model.token_text(model.bos),
@@ -128,10 +137,21 @@ class BatchingEngine:
             chat,
             model.tokenize,
             vocab_tokens=model.vocab_tokens,
-            piece_bytes_max=model.piece_bytes_max(),
+            piece_bytes_max=piece_bytes_max,
             bos=model.bos,
             ctx_tokens=config.ctx_tokens,
             max_tokens_default=config.max_tokens_default,
+        )
+
+    @staticmethod
+    def _input_reader(config: EngineConfig, model: Model, piece_bytes_max: int) -> InputReader:
+        return InputReader(
+            model.tokenize,
+            vocab_tokens=model.vocab_tokens,
+            piece_bytes_max=piece_bytes_max,
+            tokens_max=min(config.ctx_tokens, model.train_ctx_tokens),
+            train_ctx_tokens=model.train_ctx_tokens,
+            dimensions=model.dimensions,
         )
 
     # ------------------------------------------------ contexts
@@ -149,7 +169,7 @@ class BatchingEngine:
         if lane not in self._open_lanes:
             try:
                 self._open(lane)
-            except EngineError as error:
+            except (EngineError, ModelFileError) as error:
                 self._open_lanes[lane] = str(error)
         if reason := self._open_lanes[lane]:
             raise RequestError(reason)
@@ -158,9 +178,40 @@ class BatchingEngine:
         match lane:
             case Lane.GENERATE:
                 return self._steppers(lane)
+            case Lane.EMBED:
+                return self._embedders(lane)
+
+    def _embedders(self, lane: Lane) -> list[Embedder]:
+        config, model = self._config, self._model
+        count = ENCODERS if self._gpu_names else min(ENCODERS, config.threads)
+        batch_tokens = config.batch_tokens if self._gpu_names else config.ubatch_tokens
+        tokens = max(batch_tokens, self._inputs.tokens_max)
+        encoders: list[Encoder] = []
+        while len(encoders) < count:
+            try:
+                encoders.append(model.encoder(config, tokens, max(1, config.threads // count)))
+            except EngineError:
+                if not encoders:
+                    raise
+                break  # one is enough where there is no memory for more
+        return [
+            Embedder(
+                self._backlog.open(lane),
+                encoder,
+                batch_tokens,
+                backlog=self._backlog,
+                meter=self._meter,
+                send=self._outbox.send,
+            )
+            for encoder in encoders
+        ]
 
     def _steppers(self, lane: Lane) -> list[Stepper]:
         config, model = self._config, self._model
+        if not model.can_generate:
+            raise ModelFileError(
+                f"{config.model} ({model.desc}) is not a model that continues text: it can only be asked for embeddings"
+            )
         shares = slots_of_contexts(config.slots, config.contexts)
         threads = max(1, config.threads // len(shares))
         # All of them before the first one runs: llama.cpp must not be short of memory when one of them works already.
@@ -227,22 +278,36 @@ class BatchingEngine:
     def _prepare(self) -> None:
         while (task := self._backlog.next_raw()) is not None:
             try:
-                self._prompts.check_sampling(task.sampling)
-                self._need(task.lane)
-                task.prompt = self._prompts.tokens(task.job.request)
-                if task.sampling.constraint is not None:
-                    task.grammar = self._constraints.grammar(task.sampling.constraint)
+                if task.job.request.inputs:
+                    self._prepare_inputs(task)
+                else:
+                    self._prepare_prompt(task)
             except RequestError as error:
                 task.error = str(error)
             except Exception as error:  # one prompt must not end the engine
                 traceback.print_exc()
                 task.error = f"preparing the prompt failed: {type(error).__name__}: {error}"
-            task.limit = self._prompts.limit(task.sampling, int(task.prompt.size))
             if task.error is None and task.limit >= 1:
                 self._backlog.ready(task)
             elif self._backlog.end_unstarted(task):
                 task.choices = [Choice("", "length", 0) for _ in task.choices]
                 self._answer([task])
+
+    def _prepare_prompt(self, task: Task) -> None:
+        self._prompts.check_sampling(task.sampling)
+        self._need(task.lane)
+        task.prompt = self._prompts.tokens(task.job.request)
+        task.limit = self._prompts.limit(task.sampling, int(task.prompt.size))
+        if task.sampling.constraint is not None:
+            task.grammar = self._constraints.grammar(task.sampling.constraint)
+
+    def _prepare_inputs(self, task: Task) -> None:
+        request = task.job.request
+        task.lane = Lane.EMBED
+        task.prompt, task.starts = self._inputs.read(request)
+        task.vectors = np.empty((len(request.inputs), request.dimensions or self._inputs.dimensions), np.float32)
+        task.limit = 1
+        self._need(task.lane)
 
     def _guard(self, body: Callable[[], None]) -> None:
         """Run a thread's body; what it raises ends the engine."""

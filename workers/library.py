@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from workers.embedder import Encoder
 from workers.protocol import EngineConfig
 from workers.seating import Decoder
 
@@ -24,6 +25,7 @@ class Model(Protocol):
     can_generate: bool
     keeps_cells: bool
     cell_bytes: int
+    dimensions: int
     bos: int
     eos: int
     desc: str
@@ -44,6 +46,11 @@ class Model(Protocol):
 
     def context(self, config: EngineConfig, slots: int, threads: int) -> Decoder:
         """Cells for `slots` sequences of `config.ctx_tokens`. Raises `EngineError` if there is no memory for them."""
+        ...
+
+    def encoder(self, config: EngineConfig, tokens: int, threads: int) -> Encoder:
+        """For embeddings, batches of up to `tokens`. Raises `EngineError` if there is no memory for it,
+        `ModelFileError` if the model has none."""
         ...
 
 

@@ -1,7 +1,8 @@
-"""A thin typed layer over llama.cpp's low-level API: model, vocabulary, context with its batch.
+"""A thin typed layer over llama.cpp's low-level API: model, vocabulary, contexts with their batches.
 
 Importing this module loads llama.cpp and with it the GPU libraries: only the engine process may, after it has set
-its environment. Nothing here knows requests; `LlamaContext` is the `Decoder` that `workers.stepper` drives.
+its environment. Nothing here knows requests; `LlamaContext` is the `Decoder` that `workers.stepper` drives,
+`LlamaEncoder` the `Encoder` of `workers.embedder`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,13 @@ Ints = npt.NDArray[np.int32]
 
 KV_PADDING = 256
 """llama.cpp rounds the cells of each sequence up to a multiple of this."""
+SEQUENCES_MAX = 256
+"""LLAMA_MAX_SEQ: most sequences of a context."""
+POOLING: dict[str, int] = {
+    "mean": lib.LLAMA_POOLING_TYPE_MEAN,
+    "cls": lib.LLAMA_POOLING_TYPE_CLS,
+    "last": lib.LLAMA_POOLING_TYPE_LAST,
+}
 # ggml.h: debug 1, info 2, warning 3, error 4, 5 continues the line before.
 _WARNING, _ERROR, _CONTINUED = 3, 4, 5
 
@@ -89,12 +97,13 @@ class LlamaModel:
         self.vocab_tokens = int(lib.llama_vocab_n_tokens(self._vocab))
         self.train_ctx_tokens = int(lib.llama_model_n_ctx_train(self._model))
         self.model_bytes = int(lib.llama_model_size(self._model))
-        # An encoder's part of the work (T5) is not done here, and an encoder alone (BERT) says nothing.
-        self.can_generate = bool(
-            lib.llama_model_has_decoder(self._model) and not lib.llama_model_has_encoder(self._model)
-        )
-        recurrent = lib.llama_model_is_recurrent(self._model) or lib.llama_model_is_hybrid(self._model)
-        self.keeps_cells = not recurrent and int(lib.llama_model_n_swa(self._model)) == 0
+        self.architecture = self.metadata("general.architecture") or ""
+        self.has_encoder = bool(lib.llama_model_has_encoder(self._model))
+        self.can_generate = self._continues_text()
+        self.dimensions = int(lib.llama_model_n_embd_out(self._model))
+        """Of an embedding."""
+        self.recurrent = bool(lib.llama_model_is_recurrent(self._model) or lib.llama_model_is_hybrid(self._model))
+        self.keeps_cells = not self.recurrent and int(lib.llama_model_n_swa(self._model)) == 0
         """Each token has a cell of its own that stays until it is removed: cells can be removed one by one."""
         heads, kv_heads = lib.llama_model_n_head(self._model), lib.llama_model_n_head_kv(self._model)
         values = int(lib.llama_model_n_embd(self._model)) * int(kv_heads) // max(1, int(heads))
@@ -106,9 +115,23 @@ class LlamaModel:
         lib.llama_model_desc(self._model, buffer, len(buffer))
         self.desc = buffer.value.decode("utf-8", "replace")
 
+    def _continues_text(self) -> bool:
+        """Whether the model says which token comes next. One that sees what follows, too, says nothing (BERT), and an
+        encoder's part of the work (T5) is not done here."""
+        sees_ahead = self.metadata(f"{self.architecture}.attention.causal") == "false"
+        sees_ahead = sees_ahead or self.architecture == "gemma-embedding"  # which its files need not say
+        decodes = lib.llama_model_has_decoder(self._model) and not lib.llama_model_is_diffusion(self._model)
+        return bool(decodes and not self.has_encoder and not sees_ahead)
+
     @property
     def handle(self) -> Any:
         return self._model
+
+    def metadata(self, key: str) -> str | None:
+        """A value of the file as llama.cpp writes it ("true", "4"); None if the file does not say."""
+        buffer = ctypes.create_string_buffer(256)
+        length = int(lib.llama_model_meta_val_str(self._model, key.encode(), buffer, len(buffer)))
+        return None if length < 0 else buffer.value.decode("utf-8", "replace")
 
     def chat_template(self) -> str | None:
         """The template in the file, if it has one."""
@@ -163,6 +186,11 @@ class LlamaModel:
         """A context over this model. Raises `EngineError` if llama.cpp cannot make it."""
         return LlamaContext(self, config, slots, threads)
 
+    def encoder(self, config: EngineConfig, tokens: int, threads: int) -> LlamaEncoder:
+        """A context for embeddings, batches of up to `tokens`. Raises `EngineError` if llama.cpp cannot make it,
+        `ModelFileError` if the model has none."""
+        return LlamaEncoder(self, config, tokens, threads, pooling_of(self, config))
+
 
 class Llama:
     """The `workers.library.Library` that computes."""
@@ -177,47 +205,35 @@ class Llama:
         return LlamaModel(config)
 
 
-class LlamaContext:
-    """One context: its KV cells, and a batch whose arrays are numpy's.
+def pooling_of(model: LlamaModel, config: EngineConfig) -> int:
+    """How an input's one vector is made of its tokens', as llama.cpp's number: as `config` says, else as the file does,
+    else their mean.
 
-    Fill rows [0, n) of `token`, `pos`, `seq` (sorted by sequence id: see the docs of `workers.stepper`) and
-    `wanted` (1 where logits are wanted), call `decode(n)`, then `logits(rows)`.
+    Raises `ModelFileError` for a model that gives scores instead of vectors.
     """
+    if config.pooling is not None:
+        return POOLING[config.pooling]
+    kind = int(model.metadata(f"{model.architecture}.pooling_type") or POOLING["mean"])
+    if kind == lib.LLAMA_POOLING_TYPE_RANK:
+        raise ModelFileError(
+            f"{config.model} is a model that ranks, with no embeddings of its own; --pooling mean|cls|last makes some"
+        )
+    return kind if kind in POOLING.values() else POOLING["mean"]
 
-    def __init__(self, model: LlamaModel, config: EngineConfig, slots: int, threads: int) -> None:
-        """Raises `EngineError` if llama.cpp cannot make it, which nearly always means memory."""
-        cells = -(-config.ctx_tokens // KV_PADDING) * KV_PADDING
-        params = lib.llama_context_default_params()
-        params.n_ctx = cells * slots
-        params.n_batch = max(config.batch_tokens, slots)
-        params.n_ubatch = min(params.n_batch, max(config.ubatch_tokens, 1))
-        params.n_seq_max = slots
-        # Sizes the buffer for logits: without it llama.cpp reserves a row for each token of a micro-batch.
-        params.n_outputs_max = slots
-        params.n_threads = threads
-        params.n_threads_batch = config.threads_batch or threads
-        params.kv_unified = config.kv_unified
-        params.no_perf = True
-        if config.flash_attention is not None:
-            params.flash_attn_type = (
-                lib.LLAMA_FLASH_ATTN_TYPE_ENABLED if config.flash_attention else lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
-            )
-        _recent_errors.clear()
-        self._context = lib.llama_init_from_model(model.handle, params)
-        if not self._context:
-            raise EngineError(
-                f"llama.cpp cannot make a context of {slots} slots with {cells} tokens each: {recent_errors()}. "
-                "Use fewer --slots, a smaller --ctx, or fewer --gpu-layers"
-            )
-        self._memory = lib.llama_get_memory(self._context)
-        self.vocab_tokens = model.vocab_tokens
-        self.batch_tokens = min(params.n_batch, int(lib.llama_n_batch(self._context)))
-        self._logits_address = 0
-        self._logits: npt.NDArray[np.float32] = np.empty((0, self.vocab_tokens), np.float32)
-        self._slots = slots
-        self._make_batch(self.batch_tokens)
 
-    def _make_batch(self, size: int) -> None:
+def set_flash_attention(params: Any, config: EngineConfig) -> None:
+    """As `config` says; llama.cpp decides where it does not."""
+    if config.flash_attention is not None:
+        params.flash_attn_type = (
+            lib.LLAMA_FLASH_ATTN_TYPE_ENABLED if config.flash_attention else lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        )
+
+
+class BatchArrays:
+    """A batch whose arrays are numpy's. Fill rows [0, n) of `token`, `pos`, `seq` (sorted by sequence id: see the docs
+    of `workers.stepper`) and `wanted` (1 where an output is wanted)."""
+
+    def __init__(self, size: int) -> None:
         # Our own arrays instead of llama_batch_init's: each row's sequence list is one entry of `seq`, found
         # through a table of pointers into it that never changes.
         self.token: Ints = np.zeros(size, np.int32)
@@ -237,6 +253,40 @@ class LlamaContext:
         ):
             kind = dict(lib.llama_batch._fields_)[name]
             setattr(self._batch, name, ctypes.cast(array.ctypes.data, kind))
+
+
+class LlamaContext(BatchArrays):
+    """A context that generates: its KV cells and its batch. Fill the batch, call `decode(n)`, then `logits(rows)`."""
+
+    def __init__(self, model: LlamaModel, config: EngineConfig, slots: int, threads: int) -> None:
+        """Raises `EngineError` if llama.cpp cannot make it, which nearly always means memory."""
+        cells = -(-config.ctx_tokens // KV_PADDING) * KV_PADDING
+        params = lib.llama_context_default_params()
+        params.n_ctx = cells * slots
+        params.n_batch = max(config.batch_tokens, slots)
+        params.n_ubatch = min(params.n_batch, max(config.ubatch_tokens, 1))
+        params.n_seq_max = slots
+        # Sizes the buffer for logits: without it llama.cpp reserves a row for each token of a micro-batch.
+        params.n_outputs_max = slots
+        params.n_threads = threads
+        params.n_threads_batch = config.threads_batch or threads
+        params.kv_unified = config.kv_unified
+        params.no_perf = True
+        set_flash_attention(params, config)
+        _recent_errors.clear()
+        self._context = lib.llama_init_from_model(model.handle, params)
+        if not self._context:
+            raise EngineError(
+                f"llama.cpp cannot make a context of {slots} slots with {cells} tokens each: {recent_errors()}. "
+                "Use fewer --slots, a smaller --ctx, or fewer --gpu-layers"
+            )
+        self._memory = lib.llama_get_memory(self._context)
+        self.vocab_tokens = model.vocab_tokens
+        self.batch_tokens = min(params.n_batch, int(lib.llama_n_batch(self._context)))
+        self._logits_address = 0
+        self._logits: npt.NDArray[np.float32] = np.empty((0, self.vocab_tokens), np.float32)
+        self._slots = slots
+        super().__init__(self.batch_tokens)
 
     def decode(self, rows: int) -> int:
         """Run the first `rows` rows. Returns llama.cpp's code: 0 is success, under -1 is fatal."""
@@ -276,3 +326,62 @@ class LlamaContext:
     def clear(self) -> None:
         """Empty all cells."""
         lib.llama_memory_clear(self._memory, True)
+
+
+class LlamaEncoder(BatchArrays):
+    """A context that makes one vector of each sequence of a batch. Fill the batch, call `encode(n)`, then `vectors`.
+
+    Sequences must be whole in a batch, because llama.cpp pools what it computes in one pass. All cells of a model that
+    has some are one stream, so that sequences of any lengths make one pass.
+    """
+
+    def __init__(self, model: LlamaModel, config: EngineConfig, tokens: int, threads: int, pooling: int) -> None:
+        """`tokens`: most in a batch. Raises `EngineError` if llama.cpp cannot make it."""
+        self.batch_tokens = tokens
+        # llama.cpp makes room for an output of each sequence within a batch. A recurrent model has a state for each,
+        # and a pass for each.
+        self.sequences = min(tokens, config.slots if model.recurrent else SEQUENCES_MAX)
+        self.dimensions = model.dimensions
+        params = lib.llama_context_default_params()
+        params.n_ctx = params.n_batch = params.n_ubatch = tokens
+        params.n_seq_max = self.sequences
+        params.n_threads = params.n_threads_batch = threads
+        params.embeddings = True
+        params.pooling_type = pooling
+        params.kv_unified = True
+        params.no_perf = True
+        set_flash_attention(params, config)
+        _recent_errors.clear()
+        self._context = lib.llama_init_from_model(model.handle, params)
+        if not self._context:
+            raise EngineError(
+                f"llama.cpp cannot make a context for embeddings of {tokens} tokens: {recent_errors()}. "
+                "Use a smaller --ctx and --batch, or fewer --gpu-layers"
+            )
+        self._memory = lib.llama_get_memory(self._context)
+        self._run = lib.llama_decode if self._memory and not model.has_encoder else lib.llama_encode
+        super().__init__(tokens)
+        self.wanted[:] = 1
+
+    def encode(self, rows: int) -> int:
+        """Run the first `rows` rows, nothing being there before them. Returns llama.cpp's code: 0 is success."""
+        if self._memory:
+            lib.llama_memory_clear(self._memory, False)
+        self._batch.n_tokens = rows
+        return int(self._run(self._context, self._batch))
+
+    def vectors(self, count: int) -> npt.NDArray[np.float32]:
+        """(count, dimensions) a copy of the vectors of sequences [0, count). Waits for the GPU."""
+        vectors = np.empty((count, self.dimensions), np.float32)
+        address, size = vectors.ctypes.data, vectors.strides[0]
+        for seq in range(count):
+            source = lib.llama_get_embeddings_seq(self._context, seq)
+            if not source:
+                raise EngineError("llama.cpp has no embedding of a sequence after a pass that succeeded")
+            ctypes.memmove(address + seq * size, source, size)
+        return vectors
+
+    def clear(self) -> None:
+        """Overwrite all cells: what is not a number in one that is masked would come back."""
+        if self._memory:
+            lib.llama_memory_clear(self._memory, True)

@@ -56,7 +56,7 @@ class Meter:
         now_s: float,
         *,
         prompt_tokens: int,
-        cached_tokens: int,
+        cached_tokens: int = 0,
         output_tokens: int,
         slot_s: float,
         decode_s: float,

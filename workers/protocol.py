@@ -12,6 +12,7 @@ All times are seconds measured on the engine's own monotonic clock.
 from __future__ import annotations
 
 import struct
+from typing import Literal
 
 import msgspec
 
@@ -62,6 +63,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """A template that replaces the model's own."""
     service_times: ServiceTimes | None = None
     """Nothing is computed: the engine is simulated, and takes as long as these say."""
+    pooling: Literal["mean", "cls", "last"] | None = None
+    """How one vector is made of an input's: None is as the model says, else their mean."""
+    lanes_at_start: tuple[str, ...] = ("generate",)
+    """Kinds of contexts (`workers.backlog.Lane`) that are made with the model; others when they are needed."""
 
 
 class EngineStart(msgspec.Struct, tag="start", frozen=True):
@@ -143,6 +148,8 @@ class Answer(msgspec.Struct, array_like=True, frozen=True):
     e2e_s: float
     error: str | None = None
     cached_tokens: int = 0
+    vectors: bytes = b""
+    """(inputs, dimensions) of a request for embeddings, whose choices have no text: see `scheduling.vectors`."""
 
 
 class Piece(msgspec.Struct, array_like=True, frozen=True):

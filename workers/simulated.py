@@ -11,7 +11,7 @@ words one can pronounce; now and then the end of the answer. They depend on the 
 stand, and on nothing else: an answer is the same whatever runs beside it, in any slot, on any rank, at any attempt. It
 means nothing.
 
-What is not simulated: memory that runs short, loading, the moving of sequences between slots.
+What is not simulated: memory that runs short, loading, the moving of sequences between slots, embeddings.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
+from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
+from scheduling.errors import ModelFileError
 from scheduling.servicetime import ServiceTimes
 from workers.protocol import EngineConfig
 from workers.sampling import uniforms
@@ -78,6 +80,7 @@ class SimulatedModel:
         self.train_ctx_tokens = times.measured.ctx_tokens
         self.model_bytes = times.measured.model_bytes
         self.cell_bytes = times.measured.cell_bytes
+        self.dimensions = 0
         self.can_generate = True
         self.keeps_cells = True
         self.bos, self.eos = BOS, EOS
@@ -117,6 +120,9 @@ class SimulatedModel:
 
     def context(self, config: EngineConfig, slots: int, threads: int) -> SimulatedContext:
         return SimulatedContext(self._times, slots, config.ctx_tokens, max(config.batch_tokens, slots))
+
+    def encoder(self, config: EngineConfig, tokens: int, threads: int) -> NoReturn:
+        raise ModelFileError("a simulated engine generates text, and has no embeddings")
 
 
 class SimulatedLibrary:

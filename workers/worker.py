@@ -14,9 +14,10 @@ from typing import Any
 from scheduling import messages as m
 from scheduling.errors import LlmpiError, RequestError, UserError
 from scheduling.link import Spoke
-from scheduling.recordline import encode_failure, encode_result
+from scheduling.recordline import encode_embeddings, encode_failure, encode_result
 from scheduling.requests import Request, Sampling, derive_seed, parse_request
 from scheduling.tables import finish_number
+from scheduling.vectors import from_bytes
 from workers.metrics import RankMetrics
 from workers.port import Engine
 from workers.protocol import Answer, EngineFailed, EngineLoaded, Frame, FromEngine, Job, Returned, Stats
@@ -279,20 +280,22 @@ class Worker:
                 answer.prompt_tokens, answer.queue_s, answer.e2e_s, answer.cached_tokens,
             )  # fmt: skip
             return
+        if one.request.inputs and any(choice.finish_reason == "cancelled" for choice in answer.choices):
+            # Some vectors are worth nothing: unlike a text, this answer has no useful beginning.
+            self._finish_failed(
+                answer.key, one.attempt, one.request.custom_id, "cancelled", "the request was cancelled",
+                answer.prompt_tokens, answer.queue_s, answer.e2e_s,
+            )  # fmt: skip
+            return
         options, metrics = self._options, self.metrics
-        choices = [(choice.text, choice.finish_reason, choice.output_tokens) for choice in answer.choices]
-        line = encode_result(
-            one.request, answer.key, one.attempt, options.rank, metrics.session, choices, answer.prompt_tokens,
-            answer.output_tokens, answer.queue_s, answer.ttft_s, answer.e2e_s, int(options.wall_clock()),
-            options.model_name, answer.cached_tokens,
-        )  # fmt: skip
+        line = self._line(one, answer)
         tokens = answer.output_tokens
-        tpot_s = (answer.e2e_s - answer.ttft_s) / (tokens - 1) if tokens > 1 and len(choices) == 1 else NAN
+        tpot_s = (answer.e2e_s - answer.ttft_s) / (tokens - 1) if tokens > 1 and len(answer.choices) == 1 else NAN
         metrics.requests.append(
             (
                 answer.key, options.rank, one.attempt, metrics.session, answer.prompt_tokens, answer.cached_tokens,
                 tokens, answer.queue_s, answer.ttft_s if tokens else NAN, tpot_s, answer.e2e_s,
-                finish_number(choices[0][1]), 1,
+                finish_number(answer.choices[0].finish_reason), 1,
             )
         )  # fmt: skip
         metrics.finished += 1
@@ -300,6 +303,22 @@ class Worker:
         metrics.cached_tokens += answer.cached_tokens
         metrics.output_tokens += tokens
         self._finished.append(m.Finished(answer.key, one.attempt, True, answer.prompt_tokens, tokens, line))
+
+    def _line(self, one: _Held, answer: Answer) -> bytes:
+        """The record's line of a request that was answered."""
+        options, request, session = self._options, one.request, self.metrics.session
+        if request.inputs:
+            return encode_embeddings(
+                request, answer.key, one.attempt, options.rank, session,
+                from_bytes(answer.vectors, len(request.inputs)), answer.prompt_tokens, answer.queue_s, answer.e2e_s,
+                options.model_name,
+            )  # fmt: skip
+        choices = [(choice.text, choice.finish_reason, choice.output_tokens) for choice in answer.choices]
+        return encode_result(
+            request, answer.key, one.attempt, options.rank, session, choices, answer.prompt_tokens,
+            answer.output_tokens, answer.queue_s, answer.ttft_s, answer.e2e_s, int(options.wall_clock()),
+            options.model_name, answer.cached_tokens,
+        )  # fmt: skip
 
     def _finish_failed(
         self, index: int, attempt: int, custom_id: str, code: str, reason: str,

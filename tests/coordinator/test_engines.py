@@ -33,6 +33,14 @@ def test_what_is_left_open_is_chosen_by_device() -> None:
     assert engine(ON_CPU, model=ModelFacts("m.gguf", 1, 512, None)).ctx_tokens == 512
 
 
+def test_what_only_embeds_needs_no_memory_for_slots() -> None:
+    placement = Placement(lanes=("embed",), threads=2)
+    config = engine(placement, slots=4096, ctx=1 << 20, pooling="last")
+    assert (config.lanes_at_start, config.pooling) == (("embed",), "last")
+    with pytest.raises(ConfigError, match="for their caches"):
+        engine(Placement(threads=2), slots=4096, ctx=1 << 20)
+
+
 def test_slots_are_as_many_as_fit_beside_the_model() -> None:
     memory = MODEL.size_bytes + GPU_RESERVE_BYTES + 10 * 4096 * KV_BYTES + 5
     assert engine(ON_GPU, gpu_bytes=memory).slots == 10

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator import inputfile
-from coordinator.inputfile import Block, line_blocks
+from coordinator.inputfile import Block, line_blocks, only_embeddings
 from coordinator.source import FileSource, sniff_format
 from scheduling.errors import InputError
 
@@ -80,6 +80,22 @@ def test_the_format_is_found_by_suffix_then_by_the_first_line(
     write: WriteFile, name: str, content: str, form: str
 ) -> None:
     assert sniff_format(write(content, name)) == form
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('{"input": "a"}\n\n{"url": "/v1/embeddings", "body": {"input": "b"}}\n', True),
+        ('{"input": "a"}\n{"prompt": "b"}\n', False),
+        ('{"input": "a"}\n' * 5_000 + '{"prompt": "b"}\n', True),
+        ("\n", False),
+    ],
+)
+def test_the_first_requests_tell_whether_embeddings_are_all_that_is_wanted(
+    write: WriteFile, content: str, expected: bool
+) -> None:
+    assert only_embeddings(write(content), "jsonl") is expected
+    assert not only_embeddings(write(content), "text")
 
 
 # ---------------------------------------------------------------- input that cannot be used

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import pytest
 
 import llmpi
 from coordinator.loop import Snapshot
 from coordinator.pool import Pool, Result, result_of
 from scheduling.errors import ConfigError, InputError, RequestError, UserError
-from scheduling.recordline import encode_failure, encode_result
+from scheduling.recordline import encode_embeddings, encode_failure, encode_result
 from scheduling.requests import Request
 
 
@@ -120,6 +121,23 @@ def test_stream_ends_and_raises_what_went_wrong(pool: Pool) -> None:
 # ---------------------------------------------------------------- callbacks
 
 
+def test_inputs_to_embed_may_be_texts_tokens_lists_and_requests_and_fail_alone(pool: Pool) -> None:
+    inputs: list[Any] = [
+        "text", [5, 6], ["a", "b", "c"], [[1], [2]], {"input": "x", "custom_id": "body"},
+        Request(custom_id="own", kind="embedding", inputs=("x",)), "", 5,
+    ]  # fmt: skip
+    found = sorted(pool.embed(inputs), key=lambda result: result.index)
+    assert [len(result.embeddings) for result in found] == [1, 1, 3, 2, 1, 1, 0, 0]
+    assert [result.custom_id for result in found[4:6]] == ["body", "own"]
+    assert "input is" in (found[6].error or "")
+    assert "int" in (found[7].error or "")
+
+
+def test_a_single_text_in_place_of_a_list_of_inputs_is_refused(pool: Pool) -> None:
+    with pytest.raises(InputError, match="give a list"):
+        list(pool.embed("text"))
+
+
 def test_callbacks_see_results_before_the_caller() -> None:
     seen: list[Result] = []
     ticks: list[Snapshot] = []
@@ -199,6 +217,18 @@ def test_result_has_what_the_line_says() -> None:
     assert result.finish_reasons == ("stop", "length")
     assert (result.prompt_tokens, result.cached_tokens, result.output_tokens) == (11, 4, 5)
     assert (result.e2e_s, result.error) == (0.9, None)
+
+
+@pytest.mark.parametrize("encoding", ["float", "base64"])
+def test_result_of_embeddings_has_their_vectors(encoding: Literal["float", "base64"]) -> None:
+    request = Request(custom_id="c", kind="embedding", inputs=("a", "b"), encoding_format=encoding)
+    vectors = np.array([[0.6, 0.8], [1, 0]], np.float32)
+    result = result_of(encode_embeddings(request, 7, 2, 3, 0, vectors, 11, 0.1, 0.9, "m"))
+    assert len(result.embeddings) == 2
+    assert all(np.array_equal(got, one) for got, one in zip(result.embeddings, vectors, strict=True))
+    assert result.embedding.dtype == np.float32
+    assert np.array_equal(result.embedding, vectors[0])
+    assert (result.texts, result.finish_reason, result.output_tokens, result.ttft_s) == ((), "stop", 0, None)
 
 
 def test_failed_line_is_a_result_with_its_error() -> None:

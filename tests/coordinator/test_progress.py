@@ -58,6 +58,14 @@ def test_a_line_says_how_far_how_fast_and_how_long_still(clock: FakeClock, strea
         assert part in line, line
 
 
+def test_where_nothing_is_generated_the_tokens_that_are_read_count(clock: FakeClock, stream: io.StringIO) -> None:
+    view = ProgressView(stream)
+    view.show(snapshot(0.0, made_tokens=0, prompt_tokens=0))
+    clock.pass_(11.0)
+    view.show(snapshot(5.0, done=20, made_tokens=0, prompt_tokens=600))
+    assert "120 tokens/s" in stream.getvalue()
+
+
 def test_rates_are_of_the_last_seconds_the_eta_is_of_the_whole_run(clock: FakeClock, stream: io.StringIO) -> None:
     view = ProgressView(stream)
     for second in range(51):

@@ -6,6 +6,7 @@ import io
 import json
 import math
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from coordinator import report
 from coordinator.report import print_report, report_data
 from scheduling.errors import RunDirError
 from scheduling.histogram import LogHistogram
-from scheduling.recordline import encode_failure, encode_result
+from scheduling.recordline import encode_embeddings, encode_failure, encode_result
 from scheduling.requests import Request
 from scheduling.tables import RANK, TELEMETRY
 from storage.metrics import write_metrics
@@ -121,6 +122,14 @@ def test_every_text_is_shown_as_it_is(run_dir: Path) -> None:
     assert "two lines" in text
     assert "bad" not in text, "failed requests have no answer to show"
     assert "x" * 1_000 not in text.replace("\n", "")
+
+
+@pytest.mark.parametrize("encoding", ["float", "base64"])
+def test_an_embedding_is_shown_by_its_first_numbers(run_dir: Path, encoding: Literal["float", "base64"]) -> None:
+    asked = Request(custom_id="vectors", kind="embedding", inputs=("a", "b"), encoding_format=encoding)
+    vectors = np.linspace(0.25, 0.75, 2 * 384, dtype=np.float32).reshape(2, 384)
+    (run_dir / RECORD_NAME).write_bytes(encode_embeddings(asked, 0, 1, 1, 0, vectors, 5, 0.1, 0.4, "m"))
+    assert "[0.2500, 0.2507, 0.2513, 0.2520, …] of 384 numbers and 1 more" in printed(run_dir, show=1)
 
 
 def test_as_many_answers_as_asked_for(run_dir: Path) -> None:

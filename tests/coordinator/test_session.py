@@ -113,6 +113,15 @@ def test_ranks_are_welcomed_with_a_placement_seed_and_session() -> None:
     assert session.names() == {1: "rank 1 on here", 2: "rank 2 on here"}
 
 
+def test_ranks_are_told_where_only_embeddings_will_be_asked_for() -> None:
+    session, world = session_of(2)
+    session.embeds_only = True
+    world.ranks[1].say(session.setup.hello())
+    session.start()
+    assert world.ranks[1].take_one(m.Welcome).placement.lanes == ("embed",)
+    assert session_of(2, embeddings=True)[0].embeds_only
+
+
 def test_rank_0_hosts_a_worker_where_it_is_asked_to() -> None:
     session, world = session_of(2, coordinator_works=True)
     world.ranks[1].say(session.setup.hello())

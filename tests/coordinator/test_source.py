@@ -81,6 +81,14 @@ def test_requests_arrive_in_order_with_ids_limits_and_lines_a_worker_can_parse(
 
 
 @pytest.mark.parametrize("precheck", [True, False])
+def test_a_request_for_embeddings_is_expected_to_put_out_nothing(write: WriteFile, precheck: bool) -> None:
+    lines = jsonl({"input": "a"}, {"url": "/v1/embeddings", "body": {"input": ["b", "c"]}}, {"prompt": "d"})
+    arrivals = read_all(FileSource(write(lines), precheck=precheck, defaults=Sampling(max_tokens=33)))
+    assert [arrival.max_tokens for arrival in arrivals] == [0, 0, 33]
+    assert [parse_request(arrival.line).kind for arrival in arrivals] == ["embedding", "embedding", "completion"]
+
+
+@pytest.mark.parametrize("precheck", [True, False])
 def test_each_line_of_a_text_file_is_a_prompt_with_its_spaces(write: WriteFile, precheck: bool) -> None:
     path = write('  Was ist "das"?\r\n\n   \n{"prompt": 1}\n末', "a.txt")
     arrivals = read_all(FileSource(path, precheck=precheck))

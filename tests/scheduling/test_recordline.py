@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from scheduling.recordline import (
     SEAL_BYTES,
     decode_row,
+    encode_embeddings,
     encode_failure,
     encode_result,
     line_checks,
@@ -74,6 +75,30 @@ def test_completion_answer_has_text_choices() -> None:
     body = json.loads(result(TEXT))["response"]["body"]
     assert body["object"] == "text_completion"
     assert body["choices"] == [{"index": 0, "text": "hi", "logprobs": None, "finish_reason": "stop"}]
+
+
+def test_embeddings_are_openais_list_in_the_order_of_the_inputs() -> None:
+    vectors = np.array([[0.1, 0.75], [1, 0]], np.float32)
+    request = Request(custom_id="e-3", kind="embedding", inputs=("a", "b"))
+    line = encode_embeddings(request, 7, 2, 3, 1, vectors, 11, 0.25, 2.5, "m")
+    assert line_checks(line)
+    assert json.loads(line)["response"]["body"] == {
+        "object": "list",
+        "data": [
+            {"object": "embedding", "index": 0, "embedding": [0.1, 0.75]},
+            {"object": "embedding", "index": 1, "embedding": [1.0, 0.0]},
+        ],
+        "model": "m",
+        "usage": {"prompt_tokens": 11, "total_tokens": 11},
+    }
+    timing = decode_row(line).llmpi
+    assert (timing.output_tokens, timing.ttft_s, timing.tpot_s, timing.finish_reason) == (0, None, None, "stop")
+
+
+def test_embeddings_are_base64_where_that_is_asked_for() -> None:
+    request = Request(custom_id="e-4", kind="embedding", inputs=("a",), encoding_format="base64")
+    line = encode_embeddings(request, 7, 2, 3, 1, np.array([[1, -2]], np.float32), 11, 0.25, 2.5, "m")
+    assert json.loads(line)["response"]["body"]["data"][0]["embedding"] == "AACAPwAAAMA="
 
 
 def test_time_per_output_token_is_undefined_for_one_token_for_none_and_for_several_choices() -> None:

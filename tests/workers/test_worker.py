@@ -6,14 +6,16 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from scheduling import messages as m
 from scheduling.errors import ConfigError
 from scheduling.link import Spoke
 from scheduling.requests import Sampling, derive_seed, text_line
+from scheduling.vectors import to_bytes
 from tests.coordinator.fakes import FakeClock, FakeEndpoint, FakeEngine, answer, fake_rank0, hello, loaded
-from workers.protocol import EngineFailed, Frame, Piece, Returned, Stats
+from workers.protocol import Answer, Choice, EngineFailed, Frame, Piece, Returned, Stats
 from workers.worker import HEARTBEAT_S, RESTART_BACKOFF_S, RESTARTS_MAX, Worker, WorkerOptions
 
 RANK = 3
@@ -156,6 +158,34 @@ def test_assigned_request_goes_to_the_engine_and_its_answer_to_rank_0() -> None:
     assert (told["index"], told["attempt"], told["rank"], told["session"]) == (5, 1, RANK, 4)
     assert told["tpot_s"] == pytest.approx((0.6 - 0.2) / 2)
     assert not bench.worker.in_flight
+
+
+def test_embeddings_come_as_bytes_and_are_recorded_as_numbers() -> None:
+    bench = Bench().ready()
+    line = b'{"input": ["a", "b"], "custom_id": "e"}'
+    bench.hear(m.Assign(1, [m.WorkItem(5, 1, line)]))
+    assert bench.engine.jobs[0].request.inputs == ("a", "b")
+    vectors = np.array([[0.5, 0.25], [1, 0]], np.float32)
+    done = Answer(5, [Choice("", "stop", 0)] * 2, 7, 0, 0.1, 0.0, 0.6, vectors=to_bytes(vectors))
+    bench.engine.say(Frame(finished=[done]))
+    [report] = bench.step()
+    [finished] = report.finished
+    assert (finished.ok, finished.prompt_tokens, finished.output_tokens) == (True, 7, 0)
+    body = line_of(finished)["response"]["body"]
+    assert [one["embedding"] for one in body["data"]] == vectors.tolist()
+    [row] = bench.worker.metrics.requests.rows()
+    assert (row["output_tokens"], row["ok"]) == (0, 1)
+    assert np.isnan([row["ttft_s"], row["tpot_s"]]).all()
+
+
+def test_embeddings_that_were_cancelled_half_way_are_no_answer() -> None:
+    bench = Bench().ready()
+    bench.hear(m.Assign(1, [m.WorkItem(5, 1, b'{"input": ["a", "b"], "custom_id": "e"}')]))
+    choices = [Choice("", "stop", 0), Choice("", "cancelled", 0)]
+    bench.engine.say(Frame(finished=[Answer(5, choices, 7, 0, 0.1, 0.0, 0.6, vectors=bytes(16))]))
+    [report] = bench.step()
+    assert not report.finished[0].ok
+    assert line_of(report.finished[0])["error"]["code"] == "cancelled"
 
 
 def test_request_that_starts_and_ends_in_one_frame_is_reported_once() -> None:
