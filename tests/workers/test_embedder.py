@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -106,9 +107,9 @@ class Rig:
         return {answer.key: answer for frame in self.frames for answer in frame.finished}
 
 
-def unit(*values: float) -> list[float]:
+def unit(*values: float) -> Any:
     vector = np.array(values)
-    return pytest.approx((vector / np.linalg.norm(vector)).tolist())  # type: ignore[no-any-return]
+    return pytest.approx((vector / np.linalg.norm(vector)).tolist())
 
 
 def vectors(answer: Answer) -> list[list[float]]:

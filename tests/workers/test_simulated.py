@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scheduling.requests import Request
 from scheduling.servicetime import EXAMPLE, ServiceTimes
 from tests.launch import ROOT
 from tests.workers.engine_fakes import job
@@ -244,6 +245,15 @@ def test_it_speaks_like_an_engine_and_needs_no_model(engine: EngineProcess) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_it_refuses_embeddings_and_goes_on(engine: EngineProcess) -> None:
+    embedding = Request(custom_id="v", kind="embedding", inputs=("a",))
+    engine.submit([Job(70, 1, False, embedding), job(71)])
+    got = answered(listen(engine, lambda said: answered(said).keys() == {70, 71}))
+    assert got[70].error == "a simulated engine generates text, and has no embeddings"
+    assert got[71].error is None
+
+
 def test_what_waits_can_be_recalled_and_what_runs_cancelled() -> None:
     slow = EngineProcess(EngineConfig(model="none", slots=1, ctx_tokens=256, service_times=EXAMPLE.scaled(10.0)))
     slow.submit([job(1, max_tokens=200, ignore_eos=True), job(2), job(3)])
