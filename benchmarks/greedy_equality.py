@@ -1,9 +1,10 @@
 """How many greedy answers equal llama_cpp.Llama's, at one slot and at many, and where the others part.
 
-usage: python benchmarks/greedy_equality.py MODEL [--slots 1,4,8,16] [--requests N] [--output-tokens N] [--json]
+usage: python benchmarks/greedy_equality.py MODEL [--slots 1,4,8,16] [--requests N] [--output-tokens N]
+           [--flash-attention] [--speculate never|auto|always] [--json]
 
 The reference is `llama_cpp.Llama` in a process of its own, one prompt at a time, with the engine's batch, micro-batch,
-flash attention (off) and KV settings. Prompts are those of examples/prompts.jsonl, as plain text. Two answers part at
+flash attention and KV settings. Prompts are those of examples/prompts.jsonl, as plain text. Two answers part at
 the first character that differs. More slots mean other batch shapes, for which llama.cpp's kernels round differently.
 """
 
@@ -31,7 +32,7 @@ import llama_cpp
 job = json.load(sys.stdin)
 model = llama_cpp.Llama(
     job["model"], n_ctx=job["ctx"], n_batch=job["batch"], n_ubatch=job["batch"], n_threads=job["threads"],
-    n_threads_batch=job["threads"], flash_attn=False, n_gpu_layers=0, verbose=False,
+    n_threads_batch=job["threads"], flash_attn=job["flash"], n_gpu_layers=0, verbose=False,
 )
 texts = []
 for prompt in job["prompts"]:
@@ -51,9 +52,12 @@ def prompts_of(count: int) -> list[str]:
     return texts
 
 
-def reference(model: str, prompts: list[str], tokens: int, threads: int) -> list[str]:
+def reference(prompts: list[str], options: argparse.Namespace) -> list[str]:
     """Answers of `llama_cpp.Llama`."""
-    job = {"model": model, "prompts": prompts, "tokens": tokens, "threads": threads, "ctx": CTX_TOKENS}
+    job = {
+        "model": options.model, "prompts": prompts, "tokens": options.output_tokens, "threads": options.threads,
+        "ctx": CTX_TOKENS, "flash": options.flash_attention,
+    }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", REFERENCE],
         input=json.dumps(job | {"batch": BATCH_TOKENS}),
@@ -65,15 +69,16 @@ def reference(model: str, prompts: list[str], tokens: int, threads: int) -> list
     return texts
 
 
-def ours(model: str, prompts: list[str], tokens: int, threads: int, slots: int) -> list[str]:
+def ours(prompts: list[str], options: argparse.Namespace, slots: int) -> list[str]:
     """Answers of our engine with `slots` slots."""
     engine = EngineProcess(
         EngineConfig(
-            model=model, slots=slots, ctx_tokens=CTX_TOKENS, batch_tokens=BATCH_TOKENS, ubatch_tokens=BATCH_TOKENS,
-            threads=threads, gpu_layers=0, flash_attention=False,
+            model=options.model, slots=slots, ctx_tokens=CTX_TOKENS, batch_tokens=BATCH_TOKENS,
+            ubatch_tokens=BATCH_TOKENS, threads=options.threads, gpu_layers=0,
+            flash_attention=options.flash_attention, speculate=options.speculate,
         )
     )  # fmt: skip
-    sampling = Sampling(max_tokens=tokens, temperature=0.0)
+    sampling = Sampling(max_tokens=options.output_tokens, temperature=0.0)
     requests = [
         Request(custom_id=str(key), kind="completion", prompt=text, sampling=sampling)
         for key, text in enumerate(prompts)
@@ -107,13 +112,15 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=40)
     parser.add_argument("--output-tokens", type=int, default=48)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--flash-attention", action="store_true")
+    parser.add_argument("--speculate", choices=("never", "auto", "always"), default="never")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     prompts = prompts_of(options.requests)
-    expected = reference(options.model, prompts, options.output_tokens, options.threads)
+    expected = reference(prompts, options)
     found: list[dict[str, Any]] = []
     for slots in map(int, options.slots.split(",")):
-        texts = ours(options.model, prompts, options.output_tokens, options.threads, slots)
+        texts = ours(prompts, options, slots)
         parts = sorted(parting(a, b) for a, b in zip(texts, expected, strict=True) if a != b)
         found.append({"slots": slots, "answers": len(texts), "equal": len(texts) - len(parts), "part_at": parts})
     if options.json:

@@ -48,6 +48,8 @@ class Repeat:
     output_tokens: int = 0
     steps: int = 0
     reading_steps: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     decode_s: float = 0.0
     sample_s: float = 0.0
     busy_s: float = 0.0
@@ -67,6 +69,8 @@ class Repeat:
             "requests_wall_s": self.wall_s,
             "steps": self.steps,
             "reading_steps_share": self.reading_steps / steps,
+            "drafted_tokens": self.drafted_tokens,
+            "accepted_tokens": self.accepted_tokens,
             "step_ms": 1e3 * self.busy_s * contexts / steps,
             "decode_ms": 1e3 * self.decode_s / steps,
             "sample_ms": 1e3 * self.sample_s / steps,
@@ -146,6 +150,8 @@ def _add(repeat: Repeat, stats: Stats) -> None:
     repeat.output_tokens += stats.output_tokens
     repeat.steps += stats.steps
     repeat.reading_steps += stats.reading_steps
+    repeat.drafted_tokens += stats.drafted_tokens
+    repeat.accepted_tokens += stats.accepted_tokens
     repeat.decode_s += stats.decode_s
     repeat.sample_s += stats.sample_s
     repeat.busy_s += stats.busy_s
@@ -260,6 +266,9 @@ def _print_table(found: dict[str, Any]) -> None:
         ("running at once", f"{found['mean_running']:.1f}", "", ""),
         ("between tokens P50 / P99, ms", f"{found['itl_p50_ms']:.1f} / {found['itl_p99_ms']:.1f}", "", ""),
     ]
+    if found["drafted_tokens"]:
+        accepted = f"{found['accepted_tokens']:,.0f} / {found['drafted_tokens']:,.0f}"
+        rows.append(("drafted tokens accepted", accepted, "", ""))
     if "ratio" in found:
         name, peer = f"{PEER}, B = {found['peer_sequences']}", "peer_total_tokens_per_s"
         rows.append((name, f"{found[peer]:,.0f}", peer, ",.0f"))

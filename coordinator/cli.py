@@ -90,6 +90,17 @@ PrefixReuse = Annotated[
     bool,
     typer.Option("--prefix-reuse/--no-prefix-reuse", help="Whether what prompts begin with in common is read once."),
 ]
+Speculate = Annotated[
+    bool,
+    typer.Option(
+        "--speculate/--no-speculate",
+        help="Guess several tokens ahead and check them at once, where few requests run and it is faster.",
+    ),
+]
+DraftModel = Annotated[
+    str | None, typer.Option(help="GGUF file of a smaller model with the same tokenizer, which guesses.")
+]
+DraftMax = Annotated[int, typer.Option(help="Most tokens guessed at once for a sequence.")]
 DeviceOption = Annotated[Device, typer.Option(help="'gpu' insists on one, 'cpu' uses none.")]
 MaxTokens = Annotated[int, typer.Option(help="Most output tokens of a request that does not say.")]
 Temperature = Annotated[float, typer.Option(help="For requests that do not say; 0 is greedy.")]
@@ -133,6 +144,9 @@ def batch(
     gpu_layers: GpuLayers = -1,
     flash_attention: FlashAttention = None,
     prefix_reuse: PrefixReuse = True,
+    speculate: Speculate = True,
+    draft_model: DraftModel = None,
+    draft_max: DraftMax = 15,
     device: DeviceOption = Device.auto,
     gpus_per_rank: Annotated[int, typer.Option(help="GPUs of each worker, for a model that needs several.")] = 1,
     ranks_per_gpu: Annotated[int, typer.Option(help="Workers that share a GPU.")] = 1,
@@ -192,8 +206,8 @@ def batch(
     config = JobConfig(
         model=model, schedule=schedule.value, slots=slots, contexts=contexts, ctx=ctx, batch=batch_size, ubatch=ubatch,
         threads=threads, gpu_layers=gpu_layers, flash_attention=flash_attention, prefix_reuse=prefix_reuse,
-        device=device.value, gpus_per_rank=gpus_per_rank, ranks_per_gpu=ranks_per_gpu,
-        coordinator_works=coordinator_works,
+        speculate=speculate, draft_model=draft_model, draft_max=draft_max, device=device.value,
+        gpus_per_rank=gpus_per_rank, ranks_per_gpu=ranks_per_gpu, coordinator_works=coordinator_works,
         sampling=checked_sampling(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, **_constraint(json_schema, grammar_file)
         ),
@@ -219,6 +233,9 @@ def infer(
     ctx: Ctx = None,
     threads: Threads = None,
     gpu_layers: GpuLayers = -1,
+    speculate: Speculate = True,
+    draft_model: DraftModel = None,
+    draft_max: DraftMax = 15,
     device: DeviceOption = Device.auto,
     max_tokens: MaxTokens = 512,
     temperature: Temperature = 0.0,
@@ -236,7 +253,8 @@ def infer(
     from coordinator.infer import run_infer
 
     config = JobConfig(
-        model=model, slots=1, ctx=ctx, threads=threads, gpu_layers=gpu_layers, device=device.value,
+        model=model, slots=1, ctx=ctx, threads=threads, gpu_layers=gpu_layers, speculate=speculate,
+        draft_model=draft_model, draft_max=draft_max, device=device.value,
         sampling=checked_sampling(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, **_constraint(json_schema, grammar_file)
         ),
@@ -368,6 +386,9 @@ def bench_engine(
     gpu_layers: GpuLayers = -1,
     flash_attention: FlashAttention = None,
     prefix_reuse: PrefixReuse = True,
+    speculate: Speculate = True,
+    draft_model: DraftModel = None,
+    draft_max: DraftMax = 15,
     device: DeviceOption = Device.auto,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
@@ -398,8 +419,9 @@ def bench_engine(
     sampling = checked_sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     config = JobConfig(
         model=model, slots=slots, contexts=contexts, ctx=ctx or own_ctx, batch=batch_size, ubatch=ubatch,
-        threads=threads, gpu_layers=gpu_layers, flash_attention=flash_attention, device=device.value, seed=seed,
-        prefix_reuse=prefix_reuse,
+        threads=threads, gpu_layers=gpu_layers, flash_attention=flash_attention, prefix_reuse=prefix_reuse,
+        speculate=speculate and not calibrate, draft_model=draft_model, draft_max=draft_max, device=device.value,
+        seed=seed,
     )  # fmt: skip
     if calibrate:
         raise typer.Exit(run_calibrate(config, sampling, repeats=repeats, output=output, as_json=as_json))

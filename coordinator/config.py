@@ -19,6 +19,9 @@ from scheduling.requests import MAX_TOKENS_LIMIT, Sampling, parse_request
 
 VERSIONED_PACKAGES = ("llmpi", "llama-cpp-python", "llguidance", "msgspec", "numpy")
 
+DRAFT_TOKENS_LIMIT = 31
+"""With the token before them as many rows as a pass that checks drafts may have."""
+
 
 class JobConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Options of a job. None means: chosen when the facts are known (model, devices), and then said."""
@@ -34,6 +37,9 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True):
     gpu_layers: int = -1
     flash_attention: bool | None = None
     prefix_reuse: bool = True
+    speculate: bool = True
+    draft_model: str | None = None
+    draft_max: int = 15
     device: Literal["auto", "gpu", "cpu"] = "auto"
     gpus_per_rank: int = 1
     ranks_per_gpu: int = 1
@@ -63,7 +69,7 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True):
             "--slots": self.slots, "--contexts": self.contexts, "--ctx": self.ctx, "--batch": self.batch,
             "--ubatch": self.ubatch, "--threads": self.threads, "--max-tokens": self.max_tokens,
             "--gpus-per-rank": self.gpus_per_rank, "--ranks-per-gpu": self.ranks_per_gpu,
-            "--commit-bytes": self.commit_bytes,
+            "--commit-bytes": self.commit_bytes, "--draft-max": self.draft_max,
         }  # fmt: skip
         for flag, value in least_one.items():
             if value is not None and value < 1:
@@ -72,6 +78,10 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(f"--max-tokens is {self.max_tokens}: the most that is accepted is {MAX_TOKENS_LIMIT}")
         if self.slots is not None and self.slots > 4096:
             raise ConfigError(f"--slots is {self.slots}: the most that is accepted is 4096")
+        if self.draft_max > DRAFT_TOKENS_LIMIT:
+            raise ConfigError(f"--draft-max is {self.draft_max}: the most that is accepted is {DRAFT_TOKENS_LIMIT}")
+        if self.draft_model is not None and not self.speculate:
+            raise ConfigError("--draft-model is given with --no-speculate: leave out one of them")
         if self.prefetch is not None and self.prefetch < 0:
             raise ConfigError(f"--prefetch is {self.prefetch}: it must be 0 or more")
         for flag, seconds in (("--lease", self.lease_s), ("--commit-interval", self.commit_interval_s)):
@@ -82,6 +92,8 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True):
     def _check_simulation(self) -> None:
         if self.engine != "simulated" and (self.service_times is not None or self.time_scale != 1.0):
             raise ConfigError("--service-times and --time-scale are for --engine simulated")
+        if self.engine != "llama" and self.draft_model is not None:
+            raise ConfigError(f"--draft-model is not for --engine {self.engine}, which says nothing worth guessing")
         if not 0.0 <= self.time_scale < math.inf:
             raise ConfigError(f"--time-scale is {self.time_scale}: it must be 0 or more, and finite")
 

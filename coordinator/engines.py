@@ -20,6 +20,7 @@ from scheduling.servicetime import ServiceTimes
 from workers.null_engine import NullEngine
 from workers.port import Engine
 from workers.protocol import EngineConfig
+from workers.speculation import SLOTS_MAX as SPECULATION_SLOTS_MAX
 
 CTX_DEFAULT_TOKENS = 4096
 SLOTS_GPU = 128
@@ -33,12 +34,14 @@ GPU_RESERVE_BYTES = 2 << 30
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What the choice needs of a model. `kv_bytes_per_token` None where the file does not tell."""
+    """What the choice needs of a model. `kv_bytes_per_token` None where the file does not tell. `draft`: the model
+    that drafts for it, if there is one."""
 
     path: str
     size_bytes: int
     train_ctx_tokens: int | None
     kv_bytes_per_token: int | None
+    draft: ModelFacts | None = None
 
 
 def engine_config(config: JobConfig, model: ModelFacts, placement: Placement, gpus: dict[str, Gpu]) -> EngineConfig:
@@ -54,10 +57,11 @@ def engine_config(config: JobConfig, model: ModelFacts, placement: Placement, gp
         model=model.path, slots=slots, contexts=contexts, ctx_tokens=ctx, batch_tokens=config.batch,
         ubatch_tokens=min(config.ubatch, config.batch), threads=threads,
         sampling_threads=min(8, max(1, threads // contexts)) if on_gpu else 1,
-        gpu_layers=config.gpu_layers if on_gpu else 0, flash_attention=config.flash_attention, cpus=placement.cpus,
-        device_mask=placement.device_mask, prefix_reuse=config.prefix_reuse, max_tokens_default=config.max_tokens,
-        chat_template=config.chat_template,
-        pooling=config.pooling, lanes_at_start=placement.lanes,
+        gpu_layers=config.gpu_layers if on_gpu else 0, flash_attention=config.flash_attention,
+        prefix_reuse=config.prefix_reuse, speculate="auto" if config.speculate else "never",
+        draft_model=model.draft.path if model.draft is not None else None, draft_max=config.draft_max,
+        cpus=placement.cpus, device_mask=placement.device_mask, max_tokens_default=config.max_tokens,
+        chat_template=config.chat_template, pooling=config.pooling, lanes_at_start=placement.lanes,
     )  # fmt: skip
 
 
@@ -70,6 +74,14 @@ def chosen_contexts(config: JobConfig, slots: int, usual: int) -> int:
             f"sequences in a context; use --contexts {needed} or more"
         )
     return min(slots, config.contexts or max(usual, needed))
+
+
+def draft_bytes(model: ModelFacts, slots: int, contexts: int, ctx_tokens: int) -> int:
+    """What the model that drafts takes: itself, and caches for the few sequences of each context that it drafts for."""
+    if model.draft is None:
+        return 0
+    sequences = contexts * min(-(-slots // contexts), SPECULATION_SLOTS_MAX)
+    return model.draft.size_bytes + sequences * ctx_tokens * (model.draft.kv_bytes_per_token or 0)
 
 
 def refuse_what_cannot_fit(
@@ -108,6 +120,7 @@ def fitting_slots(
         return SLOTS_GPU
     share = sum(known) // config.ranks_per_gpu
     free = share - model.size_bytes - GPU_RESERVE_BYTES
+    free -= draft_bytes(model, SLOTS_GPU, config.contexts or CONTEXTS_GPU, ctx_tokens)
     return max(1, min(SLOTS_GPU, free // (model.kv_bytes_per_token * ctx_tokens)))
 
 

@@ -116,7 +116,16 @@ def print_report(data: dict[str, Any], stream: IO[str], run_dir: Path, *, show: 
         console.print()
         ranks = [rank for rank in data["ranks"] if last.get("session") in (None, rank["session"])]
         console.print(_rank_table(ranks, narrow=console.width < NARROW_COLUMNS))
+        _print_speculation(console, ranks)
     console.print(f"\nrun directory: {run_dir}", soft_wrap=True, markup=False)
+
+
+def _print_speculation(console: Console, ranks: list[dict[str, Any]]) -> None:
+    # Older versions did not count them: then they are not there, or -1.
+    drafted, accepted = (sum(max(0, row.get(f"{name}_tokens", 0)) for row in ranks) for name in ("drafted", "accepted"))
+    if drafted:
+        share = _percent(accepted / drafted)
+        console.print(f"\nspeculation: {accepted:,} of {drafted:,} drafted tokens were right ({share})")
 
 
 def _print_answers(console: Console, run_dir: Path, count: int) -> None:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from coordinator.collect import Gathered
 from coordinator.loop import Coordinator
 from scheduling.histogram import LogHistogram
-from scheduling.tables import RANK, REQUEST, TELEMETRY, finish_number
+from scheduling.tables import RANK, REQUEST, TELEMETRY, conformed, finish_number
 from storage.files import OsDisk
 from storage.metrics import write_metrics
 from storage.recovery import RECORD_NAME
@@ -123,7 +123,7 @@ def _write(path: Path, requests: Iterator[Rows], attributes: dict[str, Any]) -> 
             histograms[name] = summary.histograms[f"{name}_s"]
     if summary.ok:
         attributes = attributes | {"e2e_min_s": summary.shortest_s, "e2e_max_s": summary.longest_s}
-    ranks = [segment.array for segment in read_segments(segments, "ranks")]
+    ranks = [conformed(segment.array, RANK) for segment in read_segments(segments, "ranks")]
     telemetry = (segment.array.astype(TELEMETRY) for segment in read_segments(segments, "telemetry"))
     write_metrics(
         path / METRICS_NAME, requests, np.concatenate(ranks) if ranks else np.zeros(0, RANK), histograms, telemetry,

@@ -54,8 +54,8 @@ def prepare(config: JobConfig) -> Setup:
     if config.engine == "simulated":
         return _prepare_simulated(config, path.stem, host)
     try:
-        info = check_gguf(path)
-        facts = ModelFacts(str(path.resolve()), info.file_bytes, info.context_tokens, info.kv_bytes_per_token)
+        draft = None if config.draft_model is None else model_facts(Path(config.draft_model))
+        facts = model_facts(path, draft)
         return Setup(config, facts, path.stem, fingerprint(path), host)
     except UserError as error:
         return Setup(config, ModelFacts(str(path), 0, None, None), path.stem, "none", host, error)
@@ -70,6 +70,12 @@ def _prepare_simulated(config: JobConfig, name: str, host: m.Host) -> Setup:
     # All ranks must simulate the same, and a run must be resumed with the same.
     digest = hashlib.sha256(service_times_json(times)).hexdigest()[:16]
     return Setup(config, nothing, f"simulated-{name}", f"simulated-{digest}", host, service_times=times)
+
+
+def model_facts(path: Path, draft: ModelFacts | None = None) -> ModelFacts:
+    """Raises `UserError` if `path` is no readable GGUF file."""
+    info = check_gguf(path)
+    return ModelFacts(str(path.resolve()), info.file_bytes, info.context_tokens, info.kv_bytes_per_token, draft)
 
 
 def build_worker(setup: Setup, rank: int, spoke: Spoke, stderr_log: Path | None) -> Worker:

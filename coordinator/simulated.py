@@ -46,6 +46,7 @@ def simulated_engine(config: JobConfig, times: ServiceTimes, placement: Placemen
     return EngineConfig(
         model=config.model, slots=slots, contexts=min(slots, measured.contexts),
         ctx_tokens=config.ctx or measured.ctx_tokens, batch_tokens=config.batch, ubatch_tokens=config.ubatch,
-        cpus=placement.cpus, max_tokens_default=config.max_tokens, chat_template=config.chat_template,
-        service_times=times,
+        # Its text means nothing, so how much of it can be guessed means nothing either.
+        speculate="never", cpus=placement.cpus, max_tokens_default=config.max_tokens,
+        chat_template=config.chat_template, service_times=times,
     )  # fmt: skip

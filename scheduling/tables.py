@@ -8,7 +8,10 @@ integers, never 0. This module knows neither MPI nor files.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 
 FINISH_REASONS = {"stop": 0, "length": 1, "error": 2, "cancelled": 3, "other": 4}
 """Numbers of the finish reasons in tables; `other` is what a newer writer may add."""
@@ -51,6 +54,8 @@ RANK = np.dtype(
         ("stolen_out", "<i8"),
         ("engine_restarts", "<i8"),
         ("steps", "<i8"),
+        ("drafted_tokens", "<i8"),
+        ("accepted_tokens", "<i8"),
     ]
 )
 """`requests` counts all that ended on the rank, `failed` those of them that failed. Tokens of a prompt that were in the
@@ -71,6 +76,19 @@ TELEMETRY = np.dtype(
         ("rss_bytes", "<i8"),
     ]
 )
+
+
+def conformed(rows: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """Rows of an older version as rows of `dtype`: fields that it did not have are missing (-1, NaN, no text)."""
+    if rows.dtype == dtype:
+        return rows
+    new = np.zeros(rows.shape, dtype)
+    for name in dtype.names or ():
+        if name in (rows.dtype.names or ()):
+            new[name] = rows[name]
+        elif dtype[name].kind in "if":
+            new[name] = -1 if dtype[name].kind == "i" else np.nan
+    return new
 
 
 def finish_number(reason: str) -> int:

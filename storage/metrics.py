@@ -33,7 +33,7 @@ FORMULAS = {
     "ttft_s": "received by the engine to first output token, queue_s included; NaN without output",
     "tpot_s": "(e2e_s - ttft_s) / (output_tokens - 1); NaN for fewer than 2 tokens or several choices",
     "e2e_s": "received by the engine to finished, queue_s included",
-    "itl_s": "gaps between consecutive output tokens of a sequence",
+    "itl_s": "gaps between consecutive output tokens of a sequence; 0 between those that come from one step",
     "busy_s": "time in which at least one slot was in use",
     "slot_s": "integral of slots in use over time",
     "starved_slot_s": "integral of free slots over time while unstarted work existed that they could have taken",

@@ -22,12 +22,15 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
+import msgspec
 import numpy as np
 
 from scheduling.errors import ConfigError, EngineError, ModelFileError, RequestError
 from workers.backlog import Backlog, Lane, Task
 from workers.chat import ChatTemplate
 from workers.constraints import Constraints
+from workers.draft_model import DraftModel, check_same_tokenizer
+from workers.drafting import Drafter, Drafting, PromptLookup
 from workers.embedder import Embedder, Encoder
 from workers.frames import read_frame
 from workers.inputs import InputReader
@@ -48,6 +51,7 @@ from workers.protocol import (
 )
 from workers.shape import shape_of
 from workers.shares import slots_of_contexts
+from workers.speculation import ROWS_MAX, SLOTS_MAX
 from workers.stepper import Stepper, Vocabulary
 from workers.text import PieceTable
 
@@ -82,6 +86,7 @@ class BatchingEngine:
         self._check_gpu(config)
         self._config = config
         self._model = model = library.load(config)
+        self._draft_model = self._load_draft_model(config, model, library)
         self._vocabulary = Vocabulary(model.eog_table(), PieceTable(model.vocab_tokens, model.piece))
         vocabulary = self._vocabulary
         self._constraints = Constraints(
@@ -122,6 +127,20 @@ class BatchingEngine:
                 f"a GPU was assigned ({given}), but llama.cpp sees none: install a llama-cpp-python built for it, "
                 "or use --gpu-layers 0"
             )
+
+    @staticmethod
+    def _load_draft_model(config: EngineConfig, model: Model, library: Library) -> Model | None:
+        if config.draft_model is None or config.speculate == "never":
+            return None
+        draft = library.load(msgspec.structs.replace(config, model=config.draft_model))
+        for path, one in ((config.model, model), (config.draft_model, draft)):
+            if not (one.can_generate and one.keeps_cells):
+                raise ModelFileError(
+                    f"--draft-model: what {path} ({one.desc}) has read cannot be taken back token by token, which "
+                    "speculation needs; leave it out"
+                )
+        check_same_tokenizer(config.draft_model, draft, model)
+        return draft
 
     @staticmethod
     def _prompt_reader(config: EngineConfig, model: Model, template: str | None, piece_bytes_max: int) -> PromptReader:
@@ -215,7 +234,11 @@ class BatchingEngine:
         shares = slots_of_contexts(config.slots, config.contexts)
         threads = max(1, config.threads // len(shares))
         # All of them before the first one runs: llama.cpp must not be short of memory when one of them works already.
-        contexts = [model.context(config, share, threads) for share in shares]
+        draftings = [self._drafting(share, threads) for share in shares]
+        contexts = [
+            model.context(config, share, threads, outputs=max(share, ROWS_MAX) if drafting is not None else None)
+            for share, drafting in zip(shares, draftings, strict=True)
+        ]
         helpers = config.sampling_threads - 1
         pool = ThreadPoolExecutor(helpers * len(contexts), "choose") if helpers > 0 else None
         shape = shape_of(
@@ -239,9 +262,21 @@ class BatchingEngine:
                 shape=shape,
                 pool=pool,
                 pool_threads=config.sampling_threads,
+                drafting=drafting,
             )
-            for context, share in zip(contexts, shares, strict=True)
+            for context, share, drafting in zip(contexts, shares, draftings, strict=True)
         ]
+
+    def _drafting(self, slots: int, threads: int) -> Drafting | None:
+        """How a context of so many slots drafts. What was drafted wrongly can be taken back only cell by cell."""
+        config, model = self._config, self._draft_model
+        if config.speculate == "never" or not self._model.keeps_cells:
+            return None
+        drafter: Drafter = PromptLookup()
+        if model is not None:
+            sequences = min(slots, SLOTS_MAX)
+            drafter = DraftModel(model.context(config, sequences, threads), sequences, config.ctx_tokens)
+        return Drafting(drafter, config.draft_max, config.speculate == "always")
 
     # ------------------------------------------------ running
 

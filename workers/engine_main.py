@@ -85,7 +85,9 @@ def load(config: EngineConfig, outbox: Outbox) -> BatchingEngine:
         from workers.simulated import SimulatedLibrary
 
         return BatchingEngine(config, outbox, SimulatedLibrary(config.service_times))
-    check_model_file(config.model)
+    for path in (config.model, config.draft_model):
+        if path is not None:
+            check_model_file(path)
     try:
         from workers.llama import Llama
     except (ImportError, OSError, RuntimeError) as error:

@@ -44,8 +44,9 @@ class Model(Protocol):
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]: ...
 
-    def context(self, config: EngineConfig, slots: int, threads: int) -> Decoder:
-        """Cells for `slots` sequences of `config.ctx_tokens`. Raises `EngineError` if there is no memory for them."""
+    def context(self, config: EngineConfig, slots: int, threads: int, *, outputs: int | None = None) -> Decoder:
+        """Cells for `slots` sequences of `config.ctx_tokens`. `outputs`: most rows of a batch whose logits are wanted;
+        None is one for each slot. Raises `EngineError` if there is no memory for them."""
         ...
 
     def encoder(self, config: EngineConfig, tokens: int, threads: int) -> Encoder:

@@ -182,9 +182,9 @@ class LlamaModel:
         ids: list[int] = tokens[: max(count, 0)].tolist()
         return ids
 
-    def context(self, config: EngineConfig, slots: int, threads: int) -> LlamaContext:
+    def context(self, config: EngineConfig, slots: int, threads: int, *, outputs: int | None = None) -> LlamaContext:
         """A context over this model. Raises `EngineError` if llama.cpp cannot make it."""
-        return LlamaContext(self, config, slots, threads)
+        return LlamaContext(self, config, slots, threads, outputs=outputs)
 
     def encoder(self, config: EngineConfig, tokens: int, threads: int) -> LlamaEncoder:
         """A context for embeddings, batches of up to `tokens`. Raises `EngineError` if llama.cpp cannot make it,
@@ -258,8 +258,13 @@ class BatchArrays:
 class LlamaContext(BatchArrays):
     """A context that generates: its KV cells and its batch. Fill the batch, call `decode(n)`, then `logits(rows)`."""
 
-    def __init__(self, model: LlamaModel, config: EngineConfig, slots: int, threads: int) -> None:
-        """Raises `EngineError` if llama.cpp cannot make it, which nearly always means memory."""
+    def __init__(
+        self, model: LlamaModel, config: EngineConfig, slots: int, threads: int, *, outputs: int | None = None
+    ) -> None:
+        """`outputs`: most rows of a batch whose logits are wanted; None is one for each slot.
+
+        Raises `EngineError` if llama.cpp cannot make it, which nearly always means memory.
+        """
         cells = -(-config.ctx_tokens // KV_PADDING) * KV_PADDING
         params = lib.llama_context_default_params()
         params.n_ctx = cells * slots
@@ -267,7 +272,7 @@ class LlamaContext(BatchArrays):
         params.n_ubatch = min(params.n_batch, max(config.ubatch_tokens, 1))
         params.n_seq_max = slots
         # Sizes the buffer for logits: without it llama.cpp reserves a row for each token of a micro-batch.
-        params.n_outputs_max = slots
+        params.n_outputs_max = self._outputs = outputs or slots
         params.n_threads = threads
         params.n_threads_batch = config.threads_batch or threads
         params.kv_unified = config.kv_unified
@@ -285,7 +290,6 @@ class LlamaContext(BatchArrays):
         self.batch_tokens = min(params.n_batch, int(lib.llama_n_batch(self._context)))
         self._logits_address = 0
         self._logits: npt.NDArray[np.float32] = np.empty((0, self.vocab_tokens), np.float32)
-        self._slots = slots
         super().__init__(self.batch_tokens)
 
     def decode(self, rows: int) -> int:
@@ -303,7 +307,7 @@ class LlamaContext(BatchArrays):
         if not address:
             raise EngineError("llama.cpp has no logits after a decode that succeeded")
         if address != self._logits_address:
-            shape = (max(self._slots, rows), self.vocab_tokens)
+            shape = (max(self._outputs, rows), self.vocab_tokens)
             memory = (ctypes.c_float * (shape[0] * shape[1])).from_address(address)
             self._logits = np.ctypeslib.as_array(memory).reshape(shape)
             self._logits_address = address

@@ -33,6 +33,7 @@ class Meter:
     def _reset(self) -> None:
         self._steps = self._reading_steps = 0
         self._prompt_tokens = self._cached_tokens = self._output_tokens = 0
+        self._drafted_tokens = self._accepted_tokens = 0
         self._busy_s = self._slot_s = self._decode_s = self._sample_s = 0.0
         self._gaps = np.zeros(BUCKETS, np.int64)
 
@@ -58,6 +59,8 @@ class Meter:
         prompt_tokens: int,
         cached_tokens: int = 0,
         output_tokens: int,
+        drafted_tokens: int = 0,
+        accepted_tokens: int = 0,
         slot_s: float,
         decode_s: float,
         sample_s: float,
@@ -70,6 +73,8 @@ class Meter:
             self._prompt_tokens += prompt_tokens
             self._cached_tokens += cached_tokens
             self._output_tokens += output_tokens
+            self._drafted_tokens += drafted_tokens
+            self._accepted_tokens += accepted_tokens
             self._slot_s += slot_s
             self._decode_s += decode_s
             self._sample_s += sample_s
@@ -99,6 +104,8 @@ class Meter:
                     prompt_tokens=self._prompt_tokens,
                     cached_tokens=self._cached_tokens,
                     output_tokens=self._output_tokens,
+                    drafted_tokens=self._drafted_tokens,
+                    accepted_tokens=self._accepted_tokens,
                     busy_s=self._busy_s,
                     slot_s=self._slot_s,
                     decode_s=self._decode_s,

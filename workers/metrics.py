@@ -68,6 +68,8 @@ class RankMetrics:
         self.steps = 0
         self.decode_s = 0.0
         self.sample_s = 0.0
+        self.drafted_tokens = 0
+        self.accepted_tokens = 0
         self.ready_at: float | None = None
         self._slots = 0
         self._since = 0.0
@@ -106,6 +108,7 @@ class RankMetrics:
         row["open_slot_s"] = self.open_slot_s
         row["wall_s"] = 0.0 if self.ready_at is None else now - self.ready_at
         row["steps"] = self.steps
+        row["drafted_tokens"], row["accepted_tokens"] = self.drafted_tokens, self.accepted_tokens
         return row
 
     def histograms(self) -> npt.NDArray[np.int64]:

@@ -53,6 +53,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What a prompt has in common with one that is in the cache is not computed again (`workers.prefixes`)."""
     steady_batches: bool | None = None
     """Shape batches as a GPU likes them (`workers.slots`). None: where there is one."""
+    speculate: Literal["auto", "always", "never"] = "auto"
+    """Draft tokens and check several at once where few sequences run (`workers.speculation`): where it is faster, or
+    whenever there is a draft."""
+    draft_model: str | None = None
+    """Path of the GGUF file of a model that drafts; None looks drafts up in the sequence itself."""
+    draft_max: int = 15
+    """Most tokens drafted at once for a sequence."""
     use_mmap: bool = True
     cpus: tuple[int, ...] = ()
     """Processors the engine may use; empty leaves the affinity alone."""
@@ -183,6 +190,7 @@ class Stats(msgspec.Struct, tag="stats", frozen=True, kw_only=True):
 
     prompt_tokens: those that were computed, for each choice of a request. cached_tokens: those that were in the cache.
     busy_s: time in which at least one slot was in use. slot_s: integral of used slots over time.
+    drafted_tokens, accepted_tokens: by speculation; tokens that were checked, and those of them that were put out.
     itl_buckets / itl_counts: a sparse `scheduling.histogram` of gaps between tokens of a sequence, in seconds.
     """
 
@@ -194,10 +202,12 @@ class Stats(msgspec.Struct, tag="stats", frozen=True, kw_only=True):
     busy_s: float
     slot_s: float
     decode_s: float
-    """Time inside llama_decode and waiting for its results, summed over contexts."""
+    """Time inside llama_decode and waiting for its results, drafting included, summed over contexts."""
     sample_s: float
     reading_steps: int = 0
     """Steps in which pieces of prompts were read."""
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     itl_buckets: list[int] = []
     itl_counts: list[int] = []
 

@@ -126,6 +126,8 @@ class Seating:
             plain=sampler.plain and matcher is None,
             ignore_eos=sampling.ignore_eos,
             watched=watched,
+            # A matcher takes a token at a time.
+            drafts=matcher is None,
         )
         if stale:
             self._decoder.forget(slot, place.keep)

@@ -118,7 +118,9 @@ class SimulatedModel:
             end = found.end()
         return tokens + _scattered(text[end:])
 
-    def context(self, config: EngineConfig, slots: int, threads: int) -> SimulatedContext:
+    def context(
+        self, config: EngineConfig, slots: int, threads: int, *, outputs: int | None = None
+    ) -> SimulatedContext:
         return SimulatedContext(self._times, slots, config.ctx_tokens, max(config.batch_tokens, slots))
 
     def encoder(self, config: EngineConfig, tokens: int, threads: int) -> NoReturn:

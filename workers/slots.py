@@ -56,7 +56,8 @@ class Pass:
     `wanted` marks rows whose logits are needed. Of these, `output_rows` (in their order) belong to `output_slots`
     (ascending); the others keep the shape steady. `slots`: all that are not idle. `prompt_tokens`: how many rows are
     prompts', without padding and what is fed again. `trim`: slots that were padded, whose cells from `fed` on must be
-    emptied.
+    emptied. `ahead`: for each of `output_rows` how many drafted tokens it follows (`workers.speculation`), which are
+    in `tokens` behind those that have been put out; a slot is in `output_slots` for each of its rows then.
     """
 
     token: Ints
@@ -68,6 +69,7 @@ class Pass:
     output_rows: Places
     prompt_tokens: int
     trim: Places
+    ahead: Places | None = None
 
 
 class SlotArrays:
@@ -104,6 +106,8 @@ class SlotArrays:
         self.ignore_eos = np.zeros(count, np.bool_)
         self.watched = np.zeros(count, np.bool_)
         """The text is looked at token by token."""
+        self.drafts = np.ones(count, np.bool_)
+        """Tokens may be drafted for it (`workers.speculation`)."""
         self.taken = 0
         """How often a slot was taken."""
         self._busy = 0
@@ -143,6 +147,7 @@ class SlotArrays:
         plain: bool = True,
         ignore_eos: bool = False,
         watched: bool = False,
+        drafts: bool = True,
     ) -> tuple[int, bool]:
         """Put a prompt into a free slot, by default the smallest, whose first `keep` cells hold its beginning.
 
@@ -163,6 +168,7 @@ class SlotArrays:
         self.plain[slot] = plain
         self.ignore_eos[slot] = ignore_eos
         self.watched[slot] = watched
+        self.drafts[slot] = drafts
         return slot, stale
 
     def release(self, slot: int) -> None:
@@ -220,7 +226,7 @@ class SlotArrays:
         """Everything of a slot goes to a free one. The cells have to follow."""
         for array in (
             self.length, self.fed, self.cached, self.donor, self.awaited, self.asked_tokens, self.asked, self.outputs,
-            self.limit, self.order, self.last_s, self.plain, self.ignore_eos, self.watched,
+            self.limit, self.order, self.last_s, self.plain, self.ignore_eos, self.watched, self.drafts,
         ):  # fmt: skip
             array[target] = array[source]
         length = int(self.length[source])

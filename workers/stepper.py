@@ -26,12 +26,14 @@ from scheduling.errors import EngineError
 from workers.backlog import CANCELLED, Backlog
 from workers.choosing import Threads, choose, largest
 from workers.constraints import STUCK, Allowed, Constraints
+from workers.drafting import Drafting
 from workers.meter import Meter
 from workers.protocol import Answer, Choice, Frame, Piece
 from workers.sampling import NOT_FINITE
 from workers.seating import Decoder, Seat, Seating
 from workers.shape import Shape
 from workers.slots import Ints, Pass, Places, SlotArrays
+from workers.speculation import Check, Speculation
 from workers.text import PieceTable
 
 ERRORS_IN_A_ROW_MAX = 3
@@ -65,12 +67,14 @@ class Stepper:
         shape: Shape = Shape(),  # noqa: B008, a frozen value
         pool: ThreadPoolExecutor | None = None,
         pool_threads: int = 1,
+        drafting: Drafting | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._index = index
         self._decoder = decoder
         self._slots = SlotArrays(slots, ctx_tokens, shape)
         self._seats = Seating(index, self._slots, decoder, backlog, vocabulary.eog.size)
+        self._speculation = Speculation(self._slots, drafting, decoder.batch_tokens) if drafting else None
         self._vocabulary = vocabulary
         self._eog_ids = np.flatnonzero(vocabulary.eog)
         self._backlog = backlog
@@ -108,18 +112,25 @@ class Stepper:
             self._emit()
             return False
         began_s = self._clock()
-        rows, prompt_tokens = self._feed()
+        check = self._speculation.check() if self._speculation is not None else None
+        fed_s = self._clock()
+        rows, prompt_tokens = self._feed(check)
         outputs = rows.output_slots if rows is not None else self._slots.no_places
         # Before the logits, which wait for the GPU.
         allowed = self._allowed(outputs)
         logits = self._decoder.logits(int(np.count_nonzero(rows.wanted))) if rows is not None and outputs.size else None
         decoded_s = now_s = self._clock()
-        gaps, output_tokens = np.empty(0), 0
+        gaps, output_tokens, accepted = np.empty(0), 0, 0
         if rows is not None and logits is not None:
             tokens = self._choose(logits, rows, allowed)
             now_s = self._clock()
-            output_tokens = int(np.count_nonzero(tokens >= 0))
-            gaps = self._advance(outputs, tokens, now_s)
+            if not prompt_tokens:
+                self._time(used, check, now_s - fed_s)
+            if check is None:
+                output_tokens = int(np.count_nonzero(tokens >= 0))
+                gaps = self._advance(outputs, tokens, now_s)
+            else:
+                gaps, output_tokens, accepted = self._settle(check, tokens, now_s)
         self._emit()
         ended_s = self._clock()
         self._meter.step(
@@ -127,6 +138,8 @@ class Stepper:
             prompt_tokens=prompt_tokens,
             cached_tokens=self._seats.cached_tokens,
             output_tokens=output_tokens,
+            drafted_tokens=check.drafted if check is not None else 0,
+            accepted_tokens=accepted,
             slot_s=used * (ended_s - self._step_ended_s),
             decode_s=decoded_s - began_s,
             sample_s=now_s - decoded_s,
@@ -138,10 +151,12 @@ class Stepper:
 
     # ------------------------------------------------ the model's turn
 
-    def _feed(self) -> tuple[Pass | None, int]:
-        """Give the model this step's batches. Returns the last one, if llama.cpp took it, and how many tokens of
-        prompts were read."""
+    def _feed(self, check: Check | None) -> tuple[Pass | None, int]:
+        """Give the model this step's batches: `check`'s, or those of a plain step. Returns the last one, if llama.cpp
+        took it, and how many tokens of prompts were read."""
         slots, decoder = self._slots, self._decoder
+        if check is not None:
+            return (check.rows if self._decode(check.rows) else None), 0
         if slots.mixes:
             rows = slots.mixed_pass(decoder.batch_tokens)
             return (rows, rows.prompt_tokens) if self._decode(rows) else (None, 0)
@@ -217,6 +232,7 @@ class Stepper:
 
     def _chosen(self, logits: npt.NDArray[np.float32], rows: Pass, threads: Threads) -> Ints:
         slots, outputs = self._slots, rows.output_slots
+        ahead = np.zeros(outputs.size, np.int64) if rows.ahead is None else rows.ahead
         if slots.plain[outputs].all():
             return largest(logits, rows.output_rows, threads)
         places = outputs.tolist()
@@ -224,9 +240,26 @@ class Stepper:
 
         def history(place: int) -> Ints:
             slot = places[place]
-            return slots.tokens[slot, : slots.length[slot]]
+            return slots.tokens[slot, : slots.length[slot] + ahead[place]]
 
-        return choose(logits, rows.output_rows, samplers, slots.outputs[outputs], history, threads)
+        return choose(logits, rows.output_rows, samplers, slots.outputs[outputs] + ahead, history, threads)
+
+    def _settle(self, check: Check, tokens: Ints, now_s: float) -> tuple[npt.NDArray[np.float64], int, int]:
+        """Book what came of checked drafts, token by token, as if decoded singly: a request may end at any of them.
+        Returns the gaps between tokens, and how many there were, those that had been drafted apart."""
+        assert self._speculation is not None
+        gaps: list[npt.NDArray[np.float64]] = []
+        counts = []
+        for taken, put in self._speculation.settle(check, tokens, self._decoder.forget):
+            goes_on = self._slots.used[taken]
+            gaps.append(self._advance(taken[goes_on], put[goes_on], now_s))
+            counts.append(int(np.count_nonzero(put[goes_on] >= 0)))
+        # Each round after the first one is there because what was drafted for the one before it was right.
+        return np.concatenate(gaps), sum(counts), sum(counts[1:])
+
+    def _time(self, used: int, check: Check | None, seconds: float) -> None:
+        if self._speculation is not None:
+            self._speculation.timed(used, check.extra if check is not None else 0, seconds)
 
     def _advance(self, outputs: Places, tokens: Ints, now_s: float) -> npt.NDArray[np.float64]:
         """Book the new tokens and finish what has ended. Returns the gaps between tokens in seconds."""

@@ -260,6 +260,8 @@ class Worker:
         metrics.slot_s += stats.slot_s
         metrics.decode_s += stats.decode_s
         metrics.sample_s += stats.sample_s
+        metrics.drafted_tokens += stats.drafted_tokens
+        metrics.accepted_tokens += stats.accepted_tokens
         metrics.itl.add_sparse(stats.itl_buckets, stats.itl_counts)
 
     def _on_returned(self, returned: Returned) -> None:

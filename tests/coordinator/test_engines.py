@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from coordinator.config import JobConfig
-from coordinator.engines import GPU_RESERVE_BYTES, ModelFacts, engine_config
+from coordinator.engines import GPU_RESERVE_BYTES, ModelFacts, draft_bytes, engine_config
 from scheduling.errors import ConfigError
 from scheduling.messages import Gpu, Placement
 from workers.protocol import EngineConfig
@@ -45,6 +46,24 @@ def test_slots_are_as_many_as_fit_beside_the_model() -> None:
     memory = MODEL.size_bytes + GPU_RESERVE_BYTES + 10 * 4096 * KV_BYTES + 5
     assert engine(ON_GPU, gpu_bytes=memory).slots == 10
     assert engine(ON_GPU, gpu_bytes=memory, ctx=1024).slots == 40
+
+
+def test_slots_leave_room_for_a_model_that_drafts() -> None:
+    draft = ModelFacts("d.gguf", 1 << 28, 8192, KV_BYTES // 4)
+    model = replace(MODEL, draft=draft)
+    assert draft_bytes(MODEL, 128, 2, 4096) == 0
+    assert draft_bytes(model, 128, 2, 4096) == (1 << 28) + 2 * 8 * 4096 * KV_BYTES // 4
+    assert draft_bytes(model, 3, 1, 4096) == (1 << 28) + 3 * 4096 * KV_BYTES // 4
+    memory = MODEL.size_bytes + GPU_RESERVE_BYTES + draft_bytes(model, 128, 2, 4096) + 10 * 4096 * KV_BYTES
+    assert engine(ON_GPU, gpu_bytes=memory).slots > 10
+    assert engine(ON_GPU, model=model, gpu_bytes=memory).slots == 10
+
+
+def test_speculation_is_decided_by_the_engine_unless_it_is_switched_off() -> None:
+    draft = ModelFacts("/models/d.gguf", 1 << 28, 8192, KV_BYTES // 4)
+    asked = engine(ON_CPU, model=replace(MODEL, draft=draft), draft_max=5)
+    assert (asked.speculate, asked.draft_model, asked.draft_max) == ("auto", "/models/d.gguf", 5)
+    assert (engine(ON_CPU, speculate=False).speculate, engine(ON_CPU).draft_model) == ("never", None)
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,16 @@ def test_tables_have_what_a_person_looks_for(run_dir: Path) -> None:
     assert "100 %" not in text, "ranks of the last session only"
 
 
+def test_drafted_tokens_are_told_where_there_are_any(tmp_path: Path) -> None:
+    ranks = np.zeros(2, RANK)
+    for drafted, said in (([0, -1], False), ([1500, 500], True)):
+        ranks["drafted_tokens"], ranks["accepted_tokens"] = drafted, [1000 * said, 0]
+        write_metrics(tmp_path / METRICS_NAME, [rows(3, failed=0)], ranks, {}, np.zeros(0, TELEMETRY), {})
+        text = printed(tmp_path)
+        assert ("speculation: 1,000 of 2,000 drafted tokens were right (50 %)" in text) is said
+        assert ("speculation" in text) is said
+
+
 @pytest.mark.parametrize(("columns", "host"), [(80, False), (120, True)])
 def test_a_rank_is_one_line_on_a_narrow_terminal_too(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch, columns: int, host: bool

@@ -9,8 +9,10 @@ import pytest
 
 from tests.workers.engine_fakes import EOG, VOCAB, job, piece_of
 from tests.workers.grammar_fakes import grammar
+from tests.workers.test_speculation import FakeDrafter
 from tests.workers.test_stepper import Rig, only
 from workers.constraints import Constraints
+from workers.drafting import Drafting
 from workers.protocol import Answer, Job
 from workers.shape import Shape
 
@@ -126,3 +128,22 @@ def test_slots_of_many_constrained_requests_are_given_back(constraints: Constrai
     answers = run(constraints, *jobs, slots=3)
     assert sorted(answers) == list(range(200))
     assert {only(answers[key])[1] for key in range(3, 200, 6)} == {"stop"}
+
+
+@pytest.mark.parametrize("shape", [Shape(), STEADY])
+@pytest.mark.parametrize("temperature", [0.0, 20.0])
+def test_drafts_are_checked_for_neighbours_without_a_grammar_only(
+    constraints: Constraints, shape: Shape, temperature: float
+) -> None:
+    jobs = [
+        job(key, (31,), max_tokens=30, temperature=temperature, seed=key, constraint=one)
+        for key, one in enumerate([SHORT_THEN_X, None, LETTERS, None])
+    ]
+    expected = run(constraints, *jobs, slots=4, shape=shape)
+    rig = Rig(slots=4, shape=shape, constraints=constraints, drafting=Drafting(FakeDrafter(0.9), always=True))
+    rig.submit(*jobs)
+    got = rig.run()
+    assert {key: answer.choices for key, answer in got.items()} == {
+        key: answer.choices for key, answer in expected.items()
+    }
+    assert max(len(batch) for batch in rig.decoder.batches) > 8

@@ -123,6 +123,7 @@ def config(
         batch_tokens=batch_tokens,
         ubatch_tokens=batch_tokens,
         flash_attention=False,
+        speculate="never",
         steady_batches=steady_batches,
     )
 

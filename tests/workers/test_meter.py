@@ -14,6 +14,8 @@ def step(meter: Meter, now_s: float, *, gaps: tuple[float, ...] = ()) -> None:
         prompt_tokens=3,
         cached_tokens=4,
         output_tokens=2,
+        drafted_tokens=5,
+        accepted_tokens=1,
         slot_s=0.5,
         decode_s=0.2,
         sample_s=0.1,
@@ -33,6 +35,7 @@ def test_counters_go_out_about_once_a_second_and_start_again() -> None:
     first, second = sent
     assert (first.steps, first.prompt_tokens, first.cached_tokens, first.output_tokens) == (2, 6, 8, 4)
     assert (first.interval_s, first.busy_s, first.slot_s) == (1.25, 1.0, 1.0)
+    assert (first.drafted_tokens, first.accepted_tokens) == (10, 2)
     assert first.decode_s == pytest.approx(0.4)
     assert first.sample_s == pytest.approx(0.2)
     assert first.itl_buckets == bucket_of(np.array([0.01, 0.02])).tolist()

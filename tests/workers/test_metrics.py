@@ -79,11 +79,13 @@ def test_rank_row_says_what_was_counted() -> None:
     metrics.finished, metrics.failed, metrics.prompt_tokens, metrics.output_tokens = 9, 2, 40, 70
     metrics.cached_tokens = 30
     metrics.busy_s, metrics.slot_s, metrics.steps = 1.5, 2.5, 12
+    metrics.drafted_tokens, metrics.accepted_tokens = 30, 20
     [found] = metrics.rank_row(110.0)
     assert (found["rank"], found["session"], found["host"], found["device"]) == (3, 2, b"node7", b"CPU, 2 threads of 8")
     assert (found["requests"], found["failed"], found["prompt_tokens"], found["output_tokens"]) == (9, 2, 40, 70)
     assert found["cached_tokens"] == 30
     assert (found["busy_s"], found["slot_s"], found["wall_s"], found["steps"]) == (1.5, 2.5, 10.0, 12)
+    assert (found["drafted_tokens"], found["accepted_tokens"]) == (30, 20)
 
 
 def test_rank_whose_engine_never_loaded_has_a_row_of_zeros() -> None:

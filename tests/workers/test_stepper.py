@@ -14,6 +14,7 @@ from tests.workers.engine_fakes import EOG, VOCAB, FakeDecoder, job, passes
 from workers import stepper as stepper_module
 from workers.backlog import Backlog, Lane, Task
 from workers.constraints import Constraints
+from workers.drafting import Drafting
 from workers.meter import Meter
 from workers.protocol import Answer, Frame, Job, Stats
 from workers.shape import Shape
@@ -31,6 +32,7 @@ class Rig:
         threads: int = 1,
         shape: Shape = Shape(),  # noqa: B008
         constraints: Constraints | None = None,
+        drafting: Drafting | None = None,
     ) -> None:
         self.now = 0.0
         self.frames: list[Frame] = []
@@ -53,6 +55,7 @@ class Rig:
             shape=shape,
             pool=ThreadPoolExecutor(threads) if threads > 1 else None,
             pool_threads=threads,
+            drafting=drafting,
             clock=self.clock,
         )
 

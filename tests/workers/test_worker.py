@@ -385,7 +385,7 @@ def test_what_a_dying_engine_last_says_of_its_work_is_counted() -> None:
     bench = Bench().ready()
     stats = Stats(
         interval_s=1.0, steps=7, prompt_tokens=1, output_tokens=2, busy_s=0.5, slot_s=0.75, decode_s=0.4, sample_s=0.1,
-        itl_buckets=[3], itl_counts=[2],
+        drafted_tokens=6, accepted_tokens=4, itl_buckets=[3], itl_counts=[2],
     )  # fmt: skip
     bench.engine.say(stats)
     bench.engine.last_words = [stats]
@@ -393,6 +393,7 @@ def test_what_a_dying_engine_last_says_of_its_work_is_counted() -> None:
     bench.step()
     metrics = bench.worker.metrics
     assert (metrics.steps, metrics.busy_s, metrics.slot_s) == (14, 1.0, 1.5)
+    assert (metrics.drafted_tokens, metrics.accepted_tokens) == (12, 8)
     assert metrics.itl.counts[3] == 4
 
 
