@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
+
 from coordinator.config import JobConfig, package_versions
 from coordinator.inputfile import Format, ends_identity, only_embeddings, sniff_format
 from coordinator.launch import Launch, check_singleton, detect, find_mpirun, own_mpirun, run_own_mpirun
@@ -173,7 +175,7 @@ class _Lead:
             form = cast("Format", self._options.format) or sniff_format(self._options.input)
             source = FileSource(
                 self._options.input, format=form, defaults=self._config.sampling, precheck=self._config.precheck,
-                on_progress=self._checking,
+                on_progress=self._checking, max_tokens=self._config.max_tokens,
             )  # fmt: skip
             identity = refuse_edited_input(self._options.output, source)
             details = self._details() | {"input_identity": identity}
@@ -213,6 +215,8 @@ class _Lead:
         self._session.embeds_only = only_embeddings(self._options.input, source.format)
         self._session.log_dir = run.path / "logs"
         self._session.log_dir.mkdir(exist_ok=True)
+        if source.lengths is not None:
+            self._session.lengths = source.lengths.without(found.done)
         for note in self._session.start():
             self._view.note(note)
         run.add_session_facts(self._facts())
@@ -237,12 +241,11 @@ class _Lead:
         return {
             "input": ends_identity(self._options.input, form),
             "model": self._setup.fingerprint,
+            "adapters": list(self._setup.adapters),
             "options": self._config.identity(),
         }
 
     def _details(self) -> dict[str, Any]:
-        import msgspec
-
         return {
             "command": sys.argv,
             "input": str(self._options.input.resolve()),
@@ -268,6 +271,7 @@ class _Lead:
                     "device": placement.note,
                     "gpus": list(placement.gpu_uuids),
                     "threads": self._config.threads or placement.threads,
+                    "fit": msgspec.to_builtins(placement.fit),
                 }
                 for rank, placement in sorted(placements.items())
             ],

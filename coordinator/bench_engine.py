@@ -24,11 +24,12 @@ from coordinator.bench_load import Interrupts, Load
 from coordinator.bench_peers import NAME as PEER
 from coordinator.bench_peers import BatchedBench
 from coordinator.config import JobConfig
-from coordinator.engines import engine_config
+from coordinator.engines import engine_config, fitted_placements
 from coordinator.setup import Setup, prepare
 from coordinator.simulated import simulated_engine
 from scheduling.errors import EXIT_OK, ConfigError, EngineError
 from scheduling.histogram import LogHistogram
+from scheduling.lengths import Lengths
 from scheduling.placement import plan_alone
 from workers.protocol import Answer, EngineConfig, EngineFailed, EngineLoaded, Frame, FromEngine, Job, Stats
 from workers.supervisor import EngineProcess
@@ -177,7 +178,7 @@ def run_bench_engine(
     setup = prepare(config)
     if setup.problem is not None:
         raise setup.problem
-    engine = first_engine(setup)
+    engine = first_engine(setup, load.lengths())
     peer = None
     if peers is not None:
         sequences = sequences or (engine.slots,)
@@ -208,13 +209,16 @@ def run_bench_engine(
     return EXIT_OK
 
 
-def first_engine(setup: Setup) -> EngineConfig:
-    """One engine on the first device, as a batch on this machine would start it."""
+def first_engine(setup: Setup, lengths: Lengths | None = None) -> EngineConfig:
+    """One engine on the first device, as a batch on this machine would start it for requests of these `lengths`."""
     config = setup.config
     placement = plan_alone(setup.host, gpus_per_rank=config.gpus_per_rank, want_gpu=config.want_gpu)[0]
     if setup.service_times is not None:
         return simulated_engine(config, setup.service_times, placement)
-    return engine_config(config, setup.model, placement, {gpu.uuid: gpu for gpu in setup.host.gpus})
+    placements, said = fitted_placements(config, setup.model, {0: placement}, {0: setup.host}, lengths)
+    for line in said:
+        say(line)
+    return engine_config(config, setup.model, placements[0])
 
 
 def _summary(

@@ -9,6 +9,8 @@ import msgspec
 import numpy as np
 
 from scheduling.errors import ConfigError
+from scheduling.lengths import Lengths
+from scheduling.modelsize import CELLS_TOGETHER
 from scheduling.requests import Request, Sampling
 from workers.protocol import Job
 
@@ -53,6 +55,15 @@ class Load:
             raise ConfigError(f"--interrupt-every is {self.interrupt_every_s}: it must be above 0 seconds")
         if not 0 <= self.shared_prefix_tokens < self.prompt_tokens:
             raise ConfigError("--shared-prefix must be 0 or more, and less than --prompt-tokens")
+
+    def lengths(self) -> Lengths:
+        """What a look-ahead would find; every request may have as many output tokens as any."""
+        most = self.prompt_tokens + self.output_tokens_max
+        counts = {-(-most // CELLS_TOGETHER): self.requests}
+        if self.interrupt_tokens:
+            counts.setdefault(-(-(self.interrupt_tokens + 1) // CELLS_TOGETHER), 1)
+        at_once = min(self.requests, self.concurrency or self.requests)
+        return Lengths(at_once, counts, max(most, self.interrupt_tokens + 1), whole=True)
 
     def jobs(self, vocab_tokens: int, repeat: int) -> list[Job]:
         """The requests of one repeat. The same seed and repeat give the same requests."""

@@ -165,10 +165,12 @@ def run_calibrate(config: JobConfig, sampling: Sampling, *, repeats: int, output
 
 def _measured(setup: Setup, engine: EngineConfig, bench: BenchEngine) -> Measured:
     loaded = bench.loaded
+    shape = setup.model.shape
+    cell_bytes = 0 if shape is None else shape.token_bytes(engine.cache_type_k, engine.cache_type_v)
     gpus = [gpu.name for gpu in setup.host.gpus if any(gpu.uuid in mask for mask in engine.device_mask.values())]
     return Measured(
         model=setup.model_name, model_digest=setup.fingerprint, model_desc=loaded.model_desc,
-        model_bytes=loaded.model_bytes, cell_bytes=setup.model.kv_bytes_per_token or 0, backend=loaded.backend,
+        model_bytes=loaded.model_bytes, cell_bytes=cell_bytes, backend=loaded.backend,
         device=", ".join(gpus) or "CPU", llama_cpp_python=package_versions()["llama-cpp-python"],
         slots=engine.slots, contexts=engine.contexts, ctx_tokens=engine.ctx_tokens, batch_tokens=engine.batch_tokens,
         ubatch_tokens=engine.ubatch_tokens, threads=engine.threads, steady=loaded.backend != "CPU",

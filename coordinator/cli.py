@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from coordinator.launch import Launch, detect
+from coordinator.options import EngineOptions, GeneratingOptions, ModelOptions, takes
 from scheduling.errors import EXIT_INFRASTRUCTURE, EXIT_OK, EXIT_USAGE, LlmpiError
 
 app = typer.Typer(
@@ -34,12 +35,6 @@ app.add_typer(bench, name="bench")
 class Schedule(str, Enum):
     round_robin = "round-robin"
     work_stealing = "work-stealing"
-
-
-class Device(str, Enum):
-    auto = "auto"
-    gpu = "gpu"
-    cpu = "cpu"
 
 
 class EngineKind(str, Enum):
@@ -65,43 +60,6 @@ class Order(str, Enum):
 
 Model = Annotated[str, typer.Option("-m", "--model", help="GGUF file.", show_default=False)]
 RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Run directory of a batch.")]
-Slots = Annotated[
-    int | None,
-    typer.Option(help="Sequences decoded at once by each worker. [default: 8 on a CPU; on a GPU 128 or what fits]"),
-]
-Contexts = Annotated[
-    int | None,
-    typer.Option(help="Contexts over the one loaded model, a thread each. [default: 1 on a CPU, 2 on a GPU]"),
-]
-Ctx = Annotated[
-    int | None,
-    typer.Option(
-        help="Tokens a slot holds, prompt plus output. [default: what the model was trained with, at most 4096]"
-    ),
-]
-Batch = Annotated[int, typer.Option(help="Most tokens in one decode step.")]
-Ubatch = Annotated[int, typer.Option(help="Most tokens llama.cpp computes at once.")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads of each worker. [default: its share of the host]")]
-GpuLayers = Annotated[int, typer.Option(help="Layers on the GPU; -1 is all.")]
-FlashAttention = Annotated[
-    bool | None, typer.Option("--flash-attention/--no-flash-attention", help="[default: llama.cpp decides]")
-]
-PrefixReuse = Annotated[
-    bool,
-    typer.Option("--prefix-reuse/--no-prefix-reuse", help="Whether what prompts begin with in common is read once."),
-]
-Speculate = Annotated[
-    bool,
-    typer.Option(
-        "--speculate/--no-speculate",
-        help="Guess several tokens ahead and check them at once, where few requests run and it is faster.",
-    ),
-]
-DraftModel = Annotated[
-    str | None, typer.Option(help="GGUF file of a smaller model with the same tokenizer, which guesses.")
-]
-DraftMax = Annotated[int, typer.Option(help="Most tokens guessed at once for a sequence.")]
-DeviceOption = Annotated[Device, typer.Option(help="'gpu' insists on one, 'cpu' uses none.")]
 MaxTokens = Annotated[int, typer.Option(help="Most output tokens of a request that does not say.")]
 Temperature = Annotated[float, typer.Option(help="For requests that do not say; 0 is greedy.")]
 TopK = Annotated[int, typer.Option(help="For requests that do not say; 0 is off.")]
@@ -124,7 +82,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSO
 
 
 @app.command()
+@takes(EngineOptions)
 def batch(
+    chosen: EngineOptions,
     model: Model,
     requests: Annotated[
         Path, typer.Option("-i", "--input", help='Requests: OpenAI batch JSONL, {"prompt": …} lines, or text.')
@@ -135,20 +95,6 @@ def batch(
         int | None,
         typer.Option("--ranks", min=1, help="Ranks to start, where llmpi starts its own mpirun. [default: one a GPU]"),
     ] = None,
-    slots: Slots = None,
-    contexts: Contexts = None,
-    ctx: Ctx = None,
-    batch_size: Annotated[int, typer.Option("--batch", help="Most tokens in one decode step.")] = 2048,
-    ubatch: Ubatch = 512,
-    threads: Threads = None,
-    gpu_layers: GpuLayers = -1,
-    flash_attention: FlashAttention = None,
-    prefix_reuse: PrefixReuse = True,
-    speculate: Speculate = True,
-    draft_model: DraftModel = None,
-    draft_max: DraftMax = 15,
-    device: DeviceOption = Device.auto,
-    gpus_per_rank: Annotated[int, typer.Option(help="GPUs of each worker, for a model that needs several.")] = 1,
     ranks_per_gpu: Annotated[int, typer.Option(help="Workers that share a GPU.")] = 1,
     coordinator_works: Annotated[
         bool | None,
@@ -204,17 +150,14 @@ def batch(
     from coordinator.config import JobConfig, checked_sampling
 
     config = JobConfig(
-        model=model, schedule=schedule.value, slots=slots, contexts=contexts, ctx=ctx, batch=batch_size, ubatch=ubatch,
-        threads=threads, gpu_layers=gpu_layers, flash_attention=flash_attention, prefix_reuse=prefix_reuse,
-        speculate=speculate, draft_model=draft_model, draft_max=draft_max, device=device.value,
-        gpus_per_rank=gpus_per_rank, ranks_per_gpu=ranks_per_gpu, coordinator_works=coordinator_works,
+        model=model, schedule=schedule.value, ranks_per_gpu=ranks_per_gpu, coordinator_works=coordinator_works,
         sampling=checked_sampling(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, **_constraint(json_schema, grammar_file)
         ),
         max_tokens=max_tokens, seed=seed, prefetch=prefetch, lease_s=lease, commit_interval_s=commit_interval,
         commit_bytes=commit_bytes, precheck=precheck, chat_template=_read("--chat-template", chat_template),
         engine=engine.value, service_times=None if service_times is None else str(service_times), time_scale=time_scale,
-        pooling=None if pooling is None else pooling.value,
+        pooling=None if pooling is None else pooling.value, **chosen.job(),
     )  # fmt: skip
     options = BatchOptions(
         input=requests, output=output, format=None if input_format is None else input_format.value, ranks=ranks,
@@ -224,19 +167,14 @@ def batch(
 
 
 @app.command()
+@takes(GeneratingOptions)
 def infer(
+    chosen: GeneratingOptions,
     model: Model,
     prompt: Annotated[str, typer.Option("-p", "--prompt", help="The user's message ('-' reads standard input).")],
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it is made.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
-    ctx: Ctx = None,
-    threads: Threads = None,
-    gpu_layers: GpuLayers = -1,
-    speculate: Speculate = True,
-    draft_model: DraftModel = None,
-    draft_max: DraftMax = 15,
-    device: DeviceOption = Device.auto,
     max_tokens: MaxTokens = 512,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
@@ -253,19 +191,20 @@ def infer(
     from coordinator.infer import run_infer
 
     config = JobConfig(
-        model=model, slots=1, ctx=ctx, threads=threads, gpu_layers=gpu_layers, speculate=speculate,
-        draft_model=draft_model, draft_max=draft_max, device=device.value,
+        model=model, slots=1, max_tokens=max_tokens, seed=seed, chat_template=_read("--chat-template", chat_template),
         sampling=checked_sampling(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, **_constraint(json_schema, grammar_file)
         ),
-        max_tokens=max_tokens, seed=seed, chat_template=_read("--chat-template", chat_template),
+        **chosen.job(),
     )  # fmt: skip
     text = sys.stdin.read() if prompt == "-" else prompt
     raise typer.Exit(run_infer(config, text, system=system, raw=raw, stream=stream, as_json=as_json))
 
 
 @app.command()
+@takes(ModelOptions)
 def embed(
+    chosen: ModelOptions,
     model: Model,
     prompt: Annotated[
         list[str], typer.Option("-p", "--prompt", help="A text; may be given again. '-' reads them, a line each.")
@@ -274,10 +213,6 @@ def embed(
         int | None, typer.Option(help="First numbers to keep, of models trained for it. [default: all]")
     ] = None,
     pooling: PoolingOption = None,
-    ctx: Ctx = None,
-    threads: Threads = None,
-    gpu_layers: GpuLayers = -1,
-    device: DeviceOption = Device.auto,
     as_json: AsJson = False,
 ) -> None:
     """Print the embedding of each text, a JSON list a line."""
@@ -285,8 +220,7 @@ def embed(
     from coordinator.embed import run_embed
 
     config = JobConfig(
-        model=model, slots=1, ctx=ctx, threads=threads, gpu_layers=gpu_layers, device=device.value,
-        pooling=None if pooling is None else pooling.value, embeddings=True,
+        model=model, slots=1, pooling=None if pooling is None else pooling.value, embeddings=True, **chosen.job(),
     )  # fmt: skip
     texts = sys.stdin.read().splitlines() if prompt == ["-"] else prompt
     raise typer.Exit(run_embed(config, texts, dimensions=dimensions, as_json=as_json))
@@ -355,7 +289,9 @@ def bench_dispatch(
 
 
 @bench.command("engine")
+@takes(EngineOptions)
 def bench_engine(
+    chosen: EngineOptions,
     model: Model,
     requests: Annotated[int, typer.Option(help="Requests of each repeat.")] = 512,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 128,
@@ -377,19 +313,6 @@ def bench_engine(
     peer_sequences: Annotated[
         str, typer.Option(help="Numbers of sequences that it tries, as in 32,64,128; its best counts. [default: slots]")
     ] = "",
-    slots: Slots = None,
-    contexts: Contexts = None,
-    ctx: Ctx = None,
-    batch_size: Annotated[int, typer.Option("--batch", help="Most tokens in one decode step.")] = 2048,
-    ubatch: Ubatch = 512,
-    threads: Threads = None,
-    gpu_layers: GpuLayers = -1,
-    flash_attention: FlashAttention = None,
-    prefix_reuse: PrefixReuse = True,
-    speculate: Speculate = True,
-    draft_model: DraftModel = None,
-    draft_max: DraftMax = 15,
-    device: DeviceOption = Device.auto,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
@@ -415,14 +338,11 @@ def bench_engine(
     from coordinator.config import JobConfig, checked_sampling
 
     most = output_tokens_max if sigma else output_tokens
-    own_ctx = CTX_TOKENS if calibrate else prompt_tokens + most
     sampling = checked_sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    config = JobConfig(
-        model=model, slots=slots, contexts=contexts, ctx=ctx or own_ctx, batch=batch_size, ubatch=ubatch,
-        threads=threads, gpu_layers=gpu_layers, flash_attention=flash_attention, prefix_reuse=prefix_reuse,
-        speculate=speculate and not calibrate, draft_model=draft_model, draft_max=draft_max, device=device.value,
-        seed=seed,
-    )  # fmt: skip
+    given = chosen.job()
+    if calibrate:
+        given |= {"ctx": CTX_TOKENS if given["ctx"] == "auto" else given["ctx"], "speculate": False}
+    config = JobConfig(model=model, seed=seed, **given)
     if calibrate:
         raise typer.Exit(run_calibrate(config, sampling, repeats=repeats, output=output, as_json=as_json))
     load = Load(

@@ -16,6 +16,9 @@ import msgspec
 from scheduling.errors import ConfigError, RequestError
 from scheduling.policies import POLICIES
 from scheduling.requests import MAX_TOKENS_LIMIT, Sampling, parse_request
+from workers.protocol import Adapter, CacheType, RopeScaling, Split
+
+Auto = Literal["auto"]
 
 VERSIONED_PACKAGES = ("llmpi", "llama-cpp-python", "llguidance", "msgspec", "numpy")
 
@@ -24,22 +27,32 @@ DRAFT_TOKENS_LIMIT = 31
 
 
 class JobConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Options of a job. None means: chosen when the facts are known (model, devices), and then said."""
+    """Options of a job. None and "auto": chosen when the facts are known (model, devices, requests), and then said.
+
+    `loras` are adapters for all requests, each as PATH or PATH:SCALE.
+    """
 
     model: str
     schedule: str = "work-stealing"
-    slots: int | None = None
+    slots: int | Auto = "auto"
     contexts: int | None = None
-    ctx: int | None = None
+    ctx: int | Auto = "auto"
     batch: int = 2048
-    ubatch: int = 512
+    ubatch: int | None = None
     threads: int | None = None
-    gpu_layers: int = -1
+    gpu_layers: int | Auto = "auto"
     flash_attention: bool | None = None
     prefix_reuse: bool = True
     speculate: bool = True
     draft_model: str | None = None
     draft_max: int = 15
+    cache_type_k: CacheType = "f16"
+    cache_type_v: CacheType = "f16"
+    loras: tuple[str, ...] = ()
+    rope_scaling: RopeScaling | None = None
+    rope_scale: float | None = None
+    rope_freq_base: float | None = None
+    split: Split = "layer"
     device: Literal["auto", "gpu", "cpu"] = "auto"
     gpus_per_rank: int = 1
     ranks_per_gpu: int = 1
@@ -72,11 +85,11 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True):
             "--commit-bytes": self.commit_bytes, "--draft-max": self.draft_max,
         }  # fmt: skip
         for flag, value in least_one.items():
-            if value is not None and value < 1:
+            if isinstance(value, int) and value < 1:
                 raise ConfigError(f"{flag} is {value}: it must be 1 or more")
         if self.max_tokens > MAX_TOKENS_LIMIT:
             raise ConfigError(f"--max-tokens is {self.max_tokens}: the most that is accepted is {MAX_TOKENS_LIMIT}")
-        if self.slots is not None and self.slots > 4096:
+        if isinstance(self.slots, int) and self.slots > 4096:
             raise ConfigError(f"--slots is {self.slots}: the most that is accepted is 4096")
         if self.draft_max > DRAFT_TOKENS_LIMIT:
             raise ConfigError(f"--draft-max is {self.draft_max}: the most that is accepted is {DRAFT_TOKENS_LIMIT}")
@@ -88,6 +101,8 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True):
             if not seconds > 0:
                 raise ConfigError(f"{flag} is {seconds}: it must be above 0 seconds")
         self._check_simulation()
+        self._check_engine()
+        self.adapters()
 
     def _check_simulation(self) -> None:
         if self.engine != "simulated" and (self.service_times is not None or self.time_scale != 1.0):
@@ -104,6 +119,27 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True):
             return False if self.engine == "simulated" else None
         return self.device == "gpu"
 
+    def _check_engine(self) -> None:
+        """Options of llama.cpp that need one another."""
+        for flag, number in (("--rope-scale", self.rope_scale), ("--rope-freq-base", self.rope_freq_base)):
+            if number is not None and not 0 < number < float("inf"):
+                raise ConfigError(f"{flag} is {number}: it must be a number above 0")
+        if self.rope_scale is not None and self.rope_scaling in (None, "none"):
+            raise ConfigError(f"--rope-scale {self.rope_scale} needs --rope-scaling linear or yarn")
+        if self.flash_attention is False and self.cache_type_v != "f16":
+            raise ConfigError(
+                f"--cache-type-v {self.cache_type_v} needs flash attention: leave out --no-flash-attention, or "
+                "quantise the keys alone (--cache-type-k)"
+            )
+        if self.flash_attention is False and self.split == "tensor":
+            raise ConfigError("--split tensor needs flash attention: leave out --no-flash-attention")
+        if self.split != "layer" and self.gpus_per_rank == 1:
+            raise ConfigError(f"--split {self.split} divides a model among GPUs: give --gpus-per-rank 2 or more")
+
+    def adapters(self) -> tuple[Adapter, ...]:
+        """`loras`, taken apart. Raises ConfigError for a scale that is no number."""
+        return tuple(parse_adapter(text) for text in self.loras)
+
     def digest(self) -> str:
         """What all ranks must agree on, as 16 hex digits."""
         plain = msgspec.to_builtins(self, str_keys=True)  # logit_bias has numbers as keys
@@ -111,8 +147,29 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     def identity(self) -> dict[str, Any]:
         """The part that decides the answers: a run is resumed only with the same."""
-        keys = ("ctx", "sampling", "max_tokens", "seed", "chat_template", "pooling", "engine")
+        keys = (
+            "ctx", "sampling", "max_tokens", "seed", "chat_template", "pooling", "engine", "cache_type_k",
+            "cache_type_v", "rope_scaling", "rope_scale", "rope_freq_base",
+        )  # fmt: skip
         return {key: msgspec.to_builtins(getattr(self, key)) for key in keys}
+
+
+def parse_adapter(text: str) -> Adapter:
+    """PATH or PATH:SCALE. A path that ends in a colon and a number is written with its scale, :1 if need be.
+
+    Raises:
+        ConfigError: there is no path, or a scale that is no finite number.
+    """
+    path, colon, scale = text.rpartition(":")
+    if not colon or "/" in scale or scale.endswith(".gguf"):
+        path, scale = text, "1"
+    try:
+        value = float(scale)
+    except ValueError:
+        value = float("nan")
+    if not path or not abs(value) < float("inf"):
+        raise ConfigError(f"--lora {text}: give PATH or PATH:SCALE, as in adapter.gguf:0.5")
+    return Adapter(path, value)
 
 
 def package_versions() -> dict[str, str]:

@@ -1,145 +1,211 @@
-"""From a job's options, the model and a placement to the engine of one worker.
+"""From a job's options, the model, the hosts and the requests to the engine of each worker.
 
-Options left open are chosen here, by simple arithmetic over the model's own numbers and the device's memory, the same
-on every rank with the same facts. A chosen value is stored with the run as it was used.
+Rank 0 decides for all: it knows what every rank has free (`Host`), who shares what (`Placement`) and how long the
+requests are (`Lengths`); `scheduling.fitting` does the arithmetic. What was decided travels in `Placement.fit`, is
+printed, and is stored with the run as it was used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import psutil
+import msgspec
 
 from coordinator.config import JobConfig
 from coordinator.simulated import simulated_engine
-from scheduling.errors import ConfigError
-from scheduling.messages import Gpu, Placement
+from scheduling.errors import BugError, ConfigError
+from scheduling.fitting import CONTEXTS_SMALL, CTX_UNKNOWN_TOKENS, SLOTS_CPU, UBATCH_CPU, Fit, Room, fit
+from scheduling.lengths import Lengths
+from scheduling.messages import Host, Placement
+from scheduling.modelsize import Ask, ModelShape, cells_of
 from scheduling.servicetime import ServiceTimes
 from workers.null_engine import NullEngine
 from workers.port import Engine
-from workers.protocol import EngineConfig
+from workers.protocol import Adapter, EngineConfig
 from workers.speculation import SLOTS_MAX as SPECULATION_SLOTS_MAX
 
-CTX_DEFAULT_TOKENS = 4096
-SLOTS_GPU = 128
-SLOTS_CPU = 8
-CONTEXTS_GPU = 2
-SLOTS_OF_A_CONTEXT_MAX = 256
-"""LLAMA_MAX_SEQ."""
-GPU_RESERVE_BYTES = 2 << 30
-"""Left free on a GPU beside model and caches: compute buffers of each context, and the driver's own."""
+SLOTS_NULL = 128
+QUANTISED_TOGETHER = 32
+"""Values of a head that a quantised cache keeps in one block."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What the choice needs of a model. `kv_bytes_per_token` None where the file does not tell. `draft`: the model
+    """What is known of the model on this rank. `shape` None: there is no model. Paths are whole. `draft`: the model
     that drafts for it, if there is one."""
 
     path: str
-    size_bytes: int
-    train_ctx_tokens: int | None
-    kv_bytes_per_token: int | None
+    shape: ModelShape | None = None
+    adapters: tuple[Adapter, ...] = ()
+    adapter_bytes: int = 0
     draft: ModelFacts | None = None
 
 
-def engine_config(config: JobConfig, model: ModelFacts, placement: Placement, gpus: dict[str, Gpu]) -> EngineConfig:
-    """The engine of one worker. `gpus` are those of its host, by UUID."""
-    on_gpu = bool(placement.gpu_uuids)
-    ctx = config.ctx or min(model.train_ctx_tokens or CTX_DEFAULT_TOKENS, CTX_DEFAULT_TOKENS)
-    slots = config.slots or (fitting_slots(config, model, placement, gpus, ctx) if on_gpu else SLOTS_CPU)
-    contexts = chosen_contexts(config, slots, CONTEXTS_GPU if on_gpu else 1)
-    threads = config.threads or placement.threads
-    if "generate" in placement.lanes:
-        refuse_what_cannot_fit(config, model, placement, gpus, slots, ctx)
-    return EngineConfig(
-        model=model.path, slots=slots, contexts=contexts, ctx_tokens=ctx, batch_tokens=config.batch,
-        ubatch_tokens=min(config.ubatch, config.batch), threads=threads,
-        sampling_threads=min(8, max(1, threads // contexts)) if on_gpu else 1,
-        gpu_layers=config.gpu_layers if on_gpu else 0, flash_attention=config.flash_attention,
-        prefix_reuse=config.prefix_reuse, speculate="auto" if config.speculate else "never",
-        draft_model=model.draft.path if model.draft is not None else None, draft_max=config.draft_max,
-        cpus=placement.cpus, device_mask=placement.device_mask, max_tokens_default=config.max_tokens,
-        chat_template=config.chat_template, pooling=config.pooling, lanes_at_start=placement.lanes,
+def fitted_placements(
+    config: JobConfig,
+    model: ModelFacts,
+    placements: Mapping[int, Placement],
+    hosts: Mapping[int, Host],
+    lengths: Lengths | None,
+    *,
+    embeds_only: bool = False,
+) -> tuple[dict[int, Placement], list[str]]:
+    """`placements` with what each worker's engine is to be, and what to tell people about it. `hosts`: of each worker.
+    `embeds_only`: engines have no slots until something is to be generated.
+
+    Raises:
+        ConfigError: it cannot fit; nothing has been loaded.
+    """
+    if model.shape is None:
+        return dict(placements), []
+    check_caches(config, model.shape)
+    if embeds_only:
+        plain = embedding_fit(config, model.shape)
+        return {rank: msgspec.structs.replace(one, fit=plain) for rank, one in placements.items()}, []
+    ask = ask_of(config, model)
+    fitted = {}
+    for rank, placement in placements.items():
+        room = room_of(rank, placements, hosts)
+        fitted[rank] = msgspec.structs.replace(placement, fit=fit(model.shape, ask, room, lengths))
+    return fitted, [*_said(fitted), *_warnings(config, model.shape)]
+
+
+def embedding_fit(config: JobConfig, shape: ModelShape) -> Fit:
+    """An engine that embeds: the model whole, batches without caches."""
+    layers, trained = _number(config.gpu_layers), shape.train_ctx_tokens or CTX_UNKNOWN_TOKENS
+    return Fit(
+        slots=_number(config.slots) or SLOTS_CPU, contexts=config.contexts or 1,
+        ctx_tokens=_number(config.ctx) or min(trained, CTX_UNKNOWN_TOKENS), gpu_layers=-1 if layers is None else layers,
+        ubatch_tokens=config.ubatch or UBATCH_CPU,
     )  # fmt: skip
 
 
-def chosen_contexts(config: JobConfig, slots: int, usual: int) -> int:
-    """How many contexts the slots are divided among. Raises ConfigError if those asked for cannot hold them."""
-    needed = -(-slots // SLOTS_OF_A_CONTEXT_MAX)
-    if config.contexts is not None and config.contexts < needed:
-        raise ConfigError(
-            f"--slots {slots} with --contexts {config.contexts}: llama.cpp has at most {SLOTS_OF_A_CONTEXT_MAX} "
-            f"sequences in a context; use --contexts {needed} or more"
-        )
-    return min(slots, config.contexts or max(usual, needed))
-
-
-def draft_bytes(model: ModelFacts, slots: int, contexts: int, ctx_tokens: int) -> int:
-    """What the model that drafts takes: itself, and caches for the few sequences of each context that it drafts for."""
-    if model.draft is None:
+def draft_bytes(model: ModelFacts, ask: Ask) -> int:
+    """What the model that drafts takes at most: itself, and caches for the few sequences of each context that it drafts
+    for."""
+    if model.draft is None or model.draft.shape is None:
         return 0
-    sequences = contexts * min(-(-slots // contexts), SPECULATION_SLOTS_MAX)
-    return model.draft.size_bytes + sequences * ctx_tokens * (model.draft.kv_bytes_per_token or 0)
+    shape = model.draft.shape
+    sequences = SPECULATION_SLOTS_MAX * (ask.contexts or CONTEXTS_SMALL)
+    if ask.slots is not None:
+        sequences = min(sequences, ask.slots)
+    tokens = ask.ctx_tokens or min(shape.train_ctx_tokens or CTX_UNKNOWN_TOKENS, CTX_UNKNOWN_TOKENS)
+    return shape.weight_bytes + sequences * cells_of(tokens) * shape.token_bytes(ask.type_k, ask.type_v)
 
 
-def refuse_what_cannot_fit(
-    config: JobConfig, model: ModelFacts, placement: Placement, gpus: dict[str, Gpu], slots: int, ctx_tokens: int
-) -> None:
-    """Refuse caches that exceed the whole memory, before an engine fills it and is killed.
-
-    Raises:
-        ConfigError: with the arithmetic, and what would fit.
-    """
-    if model.kv_bytes_per_token is None:
-        return
-    if placement.gpu_uuids and config.gpu_layers != 0:
-        sizes = [gpus[uuid].memory_bytes for uuid in placement.gpu_uuids if uuid in gpus]
-        memory = None if None in sizes or not sizes else sum(size for size in sizes if size is not None)
-        what = "GPU memory"
-    else:
-        memory, what = psutil.virtual_memory().total, "memory"
-    needed = slots * ctx_tokens * model.kv_bytes_per_token
-    if memory is None or needed <= memory or (what == "GPU memory" and config.gpu_layers > 0):
-        return
-    fits = memory // (slots * model.kv_bytes_per_token)
-    raise ConfigError(
-        f"{slots} slots of {ctx_tokens} tokens need {needed / 1e9:,.0f} GB for their caches, and there are "
-        f"{memory / 1e9:,.0f} GB of {what}: use --ctx {fits} or less, or fewer --slots"
-    )
+def check_caches(config: JobConfig, shape: ModelShape) -> None:
+    """Raises ConfigError if a cache's type does not go with the model's heads."""
+    for flag, kind, length in (
+        ("--cache-type-k", config.cache_type_k, shape.key_length),
+        ("--cache-type-v", config.cache_type_v, shape.value_length),
+    ):
+        if kind != "f16" and length % QUANTISED_TOGETHER:
+            raise ConfigError(
+                f"{flag} {kind}: it keeps {QUANTISED_TOGETHER} values in a block, and this model's heads have "
+                f"{length}; use f16"
+            )
 
 
-def fitting_slots(
-    config: JobConfig, model: ModelFacts, placement: Placement, gpus: dict[str, Gpu], ctx_tokens: int
-) -> int:
-    """How many slots of `ctx_tokens` fit beside the model in the memory of the placement's GPUs, at most 128."""
-    sizes = [gpus[uuid].memory_bytes for uuid in placement.gpu_uuids if uuid in gpus]
-    known = [size for size in sizes if size is not None]
-    if not known or model.kv_bytes_per_token is None:
-        return SLOTS_GPU
-    share = sum(known) // config.ranks_per_gpu
-    free = share - model.size_bytes - GPU_RESERVE_BYTES
-    free -= draft_bytes(model, SLOTS_GPU, config.contexts or CONTEXTS_GPU, ctx_tokens)
-    return max(1, min(SLOTS_GPU, free // (model.kv_bytes_per_token * ctx_tokens)))
+def ask_of(config: JobConfig, model: ModelFacts) -> Ask:
+    """What the options leave open, and what they do not."""
+    ask = Ask(
+        slots=_number(config.slots), ctx_tokens=_number(config.ctx), contexts=config.contexts,
+        gpu_layers=_number(config.gpu_layers), ubatch_tokens=config.ubatch, batch_tokens=config.batch,
+        type_k=config.cache_type_k, type_v=config.cache_type_v, flash=config.flash_attention is not False,
+        rope_factor=config.rope_scale or 1.0, split=config.split,
+    )  # fmt: skip
+    return replace(ask, adapter_bytes=model.adapter_bytes + draft_bytes(model, ask))
+
+
+def room_of(rank: int, placements: Mapping[int, Placement], hosts: Mapping[int, Host]) -> Room:
+    """The memory that a worker finds, and how many share it."""
+    placement, name = placements[rank], hosts[rank].hostname
+    beside = [other for other in placements if hosts[other].hostname == name]
+    free = {gpu.uuid: gpu.free_bytes for other in beside for gpu in hosts[other].gpus}
+    sharing = [sum(uuid in placements[other].gpu_uuids for other in beside) for uuid in placement.gpu_uuids]
+    return Room(
+        gpu_bytes=tuple(free.get(uuid) for uuid in placement.gpu_uuids), gpu_ranks=max(sharing, default=1),
+        host_bytes=hosts[rank].memory_bytes, host_ranks=len(beside), workers=len(placements),
+    )  # fmt: skip
+
+
+def engine_config(config: JobConfig, model: ModelFacts, placement: Placement) -> EngineConfig:
+    """The engine of one worker, which has its fit."""
+    fitted = placement.fit
+    if fitted is None:
+        raise BugError(f"a placement without a fit: {placement.note}")
+    on_gpu = bool(placement.gpu_uuids) and (fitted.gpu_layers != 0 or config.gpu_layers == 0)
+    # A GPU that is too small for a single layer would be used for prompts all the same, and might not hold even that.
+    mask = placement.device_mask if on_gpu else dict.fromkeys(placement.device_mask, "")
+    threads = config.threads or placement.threads
+    return EngineConfig(
+        model=model.path, slots=fitted.slots, contexts=fitted.contexts, ctx_tokens=fitted.ctx_tokens,
+        long_slots=fitted.long_slots, long_ctx_tokens=fitted.long_ctx_tokens, batch_tokens=config.batch,
+        ubatch_tokens=min(fitted.ubatch_tokens, config.batch), threads=threads,
+        sampling_threads=min(8, max(1, threads // fitted.contexts)) if on_gpu else 1,
+        gpu_layers=fitted.gpu_layers if on_gpu else 0, flash_attention=_flash_attention(config),
+        cache_type_k=config.cache_type_k, cache_type_v=config.cache_type_v, loras=model.adapters,
+        rope_scaling=config.rope_scaling, rope_scale=config.rope_scale, rope_freq_base=config.rope_freq_base,
+        split=config.split, tensor_split=fitted.tensor_split, cpus=placement.cpus, device_mask=mask,
+        max_tokens_default=config.max_tokens, chat_template=config.chat_template, prefix_reuse=config.prefix_reuse,
+        speculate="auto" if config.speculate else "never",
+        draft_model=model.draft.path if model.draft is not None else None, draft_max=config.draft_max,
+        pooling=config.pooling, lanes_at_start=placement.lanes,
+    )  # fmt: skip
 
 
 def engine_factory(
-    config: JobConfig,
-    model: ModelFacts,
-    gpus: dict[str, Gpu],
-    stderr_log: Path | None,
-    service_times: ServiceTimes | None = None,
+    config: JobConfig, model: ModelFacts, stderr_log: Path | None, service_times: ServiceTimes | None = None
 ) -> Callable[[Placement], Engine]:
     """What a worker calls to get its engine, at its start and after each death. Simulated with `service_times`."""
 
     def start(placement: Placement) -> Engine:
         if config.engine == "null":
-            return NullEngine(config.slots or SLOTS_GPU, config.null_answer_bytes)
+            return NullEngine(_number(config.slots) or SLOTS_NULL, config.null_answer_bytes)
         from workers.supervisor import EngineProcess
 
         if service_times is not None:
             return EngineProcess(simulated_engine(config, service_times, placement), log_path=stderr_log)
-        return EngineProcess(engine_config(config, model, placement, gpus), log_path=stderr_log)
+        return EngineProcess(engine_config(config, model, placement), log_path=stderr_log)
 
     return start
+
+
+def _flash_attention(config: JobConfig) -> bool | None:
+    """Chosen where something needs it, so that llama.cpp does not choose otherwise."""
+    if config.cache_type_v != "f16" or config.split == "tensor":
+        return True
+    return config.flash_attention
+
+
+def _said(fitted: Mapping[int, Placement]) -> list[str]:
+    """One line where all workers have the same, else one for each kind."""
+    ranks: dict[str, list[int]] = {}
+    for rank, placement in fitted.items():
+        ranks.setdefault(_text(placement.fit), []).append(rank)
+    if len(ranks) == 1:
+        return list(ranks)
+    return [f"rank {', '.join(map(str, who))}: {said}" for said, who in ranks.items()]
+
+
+def _text(fitted: Fit | None) -> str:
+    return "" if fitted is None else fitted.said
+
+
+def _warnings(config: JobConfig, shape: ModelShape) -> list[str]:
+    asked, trained = _number(config.ctx), shape.train_ctx_tokens
+    if asked is None or trained is None or asked <= trained * (config.rope_scale or 1.0):
+        return []
+    if config.rope_scaling is not None or config.rope_freq_base is not None:
+        return []
+    return [
+        f"--ctx {asked} is more than the {trained} tokens that the model was trained with: answers beyond them will be "
+        "poor without --rope-scaling"
+    ]
+
+
+def _number(value: int | str | None) -> int | None:
+    """None for 'auto'."""
+    return value if isinstance(value, int) else None

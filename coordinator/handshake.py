@@ -71,5 +71,5 @@ def differences(own: Hello, worker: int, hello: Hello) -> list[str]:
     if hello.config_digest != own.config_digest:
         found.append(f"{who} was started with other options than rank 0")
     if hello.model_fingerprint != own.model_fingerprint:
-        found.append(f"{who} sees another model file under the same path than rank 0")
+        found.append(f"{who} sees another model file (or adapter) under the same path than rank 0")
     return found

@@ -2,13 +2,15 @@
 
 `line_blocks` cuts a file into lists of lines, about a MiB at a time, however large the file or a line is.
 `check_file` reads all of it once: every line must be a request, every custom_id its own. It keeps 16 bytes a
-request while it runs (a hash of the id, the line's offset) and 8 afterwards (the offset).
+request while it runs (a hash of the id, the line's offset) and 8 afterwards (the offset). On the way it learns how long
+the requests are; `look_ahead` learns that from the beginning of a file alone.
 
 This module does not know which requests are done, who runs them, or what becomes of them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import stat
@@ -25,6 +27,7 @@ import numpy.typing as npt
 from coordinator.ids import hash_id, repeated
 from scheduling.embeddings import may_embed
 from scheduling.errors import InputError, RequestError
+from scheduling.lengths import Lengths, LengthScan
 from scheduling.requests import Request, Sampling, parse_request
 
 Format = Literal["jsonl", "text"]
@@ -38,6 +41,10 @@ LOOK_AHEAD_REQUESTS = 256
 PROBLEMS_SHOWN = 5
 PROBLEMS_MAX = 1_000
 """After so many bad lines a check stops: the file is of another kind."""
+
+LOOK_AHEAD_LINES = 10_000
+LOOK_AHEAD_BYTES = 64 << 20
+"""How far `look_ahead` reads, about."""
 
 _ENDS_BYTES = 1 << 20
 _MAGICS = {
@@ -205,6 +212,7 @@ class Checked:
     """What the check found: all lines are requests. `offsets[i]` is where the line of request i begins."""
 
     total: int
+    lengths: Lengths | None
     bytes: int
     sha256: str
     mtime_ns: int
@@ -232,8 +240,30 @@ class _Problems:
         return InputError("\n  ".join([*said, f"and {more:,} more"] if more else said))
 
 
-def check_file(path: Path, form: Format, defaults: Sampling, on_progress: Progress | None = None) -> Checked:
-    """Read all of the file at `path` and validate it.
+def look_ahead(path: Path, form: Format, defaults: Sampling, max_tokens: int) -> Lengths | None:
+    """How long the first requests of the file at `path` are; None if there are none. Bad lines are passed over."""
+    scan = LengthScan(max_tokens)
+    lines = 0
+    with open_input(path) as file:
+        for block in line_blocks(file):
+            for line in block.lines if not block.dropped else []:
+                if lines >= LOOK_AHEAD_LINES or block.offset >= LOOK_AHEAD_BYTES:
+                    return scan.found(whole=False)
+                lines += 1
+                stripped = line.strip()
+                if form == "text":
+                    if stripped:
+                        scan.add_text(line)
+                elif stripped:
+                    with contextlib.suppress(RequestError):
+                        scan.add(_request(stripped, defaults, lines))
+    return scan.found(whole=True)
+
+
+def check_file(
+    path: Path, form: Format, defaults: Sampling, on_progress: Progress | None = None, *, max_tokens: int
+) -> Checked:
+    """Read all of the file at `path` and validate it. `max_tokens`: of a request that does not say.
 
     Raises InputError: no readable file, no request in it, lines that are no requests (the first five, and how
     many), a custom_id that is there twice (both line numbers).
@@ -242,6 +272,7 @@ def check_file(path: Path, form: Format, defaults: Sampling, on_progress: Progre
     hashes = bytearray()
     offsets = array("q")
     problems = _Problems()
+    scan = LengthScan(max_tokens)
     line_number = 0
     with open_input(path) as file:
         status = os.fstat(file.fileno())
@@ -256,8 +287,11 @@ def check_file(path: Path, form: Format, defaults: Sampling, on_progress: Progre
                             raise too_long(block.dropped)
                         if form == "text":
                             text_of(line)
+                            scan.add_text(line)
                         else:
-                            hashes += hash_id(_request(stripped, defaults, len(offsets)).custom_id)
+                            request = _request(stripped, defaults, len(offsets))
+                            scan.add(request)
+                            hashes += hash_id(request.custom_id)
                     except RequestError as error:
                         problems.add(line_number, error)
                         if problems.count >= PROBLEMS_MAX:
@@ -273,7 +307,8 @@ def check_file(path: Path, form: Format, defaults: Sampling, on_progress: Progre
     _refuse_duplicates(path, hashes, defaults)
     # Shares the array's memory rather than copying it.
     places = np.frombuffer(offsets, np.int64)
-    return Checked(len(offsets), status.st_size, whole.hexdigest(), status.st_mtime_ns, places)
+    lengths = scan.found(whole=True)
+    return Checked(len(offsets), lengths, status.st_size, whole.hexdigest(), status.st_mtime_ns, places)
 
 
 def _request(line: bytes, defaults: Sampling, index: int) -> Request:

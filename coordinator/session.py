@@ -11,11 +11,13 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 
 from coordinator.collect import Collecting, Gathered, collect
+from coordinator.engines import fitted_placements
 from coordinator.handshake import Handshake
 from coordinator.loop import Callbacks, Coordinator, Recorder
 from coordinator.mpi import Collectives, SoloCollectives, World
@@ -28,6 +30,7 @@ from scheduling import messages as m
 from scheduling.control import ControlPlane, Limits
 from scheduling.errors import RankLostError
 from scheduling.ledger import WorkerState
+from scheduling.lengths import Lengths
 from scheduling.link import Endpoint, Hub, Spoke
 from scheduling.placement import Plan, plan, plan_alone
 from workers.worker import Worker
@@ -49,6 +52,8 @@ class Session:
         self.log_dir: Path | None = None
         self.embeds_only = setup.config.embeddings
         """Whether engines need not be ready for generating text. To be set before `start`."""
+        self.lengths: Lengths | None = None
+        """How long the requests are, if that is known before the workers start."""
         self._routes: dict[int, Endpoint] = {}
         remote = list(range(1, world.size)) if world is not None else []
         self._remote = remote
@@ -71,7 +76,7 @@ class Session:
             while not handshake.step():
                 time.sleep(backoff.next_s(in_flight=True))
             self.hosts.update({rank: hello.host for rank, hello in handshake.hellos.items()})
-            self.plan = self._place()
+            self.plan = self._fit(self._place())
         except Exception as error:
             self.refuse(str(error))
             raise
@@ -100,6 +105,14 @@ class Session:
             self.hosts, rank0_works=config.coordinator_works, gpus_per_rank=config.gpus_per_rank,
             ranks_per_gpu=config.ranks_per_gpu, want_gpu=config.want_gpu,
         )  # fmt: skip
+
+    def _fit(self, plan: Plan) -> Plan:
+        """Decide what each engine is to be. Raises ConfigError if it cannot fit."""
+        hosts = {worker: self.hosts.get(worker, self.setup.host) for worker in plan.placements}
+        placements, said = fitted_placements(
+            self.setup.config, self.setup.model, plan.placements, hosts, self.lengths, embeds_only=self.embeds_only
+        )  # fmt: skip
+        return replace(plan, placements=placements, notes=(*plan.notes, *said))
 
     def _welcome(self, placement: m.Placement) -> m.Welcome:
         if self.embeds_only:

@@ -17,16 +17,21 @@ from scheduling import messages as m
 from scheduling.errors import UserError
 from scheduling.link import Spoke
 from scheduling.servicetime import ServiceTimes, service_times_json
+from storage.adapter import check_adapter
 from storage.gguf import check_gguf, fingerprint
 from workers.gpus import load_nvml
 from workers.hosts import describe_host
+from workers.protocol import Adapter
 from workers.telemetry import Telemetry
 from workers.worker import Worker, WorkerOptions
 
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """One rank's facts. `problem` is set instead of raising, so that rank 0 can name the rank that has it."""
+    """One rank's facts. `problem` is set instead of raising, so that rank 0 can name the rank that has it.
+
+    `adapters`: a fingerprint of each, with its scale.
+    """
 
     config: JobConfig
     model: ModelFacts
@@ -36,11 +41,12 @@ class Setup:
     problem: UserError | None = None
     service_times: ServiceTimes | None = None
     """Of the simulated engine, where the job asks for it."""
+    adapters: tuple[str, ...] = ()
 
     def hello(self) -> m.Hello:
         return m.Hello(
             protocol=m.PROTOCOL_VERSION, versions=package_versions(), config_digest=self.config.digest(),
-            model_fingerprint=self.fingerprint, host=self.host, pid=os.getpid(),
+            model_fingerprint="+".join((self.fingerprint, *self.adapters)), host=self.host, pid=os.getpid(),
             problem=str(self.problem) if self.problem else "",
         )  # fmt: skip
 
@@ -49,20 +55,25 @@ def prepare(config: JobConfig) -> Setup:
     """Look at this rank's model file and host. Raises nothing that the user can mend: see `Setup.problem`."""
     host = describe_host(os.environ)
     if config.engine == "null":
-        return Setup(config, ModelFacts("", 0, None, None), "null", "none", host)
+        return Setup(config, ModelFacts(""), "null", "none", host)
     path = Path(config.model)
     if config.engine == "simulated":
         return _prepare_simulated(config, path.stem, host)
     try:
         draft = None if config.draft_model is None else model_facts(Path(config.draft_model))
-        facts = model_facts(path, draft)
-        return Setup(config, facts, path.stem, fingerprint(path), host)
+        info = check_gguf(path)
+        wanted = config.adapters()
+        sizes = [check_adapter(Path(adapter.path), info) for adapter in wanted]
+        whole = tuple(Adapter(str(Path(adapter.path).resolve()), adapter.scale) for adapter in wanted)
+        facts = ModelFacts(str(path.resolve()), info.shape, whole, sum(sizes), draft)
+        prints = tuple(f"{fingerprint(Path(adapter.path))}*{adapter.scale:g}" for adapter in whole)
+        return Setup(config, facts, path.stem, fingerprint(path), host, adapters=prints)
     except UserError as error:
-        return Setup(config, ModelFacts(str(path), 0, None, None), path.stem, "none", host, error)
+        return Setup(config, ModelFacts(str(path)), path.stem, "none", host, error)
 
 
 def _prepare_simulated(config: JobConfig, name: str, host: m.Host) -> Setup:
-    nothing = ModelFacts(config.model, 0, None, None)
+    nothing = ModelFacts(config.model)
     try:
         times = read_service_times(config)
     except UserError as error:
@@ -72,20 +83,18 @@ def _prepare_simulated(config: JobConfig, name: str, host: m.Host) -> Setup:
     return Setup(config, nothing, f"simulated-{name}", f"simulated-{digest}", host, service_times=times)
 
 
-def model_facts(path: Path, draft: ModelFacts | None = None) -> ModelFacts:
+def model_facts(path: Path) -> ModelFacts:
     """Raises `UserError` if `path` is no readable GGUF file."""
-    info = check_gguf(path)
-    return ModelFacts(str(path.resolve()), info.file_bytes, info.context_tokens, info.kv_bytes_per_token, draft)
+    return ModelFacts(str(path.resolve()), check_gguf(path).shape)
 
 
 def build_worker(setup: Setup, rank: int, spoke: Spoke, stderr_log: Path | None) -> Worker:
     """A worker with the engine that the job asks for."""
-    gpus = {gpu.uuid: gpu for gpu in setup.host.gpus}
     return Worker(
         spoke,
         WorkerOptions(
             rank=rank, hello=setup.hello(), model_name=setup.model_name, defaults=setup.config.sampling,
-            engine_factory=engine_factory(setup.config, setup.model, gpus, stderr_log, setup.service_times),
+            engine_factory=engine_factory(setup.config, setup.model, stderr_log, setup.service_times),
             clock=time.monotonic, wall_clock=time.time, telemetry_factory=_telemetry,
         ),
     )  # fmt: skip

@@ -42,10 +42,11 @@ def simulated_engine(config: JobConfig, times: ServiceTimes, placement: Placemen
             "for no other number; leave it out, or measure again with `llmpi bench engine --calibrate --contexts "
             f"{config.contexts}`"
         )
-    slots = config.slots or measured.slots
+    slots = config.slots if isinstance(config.slots, int) else measured.slots
+    ctx = config.ctx if isinstance(config.ctx, int) else measured.ctx_tokens
     return EngineConfig(
         model=config.model, slots=slots, contexts=min(slots, measured.contexts),
-        ctx_tokens=config.ctx or measured.ctx_tokens, batch_tokens=config.batch, ubatch_tokens=config.ubatch,
+        ctx_tokens=ctx, batch_tokens=config.batch, ubatch_tokens=config.ubatch or measured.ubatch_tokens,
         # Its text means nothing, so how much of it can be guessed means nothing either.
         speculate="never", cpus=placement.cpus, max_tokens_default=config.max_tokens,
         chat_template=config.chat_template, service_times=times,

@@ -37,6 +37,7 @@ from coordinator.inputfile import (
     empty_input,
     ends_identity,
     line_blocks,
+    look_ahead,
     open_input,
     same_input,
     sniff_format,
@@ -88,6 +89,7 @@ class FileSource:
 
     With `precheck` all of the file is validated first, and an InputError names what is wrong with it; then `total`
     and `fetch` are known. Without, a bad line or a second use of a custom_id fails alone when it arrives.
+    `lengths`: how long the requests are, those without a limit of their own taken to have `max_tokens` of output.
     """
 
     def __init__(
@@ -99,13 +101,17 @@ class FileSource:
         done: npt.NDArray[np.bool_] | None = None,
         precheck: bool = True,
         on_progress: Progress | None = None,
+        max_tokens: int = 512,
     ) -> None:
         self._path = path = Path(path)
         self._defaults = Sampling() if defaults is None else defaults
         self._format: Format = sniff_format(path) if format is None else format
         self._checked: Checked | None = None
         if precheck:
-            self._checked = check_file(path, self._format, self._defaults, on_progress)
+            self._checked = check_file(path, self._format, self._defaults, on_progress, max_tokens=max_tokens)
+            self.lengths = self._checked.lengths
+        else:
+            self.lengths = look_ahead(path, self._format, self._defaults, max_tokens)
         self._ids = None if precheck or self._format == "text" else IdSet()
         self._arrive = self._choose_arrive()
         self._done = b""

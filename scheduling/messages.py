@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import msgspec
 
-PROTOCOL_VERSION = 1
+from scheduling.fitting import Fit
+
+PROTOCOL_VERSION = 2
 """Raised with every change to a message of this module. Compared in the handshake."""
 
 
@@ -20,12 +22,13 @@ PROTOCOL_VERSION = 1
 
 
 class Gpu(msgspec.Struct, frozen=True, kw_only=True):
-    """One GPU as a rank sees it. `memory_bytes` None where the driver does not say."""
+    """One GPU as a rank sees it. Memory, all of it and what is free now: None where the driver does not say."""
 
     uuid: str
     name: str
     index: int
     memory_bytes: int | None = None
+    free_bytes: int | None = None
     pci_bus_id: str | None = None
     numa_node: int | None = None
     compute_capability: str | None = None
@@ -49,6 +52,8 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
     """How many of `cpus` a quota lets all ranks of this host use at once; None: all of them."""
     numa_cpus: dict[int, tuple[int, ...]] = {}
     """Those of `cpus` that belong to each NUMA node."""
+    memory_bytes: int | None = None
+    """What can still be had of the host's memory, or of what the cgroup grants, by all ranks of this host together."""
     cpus_per_task: int | None = None
     local_rank: int | None = None
     mask: tuple[str, str] | None = None
@@ -167,6 +172,8 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
     """One clause for people, e.g. 'GPU-3f… (index 2)' or 'CPU, 2 threads of 8'."""
     lanes: tuple[str, ...] = ("generate",)
     """What its engine should be ready for when it has loaded (`workers.backlog.Lane`); for other work it is later."""
+    fit: Fit | None = None
+    """What the engine is to be. None where nothing has a size: engines without a model."""
 
 
 class Welcome(msgspec.Struct, tag="welcome", frozen=True, kw_only=True):

@@ -11,13 +11,17 @@ import hashlib
 import os
 import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from scheduling.errors import ModelFileError
+from scheduling.modelsize import ModelShape
 from storage.ggufheader import ARRAY_KEPT, Header, open_model, read_header
 
 _SAMPLE_BYTES, _SAMPLES, _EDGE_BYTES = 1 << 16, 16, 1 << 20
+_BLOCK = re.compile(r"blk\.(\d{1,6})\.")
+_INPUTS = ("token_embd", "per_layer_token_embd", "position_embd", "token_types")
+"""Tensors of the input layer, which llama.cpp leaves in the host's memory."""
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
@@ -27,7 +31,8 @@ class GgufInfo:
 
     `parts` are its files, one unless it is split; `file_bytes` their sizes together. `kv_bytes_per_token` is what
     one token takes in a KV cache of 16-bit floats over all layers; None where the architecture keeps another kind
-    of state. Where the model attends to a window, it is the upper bound.
+    of state. Where the model attends to a window, it is the upper bound. `shape` is what fitting works with;
+    `tensor_shapes` are those of all weights, by name.
     """
 
     path: Path
@@ -45,6 +50,8 @@ class GgufInfo:
     tensors: int
     parameters: int
     kv_bytes_per_token: int | None
+    shape: ModelShape
+    tensor_shapes: dict[str, tuple[int, ...]] = field(repr=False)
 
 
 def check_gguf(path: Path) -> GgufInfo:
@@ -60,13 +67,17 @@ def check_gguf(path: Path) -> GgufInfo:
     for number, (part, found) in enumerate(zip(parts, headers, strict=True)):
         if len(parts) > 1 and (_int(found, "split.no") or 0, _int(found, "split.count")) != (number, len(parts)):
             raise ModelFileError(f"{part} is not part {number + 1} of {len(parts)} by its own header. Fetch it again.")
-    tensors = sum(found.tensors for found in headers)
-    if tensors == 0:
+    shapes = {name: shape for found in headers for name, shape in found.shapes.items()}
+    sizes = {name: size for found in headers for name, size in found.sizes.items()}
+    if not shapes:
         raise ModelFileError(f"{path} holds no weights, only a vocabulary or metadata. Give a whole model.")
     architecture = header.values.get("general.architecture")
     if not isinstance(architecture, str) or not architecture:
         raise ModelFileError(f"{path} does not say its architecture (general.architecture). Give another file.")
+    if header.values.get("general.type") == "adapter":
+        raise ModelFileError(f"{path} is an adapter, not a model. Give it with --lora, and its model with -m.")
     name = header.values.get("general.name")
+    cache = _cache_values(header, architecture)
     return GgufInfo(
         path=path,
         parts=parts,
@@ -80,9 +91,11 @@ def check_gguf(path: Path) -> GgufInfo:
         kv_heads=_largest(header, f"{architecture}.attention.head_count_kv"),
         vocab_tokens=header.lengths.get("tokenizer.ggml.tokens") or _int(header, f"{architecture}.vocab_size"),
         chat_template="tokenizer.chat_template" in header.keys,
-        tensors=tensors,
+        tensors=sum(len(found.shapes) for found in headers),
         parameters=sum(found.parameters for found in headers),
-        kv_bytes_per_token=_kv_bytes_per_token(header, architecture),
+        kv_bytes_per_token=None if cache is None else 2 * sum(keys + values for keys, values in cache),
+        shape=_shape(header, architecture, cache, sizes),
+        tensor_shapes=shapes,
     )
 
 
@@ -162,20 +175,68 @@ def _per_layer(header: Header, key: str, layers: int) -> list[int]:
     return [item for item in value if isinstance(item, int)] if isinstance(value, list) else []
 
 
-def _kv_bytes_per_token(header: Header, architecture: str) -> int | None:
-    """2 bytes x sum over layers of KV heads x (key length + value length)."""
+def _cache_values(header: Header, architecture: str) -> tuple[tuple[int, int], ...] | None:
+    """KV heads x key length, and x value length, of each layer."""
     attention = f"{architecture}.attention"
     recurrent = any(key.startswith((f"{architecture}.ssm.", f"{architecture}.wkv.")) for key in header.keys)
     if recurrent or f"{attention}.kv_lora_rank" in header.keys:
         return None
     layers = _int(header, f"{architecture}.block_count")
-    embedding = _int(header, f"{architecture}.embedding_length")
-    heads = _largest(header, f"{attention}.head_count")
-    if not layers or not heads or not embedding or layers > ARRAY_KEPT:
+    lengths = _head_lengths(header, architecture)
+    if not layers or lengths is None or layers > ARRAY_KEPT:
         return None
-    key_length = _int(header, f"{attention}.key_length") or embedding // heads
-    value_length = _int(header, f"{attention}.value_length") or embedding // heads
     kv_heads = _per_layer(header, f"{attention}.head_count_kv", layers)
     if not kv_heads:
         kv_heads = _per_layer(header, f"{attention}.head_count", layers)
-    return 2 * sum(kv_heads) * (key_length + value_length) if len(kv_heads) == layers else None
+    if len(kv_heads) != layers:
+        return None
+    return tuple((heads * lengths[0], heads * lengths[1]) for heads in kv_heads)
+
+
+def _head_lengths(header: Header, architecture: str) -> tuple[int, int] | None:
+    """Values of a head's key and of its value."""
+    attention = f"{architecture}.attention"
+    embedding = _int(header, f"{architecture}.embedding_length")
+    heads = _largest(header, f"{attention}.head_count")
+    if not heads or not embedding:
+        return None
+    key_length = _int(header, f"{attention}.key_length") or embedding // heads
+    return key_length, _int(header, f"{attention}.value_length") or embedding // heads
+
+
+def _shape(
+    header: Header, architecture: str, cache: tuple[tuple[int, int], ...] | None, sizes: dict[str, int]
+) -> ModelShape:
+    blocks: dict[int, int] = {}
+    for name, size in sizes.items():
+        if found := _BLOCK.match(name):
+            blocks[int(found[1])] = blocks.get(int(found[1]), 0) + size
+    count = _int(header, f"{architecture}.block_count") or 0
+    layers = tuple(blocks.get(number, 0) for number in range(count if count <= ARRAY_KEPT else 0))
+    inputs = sum(size for name, size in sizes.items() if name.startswith(_INPUTS))
+    outputs = sum(sizes.values()) - sum(layers) - inputs
+    tied = "output.weight" not in sizes
+    if tied:
+        outputs += sizes.get("token_embd.weight", 0)
+    width = _int(header, f"{architecture}.embedding_length") or 0
+    experts = _int(header, f"{architecture}.expert_used_count") or 0
+    feed_forward = _largest(header, f"{architecture}.feed_forward_length") or 4 * width
+    if experts:
+        expert_width = _int(header, f"{architecture}.expert_feed_forward_length") or feed_forward
+        feed_forward = max(feed_forward, experts * expert_width)
+    lengths = _head_lengths(header, architecture) or (width, width)
+    return ModelShape(
+        layer_bytes=layers,
+        input_bytes=inputs,
+        output_bytes=outputs,
+        tied=tied,
+        cache_values=cache if cache is not None else ((width, width),) * len(layers),
+        cache_known=cache is not None,
+        width=width,
+        feed_forward=feed_forward,
+        heads=_largest(header, f"{architecture}.attention.head_count") or 1,
+        key_length=lengths[0],
+        value_length=lengths[1],
+        vocab_tokens=header.lengths.get("tokenizer.ggml.tokens") or _int(header, f"{architecture}.vocab_size") or 0,
+        train_ctx_tokens=_int(header, f"{architecture}.context_length"),
+    )

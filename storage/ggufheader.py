@@ -10,6 +10,7 @@ offset of each tensor; padding to the alignment; data. All little-endian (specif
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 import struct
@@ -48,42 +49,54 @@ _TENSOR_TYPES = {
 }
 # fmt: on
 """ggml's tensor types: (values, bytes) of a block. A type that is not here is newer; its size is not checked."""
+_NEW_TYPE_BYTES = 2
+"""What a value of a newer type is taken to need: more than quantised ones do."""
 
 Value = int | float | str | list[int | float]
 
 
 @dataclass
 class Header:
-    """One file's header. `values` has scalars, short texts and short arrays of numbers; `lengths` all arrays'."""
+    """One file's header. `values` has scalars, short texts and short arrays of numbers; `lengths` all arrays'.
+
+    `shapes` and `sizes` are of its tensors by name: values along each dimension, the fastest first, and bytes.
+    """
 
     file_bytes: int
     values: dict[str, Value] = field(default_factory=dict)
     lengths: dict[str, int] = field(default_factory=dict)
     keys: set[str] = field(default_factory=set)
-    tensors: int = 0
-    parameters: int = 0
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> int:
+        return sum(math.prod(shape) for shape in self.shapes.values())
 
 
-def open_model(path: Path) -> BinaryIO:
-    """A model's file opened for reading. Raises ModelFileError if that cannot be, or it is no plain file."""
+def open_model(path: Path, what: str = "model") -> BinaryIO:
+    """A model's file opened for reading. Raises ModelFileError if that cannot be, or it is no plain file.
+
+    `what` is what a person calls it.
+    """
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):
-            raise ModelFileError(f"the model {path} is a directory. Give a .gguf file in it.")
+            raise ModelFileError(f"the {what} {path} is a directory. Give a .gguf file in it.")
         if not stat.S_ISREG(mode):
-            raise ModelFileError(f"the model {path} is not a file. Give a .gguf file.")
+            raise ModelFileError(f"the {what} {path} is not a file. Give a .gguf file.")
         return open(path, "rb")
     except FileNotFoundError:
-        raise ModelFileError(f"the model {path} does not exist. Check the path.") from None
+        raise ModelFileError(f"the {what} {path} does not exist. Check the path.") from None
     except OSError as error:
-        raise ModelFileError(f"the model {path} cannot be read: {error.strerror or error}.") from error
+        raise ModelFileError(f"the {what} {path} cannot be read: {error.strerror or error}.") from error
     except ValueError as error:
-        raise ModelFileError(f"the model's path {str(path)!r} cannot be used: {error}.") from error
+        raise ModelFileError(f"the {what}'s path {str(path)!r} cannot be used: {error}.") from error
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path, what: str = "model") -> Header:
     """Read and check one file's header, and that its tensors end within it. Raises ModelFileError."""
-    with open_model(path) as file:
+    with open_model(path, what) as file:
         try:
             reader = _Reader(file, path)
             counts = _preamble(reader, path)
@@ -93,7 +106,7 @@ def read_header(path: Path) -> Header:
             _tensors(reader, header, counts[0], path)
             return header
         except OSError as error:
-            raise ModelFileError(f"the model {path} cannot be read: {error.strerror or error}.") from error
+            raise ModelFileError(f"the {what} {path} cannot be read: {error.strerror or error}.") from error
 
 
 def _preamble(reader: _Reader, path: Path) -> tuple[int, int]:
@@ -145,7 +158,7 @@ def _array(reader: _Reader, header: Header, key: str) -> None:
         scalar = _STRUCTS[kind]
         if length * scalar.size > reader.size:
             raise reader.bad(f"the array {key!r} claims {length} numbers")
-        if length <= ARRAY_KEPT and key.endswith((".head_count", ".head_count_kv")):
+        if length <= ARRAY_KEPT and key.endswith((".head_count", ".head_count_kv", ".feed_forward_length")):
             header.values[key] = [item for (item,) in scalar.iter_unpack(reader.take(length * scalar.size))]
         else:
             reader.skip(length * scalar.size)
@@ -157,17 +170,14 @@ def _tensors(reader: _Reader, header: Header, count: int, path: Path) -> None:
     alignment = header.values.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1) or alignment > 1 << 20:
         raise reader.bad(f"an alignment of {alignment}")
-    names: set[str] = set()
     needed = 0
     for _ in range(count):
         name = reader.text(TENSOR_NAME_BYTES_MAX, "a tensor's name")
-        if name in names:
+        if name in header.shapes:
             raise reader.bad(f"the tensor {name!r} is there twice")
-        names.add(name)
-        values, end = _tensor(reader, name, alignment)
-        header.parameters += values
+        shape, size, end = _tensor(reader, name, alignment)
+        header.shapes[name], header.sizes[name] = shape, size
         needed = max(needed, end)
-    header.tensors = count
     start = (reader.offset + alignment - 1) // alignment * alignment
     if count and start + needed > reader.size:
         raise ModelFileError(
@@ -175,8 +185,8 @@ def _tensors(reader: _Reader, header: Header, count: int, path: Path) -> None:
         )
 
 
-def _tensor(reader: _Reader, name: str, alignment: int) -> tuple[int, int]:
-    """Number of values of the next tensor, and the byte after its last, counted from the start of the data."""
+def _tensor(reader: _Reader, name: str, alignment: int) -> tuple[tuple[int, ...], int, int]:
+    """Shape and bytes of the next tensor, and the byte after its last, counted from the start of the data."""
     dimensions = reader.u32()
     if not 1 <= dimensions <= DIMENSIONS_MAX:
         raise reader.bad(f"the tensor {name!r} has {dimensions} dimensions")
@@ -189,10 +199,13 @@ def _tensor(reader: _Reader, name: str, alignment: int) -> tuple[int, int]:
             raise reader.bad(f"the tensor {name!r} has the shape {shape}")
     if offset % alignment:
         raise reader.bad(f"the tensor {name!r} begins at {offset}, which is not aligned to {alignment}")
-    per_block, block_bytes = _TENSOR_TYPES.get(kind, (1, 0))
+    if kind not in _TENSOR_TYPES:
+        return shape, values * _NEW_TYPE_BYTES, offset
+    per_block, block_bytes = _TENSOR_TYPES[kind]
     if shape[0] % per_block:
         raise reader.bad(f"the tensor {name!r} has rows of {shape[0]} values in blocks of {per_block}")
-    return values, offset + values // per_block * block_bytes
+    size = values // per_block * block_bytes
+    return shape, size, offset + size
 
 
 class _Reader:

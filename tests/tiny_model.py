@@ -53,15 +53,18 @@ def tiny_model_beside(real: Path, fallback: Path) -> Path:
     return target
 
 
-def build_tiny_model(real: Path, target: Path, seed: int = 0) -> None:
-    """Write a tiny model with the tokenizer of the GGUF file `real` to `target`, which appears whole."""
+def build_tiny_model(real: Path, target: Path, seed: int = 0, ctx_tokens: int = CTX_TOKENS) -> None:
+    """Write a tiny model with the tokenizer of the GGUF file `real` to `target`, which appears whole.
+
+    `ctx_tokens` is what it says it was trained with.
+    """
     # Imported here: conftest imports this module, and most test runs need no GGUF writer.
     import gguf
 
     with tempfile.TemporaryDirectory(prefix=".tiny-", dir=target.parent) as scratch:
         partial = Path(scratch) / FILE_NAME
         writer = gguf.GGUFWriter(str(partial), "llama")
-        _write_shape(writer)
+        _write_shape(writer, ctx_tokens)
         vocabulary = _copy_tokenizer(gguf.GGUFReader(str(real)), writer)
         writer.add_vocab_size(vocabulary)
         for name, weights, packed in _weights(vocabulary, seed):
@@ -77,9 +80,9 @@ def build_tiny_model(real: Path, target: Path, seed: int = 0) -> None:
         os.replace(partial, target)
 
 
-def _write_shape(writer: Any) -> None:
+def _write_shape(writer: Any, ctx_tokens: int) -> None:
     writer.add_name("Tiny random llama for tests")
-    writer.add_context_length(CTX_TOKENS)
+    writer.add_context_length(ctx_tokens)
     writer.add_embedding_length(WIDTH)
     writer.add_block_count(LAYERS)
     writer.add_feed_forward_length(FEED_FORWARD)

@@ -38,6 +38,8 @@ class Lane(Enum):
 
     GENERATE = "generate"
     EMBED = "embed"
+    LONG = "long"
+    """Generation that needs more cells than the slots of GENERATE have."""
 
 
 class State(Enum):

@@ -132,7 +132,7 @@ class BatchingEngine:
     def _load_draft_model(config: EngineConfig, model: Model, library: Library) -> Model | None:
         if config.draft_model is None or config.speculate == "never":
             return None
-        draft = library.load(msgspec.structs.replace(config, model=config.draft_model))
+        draft = library.load(msgspec.structs.replace(config, model=config.draft_model, loras=()))
         for path, one in ((config.model, model), (config.draft_model, draft)):
             if not (one.can_generate and one.keeps_cells):
                 raise ModelFileError(
@@ -158,7 +158,7 @@ class BatchingEngine:
             vocab_tokens=model.vocab_tokens,
             piece_bytes_max=piece_bytes_max,
             bos=model.bos,
-            ctx_tokens=config.ctx_tokens,
+            ctx_tokens=max(config.ctx_tokens, config.long_ctx_tokens),
             max_tokens_default=config.max_tokens_default,
         )
 
@@ -168,7 +168,7 @@ class BatchingEngine:
             model.tokenize,
             vocab_tokens=model.vocab_tokens,
             piece_bytes_max=piece_bytes_max,
-            tokens_max=min(config.ctx_tokens, model.train_ctx_tokens),
+            tokens_max=min(max(config.ctx_tokens, config.long_ctx_tokens), model.train_ctx_tokens),
             train_ctx_tokens=model.train_ctx_tokens,
             dimensions=model.dimensions,
         )
@@ -196,7 +196,9 @@ class BatchingEngine:
     def _drivers(self, lane: Lane) -> Sequence[Driver]:
         match lane:
             case Lane.GENERATE:
-                return self._steppers(lane)
+                return self._steppers(lane, self._config)
+            case Lane.LONG:
+                return self._steppers(lane, _long(self._config))
             case Lane.EMBED:
                 return self._embedders(lane)
 
@@ -225,16 +227,17 @@ class BatchingEngine:
             for encoder in encoders
         ]
 
-    def _steppers(self, lane: Lane) -> list[Stepper]:
-        config, model = self._config, self._model
+    def _steppers(self, lane: Lane, config: EngineConfig) -> list[Stepper]:
+        """Generating contexts as `config` says, over the model that is loaded."""
+        model = self._model
         if not model.can_generate:
             raise ModelFileError(
                 f"{config.model} ({model.desc}) is not a model that continues text: it can only be asked for embeddings"
             )
         shares = slots_of_contexts(config.slots, config.contexts)
-        threads = max(1, config.threads // len(shares))
+        threads = config.threads if model.takes_turns else max(1, config.threads // len(shares))
         # All of them before the first one runs: llama.cpp must not be short of memory when one of them works already.
-        draftings = [self._drafting(share, threads) for share in shares]
+        draftings = [self._drafting(share, threads, config) for share in shares]
         contexts = [
             model.context(config, share, threads, outputs=max(share, ROWS_MAX) if drafting is not None else None)
             for share, drafting in zip(shares, draftings, strict=True)
@@ -267,9 +270,9 @@ class BatchingEngine:
             for context, share, drafting in zip(contexts, shares, draftings, strict=True)
         ]
 
-    def _drafting(self, slots: int, threads: int) -> Drafting | None:
+    def _drafting(self, slots: int, threads: int, config: EngineConfig) -> Drafting | None:
         """How a context of so many slots drafts. What was drafted wrongly can be taken back only cell by cell."""
-        config, model = self._config, self._draft_model
+        model = self._draft_model
         if config.speculate == "never" or not self._model.keeps_cells:
             return None
         drafter: Drafter = PromptLookup()
@@ -330,9 +333,10 @@ class BatchingEngine:
 
     def _prepare_prompt(self, task: Task) -> None:
         self._prompts.check_sampling(task.sampling)
-        self._need(task.lane)
         task.prompt = self._prompts.tokens(task.job.request)
         task.limit = self._prompts.limit(task.sampling, int(task.prompt.size))
+        task.lane = self._lane(task)
+        self._need(task.lane)
         if task.sampling.constraint is not None:
             task.grammar = self._constraints.grammar(task.sampling.constraint)
 
@@ -344,9 +348,25 @@ class BatchingEngine:
         task.limit = 1
         self._need(task.lane)
 
+    def _lane(self, task: Task) -> Lane:
+        fits = task.prompt.size + task.limit <= self._config.ctx_tokens
+        return Lane.GENERATE if fits or not self._config.long_slots else Lane.LONG
+
     def _guard(self, body: Callable[[], None]) -> None:
         """Run a thread's body; what it raises ends the engine."""
         try:
             body()
         except BaseException as error:
             fail(self._outbox, error)
+
+
+def _long(config: EngineConfig) -> EngineConfig:
+    """The one context of the long slots. Its steps read one micro-batch at most: those of the others come between."""
+    return msgspec.structs.replace(
+        config,
+        slots=config.long_slots,
+        contexts=1,
+        ctx_tokens=config.long_ctx_tokens,
+        batch_tokens=min(config.batch_tokens, config.ubatch_tokens),
+        sampling_threads=1,
+    )

@@ -161,6 +161,7 @@ def _physical(nvml: Any, handle: Any, index: int, sysfs: Path) -> list[_Device]:
             name=_or_none(lambda: _text(nvml.nvmlDeviceGetName(part))) or "unknown GPU",
             index=index,
             memory_bytes=_or_none(lambda: int(nvml.nvmlDeviceGetMemoryInfo(part).total)),
+            free_bytes=_or_none(lambda: int(nvml.nvmlDeviceGetMemoryInfo(part).free)),
             pci_bus_id=bus,
             numa_node=node,
             compute_capability=capability,

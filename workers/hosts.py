@@ -3,7 +3,8 @@
 Processors: a launcher may have bound the rank to one core for MPI's sake; the engine takes back what the
 cgroup allows (cpuset), so that is what is reported. One case is different: under a plain srun whose cgroup
 confines nothing, the affinity that Slurm set is the only thing that says which processors are the job's, and it
-is kept. A quota (cpu.max) does not say which processors, only how many at once.
+is kept. A quota (cpu.max) does not say which processors, only how many at once. Memory: what is available now, within
+what cgroups (Slurm's --mem) grant.
 
 Files are read below `root`, so that tests can build a machine in a folder. Nothing here raises for a file that
 is missing or odd: the next best source is taken.
@@ -57,6 +58,7 @@ def describe_host(
         cpus=_neighbours_together(cpus, root),
         cpu_limit=cpu_quota(root),
         numa_cpus={node: near for node, all_of in _numa_nodes(root).items() if (near := _within(all_of, cpus))},
+        memory_bytes=free_memory(root),
         cpus_per_task=_natural(environ.get("SLURM_CPUS_PER_TASK")),
         local_rank=local_rank(environ),
         mask=next(((name, environ[name]) for name in MASK_VARIABLES if name in environ), None),
@@ -90,6 +92,20 @@ def cpu_quota(root: Path) -> int | None:
         if share and per:
             limits.append(max(1, share // per))
     return min(limits, default=None)
+
+
+def free_memory(root: Path) -> int | None:
+    """Bytes that can still be had: of the host's memory, or of the tightest cgroup above us. None if nothing says."""
+    available = _named_number(_read(root / "proc/meminfo"), "MemAvailable:")
+    left = [] if available is None else [1024 * available]
+    for folder in _cgroup_folders(root, "memory"):
+        limit = _natural(_read(folder / "memory.max") or _read(folder / "memory.limit_in_bytes"))
+        used = _natural(_read(folder / "memory.current") or _read(folder / "memory.usage_in_bytes"))
+        if limit is not None and used is not None:
+            # Pages of files that nobody has touched lately count as used, and are given up when memory is asked for.
+            files = _named_number(_read(folder / "memory.stat"), "inactive_file", "total_inactive_file")
+            left.append(max(0, limit - used + (files or 0)))
+    return min(left, default=None)
 
 
 def parse_cpu_list(text: str) -> tuple[int, ...]:
@@ -179,6 +195,12 @@ def _current_affinity() -> frozenset[int]:
 
 def _natural(text: str | None) -> int | None:
     return int(text) if text and text.isascii() and text.isdigit() else None
+
+
+def _named_number(text: str, *names: str) -> int | None:
+    """The number behind the first word that is one of `names`, of lines that hold a name and a number each."""
+    found = (line.split() for line in text.splitlines())
+    return next((_natural(words[1]) for words in found if len(words) > 1 and words[0] in names), None)
 
 
 def _read(path: Path) -> str:

@@ -23,6 +23,7 @@ class Model(Protocol):
     train_ctx_tokens: int
     model_bytes: int
     can_generate: bool
+    takes_turns: bool
     keeps_cells: bool
     cell_bytes: int
     dimensions: int

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import threading
 from collections import deque
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import llama_cpp.llama_cpp as lib
@@ -29,6 +31,17 @@ POOLING: dict[str, int] = {
     "mean": lib.LLAMA_POOLING_TYPE_MEAN,
     "cls": lib.LLAMA_POOLING_TYPE_CLS,
     "last": lib.LLAMA_POOLING_TYPE_LAST,
+}
+_CACHE_TYPES = {"f16": lib.GGML_TYPE_F16, "q8_0": lib.GGML_TYPE_Q8_0, "q4_0": lib.GGML_TYPE_Q4_0}
+_SPLIT_MODES = {
+    "layer": lib.LLAMA_SPLIT_MODE_LAYER,
+    "row": lib.LLAMA_SPLIT_MODE_ROW,
+    "tensor": lib.LLAMA_SPLIT_MODE_TENSOR,
+}
+_ROPE_SCALINGS = {
+    "none": lib.LLAMA_ROPE_SCALING_TYPE_NONE,
+    "linear": lib.LLAMA_ROPE_SCALING_TYPE_LINEAR,
+    "yarn": lib.LLAMA_ROPE_SCALING_TYPE_YARN,
 }
 # ggml.h: debug 1, info 2, warning 3, error 4, 5 continues the line before.
 _WARNING, _ERROR, _CONTINUED = 3, 4, 5
@@ -81,18 +94,40 @@ def gpu_names() -> list[str]:
     return [str(name(device).decode()) for device in devices if kind(device) in (1, 2)]
 
 
+def set_attention(params: Any, config: EngineConfig) -> None:
+    """Flash attention and rotary positions, where the configuration says something of them."""
+    if config.flash_attention is not None:
+        params.flash_attn_type = (
+            lib.LLAMA_FLASH_ATTN_TYPE_ENABLED if config.flash_attention else lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        )
+    if config.rope_scaling is not None:
+        params.rope_scaling_type = _ROPE_SCALINGS[config.rope_scaling]
+    if config.rope_scale is not None:
+        params.rope_freq_scale = 1.0 / config.rope_scale
+    if config.rope_freq_base is not None:
+        params.rope_freq_base = config.rope_freq_base
+
+
 class LlamaModel:
     """A loaded model and its vocabulary. Tokenising is thread-safe."""
 
     def __init__(self, config: EngineConfig) -> None:
-        """Raises `ModelFileError` if llama.cpp refuses the file."""
+        """Raises `ModelFileError` if llama.cpp refuses the file, or an adapter."""
         params = lib.llama_model_default_params()
         params.n_gpu_layers = config.gpu_layers if config.gpu_layers >= 0 else 0x7FFFFFFF
         params.load_mode = lib.LLAMA_LOAD_MODE_MMAP if config.use_mmap else lib.LLAMA_LOAD_MODE_NONE
+        params.split_mode = _SPLIT_MODES[config.split]
+        if config.tensor_split:
+            shares = (ctypes.c_float * max(len(config.tensor_split), int(lib.llama_max_devices())))(
+                *config.tensor_split
+            )
+            params.tensor_split = ctypes.cast(shares, ctypes.POINTER(ctypes.c_float))
         _recent_errors.clear()
         self._model = lib.llama_model_load_from_file(config.model.encode(), params)
         if not self._model:
             raise ModelFileError(f"llama.cpp cannot load {config.model}: {recent_errors()}")
+        self._adapters = [self._load_adapter(adapter.path) for adapter in config.loras]
+        self._adapter_scales = [adapter.scale for adapter in config.loras]
         self._vocab = lib.llama_model_get_vocab(self._model)
         self.vocab_tokens = int(lib.llama_vocab_n_tokens(self._vocab))
         self.train_ctx_tokens = int(lib.llama_model_n_ctx_train(self._model))
@@ -107,8 +142,12 @@ class LlamaModel:
         """Each token has a cell of its own that stays until it is removed: cells can be removed one by one."""
         heads, kv_heads = lib.llama_model_n_head(self._model), lib.llama_model_n_head_kv(self._model)
         values = int(lib.llama_model_n_embd(self._model)) * int(kv_heads) // max(1, int(heads))
-        self.cell_bytes = 2 * 2 * int(lib.llama_model_n_layer(self._model)) * values
+        layers = int(lib.llama_model_n_layer(self._model))
+        self.cell_bytes = 2 * 2 * layers * values
         """About what a token's keys and values take, in 16 bits each."""
+        self.takes_turns = not (gpu_names() and not 0 <= config.gpu_layers <= layers)
+        """A CPU computes: two contexts at once would take its threads from each other, and wait for them."""
+        self.turn: AbstractContextManager[Any] = threading.Lock() if self.takes_turns else nullcontext()
         self.bos = int(lib.llama_vocab_bos(self._vocab))
         self.eos = int(lib.llama_vocab_eos(self._vocab))
         buffer = ctypes.create_string_buffer(256)
@@ -132,6 +171,23 @@ class LlamaModel:
         buffer = ctypes.create_string_buffer(256)
         length = int(lib.llama_model_meta_val_str(self._model, key.encode(), buffer, len(buffer)))
         return None if length < 0 else buffer.value.decode("utf-8", "replace")
+
+    def _load_adapter(self, path: str) -> Any:
+        _recent_errors.clear()
+        adapter = lib.llama_adapter_lora_init(self._model, path.encode())
+        if not adapter:
+            raise ModelFileError(f"llama.cpp cannot load the adapter {path}: {recent_errors()}")
+        return adapter
+
+    def adapt(self, context: Any) -> None:
+        """Have a context of this model use its adapters."""
+        if not self._adapters:
+            return
+        count = len(self._adapters)
+        adapters = (lib.llama_adapter_lora_p_ctypes * count)(*self._adapters)
+        scales = (ctypes.c_float * count)(*self._adapter_scales)
+        if lib.llama_set_adapters_lora(context, adapters, count, scales):
+            raise EngineError("llama.cpp cannot use the adapters in a context")
 
     def chat_template(self) -> str | None:
         """The template in the file, if it has one."""
@@ -221,14 +277,6 @@ def pooling_of(model: LlamaModel, config: EngineConfig) -> int:
     return kind if kind in POOLING.values() else POOLING["mean"]
 
 
-def set_flash_attention(params: Any, config: EngineConfig) -> None:
-    """As `config` says; llama.cpp decides where it does not."""
-    if config.flash_attention is not None:
-        params.flash_attn_type = (
-            lib.LLAMA_FLASH_ATTN_TYPE_ENABLED if config.flash_attention else lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        )
-
-
 class BatchArrays:
     """A batch whose arrays are numpy's. Fill rows [0, n) of `token`, `pos`, `seq` (sorted by sequence id: see the docs
     of `workers.stepper`) and `wanted` (1 where an output is wanted)."""
@@ -275,9 +323,10 @@ class LlamaContext(BatchArrays):
         params.n_outputs_max = self._outputs = outputs or slots
         params.n_threads = threads
         params.n_threads_batch = config.threads_batch or threads
-        params.kv_unified = config.kv_unified
+        params.kv_unified = False
         params.no_perf = True
-        set_flash_attention(params, config)
+        params.type_k, params.type_v = _CACHE_TYPES[config.cache_type_k], _CACHE_TYPES[config.cache_type_v]
+        set_attention(params, config)
         _recent_errors.clear()
         self._context = lib.llama_init_from_model(model.handle, params)
         if not self._context:
@@ -285,7 +334,9 @@ class LlamaContext(BatchArrays):
                 f"llama.cpp cannot make a context of {slots} slots with {cells} tokens each: {recent_errors()}. "
                 "Use fewer --slots, a smaller --ctx, or fewer --gpu-layers"
             )
+        model.adapt(self._context)
         self._memory = lib.llama_get_memory(self._context)
+        self._turn = model.turn
         self.vocab_tokens = model.vocab_tokens
         self.batch_tokens = min(params.n_batch, int(lib.llama_n_batch(self._context)))
         self._logits_address = 0
@@ -295,7 +346,8 @@ class LlamaContext(BatchArrays):
     def decode(self, rows: int) -> int:
         """Run the first `rows` rows. Returns llama.cpp's code: 0 is success, under -1 is fatal."""
         self._batch.n_tokens = rows
-        return int(lib.llama_decode(self._context, self._batch))
+        with self._turn:
+            return int(lib.llama_decode(self._context, self._batch))
 
     def logits(self, rows: int) -> npt.NDArray[np.float32]:
         """(rows, vocab_tokens) logits of the wanted rows in batch order: llama.cpp's memory until the next decode.
@@ -354,7 +406,7 @@ class LlamaEncoder(BatchArrays):
         params.pooling_type = pooling
         params.kv_unified = True
         params.no_perf = True
-        set_flash_attention(params, config)
+        set_attention(params, config)
         _recent_errors.clear()
         self._context = lib.llama_init_from_model(model.handle, params)
         if not self._context:
@@ -362,6 +414,7 @@ class LlamaEncoder(BatchArrays):
                 f"llama.cpp cannot make a context for embeddings of {tokens} tokens: {recent_errors()}. "
                 "Use a smaller --ctx and --batch, or fewer --gpu-layers"
             )
+        model.adapt(self._context)
         self._memory = lib.llama_get_memory(self._context)
         self._run = lib.llama_decode if self._memory and not model.has_encoder else lib.llama_encode
         super().__init__(tokens)

@@ -19,11 +19,22 @@ import msgspec
 from scheduling.requests import Request
 from scheduling.servicetime import ServiceTimes
 
+CacheType = Literal["f16", "q8_0", "q4_0"]
+RopeScaling = Literal["none", "linear", "yarn"]
+Split = Literal["layer", "row", "tensor"]
+
 FRAME_LENGTH = struct.Struct("<I")
 FRAME_BYTES_MAX = 1 << 30
 
 
 # ---------------------------------------------------------------- rank -> engine
+
+
+class Adapter(msgspec.Struct, frozen=True):
+    """A LoRA adapter, applied to every request."""
+
+    path: str
+    scale: float = 1.0
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,7 +47,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     contexts: int = 1
     """Contexts over the one loaded model, each stepped by its own thread with slots/contexts sequences."""
     ctx_tokens: int = 2048
-    """Tokens a slot holds: prompt plus output."""
+    """Tokens a slot holds: prompt plus output. Each slot has cells of its own."""
+    long_slots: int = 0
+    """Slots for requests that need more, in a context that is opened when the first one comes. 0: there are none."""
+    long_ctx_tokens: int = 0
     batch_tokens: int = 2048
     ubatch_tokens: int = 512
     threads: int = 1
@@ -48,9 +62,21 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Layers on the GPU; -1 is all of them."""
     flash_attention: bool | None = None
     """None lets llama.cpp decide."""
-    kv_unified: bool = False
     prefix_reuse: bool = True
     """What a prompt has in common with one that is in the cache is not computed again (`workers.prefixes`)."""
+    cache_type_k: CacheType = "f16"
+    cache_type_v: CacheType = "f16"
+    """Other than f16 needs flash attention."""
+    loras: tuple[Adapter, ...] = ()
+    rope_scaling: RopeScaling | None = None
+    """None is what the model says."""
+    rope_scale: float | None = None
+    """How many times the context that the model was trained with."""
+    rope_freq_base: float | None = None
+    split: Split = "layer"
+    """How a model is divided among several GPUs."""
+    tensor_split: tuple[float, ...] = ()
+    """Each GPU's share of it; empty: llama.cpp decides, by free memory."""
     steady_batches: bool | None = None
     """Shape batches as a GPU likes them (`workers.slots`). None: where there is one."""
     speculate: Literal["auto", "always", "never"] = "auto"

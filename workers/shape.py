@@ -49,9 +49,8 @@ def shape_of(config: EngineConfig, *, on_gpu: bool, keeps_cells: bool, cell_byte
     """
     steady = config.steady_batches
     if steady is None:
-        steady = on_gpu and not config.kv_unified
-    # In a unified cache all would attend to what idle slots keep.
-    keeps = config.prefix_reuse and keeps_cells and not config.kv_unified
+        steady = on_gpu
+    keeps = config.prefix_reuse and keeps_cells
     # A copy reads and writes all cells of a slot, a pass reads all weights.
     share = config.ctx_tokens * cell_bytes / max(1, model_bytes)
     if not steady:

@@ -82,6 +82,7 @@ class SimulatedModel:
         self.cell_bytes = times.measured.cell_bytes
         self.dimensions = 0
         self.can_generate = True
+        self.takes_turns = False
         self.keeps_cells = True
         self.bos, self.eos = BOS, EOS
         self.desc = f"simulated {times.measured.model_desc}"

@@ -89,7 +89,8 @@ def test_every_flag_reaches_its_option(run: Run, started: list[Any]) -> None:
         "--gpus-per-rank", "2", "--ranks-per-gpu", "3", "--coordinator-works", "--max-tokens", "9", "--temperature",
         "0.5", "--top-k", "40", "--top-p", "0.9", "--min-p", "0.1", "--seed", "11", "--format", "text",
         "--no-precheck", "--prefetch", "6", "--lease", "12.5", "--commit-interval", "0.2", "--commit-bytes", "1000",
-        "--pooling", "cls", "--show", "2", "--quiet", "--json",
+        "--pooling", "cls", "--show", "2", "--quiet", "--json", "--cache-type-k", "q4_0", "--lora", "a.gguf", "--lora",
+        "b.gguf:0.5", "--rope-scaling", "yarn", "--rope-scale", "2", "--rope-freq-base", "50000", "--split", "row",
     )  # fmt: skip
     assert run(*BATCH, *flags) == 0
     [(config, options, _)] = started
@@ -97,11 +98,29 @@ def test_every_flag_reaches_its_option(run: Run, started: list[Any]) -> None:
         model="m.gguf", schedule="round-robin", slots=4, contexts=2, ctx=128, batch=64, ubatch=32, threads=5,
         gpu_layers=7, flash_attention=False, device="cpu", gpus_per_rank=2, ranks_per_gpu=3, coordinator_works=True,
         max_tokens=9, sampling=Sampling(temperature=0.5, top_k=40, top_p=0.9, min_p=0.1), seed=11, precheck=False,
-        prefetch=6, lease_s=12.5, commit_interval_s=0.2, commit_bytes=1000, pooling="cls",
+        prefetch=6, lease_s=12.5, commit_interval_s=0.2, commit_bytes=1000, pooling="cls", cache_type_k="q4_0",
+        loras=("a.gguf", "b.gguf:0.5"), rope_scaling="yarn", rope_scale=2.0, rope_freq_base=50_000.0, split="row",
     )  # fmt: skip
     assert options == BatchOptions(
         input=Path("in.jsonl"), output=Path("out"), format="text", ranks=3, show=2, quiet=True, as_json=True
     )
+
+
+def test_auto_is_a_word_as_good_as_none(run: Run, started: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*BATCH, "--slots", "auto", "--ctx", "auto", "--gpu-layers", "auto") == 0
+    config = started[0][0]
+    assert (config.slots, config.ctx, config.gpu_layers) == ("auto", "auto", "auto")
+    assert run(*BATCH, "--slots", "many") == 2
+    said = capsys.readouterr().err
+    assert "--slots" in said
+    assert "'auto'" in said
+
+
+def test_one_cache_type_sets_both_and_gives_way_to_each(run: Run, started: list[Any]) -> None:
+    assert run(*BATCH, "--cache-type", "q8_0") == 0
+    assert run(*BATCH, "--cache-type", "q8_0", "--cache-type-v", "f16") == 0
+    kinds = [(config.cache_type_k, config.cache_type_v) for config, _, _ in started]
+    assert kinds == [("q8_0", "q8_0"), ("q8_0", "f16")]
 
 
 def test_chat_template_is_read_from_its_file(run: Run, started: list[Any], tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from coordinator.config import JobConfig, checked_sampling, package_versions
 from scheduling.constraints import Constraint
 from scheduling.errors import ConfigError
 from scheduling.requests import MAX_TOKENS_LIMIT, Sampling
+from workers.protocol import Adapter
 
 NAN = float("nan")
 
@@ -39,6 +40,16 @@ NAN = float("nan")
         ({"commit_interval_s": 0.0}, "--commit-interval"),
         ({"lease_s": -1.0}, "--lease"),
         ({"lease_s": NAN}, "--lease"),
+        ({"rope_scale": 2.0}, "--rope-scaling"),
+        ({"rope_scaling": "none", "rope_scale": 2.0}, "--rope-scaling"),
+        ({"rope_scaling": "yarn", "rope_scale": 0.0}, "--rope-scale"),
+        ({"rope_freq_base": NAN}, "--rope-freq-base"),
+        ({"flash_attention": False, "cache_type_v": "q8_0"}, "--cache-type-k"),
+        ({"split": "row"}, "--gpus-per-rank"),
+        ({"split": "tensor", "gpus_per_rank": 2, "flash_attention": False}, "--split tensor"),
+        ({"loras": ("a.gguf:much",)}, "--lora a.gguf:much"),
+        ({"loras": ("a.gguf:inf",)}, "PATH:SCALE"),
+        ({"loras": (":1",)}, "--lora :1"),
     ],
 )
 def test_option_out_of_range_is_refused_by_its_flag(options: dict[str, Any], word: str) -> None:
@@ -66,8 +77,24 @@ def test_what_decides_the_answers_is_the_identity_and_nothing_else() -> None:
     alike = JobConfig(model="elsewhere/m", schedule="round-robin", slots=3, threads=2, ranks_per_gpu=2, lease_s=5.0)
     assert config.identity() == alike.identity()
     changes: list[dict[str, Any]] = [{"ctx": 99}, {"seed": 1}, {"max_tokens": 3}, {"chat_template": "x"}]
+    changes += [{"cache_type_k": "q8_0"}, {"rope_freq_base": 1e6}, {"rope_scaling": "linear", "rope_scale": 2.0}]
     for change in [*changes, {"sampling": Sampling(top_k=1)}]:
         assert JobConfig(model="m", **change).identity() != config.identity()
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "scale"),
+    [
+        ("a.gguf", "a.gguf", 1.0),
+        ("a.gguf:0.5", "a.gguf", 0.5),
+        ("a.gguf:-1", "a.gguf", -1.0),
+        ("/x:1/a.gguf", "/x:1/a.gguf", 1.0),
+        ("v:2.gguf", "v:2.gguf", 1.0),
+        ("/x:1/a:b:0", "/x:1/a:b", 0.0),
+    ],
+)
+def test_an_adapter_is_a_path_and_perhaps_a_scale(text: str, path: str, scale: float) -> None:
+    assert JobConfig(model="m", loras=(text,)).adapters() == (Adapter(path, scale),)
 
 
 def test_versions_name_what_is_not_installed() -> None:

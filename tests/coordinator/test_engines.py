@@ -1,4 +1,4 @@
-"""The engine of a worker, from what was asked for, the model and the placement."""
+"""The engine of each worker, from what was asked for, the model, the hosts and the placements."""
 
 from __future__ import annotations
 
@@ -8,89 +8,149 @@ from typing import Any
 import pytest
 
 from coordinator.config import JobConfig
-from coordinator.engines import GPU_RESERVE_BYTES, ModelFacts, draft_bytes, engine_config
-from scheduling.errors import ConfigError
-from scheduling.messages import Gpu, Placement
-from workers.protocol import EngineConfig
+from coordinator.engines import ModelFacts, draft_bytes, engine_config, fitted_placements
+from scheduling.errors import BugError, ConfigError
+from scheduling.lengths import Lengths
+from scheduling.messages import Gpu, Host, Placement
+from scheduling.modelsize import Ask
+from tests.scheduling.shapes import B1, B70, llama
+from workers.protocol import Adapter, EngineConfig
 
-KV_BYTES = 1 << 15
-MODEL = ModelFacts("m.gguf", 1 << 30, 8192, KV_BYTES)
-GPU_BYTES = 80 << 30
-ON_GPU = Placement(gpu_uuids=("GPU-7",), device_mask={"CUDA_VISIBLE_DEVICES": "GPU-7"}, cpus=(0, 1), threads=16)
-ON_CPU = Placement(gpu_uuids=(), device_mask={}, cpus=(0, 1), threads=2)
+GB = 10**9
+MODEL = ModelFacts("/m.gguf", B1)
+LENGTHS = Lengths(2000, {1: 2000}, 256, whole=True)
+CPU = Placement(cpus=(0, 1), threads=2)
+
+
+def on_gpu(*uuids: str, threads: int = 16) -> Placement:
+    return Placement(gpu_uuids=uuids, device_mask={"CUDA_VISIBLE_DEVICES": ",".join(uuids)}, threads=threads)
+
+
+def host(name: str = "here", *, memory: float = 256, **free: float) -> Host:
+    gpus = tuple(
+        Gpu(uuid=uuid, name="a GPU", index=index, memory_bytes=200 * GB, free_bytes=int(size * GB))
+        for index, (uuid, size) in enumerate(free.items())
+    )
+    return Host(hostname=name, gpus=gpus, memory_bytes=int(memory * GB))
 
 
 def engine(
-    placement: Placement, *, model: ModelFacts = MODEL, gpu_bytes: int = GPU_BYTES, **options: Any
+    placement: Placement, where: Host | None = None, *, model: ModelFacts = MODEL, **options: Any
 ) -> EngineConfig:
-    gpu = Gpu(uuid="GPU-7", name="a GPU", index=0, memory_bytes=gpu_bytes)
-    return engine_config(JobConfig(model="m.gguf", **options), model, placement, {"GPU-7": gpu})
+    config = JobConfig(model="m.gguf", **options)
+    found, _ = fitted_placements(config, model, {0: placement}, {0: where or host(a=80, b=80)}, LENGTHS)
+    return engine_config(config, model, found[0])
 
 
 def test_what_is_left_open_is_chosen_by_device() -> None:
-    gpu, cpu = engine(ON_GPU), engine(ON_CPU)
-    assert (gpu.slots, gpu.contexts, gpu.ctx_tokens, gpu.gpu_layers) == (128, 2, 4096, -1)
-    assert (cpu.slots, cpu.contexts, cpu.ctx_tokens, cpu.gpu_layers, cpu.threads) == (8, 1, 4096, 0, 2)
-    assert engine(ON_CPU, model=ModelFacts("m.gguf", 1, 512, None)).ctx_tokens == 512
+    gpu, cpu = engine(on_gpu("a")), engine(CPU)
+    assert (gpu.slots, gpu.contexts, gpu.ctx_tokens, gpu.gpu_layers, gpu.ubatch_tokens) == (512, 4, 256, -1, 2048)
+    assert (cpu.slots, cpu.contexts, cpu.ctx_tokens, cpu.gpu_layers, cpu.ubatch_tokens) == (8, 1, 256, 0, 512)
 
 
 def test_what_only_embeds_needs_no_memory_for_slots() -> None:
     placement = Placement(lanes=("embed",), threads=2)
-    config = engine(placement, slots=4096, ctx=1 << 20, pooling="last")
-    assert (config.lanes_at_start, config.pooling) == (("embed",), "last")
-    with pytest.raises(ConfigError, match="for their caches"):
-        engine(Placement(threads=2), slots=4096, ctx=1 << 20)
-
-
-def test_slots_are_as_many_as_fit_beside_the_model() -> None:
-    memory = MODEL.size_bytes + GPU_RESERVE_BYTES + 10 * 4096 * KV_BYTES + 5
-    assert engine(ON_GPU, gpu_bytes=memory).slots == 10
-    assert engine(ON_GPU, gpu_bytes=memory, ctx=1024).slots == 40
+    config = JobConfig(model="m.gguf", slots=4096, ctx=1 << 20, pooling="last")
+    fitted, _ = fitted_placements(config, MODEL, {0: placement}, {0: host()}, None, embeds_only=True)
+    made = engine_config(config, MODEL, fitted[0])
+    assert (made.lanes_at_start, made.pooling) == (("embed",), "last")
+    with pytest.raises(ConfigError):
+        fitted_placements(config, MODEL, {0: placement}, {0: host()}, None)
 
 
 def test_slots_leave_room_for_a_model_that_drafts() -> None:
-    draft = ModelFacts("d.gguf", 1 << 28, 8192, KV_BYTES // 4)
-    model = replace(MODEL, draft=draft)
-    assert draft_bytes(MODEL, 128, 2, 4096) == 0
-    assert draft_bytes(model, 128, 2, 4096) == (1 << 28) + 2 * 8 * 4096 * KV_BYTES // 4
-    assert draft_bytes(model, 3, 1, 4096) == (1 << 28) + 3 * 4096 * KV_BYTES // 4
-    memory = MODEL.size_bytes + GPU_RESERVE_BYTES + draft_bytes(model, 128, 2, 4096) + 10 * 4096 * KV_BYTES
-    assert engine(ON_GPU, gpu_bytes=memory).slots > 10
-    assert engine(ON_GPU, model=model, gpu_bytes=memory).slots == 10
+    model = replace(MODEL, draft=ModelFacts("/d.gguf", B1))
+    asked = Ask(slots=100, contexts=2, ctx_tokens=4096)
+    assert draft_bytes(MODEL, asked) == 0
+    assert draft_bytes(model, asked) == B1.weight_bytes + 2 * 8 * 4096 * B1.token_bytes("f16", "f16")
+    assert draft_bytes(model, replace(asked, slots=3)) == B1.weight_bytes + 3 * 4096 * B1.token_bytes("f16", "f16")
+    assert engine(on_gpu("a"), host(a=8), model=model).slots < engine(on_gpu("a"), host(a=8)).slots
 
 
 def test_speculation_is_decided_by_the_engine_unless_it_is_switched_off() -> None:
-    draft = ModelFacts("/models/d.gguf", 1 << 28, 8192, KV_BYTES // 4)
-    asked = engine(ON_CPU, model=replace(MODEL, draft=draft), draft_max=5)
+    asked = engine(CPU, model=replace(MODEL, draft=ModelFacts("/models/d.gguf", B1)), draft_max=5)
     assert (asked.speculate, asked.draft_model, asked.draft_max) == ("auto", "/models/d.gguf", 5)
-    assert (engine(ON_CPU, speculate=False).speculate, engine(ON_CPU).draft_model) == ("never", None)
+    assert (engine(CPU, speculate=False).speculate, engine(CPU).draft_model) == ("never", None)
 
 
 @pytest.mark.parametrize(
-    ("options", "contexts", "sampling_threads"),
+    ("options", "sampling_threads"),
+    [({"contexts": 2}, 8), ({}, 4), ({"contexts": 32}, 1), ({"slots": 1}, 8), ({"threads": 1}, 1)],
+)
+def test_processors_are_divided_among_the_contexts_of_a_gpu(options: dict[str, Any], sampling_threads: int) -> None:
+    assert engine(on_gpu("a"), **options).sampling_threads == sampling_threads
+    assert engine(CPU, **options).sampling_threads == 1
+
+
+def test_options_of_llama_cpp_reach_the_engine() -> None:
+    adapters = (Adapter("/a.gguf", 0.5),)
+    config = engine(
+        on_gpu("a", "b"), model=ModelFacts("/m.gguf", B1, adapters, 1000), gpus_per_rank=2, split="row",
+        cache_type_k="q8_0", rope_scaling="yarn", rope_scale=2.0, rope_freq_base=1e6,
+    )  # fmt: skip
+    assert (config.loras, config.split, config.cache_type_k, config.cache_type_v) == (adapters, "row", "q8_0", "f16")
+    assert (config.rope_scaling, config.rope_scale, config.rope_freq_base) == ("yarn", 2.0, 1e6)
+
+
+@pytest.mark.parametrize(
+    ("options", "chosen"),
     [
-        ({}, 2, 8),
-        ({"contexts": 4}, 4, 4),
-        ({"contexts": 32}, 32, 1),
-        ({"slots": 1}, 1, 8),
-        ({"slots": 3, "contexts": 8}, 3, 5),
-        ({"slots": 600, "ctx": 256}, 3, 5),
-        ({"threads": 1}, 2, 1),
+        ({}, None),
+        ({"flash_attention": False}, False),
+        ({"cache_type_k": "q8_0"}, None),
+        ({"cache_type_v": "q4_0"}, True),
+        ({"gpus_per_rank": 2, "split": "tensor"}, True),
     ],
 )
-def test_slots_and_threads_are_divided_among_contexts(
-    options: dict[str, Any], contexts: int, sampling_threads: int
-) -> None:
-    config = engine(ON_GPU, **options)
-    assert (config.contexts, config.sampling_threads) == (contexts, sampling_threads)
+def test_flash_attention_is_chosen_where_something_needs_it(options: dict[str, Any], chosen: bool | None) -> None:
+    assert engine(on_gpu("a", "b"), **options).flash_attention is chosen
 
 
-@pytest.mark.parametrize("placement", [ON_GPU, ON_CPU], ids=["GPU", "CPU"])
-def test_more_slots_than_contexts_can_hold_are_refused_with_the_way_out(placement: Placement) -> None:
-    with pytest.raises(ConfigError, match="--contexts 3 or more"):
-        engine(placement, slots=513, contexts=2, ctx=256)
+def test_a_cache_whose_blocks_do_not_divide_the_heads_is_refused() -> None:
+    odd = ModelFacts("/m.gguf", llama(2, 64, 128, 4, 2))
+    with pytest.raises(ConfigError, match="heads have 16"):
+        engine(CPU, model=odd, cache_type_k="q8_0")
 
 
-def test_caches_that_cannot_fit_are_refused_with_what_would() -> None:
-    with pytest.raises(ConfigError, match=r"use --ctx \d+ or less"):
-        engine(ON_GPU, slots=128, ctx=1 << 20)
+def test_a_gpu_that_is_too_small_is_hidden_from_the_engine() -> None:
+    config = engine(on_gpu("a"), host(a=1), model=ModelFacts("/m.gguf", B70))
+    assert (config.gpu_layers, config.device_mask) == (0, {"CUDA_VISIBLE_DEVICES": ""})
+    kept = engine(on_gpu("a"), host(a=80), gpu_layers=0)
+    assert (kept.gpu_layers, kept.device_mask) == (0, {"CUDA_VISIBLE_DEVICES": "a"})
+
+
+def said(placements: dict[int, Placement], hosts: dict[int, Host], **options: Any) -> list[str]:
+    return fitted_placements(JobConfig(model="m", **options), MODEL, placements, hosts, LENGTHS)[1]
+
+
+def test_workers_alike_are_told_of_once() -> None:
+    both = host(a=80, b=80)
+    [line] = said({1: on_gpu("a"), 2: on_gpu("b")}, {1: both, 2: both})
+    assert line.startswith("GPU 80.0 GB free")
+    lines = said({1: on_gpu("a"), 2: on_gpu("b"), 3: on_gpu("c")}, {1: host(a=80), 2: host(b=40), 3: host("far", c=80)})
+    assert [line.split(":")[0] for line in lines] == ["rank 1, 3", "rank 2"]
+
+
+def test_free_memory_is_divided_among_those_who_share_it() -> None:
+    shared = host(a=80)
+    [line] = said({1: on_gpu("a"), 2: on_gpu("a")}, {1: shared, 2: shared})
+    assert "80.0 GB free / 2 ranks" in line
+    [line] = said({1: CPU, 2: CPU}, {1: host(memory=16), 2: host(memory=16)})
+    assert "memory 16.0 GB free / 2 ranks" in line
+    [line] = said({1: on_gpu("a"), 2: on_gpu("a")}, {1: host("one", a=80), 2: host("other", a=80)})
+    assert "80.0 GB free -" in line
+
+
+def test_a_context_beyond_what_the_model_was_trained_with_is_spoken_of() -> None:
+    where = {0: host(a=80)}
+    lines = said({0: on_gpu("a")}, where, ctx=200_000, slots=1)
+    assert "--rope-scaling" in lines[-1]
+    assert len(said({0: on_gpu("a")}, where, ctx=200_000, slots=1, rope_scaling="yarn", rope_scale=2.0)) == 1
+
+
+def test_what_has_no_model_has_no_size() -> None:
+    config = JobConfig(model="m", engine="null")
+    found, lines = fitted_placements(config, ModelFacts(""), {0: CPU}, {0: host()}, None)
+    assert (found, lines) == ({0: CPU}, [])
+    with pytest.raises(BugError):
+        engine_config(config, ModelFacts(""), CPU)

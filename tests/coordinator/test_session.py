@@ -24,7 +24,7 @@ HOST = m.Host(hostname="here", cpus=(0, 1, 2, 3))
 
 def setup(**options: Any) -> Setup:
     config = JobConfig(model="none", engine="null", slots=4, device="cpu", **options)
-    return Setup(config, ModelFacts("", 0, None, None), "null", "none", HOST)
+    return Setup(config, ModelFacts(""), "null", "none", HOST)
 
 
 class FakeWorld:
@@ -92,7 +92,7 @@ def test_an_empty_input_after_another_ends_too() -> None:
 
 def test_a_gpu_that_is_not_there_is_refused() -> None:
     config = JobConfig(model="none", engine="null", device="gpu")
-    alone = Session(Setup(config, ModelFacts("", 0, None, None), "null", "none", HOST), None)
+    alone = Session(Setup(config, ModelFacts(""), "null", "none", HOST), None)
     with pytest.raises(UserError, match="GPU"):
         alone.start()
 

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from coordinator import inputfile
 from coordinator.inputfile import check_file, line_blocks
 from coordinator.source import Arrival, FileSource, IterableSource, Source, same_input
 from scheduling.errors import InputError
@@ -185,7 +186,7 @@ def test_a_line_can_be_fetched_again_after_a_check_only(write: WriteFile) -> Non
 def test_the_check_reports_how_far_it_is(write: WriteFile) -> None:
     seen: list[tuple[int, int]] = []
     path = write(jsonl(*({"prompt": "a"} for _ in range(5))))
-    check_file(path, "jsonl", Sampling(), lambda done, total: seen.append((done, total)))
+    check_file(path, "jsonl", Sampling(), lambda done, total: seen.append((done, total)), max_tokens=512)
     assert seen[-1] == (path.stat().st_size, path.stat().st_size)
 
 
@@ -288,3 +289,31 @@ def test_memory_does_not_grow_with_the_text_of_the_input(tmp_path: Path, prechec
     count, peak_kib = map(int, done.stdout.split())
     assert count == 100_000
     assert peak_kib < 100 * 1024  # the text alone is 100 MB; Python with numpy takes 32 MiB
+
+
+# ---------------------------------------------------------------- how long requests are
+
+
+def test_lengths_are_learnt_by_the_check_and_without_it_by_looking_ahead(write: WriteFile) -> None:
+    rows = [{"prompt": [1] * 100, "max_tokens": 50}, {"prompt": [1] * 1000, "n": 3}]
+    path = write(jsonl(*rows))
+    for precheck in (True, False):
+        lengths = FileSource(path, precheck=precheck, max_tokens=200).lengths
+        assert lengths is not None
+        assert (lengths.sequences, dict(lengths.counts), lengths.whole) == (4, {1: 1, 5: 3}, True)
+
+
+def test_looking_ahead_is_bounded_and_passes_over_bad_lines(write: WriteFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputfile, "LOOK_AHEAD_LINES", 3)
+    path = write('{"prompt": [1]}\nno request\n{"prompt": [1]}\n{"prompt": [1, 2, 3]}\n')
+    lengths = FileSource(path, precheck=False, max_tokens=10).lengths
+    assert lengths is not None
+    assert (lengths.sequences, lengths.longest_tokens, lengths.whole) == (2, 11, False)
+
+
+def test_lines_of_text_have_lengths(write: WriteFile) -> None:
+    path = write("a prompt\n\nanother\n", "in.txt")
+    for precheck in (True, False):
+        lengths = FileSource(path, precheck=precheck, max_tokens=10).lengths
+        assert lengths is not None
+        assert (lengths.sequences, lengths.longest_tokens) == (2, 19)

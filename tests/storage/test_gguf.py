@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduling.errors import ModelFileError
+from scheduling.modelsize import ModelShape
 from storage.gguf import GgufInfo, check_gguf, fingerprint
 
 Tune = Callable[[gguf.GGUFWriter], None]
@@ -73,7 +74,51 @@ def test_a_model_is_described(tmp_path: Path) -> None:
         tensors=3,
         parameters=3 * 3 * 64,
         kv_bytes_per_token=2 * 3 * 2 * (16 + 16),
+        shape=ModelShape(
+            layer_bytes=(768, 768, 768),
+            input_bytes=0,
+            output_bytes=0,
+            tied=True,
+            cache_values=((32, 32),) * 3,
+            cache_known=True,
+            width=64,
+            feed_forward=256,
+            heads=4,
+            key_length=16,
+            value_length=16,
+            vocab_tokens=4,
+            train_ctx_tokens=512,
+        ),
+        tensor_shapes={f"blk.{number}.weight": (64, 3) for number in range(3)},
     )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_are_told_apart_by_where_llama_cpp_puts_them(tmp_path: Path, tied: bool) -> None:
+    def tune(writer: gguf.GGUFWriter) -> None:
+        writer.add_tensor("token_embd.weight", np.ones((4, 64), np.float16))
+        writer.add_tensor("output_norm.weight", np.ones(64, np.float32))
+        if not tied:
+            writer.add_tensor("output.weight", np.ones((4, 64), np.float32))
+
+    shape = check_gguf(make_model(tmp_path / "m.gguf", tune)).shape
+    assert shape.input_bytes == 512
+    assert shape.output_bytes == 256 + (512 if tied else 1024)
+    assert shape.weight_bytes == 3 * 768 + 512 + 256 + (0 if tied else 1024)
+    # The output layer goes first, then the last block.
+    assert shape.offloaded_bytes(2) == shape.output_bytes + 768
+    assert shape.host_bytes(2) == 512 + 2 * 768
+
+
+def test_a_state_of_another_kind_is_bounded_by_what_full_attention_keeps(tmp_path: Path) -> None:
+    shape = check_gguf(make_model(tmp_path / "m.gguf", lambda writer: writer.add_ssm_conv_kernel(4))).shape
+    assert not shape.cache_known
+    assert shape.cache_values == ((64, 64),) * 3
+
+
+def test_an_adapter_is_not_taken_for_a_model(tmp_path: Path) -> None:
+    path = make_model(tmp_path / "m.gguf", lambda writer: writer.add_type("adapter"))
+    assert "--lora" in refusal(path)
 
 
 def test_heads_may_differ_from_layer_to_layer(tmp_path: Path) -> None:

@@ -91,7 +91,9 @@ class FakeNvml:
 
     def nvmlDeviceGetMemoryInfo(self, gpu: FakeGpu) -> Any:  # noqa: N802
         asked = self._asked("memory", gpu)
-        return SimpleNamespace(total=asked.memory_bytes, used=asked.used_bytes)
+        return SimpleNamespace(
+            total=asked.memory_bytes, used=asked.used_bytes, free=asked.memory_bytes - asked.used_bytes
+        )
 
     def nvmlDeviceGetCudaComputeCapability(self, gpu: FakeGpu) -> tuple[int, int]:  # noqa: N802
         return gpu.capability

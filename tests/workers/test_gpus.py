@@ -56,6 +56,7 @@ def test_gpus_carry_what_placement_needs(tmp_path: Path, text_as_bytes: bool) ->
     assert (gpu.uuid, gpu.name, gpu.index) == (A, "NVIDIA H200", 0)
     assert (gpu.pci_bus_id, gpu.numa_node, gpu.compute_capability) == ("0000:3b:00.0", 1, "9.0")
     assert gpu.memory_bytes == 143_771 << 20
+    assert gpu.free_bytes == (143_771 << 20) - (1 << 30)
     assert nvml.open == 0
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from workers.gpus import GpuInventory
-from workers.hosts import allowed_cpus, cpu_quota, describe_host, local_rank, parse_cpu_list
+from workers.hosts import allowed_cpus, cpu_quota, describe_host, free_memory, local_rank, parse_cpu_list
 
 NO_GPUS = GpuInventory(True, "", ())
 ALL = frozenset(range(8))
@@ -188,3 +188,43 @@ def test_this_machine_can_be_described() -> None:
     assert host.hostname
     assert host.cpus
     assert host.mask is None
+
+
+MEMINFO = {"proc/meminfo": "MemTotal:       32000000 kB\nMemFree:  1 kB\nMemAvailable:   16000000 kB\n"}
+
+
+def test_memory_is_what_the_kernel_says_is_available(tmp_path: Path) -> None:
+    assert free_memory(tmp_path) is None
+    assert free_memory(_machine(tmp_path, MEMINFO)) == 16_000_000 * 1024
+
+
+def test_the_tightest_cgroup_bounds_memory_and_its_idle_file_pages_do_not_count(tmp_path: Path) -> None:
+    job = "sys/fs/cgroup/system.slice/slurmstepd.scope/job_7"
+    files = (
+        V2
+        | MEMINFO
+        | {
+            f"{job}/memory.max": "8000000000\n",
+            f"{job}/memory.current": "5000000000\n",
+            f"{job}/memory.stat": "anon 3000000000\nfile 2000000000\ninactive_file 1500000000\n",
+            f"{job}/step_0/memory.max": "max\n",
+            f"{job}/step_0/memory.current": "5\n",
+        }
+    )
+    assert free_memory(_machine(tmp_path, files)) == 4_500_000_000
+
+
+def test_memory_is_bounded_under_version_1_too(tmp_path: Path) -> None:
+    files = (
+        V1
+        | MEMINFO
+        | {
+            "proc/self/mountinfo": "36 31 0:33 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n",
+            "proc/self/cgroup": "4:memory:/slurm/job_7\n",
+            "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+            "sys/fs/cgroup/memory/memory.usage_in_bytes": "1\n",
+            "sys/fs/cgroup/memory/slurm/job_7/memory.limit_in_bytes": "2000000000\n",
+            "sys/fs/cgroup/memory/slurm/job_7/memory.usage_in_bytes": "500000000\n",
+        }
+    )
+    assert free_memory(_machine(tmp_path, files)) == 1_500_000_000

@@ -1,0 +1,34 @@
+"""What a rank finds out about its model and adapters before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from coordinator.config import JobConfig
+from coordinator.setup import prepare
+from tests.adapters import random_pair, write_adapter
+from workers.protocol import Adapter
+
+QUERY = "blk.0.attn_q.weight"
+
+
+def test_an_adapter_is_part_of_what_all_ranks_must_agree_on(tiny_model: Path, tmp_path: Path) -> None:
+    path = write_adapter(tmp_path / "a.gguf", {QUERY: random_pair(64, 64)})
+    plain = prepare(JobConfig(model=str(tiny_model)))
+    adapted = prepare(JobConfig(model=str(tiny_model), loras=(f"{path}:0.5",)))
+    assert adapted.problem is None
+    assert adapted.model.adapters == (Adapter(str(path), 0.5),)
+    assert adapted.model.adapter_bytes == 4 * (4 * 64 + 4 * 64)
+    other = prepare(JobConfig(model=str(tiny_model), loras=(str(path),)))
+    prints = {one.hello().model_fingerprint for one in (plain, adapted, other)}
+    assert len(prints) == 3
+    assert adapted.adapters != other.adapters
+
+
+def test_an_adapter_that_cannot_be_used_is_the_ranks_problem(tiny_model: Path, tmp_path: Path) -> None:
+    wrong = write_adapter(tmp_path / "a.gguf", {QUERY: random_pair(64, 64)}, architecture="gemma")
+    for path, word in ((wrong, "gemma"), (tmp_path / "none.gguf", "does not exist"), (tiny_model, "is no adapter")):
+        problem = prepare(JobConfig(model=str(tiny_model), loras=(str(path),))).problem
+        assert problem is not None
+        assert word in str(problem)
+        assert "\n" not in str(problem)
