@@ -23,6 +23,7 @@ from scheduling.errors import (
     RequestError,
     UserError,
 )
+from scheduling.logprobs import Score
 
 __all__ = [
     "ConfigError",
@@ -33,6 +34,7 @@ __all__ = [
     "Pool",
     "RequestError",
     "Result",
+    "Score",
     "Snapshot",
     "UserError",
 ]

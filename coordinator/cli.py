@@ -175,6 +175,14 @@ def infer(
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it is made.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="With --json: each token's log-probability and those of the N likeliest ones."),
+    ] = None,
+    continuation: Annotated[
+        list[str] | None,
+        typer.Option(help="Do not answer: how likely is this text after the prompt as it is? May be given again."),
+    ] = None,
     max_tokens: MaxTokens = 512,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
@@ -188,7 +196,7 @@ def infer(
 ) -> None:
     """Answer one prompt and print the answer."""
     from coordinator.config import JobConfig, checked_sampling
-    from coordinator.infer import run_infer
+    from coordinator.infer import run_infer, run_score
 
     config = JobConfig(
         model=model, slots=1, max_tokens=max_tokens, seed=seed, chat_template=_read("--chat-template", chat_template),
@@ -198,7 +206,9 @@ def infer(
         **chosen.job(),
     )  # fmt: skip
     text = sys.stdin.read() if prompt == "-" else prompt
-    raise typer.Exit(run_infer(config, text, system=system, raw=raw, stream=stream, as_json=as_json))
+    if continuation:
+        raise typer.Exit(run_score(config, text, continuation, logprobs, as_json))
+    raise typer.Exit(run_infer(config, text, system=system, raw=raw, stream=stream, logprobs=logprobs, as_json=as_json))
 
 
 @app.command()

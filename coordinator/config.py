@@ -15,7 +15,7 @@ import msgspec
 
 from scheduling.errors import ConfigError, RequestError
 from scheduling.policies import POLICIES
-from scheduling.requests import MAX_TOKENS_LIMIT, Sampling, parse_request
+from scheduling.requests import MAX_TOKENS_LIMIT, Request, Sampling, parse_request
 from workers.protocol import Adapter, CacheType, RopeScaling, Split
 
 Auto = Literal["auto"]
@@ -191,6 +191,9 @@ def checked_sampling(**values: object) -> Sampling:
     """
     import json
 
+    own = next((name for name in values if name in Request.__struct_fields__), None)
+    if own is not None:
+        raise ConfigError(f"{own} has no default for all requests: give it in each request that wants it")
     try:
         # Not `request_line`, which does not say whose value it is that is not finite.
         return parse_request(json.dumps({"prompt": "x", **values}).encode(), default_id="-").sampling

@@ -1,7 +1,8 @@
-"""`llmpi infer`: one prompt, one answer on stdout."""
+"""`llmpi infer`: one prompt on stdout: its answer, or how likely some texts are after it."""
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import Any
 
@@ -9,19 +10,33 @@ import msgspec
 
 from coordinator.config import JobConfig
 from coordinator.pool import Pool, Result
-from scheduling.errors import EXIT_OK, RequestError
+from scheduling.errors import EXIT_OK, ConfigError, RequestError
 
 
-def run_infer(config: JobConfig, prompt: str, *, system: str | None, raw: bool, stream: bool, as_json: bool) -> int:
-    """Print the answer; with `stream` as it is made, with `as_json` as one object with its timings."""
+def run_infer(
+    config: JobConfig,
+    prompt: str,
+    *,
+    system: str | None,
+    raw: bool,
+    stream: bool,
+    logprobs: int | None,
+    as_json: bool,
+) -> int:
+    """Print the answer; with `stream` as it is made, with `as_json` as one object with its timings.
+
+    Raises ConfigError for `logprobs` without `as_json`, which alone has room for them.
+    """
+    if logprobs is not None and not as_json:
+        raise ConfigError("--logprobs needs --json, which prints the numbers")
     request: dict[str, Any] = {"custom_id": "infer", **_sampling_fields(config)}
     if raw:
-        request["prompt"] = prompt
+        request |= {"prompt": prompt, "logprobs": logprobs}
     else:
         messages = [{"role": "system", "content": system}] if system is not None else []
         request["messages"] = [*messages, {"role": "user", "content": prompt}]
-    options = {name: getattr(config, name) for name in JobConfig.__struct_fields__ if name != "sampling"}
-    with Pool(options.pop("model"), on_note=lambda note: print(note, file=sys.stderr), **options) as pool:
+        request |= {"logprobs": True, "top_logprobs": logprobs} if logprobs is not None else {}
+    with _pool(config) as pool:
         if stream and not as_json:
             for piece in pool.stream(request):
                 sys.stdout.write(piece)
@@ -32,6 +47,25 @@ def run_infer(config: JobConfig, prompt: str, *, system: str | None, raw: bool, 
         for result in pool.generate([request]):
             _print(result, as_json)
     return EXIT_OK
+
+
+def run_score(config: JobConfig, prompt: str, continuations: list[str], logprobs: int | None, as_json: bool) -> int:
+    """Print a line for each continuation: ln P, whether greedy decoding says it, the text as JSON."""
+    request = {"custom_id": "infer", "prompt": prompt, "continuations": continuations, "logprobs": logprobs}
+    with _pool(config) as pool:
+        for result in pool.generate([request]):
+            if as_json or result.error is not None:
+                _print(result, as_json)
+                continue
+            for text, score in zip(result.texts, result.scores, strict=True):
+                greedy = "greedy" if score.is_greedy else ""
+                print(f"{score.logprob:12.6f}  {greedy:6}  {json.dumps(text, ensure_ascii=False)}")
+    return EXIT_OK
+
+
+def _pool(config: JobConfig) -> Pool:
+    options = {name: getattr(config, name) for name in JobConfig.__struct_fields__ if name != "sampling"}
+    return Pool(options.pop("model"), on_note=lambda note: print(note, file=sys.stderr), **options)
 
 
 def _sampling_fields(config: JobConfig) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from coordinator.setup import prepare
 from coordinator.source import IterableSource
 from coordinator.transport import Backoff
 from scheduling.errors import EXIT_OK, ConfigError, HandshakeError, RequestError
+from scheduling.logprobs import Score
 from scheduling.messages import Delta
 from scheduling.requests import Request, Sampling, parse_request, request_line, text_line
 from scheduling.vectors import Vectors, from_base64
@@ -36,6 +37,9 @@ EmbeddingInput = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] |
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
     """One answer. `texts` has one text for each of the request's `n` choices; `text` is the first.
+
+    `logprobs` has for each choice what OpenAI's `choices[].logprobs` holds, None where it was not asked for. `scores`
+    has what each of the request's `continuations` comes to.
 
     Of a request for embeddings, `embeddings` has a vector of length 1 for each input, 1-D float32; `embedding` is the
     first.
@@ -59,6 +63,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     rank: int
     attempt: int
     embeddings: tuple[Vectors, ...] = ()
+    logprobs: tuple[dict[str, Any] | None, ...] = ()
+    scores: tuple[Score, ...] = ()
     error: str | None = None
 
     @property
@@ -88,6 +94,8 @@ def result_of(line: bytes) -> Result:
         cached_tokens=part["cached_tokens"],
         output_tokens=part["output_tokens"], queue_s=part["queue_s"], ttft_s=part["ttft_s"], tpot_s=part["tpot_s"],
         e2e_s=part["e2e_s"], rank=part["rank"], attempt=part["attempt"],
+        logprobs=tuple(c["logprobs"] for c in choices),
+        scores=tuple(Score(**c["llmpi"]) for c in choices if "llmpi" in c),
         error=error["message"] if error is not None else None,
     )  # fmt: skip
 

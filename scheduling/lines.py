@@ -21,11 +21,13 @@ import msgspec
 from msgspec import Meta
 
 from scheduling.errors import RequestError
+from scheduling.logprobs import ALTERNATIVES_MAX
 
 MAX_TOKENS_LIMIT = 1_048_576
 """Largest accepted `max_tokens`: beyond it a request asks for something no model can do."""
 
 ID_CHARACTERS_MAX = 1_024
+CONTINUATIONS_MAX = 1_024
 
 _UNSUPPORTED: Final = {"unsupported": True}
 """Marks a field that only a later version can do; until then it must be left at the value that changes nothing."""
@@ -35,9 +37,12 @@ CustomId = Annotated[
     Meta(description=f"a string of 1 to {ID_CHARACTERS_MAX:,} characters, or an integer"),
 ]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
-MaxTokens = Annotated[int, Meta(ge=1, le=MAX_TOKENS_LIMIT, description=f"an integer from 1 to {MAX_TOKENS_LIMIT:,}")]
+MAX_TOKENS_ALLOWED: Final = f"an integer from 1 to {MAX_TOKENS_LIMIT:,}, or 0 beside echo and logprobs"
+MaxTokens = Annotated[int, Meta(ge=0, le=MAX_TOKENS_LIMIT, description=MAX_TOKENS_ALLOWED)]
+Alternatives = Annotated[int, Meta(ge=0, le=ALTERNATIVES_MAX)]
+TextOrTokens = Annotated[str, Meta(min_length=1)] | Annotated[tuple[TokenId, ...], Meta(min_length=1)]
 Prompt = Annotated[
-    Annotated[str, Meta(min_length=1)] | Annotated[tuple[TokenId, ...], Meta(min_length=1)],
+    TextOrTokens,
     Meta(description="a string that is not empty, or a list of token ids (integers from 0 to 2,147,483,647)"),
 ]
 Penalty = Annotated[float, Meta(ge=-2.0, le=2.0, description="a number from -2 to 2")]
@@ -55,7 +60,6 @@ LogitBias = Annotated[
 ]
 Nothing = Annotated[None, Meta(description="null or left out", extra=_UNSUPPORTED)]
 NoList = Annotated[Annotated[list[Any], Meta(max_length=0)], Meta(description="[] or left out", extra=_UNSUPPORTED)]
-Off = Annotated[bool, Meta(description="false or left out", extra=_UNSUPPORTED)]
 Auto = Annotated[Literal["none", "auto"], Meta(description='"none", "auto" or left out', extra=_UNSUPPORTED)]
 Text = Annotated[str, Meta(description="a string")]
 Bool = Annotated[bool, Meta(description="true or false")]
@@ -129,7 +133,9 @@ class Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     prompt: Prompt | None = None
     model: Text | None = None
     max_tokens: MaxTokens | None = None
-    max_completion_tokens: MaxTokens | None = None
+    max_completion_tokens: (
+        Annotated[int, Meta(ge=1, le=MAX_TOKENS_LIMIT, description=f"an integer from 1 to {MAX_TOKENS_LIMIT:,}")] | None
+    ) = None
     temperature: Annotated[float, Meta(ge=0.0, le=100.0, description="a number from 0 to 100")] | None = None
     top_p: Annotated[float, Meta(gt=0.0, le=1.0, description="a number above 0 and up to 1")] | None = None
     top_k: Annotated[int, Meta(ge=0, le=2**31 - 1, description="an integer from 0 (off) to 2,147,483,647")] | None = (
@@ -166,10 +172,30 @@ class Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     response_format: Format | None = None
     json_schema: Schema | None = None
     grammar: Grammar | None = None
+    # A chat has true and top_logprobs, a completion the number alone.
+    logprobs: (
+        Annotated[
+            bool | Alternatives,
+            Meta(description=f"true or false in a chat, an integer from 0 to {ALTERNATIVES_MAX} in a completion"),
+        ]
+        | None
+    ) = None
+    top_logprobs: (
+        Annotated[Alternatives, Meta(description=f"an integer from 0 to {ALTERNATIVES_MAX}, beside logprobs in a chat")]
+        | None
+    ) = None
+    echo: Bool | None = None
+    continuations: (
+        Annotated[
+            Annotated[tuple[TextOrTokens, ...], Meta(min_length=1, max_length=CONTINUATIONS_MAX)],
+            Meta(
+                description=f"a list of 1 to {CONTINUATIONS_MAX:,} strings that are not empty, or lists of token ids "
+                "(integers from 0 to 2,147,483,647)"
+            ),
+        ]
+        | None
+    ) = None
     # Accepted only at the value that changes nothing.
-    logprobs: Off | None = None
-    top_logprobs: Annotated[Literal[0], Meta(description="0 or left out", extra=_UNSUPPORTED)] | None = None
-    echo: Off | None = None
     suffix: Annotated[Literal[""], Meta(description='"" or left out', extra=_UNSUPPORTED)] | None = None
     best_of: Annotated[Literal[1], Meta(description="1 or left out", extra=_UNSUPPORTED)] | None = None
     tools: NoList | None = None

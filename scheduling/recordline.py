@@ -11,9 +11,19 @@ line, because JSON escapes them. This module is pure: no files, no clocks; `crea
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 
 import msgspec
 
+from scheduling.logprobs import (
+    ChatLogprobs,
+    CompletionLogprobs,
+    Score,
+    TokenLogprobs,
+    chat_logprobs,
+    completion_logprobs,
+    score,
+)
 from scheduling.requests import Request
 from scheduling.tables import finish_number
 from scheduling.vectors import Vectors, to_base64, to_numbers
@@ -37,15 +47,21 @@ class _Message(msgspec.Struct, frozen=True, gc=False):
 class _ChatChoice(msgspec.Struct, frozen=True, gc=False):
     index: int
     message: _Message
-    logprobs: None
+    logprobs: ChatLogprobs | None
     finish_reason: str
 
 
 class _TextChoice(msgspec.Struct, frozen=True, gc=False):
     index: int
     text: str
-    logprobs: None
+    logprobs: CompletionLogprobs | None
     finish_reason: str
+
+
+class _ScoredChoice(_TextChoice, frozen=True, gc=False):
+    """A continuation. OpenAI has nothing like it: what it comes to stands under `llmpi`."""
+
+    llmpi: Score
 
 
 class _PromptDetails(msgspec.Struct, frozen=True, gc=False):
@@ -165,23 +181,24 @@ def encode_result(
     created: int,
     model: str,
     cached_tokens: int = 0,
+    logprobs: Sequence[TokenLogprobs | None] = (),
 ) -> bytes:
     """The sealed line of a request that was answered.
 
     `answer_choices` is a list of (text, finish reason, output tokens). `created` is Unix time in whole seconds.
-    With several choices the line's finish reason is the gravest of theirs.
+    `logprobs`: one for each choice; or none, where the request asked for none. With several choices the line's finish
+    reason is the gravest of theirs.
     """
     ident = str(index)
     several = len(answer_choices) > 1
+    chat = request.kind == "chat"
+    body_id, name = ("chatcmpl-" + ident, "chat.completion") if chat else ("cmpl-" + ident, "text_completion")
+    packed = logprobs or [None] * len(answer_choices)
     choices: list[_ChatChoice] | list[_TextChoice]
-    if request.kind == "chat":
-        body_id, name = "chatcmpl-" + ident, "chat.completion"
-        choices = [
-            _ChatChoice(k, _Message("assistant", text), None, why) for k, (text, why, _) in enumerate(answer_choices)
-        ]
+    if chat:
+        choices = _chat_choices(answer_choices, packed)
     else:
-        body_id, name = "cmpl-" + ident, "text_completion"
-        choices = [_TextChoice(k, text, None, why) for k, (text, why, _) in enumerate(answer_choices)]
+        choices = _text_choices(answer_choices, packed, scored=bool(request.continuations))
     tpot_s = None if several or output_tokens < 2 else (e2e_s - ttft_s) / (output_tokens - 1)
     timing = Timing(
         index,
@@ -224,6 +241,28 @@ def encode_embeddings(
     timing = Timing(index, attempt, rank, session, queue_s, None, None, e2e_s, prompt_tokens, 0, "stop")
     response = _Response(200, "req_" + ident, body)
     return seal(_encode(_Line("batch_req_" + ident, request.custom_id, response, None, timing)))
+
+
+_Choices = list[tuple[str, str, int]]
+_Logprobs = Sequence[TokenLogprobs | None]
+
+
+def _chat_choices(choices: _Choices, logprobs: _Logprobs) -> list[_ChatChoice]:
+    return [
+        _ChatChoice(k, _Message("assistant", text), None if packed is None else chat_logprobs(packed), why)
+        for k, ((text, why, _), packed) in enumerate(zip(choices, logprobs, strict=True))
+    ]
+
+
+def _text_choices(choices: _Choices, logprobs: _Logprobs, scored: bool) -> list[_TextChoice]:
+    made: list[_TextChoice] = []
+    for k, ((text, why, _), packed) in enumerate(zip(choices, logprobs, strict=True)):
+        tokens = None if packed is None else completion_logprobs(packed)
+        if packed is not None and scored:
+            made.append(_ScoredChoice(k, text, tokens, why, score(packed)))
+        else:
+            made.append(_TextChoice(k, text, tokens, why))
+    return made
 
 
 def encode_failure(

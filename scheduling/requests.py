@@ -18,8 +18,18 @@ import msgspec
 from scheduling.constraints import ANY_OBJECT, Constraint, of_grammar, of_schema
 from scheduling.embeddings import EmbeddingBatch, EmbeddingBody, decode_embedding, inputs_of
 from scheduling.errors import RequestError
+from scheduling.lines import (
+    MAX_TOKENS_ALLOWED,
+    Batch,
+    Body,
+    ObjectFormat,
+    SchemaFormat,
+    WireMessage,
+    decode_line,
+    refuse,
+)
 from scheduling.lines import MAX_TOKENS_LIMIT as MAX_TOKENS_LIMIT
-from scheduling.lines import Batch, Body, ObjectFormat, SchemaFormat, WireMessage, decode_line, refuse
+from scheduling.logprobs import ALTERNATIVES_MAX
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -61,6 +71,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     (embedding: a text or token ids each) is set.
 
     `encoding_format` and `dimensions` (None: all of the model's) are of an embedding, `sampling` and `stream` are not.
+
+    `logprobs`: how many alternatives are wanted beside the log-probability of each token; None: no log-probabilities.
+    `continuations` are what may follow the prompt, texts or token ids: they are weighed, nothing is generated.
     """
 
     custom_id: str
@@ -71,10 +84,18 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     inputs: tuple[str | tuple[int, ...], ...] = ()
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = None
+    logprobs: int | None = None
+    echo: bool = False
+    continuations: tuple[str | tuple[int, ...], ...] = ()
     model: str | None = None
     user: str | None = None
     metadata: dict[str, str] | None = None
     stream: bool = False
+
+    @property
+    def scores(self) -> bool:
+        """Whether tokens that are given are weighed: the prompt's, or those of `continuations`."""
+        return bool(self.continuations) or (self.echo and self.logprobs is not None)
 
 
 _DEFAULTS = Sampling()
@@ -117,10 +138,6 @@ def _build(
     body: Body, custom_id: str | int | None, url: str | None, defaults: Sampling, default_id: str | None
 ) -> Request:
     custom_id = _some_id(custom_id, default_id)
-    if body.logprobs:
-        refuse("logprobs", True, "false or left out", unsupported=True)
-    if body.echo:
-        refuse("echo", True, "false or left out", unsupported=True)
     written = body.messages
     if (written is None) == (body.prompt is None):
         had = "neither messages nor prompt" if written is None else "both messages and prompt"
@@ -131,8 +148,9 @@ def _build(
         return Request(
             custom_id=custom_id,
             kind="chat",
-            sampling=_sampling(body, defaults),
+            sampling=_generating(_sampling(body, defaults)),
             messages=tuple([_message(message) for message in written]),
+            logprobs=_chat_logprobs(body),
             model=body.model,
             user=body.user,
             metadata=body.metadata,
@@ -140,11 +158,16 @@ def _build(
         )
     if url == "/v1/chat/completions":
         raise RequestError("/v1/chat/completions takes messages, not prompt; the url may be wrong", "prompt")
+    logprobs, sampling = _completion_logprobs(body), _sampling(body, defaults)
+    scores = body.continuations is not None or (body.echo is True and logprobs is not None)
     return Request(
         custom_id=custom_id,
         kind="completion",
-        sampling=_sampling(body, defaults),
+        sampling=_scoring(sampling, body) if scores else _generating(sampling),
         prompt=body.prompt or "",
+        logprobs=logprobs,
+        echo=body.echo is True,
+        continuations=body.continuations or (),
         model=body.model,
         user=body.user,
         metadata=body.metadata,
@@ -174,6 +197,63 @@ def _some_id(custom_id: str | int | None, default_id: str | None) -> str:
         if custom_id is None:
             raise RequestError("custom_id is missing", "custom_id")
     return str(custom_id)
+
+
+# ---------------------------------------------------------------- log-probabilities
+
+
+def _chat_logprobs(body: Body) -> int | None:
+    """How many alternatives a chat asks for."""
+    if body.echo:
+        refuse("echo", True, "false or left out in a chat; a completion can have its prompt back")
+    if body.continuations is not None:
+        refuse("continuations", "…", "left out in a chat; give the text before them as the prompt of a completion")
+    if body.logprobs is not None and not isinstance(body.logprobs, bool):
+        refuse("logprobs", body.logprobs, "true or false in a chat; top_logprobs says how many alternatives")
+    if not body.logprobs:
+        if body.top_logprobs:
+            refuse("top_logprobs", body.top_logprobs, "0 or left out where logprobs is not true")
+        return None
+    return body.top_logprobs or 0
+
+
+def _completion_logprobs(body: Body) -> int | None:
+    """How many alternatives a completion asks for. Continuations always have their log-probabilities."""
+    allowed = f"an integer from 0 to {ALTERNATIVES_MAX} in a completion: how many alternatives each token has"
+    if body.logprobs is True:
+        refuse("logprobs", True, allowed)
+    if body.top_logprobs:
+        refuse("top_logprobs", body.top_logprobs, f"left out in a completion, and logprobs {allowed}")
+    if body.continuations is not None and body.echo:
+        refuse("echo", True, "false or left out beside continuations: each answer is one of them, without the prompt")
+    if body.logprobs is None or body.logprobs is False:
+        return None if body.continuations is None else 0
+    return body.logprobs
+
+
+def _generating(sampling: Sampling) -> Sampling:
+    if sampling.max_tokens == 0:
+        refuse("max_tokens", 0, MAX_TOKENS_ALLOWED)
+    return sampling
+
+
+def _scoring(sampling: Sampling, body: Body) -> Sampling:
+    """Raises RequestError for what scoring cannot do."""
+    if sampling.n != 1:
+        refuse("n", sampling.n, "1 where tokens are scored: they have one answer")
+    if body.continuations is not None:
+        asked = body.max_tokens or body.max_completion_tokens
+        if asked:
+            refuse("max_tokens", asked, "0 or left out beside continuations: nothing is generated")
+        return msgspec.structs.replace(sampling, max_tokens=0)
+    if sampling.max_tokens is None or sampling.max_tokens > 1:
+        refuse(
+            "max_tokens",
+            sampling.max_tokens,
+            "0 where echo and logprobs ask for the prompt's log-probabilities (or 1, for one token more); "
+            "leave out echo to have those of a longer answer",
+        )
+    return sampling
 
 
 def _message(message: WireMessage) -> Message:
@@ -280,8 +360,12 @@ def request_fields(request: Request) -> dict[str, Any]:
     sampling |= {"response_format": {"type": "text"}} if constraint is None else constraint.field()
     if request.kind == "chat":
         fields["messages"] = [_without_none(msgspec.structs.asdict(message)) for message in request.messages]
+        if request.logprobs is not None:
+            fields |= {"logprobs": True, "top_logprobs": request.logprobs}
     else:
-        fields["prompt"] = request.prompt
+        fields |= {"prompt": request.prompt, "logprobs": request.logprobs}
+        fields |= {"echo": True} if request.echo else {}
+        fields |= {"continuations": request.continuations} if request.continuations else {}
     others = {"model": request.model, "user": request.user, "metadata": request.metadata}
     return _without_none({**fields, **sampling, **others, "stream": request.stream})
 

@@ -40,6 +40,7 @@ class Lane(Enum):
     EMBED = "embed"
     LONG = "long"
     """Generation that needs more cells than the slots of GENERATE have."""
+    SCORE = "score"
 
 
 class State(Enum):
@@ -60,6 +61,7 @@ class Task:
         "cached_tokens",
         "cancelled",
         "choices",
+        "continuations",
         "error",
         "first_token_s",
         "grammar",
@@ -82,6 +84,8 @@ class Task:
         self.lane = Lane.GENERATE
         """Which contexts can run it; set with `prompt`."""
         self.prompt: npt.NDArray[np.int32] = np.empty(0, np.int32)
+        self.continuations: list[npt.NDArray[np.int32]] = []
+        """Tokens that may follow the prompt, to be scored; set with `prompt`."""
         self.limit = 0
         """Most output tokens of a choice; set with `prompt`."""
         self.grammar: Grammar | None = None
@@ -115,7 +119,7 @@ class Task:
         return Answer(
             key=self.key,
             choices=choices,
-            prompt_tokens=int(self.prompt.size),
+            prompt_tokens=int(self.prompt.size) + sum(int(tokens.size) for tokens in self.continuations),
             output_tokens=sum(choice.output_tokens for choice in choices),
             queue_s=admitted - self.received_s,
             ttft_s=0.0 if self.first_token_s is None else self.first_token_s - self.received_s,

@@ -28,7 +28,9 @@ import numpy as np
 from scheduling.errors import ConfigError, EngineError, ModelFileError, RequestError
 from workers.backlog import Backlog, Lane, Task
 from workers.chat import ChatTemplate
+from workers.choosing import Threads
 from workers.constraints import Constraints
+from workers.continuations import ContinuationReader
 from workers.draft_model import DraftModel, check_same_tokenizer
 from workers.drafting import Drafter, Drafting, PromptLookup
 from workers.embedder import Embedder, Encoder
@@ -49,6 +51,7 @@ from workers.protocol import (
     Submit,
     decode_to_engine,
 )
+from workers.scorer import SEQUENCES, SEQUENCES_RECURRENT, Scorer, outputs_of
 from workers.shape import shape_of
 from workers.shares import slots_of_contexts
 from workers.speculation import ROWS_MAX, SLOTS_MAX
@@ -87,7 +90,7 @@ class BatchingEngine:
         self._config = config
         self._model = model = library.load(config)
         self._draft_model = self._load_draft_model(config, model, library)
-        self._vocabulary = Vocabulary(model.eog_table(), PieceTable(model.vocab_tokens, model.piece))
+        self._vocabulary = Vocabulary(model.eog_table(), PieceTable(model.vocab_tokens, model.piece, model.token_text))
         vocabulary = self._vocabulary
         self._constraints = Constraints(
             model.vocab_tokens,
@@ -102,6 +105,13 @@ class BatchingEngine:
         piece_bytes_max = model.piece_bytes_max()
         self._prompts = self._prompt_reader(config, model, template, piece_bytes_max)
         self._inputs = self._input_reader(config, model, piece_bytes_max)
+        self._continuations = ContinuationReader(
+            model.tokenize,
+            model.piece,
+            vocab_tokens=model.vocab_tokens,
+            piece_bytes_max=piece_bytes_max,
+            ctx_tokens=max(config.ctx_tokens, config.long_ctx_tokens),
+        )
         self._threads: list[threading.Thread] = []
         self._open_lanes: dict[Lane, str] = {}
         """Lanes that were asked for, and why they could not be opened ("" where they could)."""
@@ -201,6 +211,8 @@ class BatchingEngine:
                 return self._steppers(lane, _long(self._config))
             case Lane.EMBED:
                 return self._embedders(lane)
+            case Lane.SCORE:
+                return self._scorers(lane)
 
     def _embedders(self, lane: Lane) -> list[Embedder]:
         config, model = self._config, self._model
@@ -281,6 +293,37 @@ class BatchingEngine:
             drafter = DraftModel(model.context(config, sequences, threads), sequences, config.ctx_tokens)
         return Drafting(drafter, config.draft_max, config.speculate == "always")
 
+    def _scorers(self, lane: Lane) -> list[Scorer]:
+        """One context, and on a GPU another: what one has computed is weighed while the other computes."""
+        config, model = self._config, self._model
+        count = 2 if self._gpu_names else 1
+        sequences = SEQUENCES if model.keeps_cells else SEQUENCES_RECURRENT
+        # Enough for a request of the longest kind and a batch beside it.
+        ctx_tokens = max(config.ctx_tokens, config.long_ctx_tokens)
+        cells = ctx_tokens + config.batch_tokens
+        outputs = outputs_of(model.vocab_tokens)
+        threads = max(1, config.threads // count)
+        contexts = [model.scoring_context(config, sequences, threads, cells, outputs) for _ in range(count)]
+        helpers = config.sampling_threads - 1
+        pool = ThreadPoolExecutor(helpers * count, "weigh") if helpers > 0 else None
+        return [
+            Scorer(
+                self._backlog.open(lane),
+                context,
+                sequences=sequences,
+                cells=cells,
+                ctx_tokens=ctx_tokens,
+                outputs=outputs,
+                reuse=model.keeps_cells,
+                vocabulary=self._vocabulary,
+                backlog=self._backlog,
+                meter=self._meter,
+                send=self._outbox.send,
+                threads=Threads(pool, config.sampling_threads),
+            )
+            for context in contexts
+        ]
+
     # ------------------------------------------------ running
 
     def serve(self, in_fd: int) -> None:
@@ -325,7 +368,7 @@ class BatchingEngine:
             except Exception as error:  # one prompt must not end the engine
                 traceback.print_exc()
                 task.error = f"preparing the prompt failed: {type(error).__name__}: {error}"
-            if task.error is None and task.limit >= 1:
+            if task.error is None and (task.limit >= 1 or task.lane is Lane.SCORE):
                 self._backlog.ready(task)
             elif self._backlog.end_unstarted(task):
                 task.choices = [Choice("", "length", 0) for _ in task.choices]
@@ -333,8 +376,11 @@ class BatchingEngine:
 
     def _prepare_prompt(self, task: Task) -> None:
         self._prompts.check_sampling(task.sampling)
-        task.prompt = self._prompts.tokens(task.job.request)
-        task.limit = self._prompts.limit(task.sampling, int(task.prompt.size))
+        request = task.job.request
+        prompt = self._prompts.tokens(request)
+        task.continuations = self._continuations.tokens(request, int(prompt.size))
+        task.prompt = prompt
+        task.limit = self._prompts.limit(task.sampling, int(prompt.size))
         task.lane = self._lane(task)
         self._need(task.lane)
         if task.sampling.constraint is not None:
@@ -349,6 +395,8 @@ class BatchingEngine:
         self._need(task.lane)
 
     def _lane(self, task: Task) -> Lane:
+        if task.job.request.scores:
+            return Lane.SCORE
         fits = task.prompt.size + task.limit <= self._config.ctx_tokens
         return Lane.GENERATE if fits or not self._config.long_slots else Lane.LONG
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from workers.embedder import Encoder
 from workers.protocol import EngineConfig
+from workers.scorer import ScoreDecoder
 from workers.seating import Decoder
 
 
@@ -53,6 +54,12 @@ class Model(Protocol):
     def encoder(self, config: EngineConfig, tokens: int, threads: int) -> Encoder:
         """For embeddings, batches of up to `tokens`. Raises `EngineError` if there is no memory for it,
         `ModelFileError` if the model has none."""
+        ...
+
+    def scoring_context(
+        self, config: EngineConfig, sequences: int, threads: int, cells: int, outputs: int
+    ) -> ScoreDecoder:
+        """So many cells, which sequences share; logits are wanted for `outputs` rows at once. Raises `EngineError`."""
         ...
 
 

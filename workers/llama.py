@@ -247,6 +247,11 @@ class LlamaModel:
         `ModelFileError` if the model has none."""
         return LlamaEncoder(self, config, tokens, threads, pooling_of(self, config))
 
+    def scoring_context(
+        self, config: EngineConfig, sequences: int, threads: int, cells: int, outputs: int
+    ) -> LlamaContext:
+        return LlamaContext(self, config, sequences, threads, shared_cells=cells, outputs=outputs)
+
 
 class Llama:
     """The `workers.library.Library` that computes."""
@@ -307,15 +312,23 @@ class LlamaContext(BatchArrays):
     """A context that generates: its KV cells and its batch. Fill the batch, call `decode(n)`, then `logits(rows)`."""
 
     def __init__(
-        self, model: LlamaModel, config: EngineConfig, slots: int, threads: int, *, outputs: int | None = None
+        self,
+        model: LlamaModel,
+        config: EngineConfig,
+        slots: int,
+        threads: int,
+        *,
+        shared_cells: int | None = None,
+        outputs: int | None = None,
     ) -> None:
-        """`outputs`: most rows of a batch whose logits are wanted; None is one for each slot.
+        """`shared_cells`: cells for all sequences together, of which several can hold the same one; None gives each
+        sequence its own. `outputs`: most rows of a batch whose logits are wanted; None is one for each slot.
 
         Raises `EngineError` if llama.cpp cannot make it, which nearly always means memory.
         """
         cells = -(-config.ctx_tokens // KV_PADDING) * KV_PADDING
         params = lib.llama_context_default_params()
-        params.n_ctx = cells * slots
+        params.n_ctx = cells * slots if shared_cells is None else -(-shared_cells // KV_PADDING) * KV_PADDING
         params.n_batch = max(config.batch_tokens, slots)
         params.n_ubatch = min(params.n_batch, max(config.ubatch_tokens, 1))
         params.n_seq_max = slots
@@ -323,7 +336,7 @@ class LlamaContext(BatchArrays):
         params.n_outputs_max = self._outputs = outputs or slots
         params.n_threads = threads
         params.n_threads_batch = config.threads_batch or threads
-        params.kv_unified = False
+        params.kv_unified = shared_cells is not None
         params.no_perf = True
         params.type_k, params.type_v = _CACHE_TYPES[config.cache_type_k], _CACHE_TYPES[config.cache_type_v]
         set_attention(params, config)
@@ -331,7 +344,7 @@ class LlamaContext(BatchArrays):
         self._context = lib.llama_init_from_model(model.handle, params)
         if not self._context:
             raise EngineError(
-                f"llama.cpp cannot make a context of {slots} slots with {cells} tokens each: {recent_errors()}. "
+                f"llama.cpp cannot make a context of {slots} slots and {params.n_ctx} tokens: {recent_errors()}. "
                 "Use fewer --slots, a smaller --ctx, or fewer --gpu-layers"
             )
         model.adapt(self._context)
@@ -378,6 +391,10 @@ class LlamaContext(BatchArrays):
         self.forget(target)
         lib.llama_memory_seq_cp(self._memory, source, target, -1, -1)
         self.forget(target, length)
+
+    def share(self, source: int, target: int, count: int) -> None:
+        """The first `count` cells of one sequence become another's too, whose own are none. Needs shared cells."""
+        lib.llama_memory_seq_cp(self._memory, source, target, 0, count)
 
     def clear(self) -> None:
         """Empty all cells."""

@@ -16,6 +16,7 @@ from typing import Literal
 
 import msgspec
 
+from scheduling.logprobs import TokenLogprobs
 from scheduling.requests import Request
 from scheduling.servicetime import ServiceTimes
 
@@ -162,6 +163,8 @@ class Choice(msgspec.Struct, array_like=True, frozen=True):
     finish_reason: str
     """stop, length, error or cancelled."""
     output_tokens: int
+    logprobs: TokenLogprobs | None = None
+    """Of the output; of prompt and output with echo; of the continuation that this choice is. None: not asked for."""
 
 
 class Answer(msgspec.Struct, array_like=True, frozen=True):

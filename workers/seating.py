@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from workers.backlog import Backlog, Task
 from workers.constraints import Matcher
+from workers.logprobs import Noted
 from workers.prefixes import Prefixes
 from workers.sampling import RowSampler
 from workers.slots import NOBODY, Ints, SlotArrays
@@ -56,6 +57,8 @@ class Seat:
     sampler: RowSampler
     matcher: Matcher | None = None
     """Of a constrained text."""
+    noted: Noted | None = None
+    """Log-probabilities of the output, if they are asked for."""
     stream: TextStream | None = None
     parts: list[str] = field(default_factory=list)
     unsent_tokens: int = 0
@@ -77,6 +80,8 @@ class Seating:
         self.cached_tokens = 0
         self.constrained = 0
         """Seats with a matcher."""
+        self.noting = 0
+        """Seats that want log-probabilities."""
 
     def __getitem__(self, slot: int) -> Seat:
         seat = self._seats[slot]
@@ -117,6 +122,9 @@ class Seating:
         watched = task.job.stream or bool(sampling.stop)
         matcher = None if task.grammar is None else task.grammar.start()
         self.constrained += matcher is not None
+        alternatives = task.job.request.logprobs
+        noted = None if alternatives is None else Noted(task.limit, alternatives)
+        self.noting += noted is not None
         place = self._prefixes.place(task.prompt)
         slot, stale = slots.take(
             task.prompt,
@@ -127,11 +135,11 @@ class Seating:
             ignore_eos=sampling.ignore_eos,
             watched=watched,
             # A matcher takes a token at a time.
-            drafts=matcher is None,
+            drafts=matcher is None and noted is None,
         )
         if stale:
             self._decoder.forget(slot, place.keep)
-        self._seats[slot] = Seat(task, choice, sampler, matcher, TextStream(sampling.stop) if watched else None)
+        self._seats[slot] = Seat(task, choice, sampler, matcher, noted, TextStream(sampling.stop) if watched else None)
         self.cached_tokens += place.keep
         self._prefixes.taken(place)
         if place.donor != NOBODY:
@@ -170,6 +178,7 @@ class Seating:
     def leave(self, slot: int) -> None:
         """What sat in a slot has ended."""
         self.constrained -= self[slot].matcher is not None
+        self.noting -= self[slot].noted is not None
         self._slots.release(slot)
         self._empty(slot)
 

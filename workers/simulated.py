@@ -127,6 +127,11 @@ class SimulatedModel:
     def encoder(self, config: EngineConfig, tokens: int, threads: int) -> NoReturn:
         raise ModelFileError("a simulated engine generates text, and has no embeddings")
 
+    def scoring_context(
+        self, config: EngineConfig, sequences: int, threads: int, cells: int, outputs: int
+    ) -> SimulatedContext:
+        return SimulatedContext(self._times, sequences, config.ctx_tokens, config.batch_tokens)
+
 
 class SimulatedLibrary:
     """A `workers.library.Library`."""
@@ -243,6 +248,10 @@ class SimulatedContext:
         """One sequence's first `length` cells become another's, too."""
         self._states[target, : length + 1] = self._states[source, : length + 1]
         self._next[target] = self._next[source]
+
+    def share(self, source: int, target: int, count: int) -> None:
+        """The first cells of one sequence become another's, too."""
+        self._states[target, : count + 1] = self._states[source, : count + 1]
 
     def clear(self) -> None:
         """All sequences begin again."""

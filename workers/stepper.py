@@ -27,6 +27,7 @@ from workers.backlog import CANCELLED, Backlog
 from workers.choosing import Threads, choose, largest
 from workers.constraints import STUCK, Allowed, Constraints
 from workers.drafting import Drafting
+from workers.logprobs import Asker, Look
 from workers.meter import Meter
 from workers.protocol import Answer, Choice, Frame, Piece
 from workers.sampling import NOT_FINITE
@@ -122,7 +123,10 @@ class Stepper:
         decoded_s = now_s = self._clock()
         gaps, output_tokens, accepted = np.empty(0), 0, 0
         if rows is not None and logits is not None:
+            look = self._look(logits, rows)
             tokens = self._choose(logits, rows, allowed)
+            if look is not None:
+                look.note(tokens)
             now_s = self._clock()
             if not prompt_tokens:
                 self._time(used, check, now_s - fed_s)
@@ -222,7 +226,7 @@ class Stepper:
         silenced = np.flatnonzero(slots.ignore_eos[outputs])
         if silenced.size and self._eog_ids.size:
             logits[rows.output_rows[silenced, None], self._eog_ids] = -np.inf
-        threads = Threads(self._pool if logits.size >= PARALLEL_ELEMENTS_MIN else None, self._pool_threads)
+        threads = self._threads(logits)
         if allowed is None:
             return self._chosen(logits, rows, threads)
         allowed.forbid_others(logits, rows.output_rows, threads)
@@ -260,6 +264,20 @@ class Stepper:
     def _time(self, used: int, check: Check | None, seconds: float) -> None:
         if self._speculation is not None:
             self._speculation.timed(used, check.extra if check is not None else 0, seconds)
+
+    def _look(self, logits: npt.NDArray[np.float32], rows: Pass) -> Look | None:
+        """The rows whose log-probabilities are asked for, before tokens are chosen from them. None if nobody asks."""
+        if not self._seats.noting:
+            return None
+        askers = []
+        for place, slot in enumerate(rows.output_slots.tolist()):
+            noted = self._seats[slot].noted
+            if noted is not None:
+                askers.append(Asker(place, noted, int(self._slots.outputs[slot])))
+        return Look(logits, rows.output_rows, askers, self._threads(logits)) if askers else None
+
+    def _threads(self, logits: npt.NDArray[np.float32]) -> Threads:
+        return Threads(self._pool if logits.size >= PARALLEL_ELEMENTS_MIN else None, self._pool_threads)
 
     def _advance(self, outputs: Places, tokens: Ints, now_s: float) -> npt.NDArray[np.float64]:
         """Book the new tokens and finish what has ended. Returns the gaps between tokens in seconds."""
@@ -347,7 +365,10 @@ class Stepper:
         else:
             last_is_text = not (outputs.size and self._vocabulary.eog[outputs[-1]] and reason == "stop")
             text = self._vocabulary.pieces.text((outputs if last_is_text else outputs[:-1]).tolist())
-        result = Choice(text, reason, int(outputs.size))
+        if seat.task.job.request.echo:
+            text = self._vocabulary.pieces.prompt_text(seat.task.job.request.prompt) + text
+        noted = None if seat.noted is None else seat.noted.pack(outputs, self._vocabulary.pieces)
+        result = Choice(text, reason, int(outputs.size), noted)
         self._seats.leave(slot)
         if self._backlog.finish(self._index, seat.task, seat.choice, result, error, int(slots.cached[slot])):
             self._finished.append(seat.task.answer(self._clock()))

@@ -9,18 +9,22 @@ stop strings `PieceTable.text` does all of it at once, at the end.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 
 class PieceTable:
     """The bytes that each token stands for, asked of the vocabulary once per token.
 
-    Threads may share one: two that look up the same new token store the same bytes.
+    Threads may share one: two that look up the same new token store the same bytes. `name_of` says how the vocabulary
+    writes a token that stands for no text.
     """
 
-    def __init__(self, vocab_tokens: int, piece_of: Callable[[int], bytes]) -> None:
+    def __init__(
+        self, vocab_tokens: int, piece_of: Callable[[int], bytes], name_of: Callable[[int], str] = str
+    ) -> None:
         self._pieces: list[bytes | None] = [None] * vocab_tokens
         self._piece_of = piece_of
+        self._name_of = name_of
 
     def __getitem__(self, token: int) -> bytes:
         piece = self._pieces[token]
@@ -28,9 +32,17 @@ class PieceTable:
             piece = self._pieces[token] = self._piece_of(token)
         return piece
 
+    def shown(self, token: int) -> bytes | str:
+        """The bytes that a token stands for, or its name if it stands for none."""
+        return self[token] or self._name_of(token)
+
     def text(self, tokens: Iterable[int]) -> str:
         """The text of `tokens`; bytes that are no UTF-8 become U+FFFD."""
         return b"".join([self[token] for token in tokens]).decode("utf-8", "replace")
+
+    def prompt_text(self, prompt: str | Sequence[int]) -> str:
+        """A prompt as text: as it was written, or what its tokens stand for."""
+        return prompt if isinstance(prompt, str) else self.text(prompt)
 
 
 class TextStream:

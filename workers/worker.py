@@ -319,7 +319,7 @@ class Worker:
         return encode_result(
             request, answer.key, one.attempt, options.rank, session, choices, answer.prompt_tokens,
             answer.output_tokens, answer.queue_s, answer.ttft_s, answer.e2e_s, int(options.wall_clock()),
-            options.model_name, answer.cached_tokens,
+            options.model_name, answer.cached_tokens, [choice.logprobs for choice in answer.choices],
         )  # fmt: skip
 
     def _finish_failed(

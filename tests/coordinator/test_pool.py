@@ -14,6 +14,7 @@ from coordinator.pool import Pool, Result, result_of
 from scheduling.errors import ConfigError, InputError, RequestError, UserError
 from scheduling.recordline import encode_embeddings, encode_failure, encode_result
 from scheduling.requests import Request
+from tests.scheduling.test_logprobs import packed
 
 
 @pytest.fixture(autouse=True)
@@ -169,7 +170,9 @@ def test_unknown_or_impossible_option_is_refused(options: dict[str, Any], word: 
         Pool("none", **options)
 
 
-@pytest.mark.parametrize("sampling", [{"top_q": 1}, {"temperature": -1.0}, {"max_tokens": 0}])
+@pytest.mark.parametrize(
+    "sampling", [{"top_q": 1}, {"temperature": -1.0}, {"max_tokens": 0}, {"logprobs": 5}, {"top_logprobs": 5}]
+)
 def test_impossible_sampling_is_refused_at_once(pool: Pool, sampling: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         pool.generate(["x"], **sampling)
@@ -229,6 +232,16 @@ def test_result_of_embeddings_has_their_vectors(encoding: Literal["float", "base
     assert result.embedding.dtype == np.float32
     assert np.array_equal(result.embedding, vectors[0])
     assert (result.texts, result.finish_reason, result.output_tokens, result.ttft_s) == ((), "stop", 0, None)
+
+
+def test_result_has_log_probabilities_and_what_continuations_come_to() -> None:
+    request = Request(custom_id="c", kind="completion", prompt="x", continuations=("a", "b"), logprobs=0)
+    choices = [("a", "length", 0), ("b", "length", 0)]
+    known = [packed([b"a"], [-0.5]), packed([b"b"], [-1.5])]
+    result = result_of(encode_result(request, 7, 2, 3, 0, choices, 11, 0, 0.1, 0.0, 0.9, 1, "m", 0, known))
+    assert result.scores == (llmpi.Score(-0.5, True), llmpi.Score(-1.5, True))
+    assert [one and one["token_logprobs"] for one in result.logprobs] == [[-0.5], [-1.5]]
+    assert result.ttft_s is None
 
 
 def test_failed_line_is_a_result_with_its_error() -> None:

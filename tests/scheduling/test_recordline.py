@@ -6,6 +6,7 @@ import json
 import math
 import zlib
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -23,6 +24,7 @@ from scheduling.recordline import (
 )
 from scheduling.requests import Message, Request
 from scheduling.tables import FINISH_REASONS, REQUEST
+from tests.scheduling.test_logprobs import packed
 
 CHAT = Request(custom_id="a-1", kind="chat", messages=(Message("user", "hello"),))
 TEXT = Request(custom_id="b-2", kind="completion", prompt="hello")
@@ -99,6 +101,28 @@ def test_embeddings_are_base64_where_that_is_asked_for() -> None:
     request = Request(custom_id="e-4", kind="embedding", inputs=("a",), encoding_format="base64")
     line = encode_embeddings(request, 7, 2, 3, 1, np.array([[1, -2]], np.float32), 11, 0.25, 2.5, "m")
     assert json.loads(line)["response"]["body"]["data"][0]["embedding"] == "AACAPwAAAMA="
+
+
+def test_log_probabilities_are_in_the_shape_of_the_endpoint() -> None:
+    known = packed([b"hi"], [-0.5])
+    arguments = (7, 2, 3, 1, [("hi", "stop", 1)], 11, 1, 0.25, 0.5, 2.5, 1_700_000_000, "m", 0, [known])
+    chat, text = (json.loads(encode_result(one, *arguments)) for one in (CHAT, TEXT))
+    assert chat["response"]["body"]["choices"][0]["logprobs"]["content"][0]["token"] == "hi"
+    assert text["response"]["body"]["choices"][0]["logprobs"]["token_logprobs"] == [-0.5]
+    assert "llmpi" not in text["response"]["body"]["choices"][0]
+
+
+def test_a_continuation_says_what_it_comes_to() -> None:
+    request = msgspec.structs.replace(TEXT, continuations=("a", "b"), logprobs=0)
+    choices = [("a", "length", 0), ("b", "length", 0)]
+    known = [packed([b"a"], [-0.5]), packed([b"b", b"c"], [-1.0, -2.0])]
+    line = json.loads(encode_result(request, 7, 2, 3, 1, choices, 11, 0, 0.25, 0.0, 2.5, 1_700_000_000, "m", 0, known))
+    found = line["response"]["body"]["choices"]
+    assert [choice["llmpi"] for choice in found] == [
+        {"logprob": -0.5, "is_greedy": True}, {"logprob": -3.0, "is_greedy": True}
+    ]  # fmt: skip
+    assert found[1]["logprobs"]["token_logprobs"] == [-1.0, -2.0]
+    assert (line["llmpi"]["ttft_s"], line["llmpi"]["tpot_s"]) == (None, None)
 
 
 def test_time_per_output_token_is_undefined_for_one_token_for_none_and_for_several_choices() -> None:

@@ -127,7 +127,9 @@ OUT_OF_RANGE: list[tuple[str, object]] = [
     ("stop", ["a", ""]), ("stop", 3), ("logit_bias", {"a": 1}), ("logit_bias", {"1": 101}), ("logit_bias", [1]),
     ("logit_bias", {"1": float("nan")}), ("logit_bias", {str(key): 0 for key in range(1025)}), ("ignore_eos", 1),
     ("stream", "yes"), ("user", 5), ("metadata", {"a": 1}), ("prompt", ""), ("prompt", []), ("prompt", [-1]),
-    ("prompt", {"a": 1}), ("custom_id", ""), ("custom_id", 1.5),
+    ("prompt", {"a": 1}), ("custom_id", ""), ("custom_id", 1.5), ("top_logprobs", 21), ("echo", 1), ("logprobs", 21),
+    ("logprobs", -1), ("logprobs", "5"), ("continuations", []), ("continuations", "a"), ("continuations", [""]),
+    ("continuations", [[]]), ("continuations", [[-1]]), ("continuations", ["a"] * 1025),
 ]  # fmt: skip
 
 
@@ -143,8 +145,7 @@ def test_a_value_out_of_range_is_refused_with_field_value_and_range(name: str, v
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("logprobs", True), ("logprobs", 5), ("top_logprobs", 2),
-     ("tools", [{"type": "function"}]), ("tool_choice", "required"), ("echo", True), ("suffix", "x"),
+    [("tools", [{"type": "function"}]), ("tool_choice", "required"), ("suffix", "x"),
      ("best_of", 2), ("modalities", ["audio"]), ("audio", {})],
 )  # fmt: skip
 def test_what_only_a_later_version_can_do_is_refused_as_such(name: str, value: object) -> None:
@@ -226,6 +227,57 @@ def test_nul_and_very_long_prompts_are_accepted() -> None:
     assert parse({"prompt": "x" * 10_000_000}).prompt == "x" * 10_000_000
 
 
+# ---------------------------------------------------------------- log-probabilities
+
+
+def test_log_probabilities_are_asked_for_as_each_endpoint_has_it() -> None:
+    assert parse({**CHAT, "logprobs": True, "top_logprobs": 5}).logprobs == 5
+    assert parse({**CHAT, "logprobs": True}).logprobs == 0
+    assert parse({**CHAT, "logprobs": False, "top_logprobs": 0}).logprobs is None
+    assert parse({"prompt": "a", "logprobs": 3}).logprobs == 3
+    assert parse({"prompt": "a", "logprobs": 0}).logprobs == 0
+    assert parse({"prompt": "a", "echo": True}).echo
+    assert not parse({"prompt": "a", "echo": True}).scores
+
+
+def test_a_prompt_or_continuations_are_scored() -> None:
+    prompt = parse({"prompt": [1, 2], "echo": True, "logprobs": 1, "max_tokens": 1})
+    assert (prompt.scores, prompt.sampling.max_tokens, prompt.logprobs) == (True, 1, 1)
+    assert parse({"prompt": "a", "echo": True, "logprobs": 0, "max_tokens": 0}).scores
+    given = parse({"prompt": "a", "continuations": ["b", [7, 8]]}, defaults=Sampling(max_tokens=64))
+    assert (given.scores, given.continuations, given.logprobs) == (True, ("b", (7, 8)), 0)
+    assert given.sampling.max_tokens == 0, "whatever the default for requests that generate"
+
+
+SCORED: dict[str, object] = {"prompt": "a", "continuations": ["b"]}
+
+
+@pytest.mark.parametrize(
+    ("value", "param", "words"),
+    [
+        ({"prompt": "a", "logprobs": True}, "logprobs", "integer from 0 to 20 in a completion"),
+        ({"prompt": "a", "top_logprobs": 2}, "top_logprobs", "left out in a completion"),
+        ({**CHAT, "logprobs": 5}, "logprobs", "top_logprobs says how many"),
+        ({**CHAT, "top_logprobs": 2}, "top_logprobs", "where logprobs is not true"),
+        ({**CHAT, "echo": True}, "echo", "in a chat"),
+        ({**CHAT, "continuations": ["a"]}, "continuations", "in a chat"),
+        ({"prompt": "a", "max_tokens": 0}, "max_tokens", "0 beside echo and logprobs"),
+        ({"prompt": "a", "max_tokens": 0, "echo": True}, "max_tokens", "0 beside echo and logprobs"),
+        ({**CHAT, "max_tokens": 0, "logprobs": True}, "max_tokens", "0 beside echo and logprobs"),
+        ({"prompt": "a", "echo": True, "logprobs": 1}, "max_tokens", "(or 1, for one token more)"),
+        ({"prompt": "a", "echo": True, "logprobs": 1, "max_tokens": 2}, "max_tokens", "leave out echo"),
+        ({"prompt": "a", "echo": True, "logprobs": 1, "max_tokens": 1, "n": 2}, "n", "one answer"),
+        ({**SCORED, "n": 2}, "n", "one answer"),
+        ({**SCORED, "echo": True}, "echo", "beside continuations"),
+        ({**SCORED, "max_tokens": 5}, "max_tokens", "nothing is generated"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_with_what_to_do(value: object, param: str, words: str) -> None:
+    error = refusal(value)
+    assert error.param == param
+    assert words in str(error)
+
+
 # ---------------------------------------------------------------- properties
 
 _KEYS = sorted({*lines.Plain.__struct_fields__, *lines.Batch.__struct_fields__, "role", "content", "type", "text"})
@@ -278,6 +330,19 @@ def test_a_request_written_as_a_line_reads_back_the_same_whatever_the_defaults(
     for request in (
         Request(custom_id="a", kind="completion", sampling=Sampling(**sampling), prompt=prompt, model="m"),
         Request(custom_id="a", kind="chat", sampling=Sampling(**sampling), messages=(Message("user", prompt),)),
+        Request(custom_id="a", kind="completion", sampling=Sampling(**sampling), prompt=prompt, echo=True),
+        Request(custom_id="a", kind="completion", sampling=Sampling(**sampling), prompt=prompt, logprobs=3),
+        Request(
+            custom_id="a", kind="chat", sampling=Sampling(**sampling), messages=(Message("user", "b"),), logprobs=0
+        ),
+        Request(
+            custom_id="a",
+            kind="completion",
+            sampling=Sampling(**{**sampling, "n": 1, "max_tokens": 0}),
+            prompt=prompt,
+            logprobs=2,
+            continuations=("b", (3, 4)),
+        ),
     ):
         assert parse_request(request_line(request), defaults) == request
 

@@ -31,12 +31,23 @@ def vocabulary() -> Vocabulary:
     return Vocabulary(eog, PieceTable(VOCAB, piece_of))
 
 
-def job(key: int, prompt: tuple[int, ...] = (5,), *, stream: bool = False, seed: int = 0, **sampling: object) -> Job:
+def job(
+    key: int,
+    prompt: tuple[int, ...] = (5,),
+    *,
+    stream: bool = False,
+    seed: int = 0,
+    logprobs: int | None = None,
+    echo: bool = False,
+    **sampling: object,
+) -> Job:
     options: dict[str, object] = {"max_tokens": 4, "temperature": 0.0} | sampling
     request = Request(
         custom_id=str(key),
         kind="completion",
         prompt=prompt,
+        logprobs=logprobs,
+        echo=echo,
         sampling=Sampling(**options),  # type: ignore[arg-type]
     )
     return Job(key, seed, stream, request)
@@ -60,6 +71,14 @@ def passes(seq: list[int]) -> int:
     return count
 
 
+def remembered(tokens: list[int]) -> npt.NDArray[np.float32]:
+    """(VOCAB,) logits that differ for each sequence of tokens."""
+    state = 1
+    for token in tokens:
+        state = (state * 31 + token + 7) % 65_521
+    return np.random.default_rng(state).standard_normal(VOCAB, np.float32)
+
+
 class FakeDecoder:
     """A `workers.stepper.Decoder`. `batches` records the sequence ids of each decode, `emptied` the cells that went."""
 
@@ -77,8 +96,10 @@ class FakeDecoder:
         self.damage: set[int] = set()
         """Sequences whose next logits are NaN. Their cells stay so, whatever comes into them, until all are emptied."""
         self._poisoned: set[int] = set()
+        self.remembers = False
+        """Logits depend on all tokens of the sequence, not on the last one alone."""
         self.cells: dict[int, list[int]] = {}
-        self._logits = np.empty((0, VOCAB), np.float32)
+        self.logits_now = np.empty((0, VOCAB), np.float32)
 
     def decode(self, rows: int) -> int:
         assert 0 < rows <= self.batch_tokens
@@ -96,18 +117,20 @@ class FakeDecoder:
             if self.wanted[row]:
                 logits = np.arange(VOCAB, dtype=np.float32) / VOCAB
                 logits[(self.token[row] + 1) % VOCAB] = 9.0
+                if self.remembers:
+                    logits += remembered(cells)
                 if one in self.damage:
                     self.damage.discard(one)
                     self._poisoned.add(one)
                 if one in self._poisoned:
                     logits[3] = np.nan
                 out.append(logits)
-        self._logits = np.array(out, np.float32).reshape(-1, VOCAB)
+        self.logits_now = np.array(out, np.float32).reshape(-1, VOCAB)
         return 0
 
     def logits(self, rows: int) -> npt.NDArray[np.float32]:
-        assert rows == len(self._logits)
-        return self._logits
+        assert rows == len(self.logits_now)
+        return self.logits_now
 
     def forget(self, seq: int, first: int = 0) -> None:
         cells = self.cells.pop(seq, [])
@@ -123,6 +146,11 @@ class FakeDecoder:
         if source in self._poisoned:
             self._poisoned.add(target)
         self.forget(target, length)
+
+    def share(self, source: int, target: int, count: int) -> None:
+        assert not self.cells.get(target)
+        assert len(self.cells[source]) >= count
+        self.cells[target] = self.cells[source][:count]
 
     def clear(self) -> None:
         self.cells.clear()

@@ -107,9 +107,9 @@ def answers(said: list[FromEngine]) -> dict[int, Answer]:
 
 
 def counted(said: list[FromEngine]) -> tuple[int, int]:
-    """Prompt and output tokens by the engine's own counters."""
+    """Prompt tokens, computed or found in the cache, and output tokens by the engine's own counters."""
     stats = [message for message in said if isinstance(message, Stats)]
-    return sum(one.prompt_tokens for one in stats), sum(one.output_tokens for one in stats)
+    return sum(one.prompt_tokens + one.cached_tokens for one in stats), sum(one.output_tokens for one in stats)
 
 
 def config(

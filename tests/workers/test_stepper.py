@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduling.errors import EngineError
+from scheduling.logprobs import completion_logprobs
 from tests.workers import engine_fakes
-from tests.workers.engine_fakes import EOG, VOCAB, FakeDecoder, job, passes
+from tests.workers.engine_fakes import EOG, VOCAB, FakeDecoder, job, passes, piece_of
 from workers import stepper as stepper_module
 from workers.backlog import Backlog, Lane, Task
 from workers.constraints import Constraints
@@ -278,6 +279,55 @@ def test_a_step_that_brings_nothing_sends_nothing() -> None:
     assert [frame.started for frame in rig.frames] == [[1]]
     rig.stepper.step()
     assert len(rig.frames) == 1
+
+
+def test_each_output_token_has_its_log_probability_before_bias_and_penalties() -> None:
+    rig = Rig()
+    rig.submit(
+        job(1, (30,), max_tokens=3, logprobs=2, logit_bias={40: 50.0}, repeat_penalty=2.0),
+        job(2, (30,), max_tokens=3),
+        job(3, (60,), max_tokens=9, logprobs=0),
+    )
+    answers = rig.run()
+    row = np.arange(VOCAB, dtype=np.float64) / VOCAB
+    row[31] = 9.0
+    first = row - np.log(np.exp(row).sum())
+    packed = answers[1].choices[0].logprobs
+    assert packed is not None
+    shape = completion_logprobs(packed)
+    assert shape.tokens == ["i"] * 3
+    assert shape.token_logprobs[0] == pytest.approx(first[40], abs=1e-5)
+    assert shape.top_logprobs is not None
+    assert shape.top_logprobs[0] == pytest.approx({"<31>": first[31], "<63>": first[63], "i": first[40]}, abs=1e-5)
+    assert not packed.greedy
+    assert answers[2].choices[0].logprobs is None
+    ended = answers[3].choices[0]
+    assert (ended.text, ended.output_tokens) == ("<61><62>", 3)
+    assert ended.logprobs is not None
+    assert completion_logprobs(ended.logprobs).tokens == ["<61>", "<62>", "<63>"]
+    assert ended.logprobs.greedy
+
+
+def test_log_probabilities_follow_a_sequence_that_moves_or_starts_again() -> None:
+    rig = Rig(slots=6, shape=SHAPED)
+    rig.submit(*(job(key, (key,), max_tokens=2 + 3 * key, logprobs=1, ignore_eos=True) for key in range(12)))
+    rig.decoder.damage = {2}
+    answers = rig.run()
+    for key, answer in answers.items():
+        if answer.error is None:
+            packed = answer.choices[0].logprobs
+            assert packed is not None
+            tokens = completion_logprobs(packed).tokens
+            assert tokens == [piece_of((key + 1 + place) % VOCAB).decode() for place in range(2 + 3 * key)]
+            assert packed.greedy
+    assert sum(answer.error is not None for answer in answers.values()) == 1
+
+
+@pytest.mark.parametrize("stop", [(), ("zz",)])
+def test_echo_puts_the_prompt_before_the_answer(stop: tuple[str, ...]) -> None:
+    rig = Rig()
+    rig.submit(job(1, (32, 33), echo=True, stop=stop))
+    assert only(rig.run()[1]) == ("abcdef", "length", 4)
 
 
 SHAPED = Shape(steady=True, pad_tokens=8, moves=True, patience=0.6)
