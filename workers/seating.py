@@ -159,8 +159,8 @@ class Seating:
     def _move(self, moves: list[tuple[int, int]]) -> None:
         slots = self._slots
         for source, target in moves:
-            if slots.fed[source]:
-                self._decoder.copy(source, target, int(slots.fed[source]))
+            if tokens := int(slots.fed[source]):
+                self._decoder.copy(source, target, tokens)
             else:
                 self._decoder.forget(target)
             slots.move(source, target)

@@ -1,7 +1,10 @@
 """A decoder that needs no model, and short ways to write jobs.
 
 The fake 'model' has 64 tokens and says after token t at position p: (t + 1) % 64. So from prompt [5] comes 6, 7, …
-Token 63 ends a generation. Its memory is checked like llama.cpp's: each sequence's positions must follow on.
+Token 63 ends a generation. Or it says what `next_token` makes of all tokens before, so that each of them counts.
+
+Its memory is checked like llama.cpp's, with a stream for each sequence: positions must follow on, and a copy is of a
+whole stream and takes place at the next decode.
 """
 
 from __future__ import annotations
@@ -53,6 +56,22 @@ def job(
     return Job(key, seed, stream, request)
 
 
+def next_token(before: list[int]) -> int:
+    """What the fake model says after these tokens, if each of them counts. Never the end."""
+    found = 7
+    for token in before:
+        found = (31 * found + token + 1) % 1_000_003
+    return found % EOG
+
+
+def said_after(prompt: tuple[int, ...], count: int) -> str:
+    """The text of `count` output tokens, each of which depends on all before."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(tokens))
+    return b"".join(map(piece_of, tokens[len(prompt) :])).decode()
+
+
 def passes(seq: list[int]) -> int:
     """In how many passes llama.cpp computes rows of these sequences, each KV stream being apart.
 
@@ -80,11 +99,14 @@ def remembered(tokens: list[int]) -> npt.NDArray[np.float32]:
 
 
 class FakeDecoder:
-    """A `workers.stepper.Decoder`. `batches` records the sequence ids of each decode, `emptied` the cells that went."""
+    """A `workers.seating.Decoder`. `batches` records the sequence ids of each decode, `emptied` the cells that went."""
 
-    def __init__(self, batch_tokens: int = 64, ctx_tokens: int = 100) -> None:
+    def __init__(self, batch_tokens: int = 64, ctx_tokens: int = 100, reads_all: bool = False) -> None:
         self.batch_tokens = batch_tokens
         self.ctx_tokens = ctx_tokens
+        self.reads_all = reads_all
+        self.copies: list[tuple[int, int, int]] = []
+        """(source, target, cells) of each copy."""
         self.token = np.zeros(batch_tokens, np.int32)
         self.pos = np.zeros(batch_tokens, np.int32)
         self.seq = np.zeros(batch_tokens, np.int32)
@@ -100,6 +122,9 @@ class FakeDecoder:
         """Logits depend on all tokens of the sequence, not on the last one alone."""
         self.cells: dict[int, list[int]] = {}
         self.logits_now = np.empty((0, VOCAB), np.float32)
+        self._memory: dict[int, list[int]] = {}
+        """What is written where the cells are: what has been emptied is still there."""
+        self._pending: list[tuple[int, int]] = []
 
     def decode(self, rows: int) -> int:
         assert 0 < rows <= self.batch_tokens
@@ -108,15 +133,20 @@ class FakeDecoder:
         self.batches.append(seq)
         if self.codes and (code := self.codes.pop(0)):
             return code
+        for source, target in self._pending:
+            self._memory[target] = list(self._memory[source])
+        self._pending.clear()
         out = []
         for row, one in enumerate(seq):
-            cells = self.cells.setdefault(one, [])
+            cells, memory = self.cells.setdefault(one, []), self._memory.setdefault(one, [])
             assert self.pos[row] == len(cells), "positions must follow on"
             cells.append(int(self.token[row]))
+            memory[len(cells) - 1 :] = cells[-1:]
+            assert memory == cells, "what is attended to is not what was asked for"
             assert len(cells) <= self.ctx_tokens, "no cell is left"
             if self.wanted[row]:
                 logits = np.arange(VOCAB, dtype=np.float32) / VOCAB
-                logits[(self.token[row] + 1) % VOCAB] = 9.0
+                logits[next_token(cells) if self.reads_all else (self.token[row] + 1) % VOCAB] = 9.0
                 if self.remembers:
                     logits += remembered(cells)
                 if one in self.damage:
@@ -142,6 +172,8 @@ class FakeDecoder:
     def copy(self, source: int, target: int, length: int) -> None:
         cells = self.cells.get(source, [])
         assert 0 < length <= len(cells), "cells that are not there cannot be copied"
+        self.copies.append((source, target, length))
+        self._pending.append((source, target))
         self.cells[target] = list(cells)
         if source in self._poisoned:
             self._poisoned.add(target)
@@ -151,7 +183,9 @@ class FakeDecoder:
         assert not self.cells.get(target)
         assert len(self.cells[source]) >= count
         self.cells[target] = self.cells[source][:count]
+        self._memory[target] = self._memory[source][:count]
 
     def clear(self) -> None:
         self.cells.clear()
+        self._pending.clear()
         self._poisoned.clear()

@@ -34,11 +34,12 @@ class Rig:
         shape: Shape = Shape(),  # noqa: B008
         constraints: Constraints | None = None,
         drafting: Drafting | None = None,
+        reads_all: bool = False,
     ) -> None:
         self.now = 0.0
         self.frames: list[Frame] = []
         self.stats: list[Stats] = []
-        self.decoder = FakeDecoder(batch_tokens, ctx_tokens)
+        self.decoder = FakeDecoder(batch_tokens, ctx_tokens, reads_all)
         self.backlog = Backlog()
         self.meter = Meter(self.stats.append, 0.0)
         self.ctx_tokens = ctx_tokens
