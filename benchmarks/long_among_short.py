@@ -3,25 +3,28 @@
 usage: python benchmarks/long_among_short.py MODEL [--requests N] [--prompt-tokens N] [--output-tokens N]
            [--long-tokens N] [--place SHARE] [--slots N] [--device auto|gpu|cpu] [--repeats N] [--one-size]
 
-Each repeat starts an engine for the short requests alone, then one for the same requests with a long one among them, as
-fitting sizes them; with `--one-size` also one whose slots are all sized for the long one. Loading is in no figure. The
-long request is handed in at its place in the line (0: first, 1: last).
+Each repeat starts an engine for the short requests alone, one for the long one, and one for all, sized by what fits;
+with `--one-size` also one whose slots are all sized for the long one. Loading is in no figure. The long request is
+handed in at its place in the line (0: first, 1: last). What its own tokens cost is no loss: 'one after the other' has
+the times of both alone over the time of both together.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Sequence
 
-from coordinator.bench_engine import BenchEngine, engine_of
+import msgspec
+
+from coordinator.bench_engine import BenchEngine, Repeat, engine_of
 from coordinator.bench_load import Load
 from coordinator.config import JobConfig
-from coordinator.setup import Setup, prepare
+from coordinator.setup import prepare
 from scheduling.lengths import Lengths
 from scheduling.modelsize import CELLS_TOGETHER
-from workers.protocol import Job
+from workers.protocol import EngineConfig, Job
 
+SHORT, LONG, BOTH, ONE_SIZE = "short ones", "the long one", "both", "both, one size"
 WARM_UP = 1 << 30
 
 
@@ -50,60 +53,61 @@ def lengths_of(options: argparse.Namespace, *, with_long: bool) -> Lengths:
     return Lengths(options.requests + 1, counts, options.long_tokens, whole=True)
 
 
-def jobs_of(options: argparse.Namespace, load: Load, vocab_tokens: int, repeat: int, *, with_long: bool) -> list[Job]:
-    """The requests in the order in which they are handed in."""
-    jobs = load.jobs(vocab_tokens, repeat)
-    if with_long:
-        size = options.long_tokens - options.output_tokens
-        prompt = [(31 * place + repeat) % vocab_tokens for place in range(size)]
-        jobs.insert(round(options.place * len(jobs)), load.job(len(jobs), prompt, options.output_tokens))
-    return jobs
+def jobs_of(options: argparse.Namespace, load: Load, vocab_tokens: int, repeat: int) -> dict[str, list[Job]]:
+    """What is asked in turn, in the order in which it is handed in."""
+    short = load.jobs(vocab_tokens, repeat)
+    prompt = [(31 * place + repeat) % vocab_tokens for place in range(options.long_tokens - options.output_tokens)]
+    long = load.job(len(short), prompt, options.output_tokens)
+    place = round(options.place * len(short))
+    return {SHORT: short, LONG: [long], BOTH: [*short[:place], long, *short[place:]]}
 
 
-def speed(
-    options: argparse.Namespace, setup: Setup, load: Load, repeat: int, *, with_long: bool, ctx: int | None
-) -> float:
-    """Total tokens a second."""
-    config = JobConfig(
-        model=options.model, device=options.device, slots=options.slots or "auto", ctx="auto" if ctx is None else ctx
-    )
-    bench = BenchEngine(engine_of(config, setup, lengths_of(options, with_long=with_long)))
+def measure(engine: EngineConfig, options: argparse.Namespace, load: Load, repeat: int, kind: str) -> Repeat:
+    """`kind` of the jobs, by an engine of their own."""
+    bench = BenchEngine(engine)
     try:
         vocab_tokens = bench.loaded.vocab_tokens
         bench.run(load.jobs(vocab_tokens, WARM_UP)[:8])
-        jobs = jobs_of(options, load, vocab_tokens, repeat, with_long=with_long)
-        return bench.run(jobs).total_tokens_per_s
+        return bench.run(jobs_of(options, load, vocab_tokens, repeat)[kind])
     finally:
         bench.close()
 
 
-def show(name: str, speeds: Sequence[float], alone: Sequence[float]) -> None:
-    ratios = [one / other for one, other in zip(speeds, alone, strict=True)]
-    spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
-    print(f"{name:>22} {statistics.median(speeds):12,.0f} {statistics.median(ratios):8.3f}  ({spread})")
+def show(name: str, values: list[float], form: str) -> None:
+    spread = f"{min(values):{form}} to {max(values):{form}}"
+    print(f"{name:>40} {statistics.median(values):>10{form}}  ({spread})")
 
 
 def main() -> None:
     options = parse()
-    setup = prepare(JobConfig(model=options.model, device=options.device))
+    config = JobConfig(model=options.model, device=options.device, slots=options.slots or "auto")
+    setup = prepare(config)
     if setup.problem is not None:
         raise SystemExit(str(setup.problem))
     load = Load(
         requests=options.requests, prompt_tokens=options.prompt_tokens, output_tokens=options.output_tokens,
         output_tokens_max=options.output_tokens,
     )  # fmt: skip
-    kinds: dict[str, tuple[bool, int | None]] = {"short ones alone": (False, None), "with the long one": (True, None)}
+    alone = engine_of(config, setup, lengths_of(options, with_long=False))
+    among = engine_of(config, setup, lengths_of(options, with_long=True))
+    engines = {SHORT: alone, LONG: among, BOTH: among}
     if options.one_size:
-        kinds["all slots as long"] = (True, options.long_tokens)
-    speeds: dict[str, list[float]] = {name: [] for name in kinds}
+        engines[ONE_SIZE] = msgspec.structs.replace(among, ctx_tokens=options.long_tokens, long_slots=0)
+    found: dict[str, list[Repeat]] = {kind: [] for kind in engines}
     for repeat in range(options.repeats):
-        for name, (with_long, ctx) in kinds.items():
-            speeds[name].append(speed(options, setup, load, repeat, with_long=with_long, ctx=ctx))
+        for kind, engine in engines.items():
+            found[kind].append(measure(engine, options, load, repeat, BOTH if kind == ONE_SIZE else kind))
     sizes = f"{options.prompt_tokens} + {options.output_tokens} tokens"
-    print(f"{options.requests} requests of {sizes}, one of {options.long_tokens:,} in all")
-    print(f"{'':>22} {'tokens/s':>12} {'ratio':>8}  (spread)")
-    for name, found in speeds.items():
-        show(name, found, speeds["short ones alone"])
+    print(f"{options.requests} requests of {sizes}, one of {options.long_tokens:,} in all; medians")
+    for kind, repeats in found.items():
+        show(f"{kind}, tokens/s", [one.total_tokens_per_s for one in repeats], ",.0f")
+    for kind in found:
+        if kind in (BOTH, ONE_SIZE):
+            rows = list(zip(found[kind], found[SHORT], found[LONG], strict=True))
+            speeds = [one.total_tokens_per_s / short.total_tokens_per_s for one, short, _ in rows]
+            times = [(short.wall_s + long.wall_s) / one.wall_s for one, short, long in rows]
+            show(f"{kind} / short ones alone", speeds, ".3f")
+            show(f"{kind} / one after the other", times, ".3f")
 
 
 if __name__ == "__main__":

@@ -66,7 +66,9 @@ class LengthScan:
         self._longest = 0
 
     def add(self, request: Request) -> None:
-        """One request of the input."""
+        """One request of the input. One for embeddings takes no slot."""
+        if request.inputs:
+            return
         likely, most = prompt_tokens(request)
         self._add(likely, most, request.sampling.max_tokens, request.sampling.n)
 

@@ -17,6 +17,8 @@ CELLS_TOGETHER = 256
 """llama.cpp rounds the cells of a sequence up to a multiple of this."""
 POOLS = 2
 """Kernels of a GPU keep as much again as the graph, for converted inputs."""
+CHECKED_ROWS = 32
+"""Rows whose logits a context has room for at least: drafts are checked with them (`workers.speculation.ROWS_MAX`)."""
 CACHE_BYTES_OF_32 = {"f16": 64, "q8_0": 34, "q4_0": 18}
 """What 32 values take in a cache of each type."""
 
@@ -189,4 +191,4 @@ def _context_bytes(shape: ModelShape, ask: Ask, ubatch: int, slots: int, ctx_tok
     if gpus and (ask.type_k, ask.type_v) != ("f16", "f16"):
         # Attention over many rows reads 16 bits: the cells of one layer after the other are converted.
         graph += 2 * slots * cells * max((keys + values for keys, values in shape.cache_values), default=0)
-    return graph + logits_bytes(shape, slots)
+    return graph + logits_bytes(shape, max(slots, CHECKED_ROWS))

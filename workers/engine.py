@@ -284,7 +284,7 @@ class BatchingEngine:
 
     def _drafting(self, slots: int, threads: int, config: EngineConfig) -> Drafting | None:
         """How a context of so many slots drafts. What was drafted wrongly can be taken back only cell by cell."""
-        model = self._draft_model
+        model = self._draft_model if config.draft_model is not None else None
         if config.speculate == "never" or not self._model.keeps_cells:
             return None
         drafter: Drafter = PromptLookup()
@@ -409,7 +409,10 @@ class BatchingEngine:
 
 
 def _long(config: EngineConfig) -> EngineConfig:
-    """The one context of the long slots. Its steps read one micro-batch at most: those of the others come between."""
+    """The one context of the long slots. Its steps read one micro-batch at most: those of the others come between.
+
+    A draft model would need long caches of its own, for which nobody has set memory aside.
+    """
     return msgspec.structs.replace(
         config,
         slots=config.long_slots,
@@ -417,4 +420,5 @@ def _long(config: EngineConfig) -> EngineConfig:
         ctx_tokens=config.long_ctx_tokens,
         batch_tokens=min(config.batch_tokens, config.ubatch_tokens),
         sampling_threads=1,
+        draft_model=None,
     )

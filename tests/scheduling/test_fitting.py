@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from scheduling.errors import ConfigError
 from scheduling.fitting import DRIVER_BYTES, DRIVER_SHARE, MARGIN, SLOTS_GPU, SLOTS_GPU_UNKNOWN, Fit, Room, fit
 from scheduling.lengths import Lengths
-from scheduling.modelsize import Ask, Layout, ModelShape, cells_of, needs
+from scheduling.modelsize import CHECKED_ROWS, Ask, Layout, ModelShape, cells_of, needs
 from tests.scheduling.shapes import B1, B8, B70, llama
+from workers.speculation import ROWS_MAX
 
 GB = 10**9
 HOST = 256 * GB
@@ -180,6 +181,10 @@ def test_the_sum_adds_up() -> None:
     said = fit(B8, Ask(), gpu(80), ONE_LONG).said
     free, margin, model, buffers, left = (float(number) for number in re.findall(r"([\d.]+) GB", said))
     assert free - margin - model - buffers == pytest.approx(left, abs=0.3)
+
+
+def test_drafts_have_room_for_their_logits() -> None:
+    assert CHECKED_ROWS == ROWS_MAX
 
 
 # ---------------------------------------------------------------- whatever is asked

@@ -55,6 +55,12 @@ def test_nothing_read_is_nothing_known() -> None:
     assert LengthScan(1).found(whole=True) is None
 
 
+def test_requests_for_embeddings_take_no_slots() -> None:
+    scan = LengthScan(100)
+    scan.add(Request(custom_id="x", kind="embedding", inputs=("a text",)))
+    assert scan.found(whole=True) is None
+
+
 def test_a_line_of_text_is_a_prompt() -> None:
     scan = LengthScan(100)
     scan.add_text(b"word " * 50)
