@@ -38,8 +38,6 @@ Ints = npt.NDArray[np.int32]
 Places = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
-READ_CHUNK_TOKENS = 256
-"""Most tokens of one prompt in a step in which others decode: they wait for it."""
 CELLS_STEP = 256
 """A pass attends to a multiple of this many cells of each stream: as many as the longest stream in it needs."""
 IDLE_ROOM = 32
@@ -254,11 +252,11 @@ class SlotArrays:
         pass with, and the last token of its prompt needs no pass of its own."""
         return not self.shape.steady or self.count - self.free == 1
 
-    def mixed_pass(self, batch_tokens: int) -> Pass:
-        """A token for each slot that decodes, then prompts in order of arrival while there is room. Marks them as fed.
-        At least one slot must be in use."""
+    def mixed_pass(self, batch_tokens: int, read_tokens: int) -> Pass:
+        """A token for each slot that decodes, then prompts in order of arrival while there is room, `read_tokens` of
+        them at most. Marks them as fed. At least one slot must be in use."""
         slots = np.flatnonzero(self.used & (self.donor == NOBODY))
-        counts = self._shares(slots, batch_tokens)
+        counts = self._shares(slots, batch_tokens, read_tokens)
         slots, counts = slots[counts > 0], counts[counts > 0]
         ends = np.cumsum(counts)
         column = np.arange(ends[-1]) + np.repeat(self.fed[slots] - (ends - counts), counts)
@@ -280,14 +278,15 @@ class SlotArrays:
             trim=slots[:0],
         )
 
-    def _shares(self, slots: Places, batch_tokens: int) -> Places:
+    def _shares(self, slots: Places, batch_tokens: int, read_tokens: int) -> Places:
         """How many tokens each of `slots` feeds in a mixed pass."""
         left = self.length[slots] - self.fed[slots]
-        if int(left.sum()) <= batch_tokens:
-            return left
         # After a failure those that have put out something are read again, too.
         decoding = left == 1
-        room = batch_tokens - int(np.count_nonzero(decoding))
+        alone = int(np.count_nonzero(decoding))
+        room = min(batch_tokens - alone, read_tokens)
+        if int(left.sum()) - alone <= room:
+            return left
         reading = np.flatnonzero(~decoding)
         reading = reading[np.argsort(self.order[slots[reading]])]
         before = np.cumsum(left[reading]) - left[reading]
@@ -302,8 +301,6 @@ class SlotArrays:
         if not slots.size:
             return
         left = self.length[slots] - self.fed[slots] - 1
-        if self.decoding:
-            left = np.minimum(left, READ_CHUNK_TOKENS)
         if int(left.sum()) > batch_tokens:
             by_age = np.argsort(self.order[slots])
             before = np.cumsum(left[by_age]) - left[by_age]

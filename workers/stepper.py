@@ -29,6 +29,7 @@ from workers.constraints import STUCK, Allowed, Constraints
 from workers.drafting import Drafting
 from workers.logprobs import Asker, Look
 from workers.meter import Meter
+from workers.pace import Pace
 from workers.protocol import Answer, Choice, Frame, Piece
 from workers.sampling import NOT_FINITE
 from workers.seating import Decoder, Seat, Seating
@@ -84,6 +85,7 @@ class Stepper:
         self._constraints = constraints
         self._pool = pool if pool_threads > 1 else None
         self._pool_threads = pool_threads
+        self._pace = Pace(decoder.batch_tokens)
         self._clock = clock
         self._cancels_seen = 0
         self._errors_in_a_row = 0
@@ -113,6 +115,7 @@ class Stepper:
             self._emit()
             return False
         began_s = self._clock()
+        decoding = self._slots.decoding
         check = self._speculation.check() if self._speculation is not None else None
         fed_s = self._clock()
         rows, prompt_tokens = self._feed(check)
@@ -149,6 +152,8 @@ class Stepper:
             sample_s=now_s - decoded_s,
             gaps_s=gaps,
         )
+        if check is None:
+            self._pace.observe(decoding, prompt_tokens, ended_s - self._step_ended_s)
         self._seats.cached_tokens = 0
         self._step_ended_s = ended_s
         return True
@@ -161,11 +166,12 @@ class Stepper:
         slots, decoder = self._slots, self._decoder
         if check is not None:
             return (check.rows if self._decode(check.rows) else None), 0
+        read_tokens = self._pace.allowed(slots.decoding)
         if slots.mixes:
-            rows = slots.mixed_pass(decoder.batch_tokens)
+            rows = slots.mixed_pass(decoder.batch_tokens, read_tokens)
             return (rows, rows.prompt_tokens) if self._decode(rows) else (None, 0)
         tokens = 0
-        for part in slots.read_passes(decoder.batch_tokens):
+        for part in slots.read_passes(min(decoder.batch_tokens, read_tokens)):
             if not self._decode(part):
                 return None, tokens
             tokens += part.prompt_tokens

@@ -141,7 +141,7 @@ def test_what_a_busy_slot_will_have_is_waited_for() -> None:
         table.seat(tokens(SYSTEM, (last,)))
     assert table.slots.donor[:3].tolist() == [NOBODY, 0, 0]
     assert table.prefixes.settled() == []
-    assert table.slots.mixed_pass(100).seq.tolist() == [0] * 41, "those that wait read nothing"
+    assert table.slots.mixed_pass(100, 100).seq.tolist() == [0] * 41, "those that wait read nothing"
     assert table.prefixes.settled() == [1, 2]
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tests.workers.engine_fakes import passes
 from workers.shape import Shape
-from workers.slots import READ_CHUNK_TOKENS, Pass, SlotArrays
+from workers.slots import Pass, SlotArrays
 
 SHAPED = Shape(steady=True, pad_tokens=10, moves=True)
 PLAIN = Shape()
@@ -32,7 +32,7 @@ def read_all(slots: SlotArrays, batch_tokens: int = 1000) -> list[Pass]:
 def step(slots: SlotArrays, batch_tokens: int = 1000) -> list[Pass]:
     """The passes of a step, after which token 7 is put out wherever one was wanted."""
     if slots.mixes:
-        found = [slots.mixed_pass(batch_tokens)]
+        found = [slots.mixed_pass(batch_tokens, batch_tokens)]
     else:
         found = read_all(slots, batch_tokens)
         slots.trim_idle()
@@ -53,7 +53,7 @@ def test_the_smallest_free_slot_is_taken() -> None:
 
 def test_a_mixed_prompt_is_fed_in_pieces_and_wants_its_last_row_only() -> None:
     slots = with_prompts(5, shape=PLAIN)
-    first, second = slots.mixed_pass(3), slots.mixed_pass(3)
+    first, second = slots.mixed_pass(3, 3), slots.mixed_pass(3, 3)
     assert (first.token.tolist(), first.pos.tolist()) == ([0, 1, 2], [0, 1, 2])
     assert not first.wanted.any()
     assert first.output_slots.size == 0
@@ -62,13 +62,23 @@ def test_a_mixed_prompt_is_fed_in_pieces_and_wants_its_last_row_only() -> None:
     assert second.output_slots.tolist() == [0]
 
 
+def test_in_a_mixed_pass_prompts_are_read_no_faster_than_asked_for() -> None:
+    slots = with_prompts(1, 9, 9, shape=PLAIN)
+    slots.mixed_pass(1, 100)
+    slots.put(np.array([0]), np.array([7], np.int32), 0.0)
+    assert [slots.mixed_pass(100, 4).seq.tolist(), slots.mixed_pass(100, 7).seq.tolist()] == [
+        [0, 1, 1, 1, 1],
+        [1, 1, 1, 1, 1, 2, 2],
+    ]
+
+
 def test_in_a_mixed_pass_decoding_goes_on_beside_prompts_which_share_what_is_left() -> None:
     slots = SlotArrays(3, 16)
     slots.take(prompt(2), 4)
     step(slots)
     slots.take(prompt(4, 20), 4)
     slots.take(prompt(4, 30), 4)
-    rows = slots.mixed_pass(6)
+    rows = slots.mixed_pass(6, 6)
     assert rows.seq.tolist() == [0, 1, 1, 1, 1, 2]
     assert rows.token.tolist() == [7, 20, 21, 22, 23, 30]
     assert rows.pos.tolist() == [2, 0, 1, 2, 3, 0]
@@ -91,7 +101,7 @@ def test_after_a_failure_nothing_overflows_though_all_is_fed_again() -> None:
     slots = with_prompts(9, 9, 9, shape=PLAIN)
     step(slots)
     slots.forget_all()
-    fed = [slots.mixed_pass(8).token.size for _ in range(4)]
+    fed = [slots.mixed_pass(8, 8).token.size for _ in range(4)]
     assert fed == [8, 8, 8, 6]
     assert (slots.fed == slots.length).all()
 
@@ -132,12 +142,12 @@ def test_a_prompt_that_is_being_read_takes_part_in_the_decode_pass() -> None:
     slots.decode_pass()
     slots.put(np.array([0, 2]), np.array([7, 8], np.int32), 0.0)
     slots.fed[1] = 0
-    (read,) = read_all(slots)
-    assert read.seq.tolist() == [1] * READ_CHUNK_TOKENS, "others decode: they do not wait for all of it"
+    (read,) = read_all(slots, 256)
+    assert read.seq.tolist() == [1] * 256
     rows = slots.decode_pass()
     assert rows is not None
     assert rows.seq.tolist() == [0, 1, 2]
-    assert rows.pos.tolist() == [1, READ_CHUNK_TOKENS, 1]
+    assert rows.pos.tolist() == [1, 256, 1]
     assert rows.output_slots.tolist() == rows.output_rows.tolist() == [0, 2]
     assert rows.prompt_tokens == 1
 
@@ -302,7 +312,7 @@ def test_every_sequence_is_fed_once_and_in_order(work: list[tuple[int, int]], ba
             running[slots.take(prompt(length, number * 100), limit)[0]] = number
             fed[number] = []
         if slots.mixes:
-            last: Pass | None = slots.mixed_pass(batch)
+            last: Pass | None = slots.mixed_pass(batch, batch)
         else:
             for rows in slots.read_passes(batch):
                 check(rows)

@@ -141,6 +141,33 @@ def test_many_more_requests_than_slots_are_all_answered_in_full() -> None:
     assert rig.backlog.running == 0
 
 
+@pytest.mark.parametrize("shape", [Shape(), Shape(steady=True)], ids=["mixed", "steady"])
+def test_long_prompts_are_read_in_pieces_that_keep_gaps_short(shape: Shape) -> None:
+    rig = Rig(batch_tokens=600, ctx_tokens=700, shape=shape)
+    real, seen = rig.decoder.decode, [0]
+
+    def slow(rows: int) -> int:
+        """A step takes 20 ms, and 1 ms for each row beyond the first."""
+        rig.now += 0.02 + 0.001 * (rows - 1)
+        seen.append(rows)
+        return real(rows)
+
+    rig.decoder.decode = slow  # type: ignore[method-assign]
+    rig.submit(job(1, (1,), max_tokens=90))
+    for _ in range(20):
+        rig.stepper.step()
+    rig.submit(*(job(key, (2,) * 500, max_tokens=1) for key in range(2, 6)))
+    for _ in range(3):
+        rig.stepper.step()
+    first = max(seen)
+    seen.clear()
+    for _ in range(20):
+        rig.stepper.step()
+    assert first > 200, "what it costs is not known yet"
+    assert 32 <= max(seen) <= 65
+    assert rig.run()[5].output_tokens == 1
+
+
 def test_a_long_prompt_does_not_stop_the_others() -> None:
     rig = Rig(batch_tokens=8)
     rig.submit(job(1, (1,), max_tokens=10))

@@ -1,0 +1,53 @@
+"""How much is read in a step while others decode."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from workers.pace import READ_TOKENS_MIN, STRETCH, Pace
+
+
+def paced(step_s: float, token_s: float, batch_tokens: int = 2048, steps: int = 50) -> Pace:
+    """After some steps on a machine with these times."""
+    pace = Pace(batch_tokens)
+    for _ in range(steps):
+        pace.observe(8, 0, step_s)
+        read = pace.allowed(8)
+        pace.observe(8, read, step_s + read * token_s)
+    return pace
+
+
+def test_without_others_that_wait_a_whole_batch_is_read() -> None:
+    pace = paced(1e-2, 1e-3)
+    assert pace.allowed(0) == 2048
+    assert pace.allowed(8) < 2048
+
+
+def test_before_anything_was_measured_a_whole_batch_is_read() -> None:
+    assert Pace(512).allowed(8) == 512
+
+
+def test_steps_that_only_read_say_nothing_about_those_that_decode() -> None:
+    pace = Pace(512)
+    pace.observe(0, 512, 9.0)
+    assert pace.allowed(8) == 512
+
+
+@given(st.floats(1e-4, 1.0), st.floats(1e-6, 1e-2))
+def test_a_step_that_reads_is_at_most_so_much_longer(step_s: float, token_s: float) -> None:
+    allowed = paced(step_s, token_s).allowed(8)
+    assert READ_TOKENS_MIN <= allowed <= 2048
+    if allowed > READ_TOKENS_MIN:
+        assert step_s + allowed * token_s <= STRETCH * step_s * 1.01
+    if allowed < 2048:
+        assert step_s + (allowed + READ_TOKENS_MIN) * token_s >= STRETCH * step_s * 0.98
+
+
+def test_a_machine_that_becomes_slower_is_noticed() -> None:
+    pace = paced(1e-2, 1e-5)
+    before = pace.allowed(8)
+    for _ in range(60):
+        pace.observe(8, 0, 1e-2)
+        pace.observe(8, 100, 1e-2 + 100 * 1e-3)
+    assert pace.allowed(8) < before / 10

@@ -1,0 +1,44 @@
+"""How many tokens of prompts a step may read while other sequences wait in it for their next token.
+
+Reading more at once is more efficient; those that decode feel it as a gap. The pace measures what a step takes without
+reading, and what each token that is read adds, and allows as many as make a step at most STRETCH times as long.
+Both are moving averages, since they change with the number of sequences and their lengths. Times come in as arguments.
+"""
+
+from __future__ import annotations
+
+STRETCH = 3.0
+"""Gaps while prompts are read, in gaps without. Those who read a stream notice much more than that."""
+READ_TOKENS_MIN = 32
+"""Fewer are not worth a pass, and multiples of it make fewer shapes for a GPU to get used to."""
+WEIGHT = 0.1
+"""Of the newest measurement."""
+
+
+class Pace:
+    """One context's. `batch_tokens`: the most that a batch holds."""
+
+    def __init__(self, batch_tokens: int) -> None:
+        self._batch_tokens = batch_tokens
+        self._step_s = 0.0
+        self._token_s = 0.0
+
+    def observe(self, decoding: int, read_tokens: int, step_s: float) -> None:
+        """A step of `step_s` seconds in which `decoding` sequences got a token and `read_tokens` were read."""
+        if not decoding:
+            return
+        if not read_tokens:
+            self._step_s = _moved(self._step_s, step_s)
+        elif self._step_s:
+            self._token_s = _moved(self._token_s, max(0.0, step_s - self._step_s) / read_tokens)
+
+    def allowed(self, decoding: int) -> int:
+        """Tokens of prompts that the next step may read, while `decoding` sequences wait."""
+        if not decoding or not self._step_s or not self._token_s:
+            return self._batch_tokens
+        tokens = int((STRETCH - 1.0) * self._step_s / self._token_s) // READ_TOKENS_MIN * READ_TOKENS_MIN
+        return min(self._batch_tokens, max(READ_TOKENS_MIN, tokens))
+
+
+def _moved(average: float, value: float) -> float:
+    return value if not average else average + WEIGHT * (value - average)
