@@ -16,7 +16,7 @@ import statistics
 
 import msgspec
 
-from coordinator.bench_engine import BenchEngine, Repeat, engine_of
+from coordinator.bench_engine import BenchEngine, Repeat, first_engine
 from coordinator.bench_load import Load
 from coordinator.config import JobConfig
 from coordinator.setup import prepare
@@ -88,8 +88,8 @@ def main() -> None:
         requests=options.requests, prompt_tokens=options.prompt_tokens, output_tokens=options.output_tokens,
         output_tokens_max=options.output_tokens,
     )  # fmt: skip
-    alone = engine_of(config, setup, lengths_of(options, with_long=False))
-    among = engine_of(config, setup, lengths_of(options, with_long=True))
+    alone = first_engine(setup, lengths_of(options, with_long=False))
+    among = first_engine(setup, lengths_of(options, with_long=True))
     engines = {SHORT: alone, LONG: among, BOTH: among}
     if options.one_size:
         engines[ONE_SIZE] = msgspec.structs.replace(among, ctx_tokens=options.long_tokens, long_slots=0)
