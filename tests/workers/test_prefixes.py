@@ -336,6 +336,30 @@ def test_cancelling_the_one_that_reads_lets_the_others_go_on(shape: Shape) -> No
 
 
 @SHAPES
+def test_one_that_is_cancelled_while_it_waits_is_given_nothing(shape: Shape) -> None:
+    run = rig(shape, batch_tokens=8)
+    run.submit(*(job(key, (*SYSTEM, key), max_tokens=3) for key in range(2)))
+    run.stepper.step()
+    run.backlog.cancel([1])
+    answers = checked(run)
+    assert only(answers[1])[1:] == ("cancelled", 0)
+    assert run.decoder.copies == []
+
+
+def test_what_an_idle_slot_has_is_copied_before_the_next_prompt_takes_that_slot() -> None:
+    run = rig(Shape(keeps=True, copy_tokens=10), slots=2)
+    for key in range(2):
+        run.submit(job(key, (*SYSTEM, 50 + key)))
+        checked(run)
+    # A part of what has been asked for is not worth losing all of it: it is copied. But then slots run short.
+    prompts = ((*SYSTEM[:25], 60, 61), (9,) * 30)
+    run.submit(*(job(2 + place, prompt) for place, prompt in enumerate(prompts)))
+    answers = checked(run)
+    assert [only(answers[2 + place])[0] for place in range(2)] == [said_after(prompt, 4) for prompt in prompts]
+    assert [copied for _, _, copied in run.decoder.copies] == [25]
+
+
+@SHAPES
 def test_after_a_failure_nothing_is_reused_that_was_there_before(shape: Shape) -> None:
     run = rig(shape)
     run.submit(job(1, SYSTEM))
