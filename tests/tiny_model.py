@@ -65,7 +65,7 @@ def build_tiny_model(real: Path, target: Path, seed: int = 0, ctx_tokens: int = 
         partial = Path(scratch) / FILE_NAME
         writer = gguf.GGUFWriter(str(partial), "llama")
         _write_shape(writer, ctx_tokens)
-        vocabulary = _copy_tokenizer(gguf.GGUFReader(str(real)), writer)
+        vocabulary = copy_tokenizer(gguf.GGUFReader(str(real)), writer)
         writer.add_vocab_size(vocabulary)
         for name, weights, packed in _weights(vocabulary, seed):
             if packed:
@@ -93,7 +93,7 @@ def _write_shape(writer: Any, ctx_tokens: int) -> None:
     writer.add_layer_norm_rms_eps(1e-5)
 
 
-def _copy_tokenizer(reader: Any, writer: Any) -> int:
+def copy_tokenizer(reader: Any, writer: Any) -> int:
     """Copy everything of the tokenizer; returns the number of tokens in the vocabulary."""
     for key in _COPIED_STRINGS:
         writer.add_string(key, reader.fields[key].contents())

@@ -16,6 +16,7 @@ import pytest
 
 from scheduling.logprobs import TokenLogprobs, chat_logprobs
 from scheduling.requests import Message, Request, Sampling
+from tests.tiny_recurrent import build_tiny_recurrent
 from tests.workers.test_engine import CTX, Session, config, counted
 from tests.workers.test_supervisor import PATIENCE_S, listen
 from workers.protocol import Answer, Job
@@ -108,7 +109,16 @@ def values(packed: TokenLogprobs) -> npt.NDArray[np.float32]:
     return np.frombuffer(packed.logprobs, np.float32)
 
 
-@pytest.fixture(scope="module", params=["real", "tiny"])
+@pytest.fixture(scope="module")
+def recurrent_model(real_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Mamba: what a sequence has read cannot be taken back, only copied whole."""
+    pytest.importorskip("gguf", reason="the gguf package (extra: test) writes the tiny model")
+    path = tmp_path_factory.mktemp("recurrent") / "tiny-mamba.gguf"
+    build_tiny_recurrent(real_model, path)
+    return path
+
+
+@pytest.fixture(scope="module", params=["real", "tiny", "recurrent"])
 def model(request: pytest.FixtureRequest) -> Path:
     path: Path = request.getfixturevalue(f"{request.param}_model")
     return path

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduling.requests import Request
+from scheduling.requests import Request, Sampling
 from scheduling.servicetime import EXAMPLE, ServiceTimes
 from tests.launch import ROOT
 from tests.workers.engine_fakes import job
@@ -141,6 +141,15 @@ def test_a_moved_sequence_goes_on_as_it_would_have() -> None:
     assert (decoder.logits(1)[0] == other.logits(3)[2]).all()
 
 
+def test_a_sequence_that_begins_with_anothers_cells_goes_on_as_it_would_have() -> None:
+    decoder, other = context(FakeTime()), context(FakeTime())
+    give(decoder, (7, 0, 1), (7, 1, 2), (7, 2, 99))
+    decoder.share(7, 2, 2)
+    give(decoder, (2, 2, 3))
+    give(other, (0, 0, 1), (0, 1, 2), (0, 2, 3))
+    assert (decoder.logits(1)[0] == other.logits(3)[2]).all()
+
+
 class Rig:
     """The real stepper over the simulated context, in no time."""
 
@@ -260,7 +269,6 @@ def test_it_speaks_like_an_engine_and_needs_no_model(engine: EngineProcess) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_it_refuses_embeddings_and_goes_on(engine: EngineProcess) -> None:
     embedding = Request(custom_id="v", kind="embedding", inputs=("a",))
     engine.submit([Job(70, 1, False, embedding), job(71)])
@@ -269,6 +277,23 @@ def test_it_refuses_embeddings_and_goes_on(engine: EngineProcess) -> None:
     assert got[71].error is None
 
 
+@pytest.mark.slow
+def test_it_scores_too(engine: EngineProcess) -> None:
+    request = Request(
+        custom_id="s", kind="completion", prompt="ba", continuations=("d", "de"), logprobs=0,
+        sampling=Sampling(max_tokens=0),
+    )  # fmt: skip
+    engine.submit([Job(1, 0, False, request)])
+    answer = answered(listen(engine, lambda said: bool(answered(said))))[1]
+    assert [choice.text for choice in answer.choices] == ["d", "de"]
+    first, second = (choice.logprobs for choice in answer.choices)
+    assert first is not None
+    assert second is not None
+    assert second.total < first.total < 0
+    engine.close(PATIENCE_S)
+
+
+@pytest.mark.slow
 def test_what_waits_can_be_recalled_and_what_runs_cancelled() -> None:
     slow = EngineProcess(EngineConfig(model="none", slots=1, ctx_tokens=256, service_times=EXAMPLE.scaled(10.0)))
     slow.submit([job(1, max_tokens=200, ignore_eos=True), job(2), job(3)])
