@@ -96,6 +96,11 @@ class BenchEngine:
         self.loaded = loaded[0]
         self.ready_s = time.monotonic() - began_s
 
+    @property
+    def pid(self) -> int | None:
+        """Of the engine's process."""
+        return self._engine.pid
+
     def close(self) -> None:
         self._engine.close(CLOSE_S)
 

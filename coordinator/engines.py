@@ -65,10 +65,12 @@ def fitted_placements(
         plain = embedding_fit(config, model.shape)
         return {rank: msgspec.structs.replace(one, fit=plain) for rank, one in placements.items()}, []
     ask = ask_of(config, model)
+    inputs = input_tokens(model.shape, lengths) if ask.ctx_tokens is None else 0
     fitted = {}
     for rank, placement in placements.items():
         room = room_of(rank, placements, hosts)
-        fitted[rank] = msgspec.structs.replace(placement, fit=fit(model.shape, ask, room, lengths))
+        chosen = msgspec.structs.replace(fit(model.shape, ask, room, lengths), input_tokens=inputs)
+        fitted[rank] = msgspec.structs.replace(placement, fit=chosen)
     return fitted, [*_said(fitted), *_warnings(config, model.shape)]
 
 
@@ -80,6 +82,14 @@ def embedding_fit(config: JobConfig, shape: ModelShape) -> Fit:
         ctx_tokens=_number(config.ctx) or min(trained, CTX_UNKNOWN_TOKENS), gpu_layers=-1 if layers is None else layers,
         ubatch_tokens=config.ubatch or UBATCH_CPU,
     )  # fmt: skip
+
+
+def input_tokens(shape: ModelShape, lengths: Lengths | None) -> int:
+    """What the longest input of a file takes that asks for embeddings among other things: it is in no slot. No more
+    than if it were a file of embeddings alone."""
+    if lengths is None:
+        return 0
+    return min(lengths.input_tokens, shape.train_ctx_tokens or CTX_UNKNOWN_TOKENS, CTX_UNKNOWN_TOKENS)
 
 
 def draft_bytes(model: ModelFacts, ask: Ask) -> int:
@@ -142,7 +152,8 @@ def engine_config(config: JobConfig, model: ModelFacts, placement: Placement) ->
     threads = config.threads or placement.threads
     return EngineConfig(
         model=model.path, slots=fitted.slots, contexts=fitted.contexts, ctx_tokens=fitted.ctx_tokens,
-        long_slots=fitted.long_slots, long_ctx_tokens=fitted.long_ctx_tokens, batch_tokens=config.batch,
+        long_slots=fitted.long_slots, long_ctx_tokens=fitted.long_ctx_tokens,
+        input_tokens=fitted.input_tokens, batch_tokens=config.batch,
         ubatch_tokens=min(fitted.ubatch_tokens, config.batch), threads=threads,
         sampling_threads=min(8, max(1, threads // fitted.contexts)) if on_gpu else 1,
         gpu_layers=fitted.gpu_layers if on_gpu else 0, flash_attention=_flash_attention(config),

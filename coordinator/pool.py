@@ -227,6 +227,8 @@ class Pool:
         if self._session is None:
             raise ConfigError("the Pool is not open: use it in a with statement")
         request = _parsed(prompt, checked_sampling(**sampling), f"request-{self._next_index}")
+        if request.scores or request.inputs:
+            raise RequestError("nothing of this request comes piece by piece: use generate, or embed")
         source = IterableSource([msgspec.structs.replace(request, stream=True)], first_index=self._next_index)
         for result in self._results(self._session, source, on_delta, idle=lambda: bool(pieces)):
             yield from pieces

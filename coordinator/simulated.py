@@ -49,5 +49,5 @@ def simulated_engine(config: JobConfig, times: ServiceTimes, placement: Placemen
         ctx_tokens=ctx, batch_tokens=config.batch, ubatch_tokens=config.ubatch or measured.ubatch_tokens,
         # Its text means nothing, so how much of it can be guessed means nothing either.
         speculate="never", cpus=placement.cpus, max_tokens_default=config.max_tokens,
-        chat_template=config.chat_template, service_times=times,
+        chat_template=config.chat_template, prefix_reuse=config.prefix_reuse, service_times=times,
     )  # fmt: skip

@@ -74,6 +74,8 @@ class Fit(msgspec.Struct, frozen=True, kw_only=True):
     ubatch_tokens: int
     long_slots: int = 0
     long_ctx_tokens: int = 0
+    input_tokens: int = 0
+    """Most tokens of an input to embed, where that is more than of a slot."""
     tensor_split: tuple[float, ...] = ()
     """Shares of the GPUs where their free memory differs."""
     said: str = ""
@@ -167,7 +169,9 @@ class _Fitting:
         if self.ask.ctx_tokens is not None:
             yield self.ask.ctx_tokens
         elif self.lengths is not None:
-            ctx, longest = self.lengths.tokens_of(HELD_SHARE), self.lengths.tokens_of(1.0)
+            # A few long ones have a long slot each, however large their share is.
+            held = min(HELD_SHARE, max(0.5, 1 - LONG_SLOTS / sum(self.lengths.counts.values())))
+            ctx, longest = self.lengths.tokens_of(held), self.lengths.tokens_of(1.0)
             yield self._trained(longest if longest <= 2 * ctx else ctx)
         else:
             ctx = CTX_UNKNOWN_TOKENS

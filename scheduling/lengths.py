@@ -35,12 +35,14 @@ class Lengths:
 
     `counts[k]`: sequences that are estimated to have up to k * 256 tokens and more than (k - 1) * 256, prompt and
     output together. `longest_tokens`: none can have more. `whole` False: there may be more requests.
+    `input_tokens`: no input of a request for embeddings, which takes no slot, can have more; 0 where there is none.
     """
 
     sequences: int
     counts: Mapping[int, int]
     longest_tokens: int
     whole: bool
+    input_tokens: int = 0
 
     def tokens_of(self, share: float) -> int:
         """The smallest multiple of 256 tokens that this share of the sequences is estimated to fit into."""
@@ -53,7 +55,9 @@ class Lengths:
 
     def without(self, sequences: int) -> Lengths:
         """Of a run that has so many behind it. Which ones is not known, so lengths stay as they are."""
-        return Lengths(max(1, self.sequences - sequences), self.counts, self.longest_tokens, self.whole)
+        return Lengths(
+            max(1, self.sequences - sequences), self.counts, self.longest_tokens, self.whole, self.input_tokens
+        )
 
 
 class LengthScan:
@@ -64,12 +68,20 @@ class LengthScan:
         self._counts: dict[int, int] = {}
         self._sequences = 0
         self._longest = 0
+        self._input = 0
 
     def add(self, request: Request) -> None:
         """One request of the input. One for embeddings takes no slot."""
         if request.inputs:
+            self._input = max(self._input, *(text_or_ids_tokens(one)[1] for one in request.inputs))
             return
         likely, most = prompt_tokens(request)
+        if request.continuations:
+            # What follows the prompt is given: nothing is generated.
+            given = [text_or_ids_tokens(one) for one in request.continuations]
+            likely, most = likely + max(one for one, _ in given), most + max(one for _, one in given)
+            self._add(likely, most, 0, 1)
+            return
         self._add(likely, most, request.sampling.max_tokens, request.sampling.n)
 
     def add_text(self, text: bytes) -> None:
@@ -87,7 +99,7 @@ class LengthScan:
         """None if nothing was added."""
         if not self._sequences:
             return None
-        return Lengths(self._sequences, dict(self._counts), self._longest, whole)
+        return Lengths(self._sequences, dict(self._counts), self._longest, whole, self._input)
 
 
 def prompt_tokens(request: Request) -> tuple[int, int]:
@@ -96,10 +108,15 @@ def prompt_tokens(request: Request) -> tuple[int, int]:
         texts = [message.content.encode("utf-8", "replace") for message in request.messages]
         overhead = TEMPLATE_TOKENS + MESSAGE_TOKENS * len(texts)
         return overhead + sum(map(text_tokens, texts)), 4 * overhead + sum(map(len, texts))
-    if isinstance(request.prompt, str):
-        text = request.prompt.encode("utf-8", "replace")
+    return text_or_ids_tokens(request.prompt)
+
+
+def text_or_ids_tokens(given: str | tuple[int, ...]) -> tuple[int, int]:
+    """The same of one text, or of token ids, whose number is known."""
+    if isinstance(given, str):
+        text = given.encode("utf-8", "replace")
         return text_tokens(text) + 1, len(text) + 1
-    return len(request.prompt), len(request.prompt)
+    return len(given), len(given)
 
 
 def text_tokens(text: bytes) -> int:

@@ -178,7 +178,7 @@ class BatchingEngine:
             model.tokenize,
             vocab_tokens=model.vocab_tokens,
             piece_bytes_max=piece_bytes_max,
-            tokens_max=min(max(config.ctx_tokens, config.long_ctx_tokens), model.train_ctx_tokens),
+            tokens_max=min(max(config.ctx_tokens, config.long_ctx_tokens, config.input_tokens), model.train_ctx_tokens),
             train_ctx_tokens=model.train_ctx_tokens,
             dimensions=model.dimensions,
         )

@@ -52,6 +52,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     long_slots: int = 0
     """Slots for requests that need more, in a context that is opened when the first one comes. 0: there are none."""
     long_ctx_tokens: int = 0
+    input_tokens: int = 0
+    """Tokens that an input to embed may have, where that is more than a slot holds."""
     batch_tokens: int = 2048
     ubatch_tokens: int = 512
     threads: int = 1

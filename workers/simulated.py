@@ -130,7 +130,8 @@ class SimulatedModel:
     def scoring_context(
         self, config: EngineConfig, sequences: int, threads: int, cells: int, outputs: int
     ) -> SimulatedContext:
-        return SimulatedContext(self._times, sequences, config.ctx_tokens, config.batch_tokens)
+        ctx_tokens = max(config.ctx_tokens, config.long_ctx_tokens)
+        return SimulatedContext(self._times, sequences, ctx_tokens, config.batch_tokens)
 
 
 class SimulatedLibrary:

@@ -58,6 +58,15 @@ def test_what_only_embeds_needs_no_memory_for_slots() -> None:
         fitted_placements(config, MODEL, {0: placement}, {0: host()}, None)
 
 
+@pytest.mark.parametrize(("longest", "ctx", "held"), [(900, "auto", 900), (9000, "auto", 4096), (900, 256, 0)])
+def test_inputs_to_embed_may_be_longer_than_slots_unless_ctx_says_so(longest: int, ctx: int | str, held: int) -> None:
+    config = JobConfig(model="m.gguf", ctx=ctx)  # type: ignore[arg-type]
+    lengths = replace(LENGTHS, input_tokens=longest)
+    found, _ = fitted_placements(config, MODEL, {0: CPU}, {0: host()}, lengths)
+    made = engine_config(config, MODEL, found[0])
+    assert (made.ctx_tokens, made.input_tokens) == (256, held)
+
+
 def test_slots_leave_room_for_a_model_that_drafts() -> None:
     model = replace(MODEL, draft=ModelFacts("/d.gguf", B1))
     asked = Ask(slots=100, contexts=2, ctx_tokens=4096)

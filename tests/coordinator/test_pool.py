@@ -116,6 +116,19 @@ def test_stream_ends_and_raises_what_went_wrong(pool: Pool) -> None:
     assert list(pool.stream("hello")) == []  # the null engine says everything at the end
     with pytest.raises(RequestError, match="top_q"):
         list(pool.stream({"prompt": "x", "top_q": 1}))
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"input": "x"},
+        {"prompt": "x", "continuations": [" y"]},
+        {"prompt": "x", "echo": True, "logprobs": 0, "max_tokens": 1},
+    ],
+)
+def test_stream_refuses_what_has_no_pieces(pool: Pool, request_: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match="use generate"):
+        list(pool.stream(request_))
     assert len(list(pool.generate(["goes on"]))) == 1
 
 

@@ -36,6 +36,11 @@ def test_without_a_file_the_times_are_the_examples() -> None:
     assert read_service_times(job(time_scale=0.5)) == EXAMPLE.scaled(0.5)
 
 
+def test_prefix_reuse_is_what_was_asked_for() -> None:
+    assert engine().prefix_reuse
+    assert not engine(prefix_reuse=False).prefix_reuse
+
+
 def test_times_come_from_the_file(tmp_path: Path) -> None:
     path = tmp_path / "times.json"
     path.write_bytes(service_times_json(MEASURED))

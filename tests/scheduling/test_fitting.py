@@ -62,6 +62,13 @@ def test_one_long_request_does_not_size_all_slots() -> None:
     assert fitted.slots >= 400
 
 
+@pytest.mark.parametrize("short", [2, 40])
+def test_one_long_request_among_few_does_not_size_all_slots_either(short: int) -> None:
+    fitted = fit(B8, Ask(), gpu(80), Lengths(short + 1, {1: short, 63: 1}, 16_128, whole=True))
+    assert fitted.ctx_tokens == 256
+    assert fitted.long_ctx_tokens >= 16_128
+
+
 def test_lengths_that_differ_little_need_no_long_slots() -> None:
     fitted = fit(B8, Ask(), gpu(80), Lengths(1000, {3: 995, 5: 5}, 1280, whole=True))
     assert (fitted.ctx_tokens, fitted.long_slots) == (1280, 0)

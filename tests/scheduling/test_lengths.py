@@ -51,6 +51,14 @@ def test_output_limits_and_choices_count() -> None:
     assert found.without(30).sequences == 1
 
 
+def test_continuations_are_as_long_as_the_longest_and_generate_nothing() -> None:
+    scan = LengthScan(max_tokens_default=5000)
+    scan.add(Request(custom_id="x", kind="completion", prompt=(1,) * 100, continuations=((2,), (3,) * 500, " a")))
+    found = scan.found(whole=True)
+    assert found is not None
+    assert (found.sequences, dict(found.counts), found.longest_tokens) == (1, {3: 1}, 600)
+
+
 def test_nothing_read_is_nothing_known() -> None:
     assert LengthScan(1).found(whole=True) is None
 
@@ -58,7 +66,12 @@ def test_nothing_read_is_nothing_known() -> None:
 def test_requests_for_embeddings_take_no_slots() -> None:
     scan = LengthScan(100)
     scan.add(Request(custom_id="x", kind="embedding", inputs=("a text",)))
+    scan.add(Request(custom_id="y", kind="embedding", inputs=((1,) * 900, (1,))))
     assert scan.found(whole=True) is None
+    scan.add(completion((1,) * 156))
+    found = scan.found(whole=True)
+    assert found is not None
+    assert (found.sequences, found.longest_tokens, found.input_tokens) == (1, 256, 900)
 
 
 def test_a_line_of_text_is_a_prompt() -> None:

@@ -329,3 +329,10 @@ def test_its_batches_are_shaped_as_they_were_where_it_was_measured() -> None:
     on_gpu = msgspec.structs.replace(EXAMPLE, measured=steady)
     assert (SimulatedLibrary(EXAMPLE).gpu_names(), SimulatedLibrary(on_gpu).gpu_names()) == ([], ["simulated"])
     assert (MODEL.model_bytes, MODEL.cell_bytes) == (steady.model_bytes, steady.cell_bytes)
+
+
+def test_what_is_scored_may_be_as_long_as_a_long_slot() -> None:
+    config = EngineConfig(model="none", slots=1, ctx_tokens=4, long_slots=1, long_ctx_tokens=16, batch_tokens=16)
+    context = SimulatedModel(EXAMPLE.scaled(0.0)).scoring_context(config, 1, 1, cells=16, outputs=1)
+    context.pos[:] = range(16)
+    assert context.decode(16) == 0
