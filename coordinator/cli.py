@@ -207,6 +207,9 @@ def infer(
     )  # fmt: skip
     text = sys.stdin.read() if prompt == "-" else prompt
     if continuation:
+        _refuse_beside_continuation(
+            {"--system": system, "--stream": stream, "--json-schema": json_schema, "--grammar-file": grammar_file}
+        )
         raise typer.Exit(run_score(config, text, continuation, logprobs, as_json))
     raise typer.Exit(run_infer(config, text, system=system, raw=raw, stream=stream, logprobs=logprobs, as_json=as_json))
 
@@ -390,6 +393,14 @@ def _read(flag: str, path: Path | None) -> str | None:
         raise ConfigError(f"{flag} {path}: {error.strerror or error}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{flag} {path}: it is not UTF-8") from None
+
+
+def _refuse_beside_continuation(given: dict[str, object]) -> None:
+    from scheduling.errors import ConfigError
+
+    for flag, value in given.items():
+        if value:
+            raise ConfigError(f"{flag} with --continuation: nothing is answered, the prompt is taken as it is")
 
 
 def _constraint(json_schema: str | None, grammar_file: Path | None) -> dict[str, Any]:

@@ -16,15 +16,14 @@ import msgspec
 from coordinator.config import JobConfig
 from coordinator.simulated import simulated_engine
 from scheduling.errors import BugError, ConfigError
-from scheduling.fitting import CONTEXTS_SMALL, CTX_UNKNOWN_TOKENS, SLOTS_CPU, UBATCH_CPU, Fit, Room, fit
+from scheduling.fitting import CTX_UNKNOWN_TOKENS, SLOTS_CPU, UBATCH_CPU, Fit, Room, fit
 from scheduling.lengths import Lengths
 from scheduling.messages import Host, Placement
-from scheduling.modelsize import Ask, ModelShape, cells_of
+from scheduling.modelsize import Ask, ModelShape
 from scheduling.servicetime import ServiceTimes
 from workers.null_engine import NullEngine
 from workers.port import Engine
 from workers.protocol import Adapter, EngineConfig
-from workers.speculation import SLOTS_MAX as SPECULATION_SLOTS_MAX
 
 SLOTS_NULL = 128
 QUANTISED_TOGETHER = 32
@@ -92,19 +91,6 @@ def input_tokens(shape: ModelShape, lengths: Lengths | None) -> int:
     return min(lengths.input_tokens, shape.train_ctx_tokens or CTX_UNKNOWN_TOKENS, CTX_UNKNOWN_TOKENS)
 
 
-def draft_bytes(model: ModelFacts, ask: Ask) -> int:
-    """What the model that drafts takes at most: itself, and caches for the few sequences of each context that it drafts
-    for."""
-    if model.draft is None or model.draft.shape is None:
-        return 0
-    shape = model.draft.shape
-    sequences = SPECULATION_SLOTS_MAX * (ask.contexts or CONTEXTS_SMALL)
-    if ask.slots is not None:
-        sequences = min(sequences, ask.slots)
-    tokens = ask.ctx_tokens or min(shape.train_ctx_tokens or CTX_UNKNOWN_TOKENS, CTX_UNKNOWN_TOKENS)
-    return shape.weight_bytes + sequences * cells_of(tokens) * shape.token_bytes(ask.type_k, ask.type_v)
-
-
 def check_caches(config: JobConfig, shape: ModelShape) -> None:
     """Raises ConfigError if a cache's type does not go with the model's heads."""
     for flag, kind, length in (
@@ -124,9 +110,14 @@ def ask_of(config: JobConfig, model: ModelFacts) -> Ask:
         slots=_number(config.slots), ctx_tokens=_number(config.ctx), contexts=config.contexts,
         gpu_layers=_number(config.gpu_layers), ubatch_tokens=config.ubatch, batch_tokens=config.batch,
         type_k=config.cache_type_k, type_v=config.cache_type_v, flash=config.flash_attention is not False,
-        rope_factor=config.rope_scale or 1.0, split=config.split,
+        rope_factor=config.rope_scale or 1.0, split=config.split, adapter_bytes=model.adapter_bytes,
     )  # fmt: skip
-    return replace(ask, adapter_bytes=model.adapter_bytes + draft_bytes(model, ask))
+    draft = None if model.draft is None else model.draft.shape
+    if draft is None:
+        return ask
+    return replace(
+        ask, draft_weight_bytes=draft.weight_bytes, draft_token_bytes=draft.token_bytes(ask.type_k, ask.type_v)
+    )
 
 
 def room_of(rank: int, placements: Mapping[int, Placement], hosts: Mapping[int, Host]) -> Room:

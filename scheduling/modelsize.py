@@ -19,6 +19,8 @@ POOLS = 2
 """Kernels of a GPU keep as much again as the graph, for converted inputs."""
 CHECKED_ROWS = 32
 """Rows whose logits a context has room for at least: drafts are checked with them (`workers.speculation.ROWS_MAX`)."""
+DRAFTED_SEQUENCES = 8
+"""So many of a context's sequences are drafted for (`workers.speculation.SLOTS_MAX`)."""
 CACHE_BYTES_OF_32 = {"f16": 64, "q8_0": 34, "q4_0": 18}
 """What 32 values take in a cache of each type."""
 
@@ -121,6 +123,9 @@ class Ask:
     rope_factor: float = 1.0
     split: str = "layer"
     adapter_bytes: int = 0
+    draft_weight_bytes: int = 0
+    draft_token_bytes: int = 0
+    """Of a model that drafts: its weights, and what a token takes in its caches."""
 
 
 class Layout(NamedTuple):
@@ -165,11 +170,12 @@ def needs(shape: ModelShape, ask: Ask, layout: Layout, gpus: int) -> Needs:
         buffers += _context_bytes(shape, ask, layout.ubatch_tokens, layout.long_slots, layout.long_ctx_tokens, gpus)
     cells = layout.slots * cells_of(layout.ctx_tokens) + layout.long_slots * cells_of(layout.long_ctx_tokens)
     caches = cells * shape.token_bytes(ask.type_k, ask.type_v)
+    beside = ask.adapter_bytes + _draft_bytes(ask, layout, contexts)
     if not layers:
-        model = shape.weight_bytes + ask.adapter_bytes
+        model = shape.weight_bytes + beside
         return Needs(0, 0, 0, model, buffers + logits, caches)
     gpu_caches = cells * shape.token_bytes(ask.type_k, ask.type_v, layers)
-    gpu_model = shape.offloaded_bytes(layers) + ask.adapter_bytes
+    gpu_model = shape.offloaded_bytes(layers) + beside
     if layers < shape.offloadable:
         # Prompts are computed on the GPU by all layers, whose weights are copied there for the moment.
         buffers += max(shape.layer_bytes, default=0)
@@ -180,6 +186,15 @@ def needs(shape: ModelShape, ask: Ask, layout: Layout, gpus: int) -> Needs:
         gpu_model += (gpus - 1) * max(shape.layer_bytes, default=0)
         gpu_caches += (gpus - 1) * (gpu_caches * most_cells // max(1, whole))
     return Needs(gpu_model, buffers, gpu_caches, shape.host_bytes(layers), logits, caches - gpu_caches)
+
+
+def _draft_bytes(ask: Ask, layout: Layout, contexts: int) -> int:
+    """A model that drafts: itself, and cells for the few sequences of each context that it drafts for."""
+    if not ask.draft_weight_bytes:
+        return 0
+    cells = min(layout.slots, DRAFTED_SEQUENCES * contexts) * cells_of(layout.ctx_tokens)
+    cells += min(layout.long_slots, DRAFTED_SEQUENCES) * cells_of(layout.long_ctx_tokens)
+    return ask.draft_weight_bytes + cells * ask.draft_token_bytes
 
 
 def _context_bytes(shape: ModelShape, ask: Ask, ubatch: int, slots: int, ctx_tokens: int, gpus: int) -> int:
