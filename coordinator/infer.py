@@ -65,7 +65,7 @@ def run_score(config: JobConfig, prompt: str, continuations: list[str], logprobs
 
 def _pool(config: JobConfig) -> Pool:
     options = {name: getattr(config, name) for name in JobConfig.__struct_fields__ if name != "sampling"}
-    return Pool(options.pop("model"), on_note=lambda note: print(note, file=sys.stderr), **options)
+    return Pool(options.pop("model"), **options)
 
 
 def _sampling_fields(config: JobConfig) -> dict[str, Any]:

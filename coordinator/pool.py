@@ -38,6 +38,8 @@ EmbeddingInput = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] |
 class Result(msgspec.Struct, frozen=True, kw_only=True):
     """One answer. `texts` has one text for each of the request's `n` choices; `text` is the first.
 
+    `index`: the request's place among those of the same call, from 0.
+
     `logprobs` has for each choice what OpenAI's `choices[].logprobs` holds, None where it was not asked for. `scores`
     has what each of the request's `continuations` comes to.
 
@@ -247,6 +249,7 @@ class Pool:
         if self._busy:
             raise ConfigError("this Pool is in the middle of another generate: finish it, or close its iterator")
         self._busy = True
+        first = self._next_index
         arrived: list[bytes] = []
         callbacks = Callbacks(on_result=arrived.append, on_delta=on_delta, on_tick=self._on_tick, on_note=self._note)
         coordinator = session.begin(source, MemoryRecord(), callbacks)
@@ -256,6 +259,7 @@ class Pool:
                 busy = session.turn()
                 for line in arrived:
                     result = result_of(line)
+                    result = msgspec.structs.replace(result, index=result.index - first)
                     if self._on_result is not None:
                         self._on_result(result)
                     yield result

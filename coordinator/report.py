@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,12 +15,17 @@ from rich.text import Text
 from coordinator.progress import duration
 from coordinator.simulated import WARNING
 from coordinator.terminal import NARROW_COLUMNS, console_for
+from scheduling.recordline import decode_row
 from scheduling.vectors import from_base64
 from storage.metrics import read_summary
 from storage.recovery import RECORD_NAME
 from storage.rundir import METRICS_NAME
 
 ANSWER_CHARACTERS = 300
+REASONS = 3
+"""Why requests failed: so many reasons are shown, ..."""
+REASONS_COUNTED = 10_000
+"""... of so many different ones at most."""
 
 
 def report_data(run_dir: Path) -> dict[str, Any]:
@@ -117,7 +123,32 @@ def print_report(data: dict[str, Any], stream: IO[str], run_dir: Path, *, show: 
         ranks = [rank for rank in data["ranks"] if last.get("session") in (None, rank["session"])]
         console.print(_rank_table(ranks, narrow=console.width < NARROW_COLUMNS))
         _print_speculation(console, ranks)
+    if data["failed"]:
+        _print_failures(console, run_dir, data["failed"])
     console.print(f"\nrun directory: {run_dir}", soft_wrap=True, markup=False)
+
+
+def _print_failures(console: Console, run_dir: Path, failed: int) -> None:
+    """Why requests failed: the commonest reasons, each with one of its requests."""
+    if not (run_dir / RECORD_NAME).exists():
+        return
+    counts: Counter[str] = Counter()
+    example: dict[str, str] = {}
+    with (run_dir / RECORD_NAME).open("rb") as record:
+        for line in record:
+            row = decode_row(line)
+            if row.error is not None and (row.error.message in counts or len(counts) < REASONS_COUNTED):
+                counts[row.error.message] += 1
+                example.setdefault(row.error.message, row.custom_id)
+    console.print()
+    for reason, count in counts.most_common(REASONS):
+        shown = reason if len(reason) <= ANSWER_CHARACTERS else reason[:ANSWER_CHARACTERS] + "…"
+        console.print(
+            Text.assemble((f"{count} failed", "bold"), f" ({example[reason]}): {shown}"), soft_wrap=True
+        )  # fmt: skip
+    others = failed - sum(count for _, count in counts.most_common(REASONS))
+    if others > 0:
+        console.print(f"{others} failed for other reasons: see error in {RECORD_NAME}", soft_wrap=True, markup=False)
 
 
 def _print_speculation(console: Console, ranks: list[dict[str, Any]]) -> None:

@@ -130,7 +130,7 @@ def test_every_text_is_shown_as_it_is(run_dir: Path) -> None:
     assert "[red]id[/red]" in text
     assert str(run_dir) in text
     assert "two lines" in text
-    assert "bad" not in text, "failed requests have no answer to show"
+    assert "1 failed (bad): no" in text, "failed requests have no answer to show, but a reason"
     assert "x" * 1_000 not in text.replace("\n", "")
 
 

@@ -425,7 +425,9 @@ def test_what_cannot_be_a_constraint_is_refused_when_it_is_read(
         assert message in str(error)
 
 
-@pytest.mark.parametrize("constraint", [None, Constraint("grammar", YES_NO), Constraint("schema", '{"b":1,"a":2}')])
+@pytest.mark.parametrize(
+    "constraint", [None, Constraint("grammar", YES_NO), Constraint("schema", '{"title":"b","const":2}')]
+)
 def test_a_constraint_survives_being_written_as_a_line(constraint: Constraint | None) -> None:
     request = Request(custom_id="a", kind="completion", prompt="p", sampling=Sampling(constraint=constraint))
     other = Sampling(constraint=Constraint("grammar", 'root ::= "other"'))
@@ -478,3 +480,21 @@ def test_the_examples_are_requests_of_their_own_small_enough_for_a_demo() -> Non
     assert min(limits) >= 16
     assert max(limits) <= 96
     assert sum(request.sampling.n * limit for request, limit in zip(requests, limits, strict=True)) <= 4_000
+
+
+@pytest.mark.parametrize(
+    ("schema", "named"),
+    [
+        ({"tpye": "string"}, "tpye.*did you mean type"),
+        ({"type": "object", "properties": {"a": {"type": "string", "maxlength": 3}}}, "properties.a has 'maxlength'"),
+        ({"anyOf": [{"type": "string"}, {"foo": 1}]}, r"anyOf\[1\] has 'foo'"),
+    ],
+)
+def test_what_is_no_keyword_of_a_schema_is_named(schema: dict[str, object], named: str) -> None:
+    with pytest.raises(RequestError, match=named):
+        parse_request(json.dumps({"prompt": "x", "json_schema": schema}).encode(), default_id="a")
+
+
+def test_names_of_properties_may_be_anything_in_a_schema() -> None:
+    schema = {"type": "object", "properties": {"tpye": {"enum": [{"foo": 1}]}}, "required": ["tpye"]}
+    parse_request(json.dumps({"prompt": "x", "json_schema": schema}).encode(), default_id="a")
