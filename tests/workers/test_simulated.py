@@ -280,7 +280,7 @@ def test_it_refuses_embeddings_and_goes_on(engine: EngineProcess) -> None:
 @pytest.mark.slow
 def test_it_scores_too(engine: EngineProcess) -> None:
     request = Request(
-        custom_id="s", kind="completion", prompt="ba", continuations=("d", "de"), logprobs=0,
+        custom_id="s", kind="completion", prompt=(98, 97), continuations=((100,), (100, 101)), logprobs=0,
         sampling=Sampling(max_tokens=0),
     )  # fmt: skip
     engine.submit([Job(1, 0, False, request)])
