@@ -26,6 +26,9 @@ class Pace:
     def observe(self, decoding: int, read_tokens: int, step_s: float) -> None:
         """A step of `step_s` seconds in which `decoding` sequences got a token and `read_tokens` were read."""
         if not decoding:
+            # Not quite the same, but known before the first long prompt comes between others.
+            if read_tokens >= READ_TOKENS_MIN:
+                self._token_s = _moved(self._token_s, step_s / read_tokens)
             return
         if not read_tokens:
             self._step_s = _moved(self._step_s, step_s)

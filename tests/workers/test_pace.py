@@ -28,10 +28,13 @@ def test_before_anything_was_measured_a_whole_batch_is_read() -> None:
     assert Pace(512).allowed(8) == 512
 
 
-def test_steps_that_only_read_say_nothing_about_those_that_decode() -> None:
+def test_steps_that_only_read_tell_what_a_token_costs_but_nothing_about_those_that_decode() -> None:
     pace = Pace(512)
-    pace.observe(0, 512, 9.0)
+    pace.observe(0, 500, 0.5)
+    pace.observe(0, 1, 0.02)
     assert pace.allowed(8) == 512
+    pace.observe(8, 0, 0.05)
+    assert pace.allowed(8) == 96
 
 
 @given(st.floats(1e-4, 1.0), st.floats(1e-6, 1e-2))
