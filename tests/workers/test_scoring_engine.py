@@ -248,7 +248,8 @@ def test_generating_and_scoring_run_beside_each_other(session: Session) -> None:
     made = [Job(800 + k, 0, False, Request(custom_id="g", kind="completion", prompt=f"{k}")) for k in range(6)]
     got = session.ask(*(job for pair in zip(jobs, made, strict=True) for job in pair))
     assert all(answer.error is None for answer in got.values())
-    assert len({of(got[700 + k], 1).total for k in range(6)}) <= 2
+    totals = [of(got[700 + k], 1).total for k in range(6)]
+    assert max(totals) - min(totals) < CHATTER / 10
 
 
 def test_what_cannot_be_scored_fails_alone(session: Session) -> None:
