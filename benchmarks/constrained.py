@@ -29,7 +29,8 @@ from coordinator.bench_load import Load
 from scheduling.constraints import Constraint, of_grammar, of_schema
 from scheduling.requests import Sampling
 from workers.constraints import Constraints
-from workers.llama import LlamaModel, start_backend
+from workers.llama import LlamaModel
+from workers.llama_backend import start_backend
 from workers.protocol import EngineConfig, Job
 
 RECORDS = {

@@ -43,6 +43,7 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True):
     gpu_layers: int | Auto = "auto"
     flash_attention: bool | None = None
     prefix_reuse: bool = True
+    gpu_sampling: bool = True
     speculate: bool = True
     draft_model: str | None = None
     draft_max: int = 15

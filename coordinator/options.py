@@ -113,6 +113,10 @@ class EngineOptions(GeneratingOptions):
         typer.Option("--prefix-reuse/--no-prefix-reuse", help="Read once what prompts begin with in common."),
     ] = True
 
+    gpu_sampling: Annotated[
+        bool,
+        typer.Option("--gpu-sampling/--no-gpu-sampling", help="Find the likeliest tokens on the GPU, if there is one."),
+    ] = True
     slots: Annotated[Any, _auto("Sequences decoded at once by each worker. auto: as many as fit and are of use.")] = (
         "auto"
     )

@@ -38,6 +38,8 @@ import numpy.typing as npt
 
 from workers.sampling import NOT_FINITE, Doubles, Floats, Ids, RowSampler, Tokens, penalise, typical, uniforms
 
+PARALLEL_ELEMENTS_MIN = 1 << 20
+"""Logits below which a second thread costs more than it brings."""
 BLOCK = 256
 """Tokens that are summed together first when a token is drawn from the whole vocabulary."""
 STRIPS = 64

@@ -165,10 +165,16 @@ class DraftModel:
             self._tokens[sequence, first : first + tokens.size] = tokens
             self._fed[sequence] += tokens.size
         code, count = decoder.decode(end), sum(wanted for _, _, wanted in parts)
-        said = largest(decoder.logits(count), np.arange(count)).tolist() if count and not code else []
+        said = _largest(decoder, count) if count and not code else []
         if code or NOT_FINITE in said:
             self._broken = True
             why = f"llama_decode failed with code {code}" if code else "its logits are NaN or infinite"
             print(f"the draft model is not used any more: {why}", file=sys.stderr)
             return []
         return said
+
+
+def _largest(decoder: Decoder, rows: int) -> list[int]:
+    best = decoder.best(rows)
+    tokens: list[int] = (largest(decoder.logits(rows), np.arange(rows)) if best is None else best).tolist()
+    return tokens

@@ -5,8 +5,8 @@ order of arrival, up to so many tokens. Inputs of any lengths share a pass and n
 sorted. Each attends to its own tokens only, but llama.cpp computes a part of what it masks: that is why a batch is not
 as large as it could be. An input that is longer than a batch goes alone.
 
-It drives an `Encoder` (`workers.llama.LlamaEncoder`, or a fake) and never sees llama.cpp itself. One thread owns an
-embedder; backlog, meter and outbox have locks of their own.
+It drives an `Encoder` (`workers.llama_contexts.LlamaEncoder`, or a fake) and never sees llama.cpp itself. One thread
+owns an embedder; backlog, meter and outbox have locks of their own.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _NO_GAPS = np.empty(0)
 
 
 class Encoder(Protocol):
-    """What an embedder needs of a context. See `workers.llama.LlamaEncoder`."""
+    """What an embedder needs of a context. See `workers.llama_contexts.LlamaEncoder`."""
 
     batch_tokens: int
     sequences: int

@@ -248,14 +248,6 @@ class BatchingEngine:
             )
         shares = slots_of_contexts(config.slots, config.contexts)
         threads = config.threads if model.takes_turns else max(1, config.threads // len(shares))
-        # All of them before the first one runs: llama.cpp must not be short of memory when one of them works already.
-        draftings = [self._drafting(share, threads, config) for share in shares]
-        contexts = [
-            model.context(config, share, threads, outputs=max(share, ROWS_MAX) if drafting is not None else None)
-            for share, drafting in zip(shares, draftings, strict=True)
-        ]
-        helpers = config.sampling_threads - 1
-        pool = ThreadPoolExecutor(helpers * len(contexts), "choose") if helpers > 0 else None
         shape = shape_of(
             config,
             on_gpu=bool(self._gpu_names),
@@ -263,6 +255,20 @@ class BatchingEngine:
             cell_bytes=model.cell_bytes,
             model_bytes=model.model_bytes,
         )
+        # All of them before the first one runs: llama.cpp must not be short of memory when one of them works already.
+        draftings = [self._drafting(share, threads, config) for share in shares]
+        contexts = [
+            model.context(
+                config,
+                share,
+                threads,
+                outputs=max(share, ROWS_MAX) if drafting is not None else None,
+                whole_passes=shape.steady,
+            )
+            for share, drafting in zip(shares, draftings, strict=True)
+        ]
+        helpers = config.sampling_threads - 1
+        pool = ThreadPoolExecutor(helpers * len(contexts), "choose") if helpers > 0 else None
         return [
             Stepper(
                 self._backlog.open(lane),

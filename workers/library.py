@@ -46,9 +46,18 @@ class Model(Protocol):
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]: ...
 
-    def context(self, config: EngineConfig, slots: int, threads: int, *, outputs: int | None = None) -> Decoder:
+    def context(
+        self,
+        config: EngineConfig,
+        slots: int,
+        threads: int,
+        *,
+        outputs: int | None = None,
+        whole_passes: bool = False,
+    ) -> Decoder:
         """Cells for `slots` sequences of `config.ctx_tokens`. `outputs`: most rows of a batch whose logits are wanted;
-        None is one for each slot. Raises `EngineError` if there is no memory for them."""
+        None is one for each slot. `whole_passes`: those that want logits have as many rows for each of neighbouring
+        sequences, so that they are computed in one piece. Raises `EngineError` if there is no memory for them."""
         ...
 
     def encoder(self, config: EngineConfig, tokens: int, threads: int) -> Encoder:

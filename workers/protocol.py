@@ -61,6 +61,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     threads_batch: int | None = None
     sampling_threads: int = 1
     """Threads of each context that choose tokens (argmax, filters) beside llama.cpp's."""
+    sample_on: Literal["auto", "device", "host"] = "auto"
+    """Where the largest logits are found (`workers.backend_sampling`). auto: on a GPU that computes them."""
     gpu_layers: int = -1
     """Layers on the GPU; -1 is all of them."""
     flash_attention: bool | None = None

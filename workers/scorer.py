@@ -15,8 +15,8 @@ Sharing has a price where a model gives NaN: without flash attention it comes ba
 sequence's NaN can reach the others. Then all cells are emptied and those requests run one at a time, so that the one
 that is to blame fails alone.
 
-It drives a `ScoreDecoder` (`workers.llama.LlamaContext`, or a fake). One thread owns a scorer; what it shares with
-others are the backlog, the meter and the outbox.
+It drives a `ScoreDecoder` (`workers.llama_contexts.LlamaContext`, or a fake). One thread owns a scorer; what it shares
+with others are the backlog, the meter and the outbox.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import numpy as np
 
 from scheduling.errors import EngineError
 from workers.backlog import CANCELLED, Backlog
-from workers.choosing import Threads, choose
+from workers.choosing import PARALLEL_ELEMENTS_MIN, Threads, choose
 from workers.logprobs import Likely, Noted, likely
 from workers.meter import Meter
 from workers.protocol import Answer, Choice, Frame
@@ -37,7 +37,7 @@ from workers.sampling import NOT_FINITE, Floats, RowSampler
 from workers.scoreplan import Part, Plan, Run
 from workers.seating import Decoder
 from workers.sequences import Sequence, Sequences
-from workers.stepper import ERRORS_IN_A_ROW_MAX, PARALLEL_ELEMENTS_MIN, Vocabulary
+from workers.stepper import ERRORS_IN_A_ROW_MAX, Vocabulary
 from workers.text import TextStream
 
 LOGITS_BYTES_MAX = 128 << 20

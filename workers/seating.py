@@ -21,7 +21,7 @@ from workers.constraints import Matcher
 from workers.logprobs import Noted
 from workers.prefixes import Prefixes
 from workers.sampling import RowSampler
-from workers.slots import NOBODY, Ints, SlotArrays
+from workers.slots import NOBODY, Ints, Places, SlotArrays
 from workers.text import TextStream
 
 READ_TOGETHER = 8
@@ -29,7 +29,7 @@ READ_TOGETHER = 8
 
 
 class Decoder(Protocol):
-    """What is needed of a context. See `workers.llama.LlamaContext`."""
+    """What is needed of a context. See `workers.llama_contexts.LlamaContext`."""
 
     batch_tokens: int
     token: Ints
@@ -39,7 +39,14 @@ class Decoder(Protocol):
 
     def decode(self, rows: int) -> int: ...
 
-    def logits(self, rows: int) -> npt.NDArray[np.float32]: ...
+    def best(self, rows: int) -> Ints | None:
+        """(rows,) the token with the largest logit of each wanted row of the last batch, NOT_FINITE where a logit is
+        not; None where the device does not choose."""
+        ...
+
+    def logits(self, rows: int, places: Places | None = None) -> npt.NDArray[np.float32]:
+        """(rows, vocab_tokens) logits of the wanted rows; where the device chooses, `places` alone are there."""
+        ...
 
     def forget(self, seq: int, first: int = 0) -> None: ...
 

@@ -25,7 +25,7 @@ NOT_FOUND = -2
 
 
 class Keeper(Protocol):
-    """What is needed of a context. See `workers.llama.LlamaContext`."""
+    """What is needed of a context. See `workers.llama_contexts.LlamaContext`."""
 
     def share(self, source: int, target: int, count: int) -> None: ...
 

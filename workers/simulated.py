@@ -120,7 +120,13 @@ class SimulatedModel:
         return tokens + _scattered(text[end:])
 
     def context(
-        self, config: EngineConfig, slots: int, threads: int, *, outputs: int | None = None
+        self,
+        config: EngineConfig,
+        slots: int,
+        threads: int,
+        *,
+        outputs: int | None = None,
+        whole_passes: bool = False,
     ) -> SimulatedContext:
         return SimulatedContext(self._times, slots, config.ctx_tokens, max(config.batch_tokens, slots))
 
@@ -236,7 +242,10 @@ class SimulatedContext:
         if self._due_s > now_s:
             self._sleep(self._due_s - now_s)
 
-    def logits(self, rows: int) -> Floats:
+    def best(self, rows: int) -> None:
+        """Tokens are chosen from logits."""
+
+    def logits(self, rows: int, places: npt.NDArray[np.int64] | None = None) -> Floats:
         """(rows, VOCAB) logits of the wanted rows in batch order."""
         return self._logits[:rows]
 

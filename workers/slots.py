@@ -26,7 +26,7 @@ Only numbers live here; what a slot runs for is in `workers.seating.Seat`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -68,6 +68,11 @@ class Pass:
     prompt_tokens: int
     trim: Places
     ahead: Places | None = None
+
+    def only(self, some: Flags | Places) -> Pass:
+        """The same batch, of whose outputs only `some` matter."""
+        ahead = None if self.ahead is None else self.ahead[some]
+        return replace(self, output_slots=self.output_slots[some], output_rows=self.output_rows[some], ahead=ahead)
 
 
 class SlotArrays:

@@ -8,8 +8,8 @@ ten. Which rows make a batch is `workers.slots`' business, which request sits in
 touched only for slots that need it: those whose sampling is more than argmax, those whose text is watched
 (streamed, or with stop strings), those that finish.
 
-It drives a `Decoder` (`workers.llama.LlamaContext`, or a fake) and never sees llama.cpp itself. One thread owns a
-stepper; what it shares with others are the backlog, the meter and the outbox, which have locks of their own.
+It drives a `Decoder` (`workers.llama_contexts.LlamaContext`, or a fake) and never sees llama.cpp itself. One thread
+owns a stepper; what it shares with others are the backlog, the meter and the outbox, which have locks of their own.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ import numpy.typing as npt
 
 from scheduling.errors import EngineError
 from workers.backlog import CANCELLED, Backlog
-from workers.choosing import Threads, choose, largest
-from workers.constraints import STUCK, Allowed, Constraints
+from workers.chooser import Chooser
+from workers.constraints import STUCK, Constraints
 from workers.drafting import Drafting
-from workers.logprobs import Asker, Look
 from workers.meter import Meter
 from workers.pace import Pace
 from workers.protocol import Answer, Choice, Frame, Piece
@@ -39,8 +38,6 @@ from workers.speculation import Check, Speculation
 from workers.text import PieceTable
 
 ERRORS_IN_A_ROW_MAX = 3
-PARALLEL_ELEMENTS_MIN = 1 << 20
-"""Logits below which a second thread costs more than it brings."""
 
 
 @dataclass(frozen=True)
@@ -78,13 +75,18 @@ class Stepper:
         self._seats = Seating(index, self._slots, decoder, backlog, vocabulary.eog.size)
         self._speculation = Speculation(self._slots, drafting, decoder.batch_tokens) if drafting else None
         self._vocabulary = vocabulary
-        self._eog_ids = np.flatnonzero(vocabulary.eog)
+        self._chooser = Chooser(
+            decoder,
+            self._slots,
+            self._seats,
+            vocabulary.eog,
+            constraints=constraints,
+            pool=pool,
+            pool_threads=pool_threads,
+        )
         self._backlog = backlog
         self._meter = meter
         self._send = send
-        self._constraints = constraints
-        self._pool = pool if pool_threads > 1 else None
-        self._pool_threads = pool_threads
         self._pace = Pace(decoder.batch_tokens)
         self._clock = clock
         self._cancels_seen = 0
@@ -119,23 +121,19 @@ class Stepper:
         check = self._speculation.check() if self._speculation is not None else None
         fed_s = self._clock()
         rows, prompt_tokens = self._feed(check)
-        outputs = rows.output_slots if rows is not None else self._slots.no_places
-        # Before the logits, which wait for the GPU.
-        allowed = self._allowed(outputs)
-        logits = self._decoder.logits(int(np.count_nonzero(rows.wanted))) if rows is not None and outputs.size else None
+        turn = self._chooser.begin(rows) if rows is not None and rows.output_slots.size else None
+        if turn is not None:
+            turn.wait()
         decoded_s = now_s = self._clock()
         gaps, output_tokens, accepted = np.empty(0), 0, 0
-        if rows is not None and logits is not None:
-            look = self._look(logits, rows)
-            tokens = self._choose(logits, rows, allowed)
-            if look is not None:
-                look.note(tokens)
+        if rows is not None and turn is not None:
+            tokens = turn.tokens()
             now_s = self._clock()
             if not prompt_tokens:
                 self._time(used, check, now_s - fed_s)
             if check is None:
                 output_tokens = int(np.count_nonzero(tokens >= 0))
-                gaps = self._advance(outputs, tokens, now_s)
+                gaps = self._advance(rows.output_slots, tokens, now_s)
             else:
                 gaps, output_tokens, accepted = self._settle(check, tokens, now_s)
         self._emit()
@@ -218,42 +216,6 @@ class Stepper:
 
     # ------------------------------------------------ tokens
 
-    def _allowed(self, outputs: Places) -> Allowed | None:
-        """What grammars and schemas let the next tokens of `outputs` be. None if there are none."""
-        if not self._seats.constrained or self._constraints is None:
-            return None
-        return self._constraints.allowed([self._seats[slot].matcher for slot in outputs.tolist()])
-
-    def _choose(self, logits: npt.NDArray[np.float32], rows: Pass, allowed: Allowed | None) -> Ints:
-        """One token for each of `rows.output_slots`; NOT_FINITE where its row of `logits` is damaged, STUCK where its
-        grammar has failed."""
-        slots, outputs = self._slots, rows.output_slots
-        # Before bias and penalties, which leave -inf as it is.
-        silenced = np.flatnonzero(slots.ignore_eos[outputs])
-        if silenced.size and self._eog_ids.size:
-            logits[rows.output_rows[silenced, None], self._eog_ids] = -np.inf
-        threads = self._threads(logits)
-        if allowed is None:
-            return self._chosen(logits, rows, threads)
-        allowed.forbid_others(logits, rows.output_rows, threads)
-        tokens = self._chosen(logits, rows, threads)
-        allowed.consume(tokens)
-        return tokens
-
-    def _chosen(self, logits: npt.NDArray[np.float32], rows: Pass, threads: Threads) -> Ints:
-        slots, outputs = self._slots, rows.output_slots
-        ahead = np.zeros(outputs.size, np.int64) if rows.ahead is None else rows.ahead
-        if slots.plain[outputs].all():
-            return largest(logits, rows.output_rows, threads)
-        places = outputs.tolist()
-        samplers = [self._seats[slot].sampler for slot in places]
-
-        def history(place: int) -> Ints:
-            slot = places[place]
-            return slots.tokens[slot, : slots.length[slot] + ahead[place]]
-
-        return choose(logits, rows.output_rows, samplers, slots.outputs[outputs] + ahead, history, threads)
-
     def _settle(self, check: Check, tokens: Ints, now_s: float) -> tuple[npt.NDArray[np.float64], int, int]:
         """Book what came of checked drafts, token by token, as if decoded singly: a request may end at any of them.
         Returns the gaps between tokens, and how many there were, those that had been drafted apart."""
@@ -270,20 +232,6 @@ class Stepper:
     def _time(self, used: int, check: Check | None, seconds: float) -> None:
         if self._speculation is not None:
             self._speculation.timed(used, check.extra if check is not None else 0, seconds)
-
-    def _look(self, logits: npt.NDArray[np.float32], rows: Pass) -> Look | None:
-        """The rows whose log-probabilities are asked for, before tokens are chosen from them. None if nobody asks."""
-        if not self._seats.noting:
-            return None
-        askers = []
-        for place, slot in enumerate(rows.output_slots.tolist()):
-            noted = self._seats[slot].noted
-            if noted is not None:
-                askers.append(Asker(place, noted, int(self._slots.outputs[slot])))
-        return Look(logits, rows.output_rows, askers, self._threads(logits)) if askers else None
-
-    def _threads(self, logits: npt.NDArray[np.float32]) -> Threads:
-        return Threads(self._pool if logits.size >= PARALLEL_ELEMENTS_MIN else None, self._pool_threads)
 
     def _advance(self, outputs: Places, tokens: Ints, now_s: float) -> npt.NDArray[np.float64]:
         """Book the new tokens and finish what has ended. Returns the gaps between tokens in seconds."""

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from scheduling.requests import Request, Sampling
 from workers.protocol import Job
+from workers.sampling import NOT_FINITE
 from workers.stepper import Vocabulary
 from workers.text import PieceTable
 
@@ -101,7 +102,11 @@ def remembered(tokens: list[int]) -> npt.NDArray[np.float32]:
 class FakeDecoder:
     """A `workers.seating.Decoder`. `batches` records the sequence ids of each decode, `emptied` the cells that went."""
 
+    chooses = False
+    """The device chooses: logits are fetched row by row."""
+
     def __init__(self, batch_tokens: int = 64, ctx_tokens: int = 100, reads_all: bool = False) -> None:
+        self.fetched = 0
         self.batch_tokens = batch_tokens
         self.ctx_tokens = ctx_tokens
         self.reads_all = reads_all
@@ -158,8 +163,21 @@ class FakeDecoder:
         self.logits_now = np.array(out, np.float32).reshape(-1, VOCAB)
         return 0
 
-    def logits(self, rows: int) -> npt.NDArray[np.float32]:
+    def best(self, rows: int) -> npt.NDArray[np.int32] | None:
+        if not self.chooses:
+            return None
         assert rows == len(self.logits_now)
+        sound = np.isfinite(self.logits_now.sum(axis=1))
+        return np.where(sound, self.logits_now.argmax(axis=1), NOT_FINITE).astype(np.int32)
+
+    def logits(self, rows: int, places: npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.float32]:
+        assert rows == len(self.logits_now)
+        if self.chooses:
+            assert places is not None, "rows are fetched where they are needed"
+            fetched = np.full_like(self.logits_now, 1e9)
+            fetched[places] = self.logits_now[places]
+            self.fetched += places.size
+            return fetched
         return self.logits_now
 
     def forget(self, seq: int, first: int = 0) -> None:

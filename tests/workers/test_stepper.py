@@ -12,7 +12,7 @@ from scheduling.errors import EngineError
 from scheduling.logprobs import completion_logprobs
 from tests.workers import engine_fakes
 from tests.workers.engine_fakes import EOG, VOCAB, FakeDecoder, job, passes, piece_of
-from workers import stepper as stepper_module
+from workers import chooser as chooser_module
 from workers.backlog import Backlog, Lane, Task
 from workers.constraints import Constraints
 from workers.drafting import Drafting
@@ -20,6 +20,12 @@ from workers.meter import Meter
 from workers.protocol import Answer, Frame, Job, Stats
 from workers.shape import Shape
 from workers.stepper import Stepper
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["host", "device"])
+def _device_chooses(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of this holds wherever tokens are chosen."""
+    monkeypatch.setattr(FakeDecoder, "chooses", request.param)
 
 
 class Rig:
@@ -271,7 +277,7 @@ def test_passes_that_only_read_do_not_hide_that_every_other_is_refused() -> None
 def test_a_fatal_code_or_repeated_errors_end_the_engine(codes: list[int]) -> None:
     rig = Rig(slots=1)
     rig.submit(job(1), job(2), job(3))
-    rig.decoder.codes = codes
+    rig.decoder.codes = list(codes)
     with pytest.raises(EngineError, match=f"code {codes[-1]}"):
         rig.run()
 
@@ -439,7 +445,7 @@ def test_the_decode_pass_becomes_narrow_when_most_are_done(moves: bool) -> None:
 
 @pytest.mark.parametrize("threads", [2, 3, 9])
 def test_many_threads_choose_what_one_does(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stepper_module, "PARALLEL_ELEMENTS_MIN", 0)
+    monkeypatch.setattr(chooser_module, "PARALLEL_ELEMENTS_MIN", 0)
     work: Callable[[], list[Job]] = lambda: [  # noqa: E731
         job(key, (key % 60,), temperature=float(key % 3), seed=key, ignore_eos=key % 2 == 0) for key in range(20)
     ]

@@ -1,0 +1,140 @@
+"""Tokens that llama.cpp's own device chooses, here the CPU, against those chosen from logits on the host."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from scheduling.constraints import Constraint
+from scheduling.requests import Request, Sampling
+from tests.workers.test_engine import PROMPTS, Session, chat, config, counted
+from tests.workers.test_supervisor import PATIENCE_S, listen
+from workers.protocol import Answer, EngineConfig, Job
+
+pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+
+SCHEMA = (
+    '{"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": false}'
+)
+
+
+def on(where: str, made: EngineConfig) -> EngineConfig:
+    return msgspec.structs.replace(made, sample_on=where, steady_batches=True)
+
+
+def of_all_kinds() -> list[Job]:
+    """Greedy texts, and between them those that need their logits."""
+    jobs = [chat(place, prompt) for place, prompt in enumerate(PROMPTS)]
+    jobs += [chat(100 + k, PROMPTS[k], temperature=0.9, top_p=0.9, seed=k) for k in range(4)]
+    jobs += [chat(200 + k, PROMPTS[k], repeat_penalty=1.2) for k in range(4)]
+    jobs += [chat(300 + k, PROMPTS[k], ignore_eos=True, max_tokens=40) for k in range(4)]
+    jobs += [chat(400 + k, PROMPTS[k], constraint=Constraint("schema", SCHEMA)) for k in range(2)]
+    for key in (500, 501):
+        asking = chat(key, PROMPTS[key - 500])
+        jobs.append(msgspec.structs.replace(asking, request=msgspec.structs.replace(asking.request, logprobs=2)))
+    return jobs
+
+
+def answered(made: EngineConfig, jobs: list[Job]) -> dict[int, Answer]:
+    session = Session(made)
+    got = session.ask(*jobs)
+    session.engine.close(PATIENCE_S)
+    session.said += listen(session.engine) + session.engine.poll()
+    assert got.keys() == {job.key for job in jobs}
+    assert counted(session.said)[1] == sum(answer.output_tokens for answer in got.values())
+    return got
+
+
+def test_one_slot_says_the_same_wherever_tokens_are_chosen(real_model: Path) -> None:
+    jobs = of_all_kinds()
+    host, device = (answered(on(where, config(real_model, slots=1)), jobs) for where in ("host", "device"))
+    assert all(answer.error is None for answer in host.values())
+    assert {key: answer.choices for key, answer in device.items()} == {
+        key: answer.choices for key, answer in host.items()
+    }
+
+
+def test_many_slots_say_the_same_but_for_rounding(real_model: Path) -> None:
+    jobs = of_all_kinds()
+    host, device = (answered(on(where, config(real_model, slots=8)), jobs) for where in ("host", "device"))
+    assert all(answer.error is None for answer in device.values())
+    same = sum(device[key].choices[0].text == host[key].choices[0].text for key in host)
+    assert same >= 0.8 * len(jobs)
+
+
+def test_drafts_are_checked_there_too(real_model: Path) -> None:
+    made = msgspec.structs.replace(config(real_model, slots=2), speculate="always")
+    jobs = [chat(k, f"Repeat this: one two three four one two three four {k}", max_tokens=40) for k in range(6)]
+    host, device = (answered(on(where, made), jobs) for where in ("host", "device"))
+    assert {key: answer.error for key, answer in device.items()} == dict.fromkeys(host)
+    same = sum(device[key].choices[0].text == host[key].choices[0].text for key in host)
+    assert same >= 5
+
+
+def test_prompts_longer_than_a_batch_and_more_requests_than_slots(tiny_model: Path) -> None:
+    made = on("device", config(tiny_model, slots=5, contexts=2, batch_tokens=64))
+    sampling = Sampling(max_tokens=12, temperature=0.0, ignore_eos=True)
+    jobs = [
+        Job(
+            k,
+            0,
+            False,
+            Request(custom_id=str(k), kind="completion", prompt=(1 + k,) * (k * 9 % 230 + 1), sampling=sampling),
+        )
+        for k in range(60)
+    ]
+    got = answered(made, jobs)
+    assert all((answer.error, answer.output_tokens) == (None, 12) for answer in got.values())
+
+
+BROKEN = """
+import sys
+import numpy as np
+from workers.backend_sampling import BackendSampling
+from workers.llama import LlamaModel
+from workers.llama_backend import start_backend
+from workers.protocol import EngineConfig
+from scheduling.errors import EngineError
+
+start_backend()
+made = EngineConfig(model=sys.argv[1], slots=4, ctx_tokens=256, batch_tokens=64, ubatch_tokens=64, sample_on="device")
+model = LlamaModel(made)
+context = model.context(made, 4, 1, whole_passes=True)
+# Of an unequal number of tokens for each sequence llama.cpp makes several pieces.
+seq = np.repeat([0, 1, 2], [1, 3, 5])
+for name, values in (("token", 5), ("seq", seq), ("pos", np.concatenate([np.arange(n) for n in (1, 3, 5)]))):
+    getattr(context, name)[:9] = values
+context.wanted[:9] = [1, 0, 0, 1, 0, 0, 0, 0, 1]
+assert context.decode(9) == 0
+if sys.argv[2] == "cut":
+    try:
+        context.best(3)
+    except EngineError as error:
+        print(error)
+else:
+    context.clear()
+    context.wanted[:3] = 1
+    context.seq[:3], context.pos[:3] = [0, 1, 2], 0
+    assert context.decode(3) == 0
+    context._sampling.best = lambda rows: np.array([3, 3, 3], np.int32)
+    try:
+        context.best(3)
+    except EngineError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize(("case", "expected"), [("cut", "rows of logits in one piece"), ("wrong", "does not find")])
+def test_what_is_not_what_was_expected_ends_the_engine_and_says_what_to_do(
+    tiny_model: Path, case: str, expected: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BROKEN, str(tiny_model), case], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert expected in done.stdout
+    assert "--no-gpu-sampling" in done.stdout

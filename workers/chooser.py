@@ -1,0 +1,145 @@
+"""Each step's tokens: who of its rows needs what, and where that comes from.
+
+Where the device chooses (`Decoder.best`), a row whose token is the largest logit needs nothing else. Rows with filters,
+penalties, grammars or log-probabilities need their logits, and only these are fetched. Where it does not, all logits
+are there anyway.
+
+A `Turn` is one step's choosing. It begins when the device has been given the batch: masks of grammars are made while it
+computes. `wait` until it is done, then `tokens`.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import numpy.typing as npt
+
+from workers.choosing import PARALLEL_ELEMENTS_MIN, Threads, choose, largest
+from workers.constraints import Allowed, Constraints
+from workers.logprobs import Asker, Look
+from workers.seating import Decoder, Seating
+from workers.slots import Flags, Ints, Pass, SlotArrays
+
+
+class Chooser:
+    """Of one context. `eog`: (vocab_tokens,) which tokens end a generation."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        slots: SlotArrays,
+        seats: Seating,
+        eog: npt.NDArray[np.bool_],
+        *,
+        constraints: Constraints | None = None,
+        pool: ThreadPoolExecutor | None = None,
+        pool_threads: int = 1,
+    ) -> None:
+        self.decoder = decoder
+        self.slots = slots
+        self.seats = seats
+        self.eog = eog
+        self.eog_ids = np.flatnonzero(eog)
+        self.constraints = constraints
+        self._pool = pool if pool_threads > 1 else None
+        self._pool_threads = pool_threads
+
+    def begin(self, rows: Pass) -> Turn:
+        return Turn(self, rows)
+
+    def threads(self, logits: npt.NDArray[np.float32]) -> Threads:
+        return Threads(self._pool if logits.size >= PARALLEL_ELEMENTS_MIN else None, self._pool_threads)
+
+
+class Turn:
+    """The choosing of one step, whose last batch was `rows`."""
+
+    __slots__ = ("_allowed", "_best", "_count", "_hard", "_logits", "_of", "_rows")
+
+    def __init__(self, chooser: Chooser, rows: Pass) -> None:
+        self._of = chooser
+        self._rows = rows
+        self._count = int(np.count_nonzero(rows.wanted))
+        self._hard: Flags = ~chooser.slots.plain[rows.output_slots]
+        if chooser.seats.noting:
+            seats = chooser.seats
+            self._hard |= np.array([seats[slot].noted is not None for slot in rows.output_slots.tolist()], np.bool_)
+        self._allowed: Allowed | None = None
+        if chooser.seats.constrained and chooser.constraints is not None:
+            slots = rows.output_slots[self._hard].tolist()
+            self._allowed = chooser.constraints.allowed([chooser.seats[slot].matcher for slot in slots])
+        self._best: Ints | None = None
+        self._logits: npt.NDArray[np.float32] | None = None
+
+    def wait(self) -> None:
+        """Until the device is done."""
+        decoder = self._of.decoder
+        self._best = decoder.best(self._count)
+        if self._best is None:
+            self._logits = decoder.logits(self._count)
+
+    def tokens(self) -> Ints:
+        """One token for each of the batch's `output_slots`; NOT_FINITE where its row of logits is damaged, STUCK where
+        its grammar has failed."""
+        of, rows, hard = self._of, self._rows, self._hard
+        tokens = np.empty(hard.size, np.int32)
+        easy = np.flatnonzero(~hard)
+        if hard.any():
+            tokens[hard] = self._choose(rows.only(hard), self._allowed)
+        if not easy.size:
+            return tokens
+        if self._best is None:
+            tokens[easy] = self._choose(rows.only(easy) if hard.any() else rows, None)
+            return tokens
+        tokens[easy] = best = self._best[rows.output_rows[easy]]
+        # A text that must not end may have its end as the likeliest token: what comes next after that?
+        ends = of.slots.ignore_eos[rows.output_slots[easy]] & (best >= 0) & of.eog[best]
+        if ends.any():
+            again = easy[ends]
+            tokens[again] = self._choose(rows.only(again), None)
+        return tokens
+
+    def _choose(self, rows: Pass, allowed: Allowed | None) -> Ints:
+        """The tokens of `rows`, from their logits, which are changed in place."""
+        of = self._of
+        logits = self._logits if self._logits is not None else of.decoder.logits(self._count, rows.output_rows)
+        look = self._look(logits, rows)
+        # Before bias and penalties, which leave -inf as it is.
+        silenced = np.flatnonzero(of.slots.ignore_eos[rows.output_slots])
+        if silenced.size and of.eog_ids.size:
+            logits[rows.output_rows[silenced, None], of.eog_ids] = -np.inf
+        threads = of.threads(logits)
+        if allowed is not None:
+            allowed.forbid_others(logits, rows.output_rows, threads)
+        tokens = self._chosen(logits, rows, threads)
+        if allowed is not None:
+            allowed.consume(tokens)
+        if look is not None:
+            look.note(tokens)
+        return tokens
+
+    def _chosen(self, logits: npt.NDArray[np.float32], rows: Pass, threads: Threads) -> Ints:
+        slots, outputs = self._of.slots, rows.output_slots
+        if slots.plain[outputs].all():
+            return largest(logits, rows.output_rows, threads)
+        ahead = np.zeros(outputs.size, np.int64) if rows.ahead is None else rows.ahead
+        places = outputs.tolist()
+        samplers = [self._of.seats[slot].sampler for slot in places]
+
+        def history(place: int) -> Ints:
+            slot = places[place]
+            return slots.tokens[slot, : slots.length[slot] + ahead[place]]
+
+        return choose(logits, rows.output_rows, samplers, slots.outputs[outputs] + ahead, history, threads)
+
+    def _look(self, logits: npt.NDArray[np.float32], rows: Pass) -> Look | None:
+        """The rows whose log-probabilities are asked for, before tokens are chosen from them. None if nobody asks."""
+        if not self._of.seats.noting:
+            return None
+        askers = []
+        for place, slot in enumerate(rows.output_slots.tolist()):
+            noted = self._of.seats[slot].noted
+            if noted is not None:
+                askers.append(Asker(place, noted, int(self._of.slots.outputs[slot])))
+        return Look(logits, rows.output_rows, askers, self._of.threads(logits)) if askers else None
