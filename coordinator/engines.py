@@ -146,7 +146,7 @@ def engine_config(config: JobConfig, model: ModelFacts, placement: Placement) ->
         long_slots=fitted.long_slots, long_ctx_tokens=fitted.long_ctx_tokens,
         input_tokens=fitted.input_tokens, batch_tokens=config.batch,
         ubatch_tokens=min(fitted.ubatch_tokens, config.batch), threads=threads,
-        sampling_threads=min(8, max(1, threads // fitted.contexts)) if on_gpu else 1,
+        sampling_threads=min(4, threads) if on_gpu and fitted.contexts == 1 else 1,
         gpu_layers=fitted.gpu_layers if on_gpu else 0, flash_attention=_flash_attention(config),
         cache_type_k=config.cache_type_k, cache_type_v=config.cache_type_v, loras=model.adapters,
         rope_scaling=config.rope_scaling, rope_scale=config.rope_scale, rope_freq_base=config.rope_freq_base,

@@ -3,9 +3,14 @@
 A row of logits is half a megabyte. Taking all rows of a step to the host, to look there for the largest of each, costs
 more than half of a small model's step. llama.cpp can sample on the GPU itself, but builds a chain of nodes for each
 sequence and fetches what they make one by one, which is slower still. Here it is asked to do so, with samplers of our
-own, which add nothing for their sequence, but once for each graph two nodes over all rows: the place of the largest
-logit, and the sum, which is not finite if any logit is not. llama.cpp then leaves all logits where they are. Rows that
-are needed for anything else are fetched from there one by one (`BackendSampling.fetch`).
+own, which add nothing for their sequence, but once for each graph some nodes over all rows: the place of the largest
+logit, the sum, which is not finite if any logit is not, and where they are wanted shortlists (`workers.shortlist`).
+llama.cpp then leaves all logits where they are. Rows that are needed for anything else are fetched from there one by
+one (`BackendSampling.fetch`).
+
+A graph is used again as long as samplers and batches look the same. So for shortlists to come or go, a sampler must be
+another one, upon which llama.cpp makes sure of its memory: that takes as long as a few steps, and is not done at once
+when no row wants a list any more.
 
 Where logits are equal, which of them is the largest is the device's to say; on the CPU it is the first.
 """
@@ -15,6 +20,7 @@ from __future__ import annotations
 import ctypes
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import llama_cpp.llama_cpp as lib
@@ -24,13 +30,19 @@ from llama_cpp._ggml import libggml
 
 from scheduling.errors import EngineError
 from workers.sampling import NOT_FINITE, Floats
+from workers.shortlist import GROUPS, Shortlist, group_tokens
 
 Ints = npt.NDArray[np.int32]
 
 LOGITS = b"result_output"
 """What llama.cpp calls the tensor of logits in a graph."""
 
-_Pointer, _Size = ctypes.c_void_p, ctypes.c_size_t
+LISTS_KEPT = 64
+"""Passes that give shortlists nobody wants before they are done without."""
+
+_Pointer, _Size, _Long = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64
+_Apply = ctypes.CFUNCTYPE(None, _Pointer, _Pointer, _Pointer, _Pointer)
+_POOL_MAX, _DESCENDING = 0, 1
 
 
 def _function(name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
@@ -39,6 +51,18 @@ def _function(name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
 
 _argmax = _function("ggml_argmax", _Pointer, _Pointer, _Pointer)
 _sum_rows = _function("ggml_sum_rows", _Pointer, _Pointer, _Pointer)
+_sub = _function("ggml_sub", _Pointer, _Pointer, _Pointer, _Pointer)
+_exp = _function("ggml_exp", _Pointer, _Pointer, _Pointer)
+_cont = _function("ggml_cont", _Pointer, _Pointer, _Pointer)
+_get_rows = _function("ggml_get_rows", _Pointer, _Pointer, _Pointer, _Pointer)
+_argsort = _function("ggml_argsort", _Pointer, _Pointer, _Pointer, ctypes.c_int)
+_reshape_2d = _function("ggml_reshape_2d", _Pointer, _Pointer, _Pointer, _Long, _Long)
+_reshape_3d = _function("ggml_reshape_3d", _Pointer, _Pointer, _Pointer, _Long, _Long, _Long)
+_concat = _function("ggml_concat", _Pointer, _Pointer, _Pointer, _Pointer, ctypes.c_int)
+_reshape_1d = _function("ggml_reshape_1d", _Pointer, _Pointer, _Pointer, _Long)
+_view_1d = _function("ggml_view_1d", _Pointer, _Pointer, _Pointer, _Long, _Size)
+_view_2d = _function("ggml_view_2d", _Pointer, _Pointer, _Pointer, _Long, _Long, _Size, _Size)
+_pool_2d = _function("ggml_pool_2d", _Pointer, _Pointer, _Pointer, *[ctypes.c_int] * 5, *[ctypes.c_float] * 2)
 _expand = _function("ggml_build_forward_expand", None, _Pointer, _Pointer)
 _set_output = _function("ggml_set_output", None, _Pointer)
 _find = _function("ggml_graph_get_tensor", _Pointer, _Pointer, ctypes.c_char_p)
@@ -46,80 +70,181 @@ _count = _function("ggml_nelements", ctypes.c_int64, _Pointer)
 _get = _function("ggml_backend_tensor_get", None, _Pointer, _Pointer, _Size, _Size)
 
 
+@dataclass
+class _Nodes:
+    """Tensors of the graph that was built last: their addresses, 0 for one that is not there."""
+
+    logits: int = 0
+    ids: int = 0
+    """int32: (rows,) of the largest logits, then (rows, GROUPS) the groups that are listed."""
+    values: int = 0
+    """float32: (rows,) sums of the logits, then the largest, then the sums of exp(logit - largest)."""
+    listed: int = 0
+    """float32: (rows, GROUPS, tokens)."""
+
+
 class BackendSampling:
     """What is added to the graphs of one context, and how to get at it. `attach` it before the context is made; it must
     live as long. One thread owns it: that which decodes."""
 
-    def __init__(self, sequences: int, outputs: int, vocab_tokens: int) -> None:
-        """`outputs`: most rows of a pass whose logits are wanted."""
+    def __init__(self, sequences: int, vocab_tokens: int) -> None:
         self._vocab_tokens = vocab_tokens
+        self._group_tokens = group_tokens(vocab_tokens)
+        self._nodes = _Nodes()
         self._built = False
-        self._logits = self._best = self._sums = 0
-        self._ids: Ints = np.empty(outputs, np.int32)
-        self._sound: Floats = np.empty(outputs, np.float32)
-        self._interface = self._make_interface()
+        # At first, so that there is memory for them.
+        self.lists = bool(self._group_tokens)
+        self._unwanted = LISTS_KEPT
+        self._samplers: list[int] = []
+        """Addresses, one for each sequence."""
+        self._active: dict[int, int] = {}
+        """Of the sequences whose logits are wanted: their samplers, and how many rows they have. What a sampler is said
+        to have made is fetched by llama.cpp, behind the pass."""
+        self._row = self._rows = 0
+        """Of the graph that is being built: the next row, and how many there are."""
+        self._callback = _Apply(self._apply)
+        self._interfaces = [self._interface(resets) for resets in (True, False)]
         self._chains = (lib.llama_sampler_seq_config * sequences)()
         for sequence, entry in enumerate(self._chains):
-            chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
-            lib.llama_sampler_chain_add(chain, lib.llama_sampler_init(ctypes.byref(self._interface), None))
-            entry.seq_id, entry.sampler = sequence, ctypes.cast(chain, _Pointer)
+            self._samplers.append(0)
+            entry.seq_id, entry.sampler = sequence, self._chain(sequence)
 
-    def _make_interface(self) -> Any:
+    def _interface(self, resets: bool) -> Any:
+        """Of the sampler that hears of each new graph first, or of another one."""
         interface = lib.llama_sampler_i()
-        for name, function in (
-            ("name", lambda _sampler: b"rows"),
-            ("accept", lambda _sampler, _token: None),
-            ("apply", lambda _sampler, _candidates: None),
-            ("backend_init", lambda _sampler, _buffer_type, _outputs: True),
-            ("backend_apply", self._apply),
-            ("backend_reset", self._reset),
-        ):
-            setattr(interface, name, dict(lib.llama_sampler_i._fields_)[name](function))
+        fields = dict(lib.llama_sampler_i._fields_)
+        functions: dict[str, Callable[..., Any]] = {
+            "name": lambda _sampler: b"rows",
+            "accept": lambda _sampler, _token: None,
+            "apply": lambda _sampler, _candidates: None,
+            "backend_init": lambda _sampler, _buffer_type, _outputs: True,
+        }
+        if resets:
+            functions["backend_reset"] = self._reset
+        for name, function in functions.items():
+            setattr(interface, name, fields[name](function))
+        # Called for each sequence: with plain addresses instead of ctypes' pointers, which take longer to make.
+        interface.backend_apply = ctypes.cast(self._callback, fields["backend_apply"])
         return interface
+
+    def _chain(self, sequence: int) -> Any:
+        sampler = lib.llama_sampler_init(ctypes.byref(self._interfaces[sequence > 0]), None)
+        self._samplers[sequence] = ctypes.addressof(sampler.contents)
+        chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
+        lib.llama_sampler_chain_add(chain, sampler)
+        return ctypes.cast(chain, _Pointer)
 
     def attach(self, params: Any) -> None:
         """Have a context that is made with `params` use it."""
         params.samplers = self._chains
         params.n_samplers = len(self._chains)
 
+    def expect(self, sequences: Ints) -> None:
+        """Before a pass: whose rows those are whose logits are wanted, ascending."""
+        found, counts = np.unique(sequences, return_counts=True)
+        samplers = [self._samplers[sequence] for sequence in found.tolist()]
+        self._active = dict(zip(samplers, counts.tolist(), strict=True))
+
+    def want_lists(self, context: Any, wanted: bool) -> None:
+        """Before a pass: whether it should give shortlists. `context`: llama.cpp's."""
+        self._unwanted = 0 if wanted else self._unwanted + 1
+        if wanted == self.lists or not self._group_tokens or 0 < self._unwanted < LISTS_KEPT:
+            return
+        self.lists = wanted
+        entry = self._chains[0]
+        old, entry.sampler = entry.sampler, self._chain(0)
+        lib.llama_set_sampler(context, 0, ctypes.cast(entry.sampler, lib.llama_sampler_p_ctypes))
+        lib.llama_sampler_free(ctypes.cast(old, lib.llama_sampler_p_ctypes))
+
     # ------------------------------------------------ called by llama.cpp as it builds a graph
 
     def _reset(self, _sampler: Any) -> None:
         self._built = False
 
-    def _apply(self, _sampler: Any, context: int, graph: int, data: Any) -> None:
+    def _apply(self, sampler: int, context: int, graph: int, data: int) -> None:
         try:
-            given = data.contents.logits
-            # What is left here would be fetched.
-            data.contents.logits = None
-            logits = _find(graph, LOGITS)
-            if logits is None:
-                # Not a graph of the model: llama.cpp counts the nodes for which it must have room.
-                data.contents.candidates = _argmax(context, given)
-                data.contents.probs = _sum_rows(context, given)
-            elif not self._built:
-                self._built = True
-                self._logits = logits
-                self._best, self._sums = _argmax(context, logits), _sum_rows(context, logits)
-                for tensor in (self._best, self._sums):
-                    _set_output(tensor)
-                    _expand(graph, tensor)
+            given = lib.llama_sampler_data.from_address(data)
+            row, given.logits = given.logits, None  # what is left here would be fetched
+            if not self._built:
+                logits = _find(graph, LOGITS)
+                if logits is None:
+                    # Not a graph of the model: llama.cpp counts the nodes for which it must have room.
+                    given.candidates, given.probs = _argmax(context, row), _sum_rows(context, row)
+                    given.logits = _exp(context, row)
+                    return
+                self._built, self._row = True, 0
+                self._build(context, graph, logits)
+            nodes = self._nodes
+            # A graph that is only measured, or of a piece of a pass, has other rows than were announced.
+            if sampler not in self._active or self._row == self._rows:
+                return
+            if not self._row:
+                given.candidates, given.probs = nodes.ids, nodes.values
+            if nodes.listed:
+                size = GROUPS * self._group_tokens
+                given.logits = _view_1d(context, nodes.listed, size, self._row * size * 4)
+            self._row += 1
         except Exception:  # a callback from C has nobody to raise to; `best` finds nothing then
-            self._best = 0
             traceback.print_exc()
+
+    def _build(self, context: int, graph: int, logits: int) -> None:
+        best, sums = _argmax(context, logits), _sum_rows(context, logits)
+        self._rows = rows = int(_count(sums))
+        self._nodes = nodes = _Nodes(logits, best, sums)
+        if self.lists and rows:  # a pass that only reads has none
+            self._build_lists(context, nodes, rows)
+        for tensor in filter(None, (nodes.ids, nodes.values, nodes.listed)):
+            _set_output(tensor)
+            _expand(graph, tensor)
+
+    def _build_lists(self, context: int, nodes: _Nodes, rows: int) -> None:
+        vocab, tokens = self._vocab_tokens, self._group_tokens
+        groups, best, sums = vocab // tokens, nodes.ids, _reshape_1d(context, nodes.values, rows)
+        peaks = _pool_2d(context, nodes.logits, _POOL_MAX, tokens, 1, tokens, 1, 0.0, 0.0)
+        order = _argsort(context, peaks, _DESCENDING)
+        first = _cont(context, _view_2d(context, order, GROUPS, rows, groups * 4, 0))
+        nodes.listed = _get_rows(context, _reshape_3d(context, nodes.logits, tokens, groups, rows), first)
+        nodes.ids = _concat(context, best, _reshape_1d(context, first, GROUPS * rows), 0)
+        by_token = _reshape_3d(context, nodes.logits, 1, vocab, rows)
+        top = _get_rows(context, by_token, _reshape_2d(context, best, 1, rows))
+        below = _sub(context, nodes.logits, _reshape_2d(context, top, 1, rows))
+        total = _reshape_1d(context, _sum_rows(context, _exp(context, below)), rows)
+        nodes.values = _concat(context, _concat(context, sums, _reshape_1d(context, top, rows), 0), total, 0)
 
     # ------------------------------------------------ after a pass
 
-    def best(self, rows: int) -> Ints:
-        """(rows,) the place of the largest logit of each row of the last pass, NOT_FINITE where any is not.
+    def best(self, context: Any, place: int, rows: int) -> Ints:
+        """(rows,) the place of the largest logit of each row of the last pass, NOT_FINITE where any is not. Waits for
+        the GPU. `context`: llama.cpp's; `place`: of the first row in the batch.
 
-        The device must be done. Raises `EngineError` if llama.cpp cut the pass, so that rows are gone.
+        Raises `EngineError` if llama.cpp cut the pass, so that rows are gone.
         """
-        self._check(rows)
-        ids, sound = self._ids[:rows], self._sound[:rows]
-        _get(self._best, ids.ctypes.data, 0, ids.nbytes)
-        _get(self._sums, sound.ctypes.data, 0, sound.nbytes)
-        return np.where(np.isfinite(sound), ids, np.int32(NOT_FINITE))
+        found = int(lib.llama_get_sampled_candidates_count_ith(context, place))
+        if found != rows * (1 + GROUPS if self._nodes.listed else 1):
+            raise EngineError(
+                f"llama.cpp did not compute {rows} rows of logits in one piece, but gave {found} numbers; use "
+                "--no-gpu-sampling, and please report this with the name of the model"
+            )
+        sums = np.ctypeslib.as_array(lib.llama_get_sampled_probs_ith(context, place), (rows,))
+        ids = np.ctypeslib.as_array(lib.llama_get_sampled_candidates_ith(context, place), (rows,))
+        return np.where(np.isfinite(sums), ids, np.int32(NOT_FINITE))
+
+    def shortlist(self, context: Any, place: int, rows: int) -> Shortlist | None:
+        """The lists of the last pass, after `best`; None if it gave none."""
+        if not self._nodes.listed:
+            return None
+        tokens, vocab = self._group_tokens, self._vocab_tokens
+        ids = np.ctypeslib.as_array(lib.llama_get_sampled_candidates_ith(context, place), (rows * (1 + GROUPS),))
+        values = np.ctypeslib.as_array(lib.llama_get_sampled_probs_ith(context, place), (3, rows))
+        # Each row's list lies where all its logits would have room.
+        room = np.ctypeslib.as_array(lib.llama_get_sampled_logits_ith(context, place), (rows, vocab))
+        listed = room[:, : GROUPS * tokens].reshape(rows, GROUPS, tokens)
+        groups = ids[rows:].reshape(rows, GROUPS)
+        order, every = groups.argsort(axis=1), np.arange(rows)[:, None]
+        return Shortlist(
+            groups[every, order], listed[every, order], listed[:, -1].max(axis=1), values[1].copy(),
+            values[2].astype(np.float64), vocab,
+        )  # fmt: skip
 
     def fetch(self, logits: Floats, places: npt.NDArray[np.int64]) -> None:
         """Fill the lines `places` (ascending) of `logits`, (rows, vocab_tokens), with those rows of the last pass."""
@@ -127,12 +252,4 @@ class BackendSampling:
         breaks = np.flatnonzero(np.diff(places) != 1) + 1
         for run in np.split(places, breaks):
             first, count = int(run[0]), run.size
-            _get(self._logits, logits.ctypes.data + first * line, first * line, count * line)
-
-    def _check(self, rows: int) -> None:
-        found = int(_count(self._best)) if self._best else 0
-        if found != rows:
-            raise EngineError(
-                f"llama.cpp computed {found} rows of logits in one piece where {rows} were expected; use "
-                "--no-gpu-sampling, and please report this with the name of the model"
-            )
+            _get(self._nodes.logits, logits.ctypes.data + first * line, first * line, count * line)

@@ -11,6 +11,7 @@ computes. `wait` until it is done, then `tokens`.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,9 @@ import numpy.typing as npt
 from workers.choosing import PARALLEL_ELEMENTS_MIN, Threads, choose, largest
 from workers.constraints import Allowed, Constraints
 from workers.logprobs import Asker, Look
+from workers.sampling import NOT_FINITE
 from workers.seating import Decoder, Seating
+from workers.shortlist import Shortlist
 from workers.slots import Flags, Ints, Pass, SlotArrays
 
 
@@ -55,7 +58,7 @@ class Chooser:
 class Turn:
     """The choosing of one step, whose last batch was `rows`."""
 
-    __slots__ = ("_allowed", "_best", "_count", "_hard", "_logits", "_of", "_rows")
+    __slots__ = ("_allowed", "_best", "_count", "_filtered", "_hard", "_listed", "_logits", "_of", "_rows")
 
     def __init__(self, chooser: Chooser, rows: Pass) -> None:
         self._of = chooser
@@ -65,9 +68,12 @@ class Turn:
         if chooser.seats.noting:
             seats = chooser.seats
             self._hard |= np.array([seats[slot].noted is not None for slot in rows.output_slots.tolist()], np.bool_)
+        self._filtered: Flags = self._hard & chooser.slots.filtered[rows.output_slots]
+        self._listed: Shortlist | None = None
         self._allowed: Allowed | None = None
+        """Of the hard rows that are not filtered."""
         if chooser.seats.constrained and chooser.constraints is not None:
-            slots = rows.output_slots[self._hard].tolist()
+            slots = rows.output_slots[self._hard & ~self._filtered].tolist()
             self._allowed = chooser.constraints.allowed([chooser.seats[slot].matcher for slot in slots])
         self._best: Ints | None = None
         self._logits: npt.NDArray[np.float32] | None = None
@@ -78,6 +84,8 @@ class Turn:
         self._best = decoder.best(self._count)
         if self._best is None:
             self._logits = decoder.logits(self._count)
+        elif self._filtered.any():
+            self._listed = decoder.shortlist(self._count)
 
     def tokens(self) -> Ints:
         """One token for each of the batch's `output_slots`; NOT_FINITE where its row of logits is damaged, STUCK where
@@ -85,12 +93,18 @@ class Turn:
         of, rows, hard = self._of, self._rows, self._hard
         tokens = np.empty(hard.size, np.int32)
         easy = np.flatnonzero(~hard)
+        if self._listed is not None and self._best is not None:
+            hard = self._choose_listed(tokens, self._listed, self._best)
         if hard.any():
-            tokens[hard] = self._choose(rows.only(hard), self._allowed)
+            allowed = self._allowed
+            if allowed is not None:
+                strict = np.flatnonzero(~self._filtered[hard])
+                allowed = replace(allowed, places=strict[allowed.places])
+            tokens[hard] = self._choose(rows.only(hard), allowed)
         if not easy.size:
             return tokens
         if self._best is None:
-            tokens[easy] = self._choose(rows.only(easy) if hard.any() else rows, None)
+            tokens[easy] = self._choose(rows.only(easy) if easy.size < tokens.size else rows, None)
             return tokens
         tokens[easy] = best = self._best[rows.output_rows[easy]]
         # A text that must not end may have its end as the likeliest token: what comes next after that?
@@ -99,6 +113,26 @@ class Turn:
             again = easy[ends]
             tokens[again] = self._choose(rows.only(again), None)
         return tokens
+
+    def _choose_listed(self, tokens: Ints, listed: Shortlist, best: Ints) -> Flags:
+        """Choose from shortlists, where they decide. Returns which rows need their logits."""
+        rows = self._rows
+        hard: Flags = self._hard.copy()
+        places = np.flatnonzero(self._filtered)
+        damaged = best[rows.output_rows[places]] == NOT_FINITE
+        tokens[places[damaged]], hard[places[damaged]] = NOT_FINITE, False
+        places = places[~damaged]
+        if places.size:
+            slots, some = self._of.slots, rows.only(places)
+            samplers = [self._of.seats[slot].sampler for slot in some.output_slots.tolist()]
+            steps = slots.outputs[some.output_slots] + (0 if some.ahead is None else some.ahead)
+            silenced = slots.ignore_eos[some.output_slots]
+            found, undecided = listed.choose(
+                some.output_rows, samplers, steps, silenced, self._of.eog_ids, self._of.threads(listed.logits)
+            )
+            tokens[places] = found
+            hard[places[~undecided]] = False
+        return hard
 
     def _choose(self, rows: Pass, allowed: Allowed | None) -> Ints:
         """The tokens of `rows`, from their logits, which are changed in place."""

@@ -118,6 +118,31 @@ def choose(
         return _Step(logits, rows, samplers, np.asarray(steps), threads).choose()
 
 
+def choose_bounded(
+    logits: Floats,
+    rows: Ids,
+    samplers: Sequence[RowSampler],
+    steps: Ids,
+    *,
+    total: Doubles,
+    bound: Floats,
+    above_bound: Ids,
+    vocab: int,
+    threads: Threads = ALONE,
+) -> tuple[Tokens, Flags]:
+    """As `choose`, from the likeliest of `vocab` tokens. No token that is missing has a logit over `bound`, at least
+    `above_bound` that are there have none under it; `total` is Z of all. Returns places in the lines of `logits`, and
+    which of `rows` could not be decided.
+
+    `samplers` have neither bias nor penalties.
+    """
+    with np.errstate(all="ignore"):
+        step = _Step(logits, rows, samplers, steps, threads)
+        step.tokens, step.bound, step.above_bound = vocab, bound, above_bound
+        step.total[:] = total
+        return step.choose(), step.undecided
+
+
 def adjust(logits: Floats, rows: Ids, samplers: Sequence[RowSampler], history: History) -> None:
     """Bias, then penalties, in place."""
     for place, sampler in enumerate(samplers):
@@ -182,10 +207,23 @@ class _Step:
         self.total_min: Doubles = np.zeros(self.count)
         """What Z is at least, for rows with top_p and min_p."""
         self.chosen = np.full(self.count, NOT_FINITE, np.int32)
+        self.tokens = self.vocab
+        """Of the vocabulary, of which the rows may have a part."""
+        self.bound: Floats | None = None
+        """No token that is missing has a larger logit, ..."""
+        self.above_bound: Ids = np.zeros(self.count, np.int64)
+        """... and so many that are there have no smaller one."""
+        self.undecided: Flags = np.zeros(self.count, np.bool_)
 
     def choose(self) -> Tokens:
         self.threads.spread(self._find_peaks, self.count)
         finite = self._find_floors()
+        if self.bound is not None:
+            certain = self.by_k & (self.top_k <= self.above_bound) & np.isfinite(self.bound)
+            self.floor[certain] = np.maximum(self.floor, self.bound)[certain]
+            self.undecided = finite & ~(self.floor >= self.bound)
+            self.floor[self.undecided] = np.nan
+            finite &= ~self.undecided
         alone = finite & self.by_typical
         place, ids, logits = self._candidates(alone)
         if place.size:
@@ -245,13 +283,13 @@ class _Step:
             self.total_min[hopeful] = np.exp(self.peaks[hopeful] - self.top[hopeful, None]).sum(axis=1)
         if not places.size:
             return
-        self._weigh_all(places)
+        self._weigh_all(places[np.isnan(self.total[places])])
         top, top_p, total = self.top[places].astype(np.float64), self.top_p[places], self.total[places]
         ordered = np.sort(self.peaks[places], axis=1)[:, ::-1]
         mass = np.cumsum(np.exp(ordered - self.top[places, None]), axis=1, dtype=np.float64)
         short = np.count_nonzero(mass < (top_p * total * (1.0 + MARGIN_SUM))[:, None], axis=1)
         reached = ordered[np.arange(places.size), np.minimum(short, self.width - 1)]
-        certain = top + np.log((1.0 - top_p) * total / self.vocab) - MARGIN
+        certain = top + np.log((1.0 - top_p) * total / self.tokens) - MARGIN
         floor = np.where(short < self.width, reached, certain)
         self.floor[places] = np.maximum(self.floor[places], floor)
 

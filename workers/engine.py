@@ -96,7 +96,7 @@ class BatchingEngine:
             model.vocab_tokens,
             vocabulary.pieces.__getitem__,
             np.flatnonzero(vocabulary.eog).tolist(),
-            config.sampling_threads,
+            config.threads if self._gpu_names else 1,
         )
         self._backlog = Backlog()
         self._meter = Meter(outbox.send, time.monotonic())

@@ -15,6 +15,7 @@ from scheduling.errors import EngineError
 from workers.backend_sampling import BackendSampling
 from workers.llama_backend import forget_errors, recent_errors
 from workers.protocol import EngineConfig
+from workers.shortlist import Shortlist
 
 if TYPE_CHECKING:
     from workers.llama import LlamaModel
@@ -103,7 +104,7 @@ class LlamaContext(BatchArrays):
         params.n_outputs_max = self._outputs = outputs or slots
         self._sampling: BackendSampling | None = None
         if chooses:
-            self._sampling = BackendSampling(slots, self._outputs, model.vocab_tokens)
+            self._sampling = BackendSampling(slots, model.vocab_tokens)
             self._sampling.attach(params)
             params.n_outputs_max_per_seq = self._outputs
         params.n_threads = threads
@@ -125,13 +126,19 @@ class LlamaContext(BatchArrays):
         self.vocab_tokens = model.vocab_tokens
         self.batch_tokens = min(params.n_batch, int(lib.llama_n_batch(self._context)))
         self._logits_address = 0
-        self._checked = False
+        self._checked: set[bool] = set()
+        self._first = 0
+        """Place in the batch of the first row whose logits are wanted."""
         self._logits: npt.NDArray[np.float32] = np.empty((0, self.vocab_tokens), np.float32)
         super().__init__(self.batch_tokens)
 
     def decode(self, rows: int) -> int:
         """Run the first `rows` rows. Returns llama.cpp's code: 0 is success, under -1 is fatal."""
         self._batch.n_tokens = rows
+        if self._sampling is not None:
+            wanted = np.flatnonzero(self.wanted[:rows])
+            self._first = int(wanted[0]) if wanted.size else 0
+            self._sampling.expect(self.seq[wanted])
         with self._turn:
             return int(lib.llama_decode(self._context, self._batch))
 
@@ -140,26 +147,52 @@ class LlamaContext(BatchArrays):
         GPU. None if logits are to be taken."""
         if self._sampling is None:
             return None
-        lib.llama_synchronize(self._context)
-        best = self._sampling.best(rows)
-        if not self._checked:
+        best = self._sampling.best(self._context, self._first, rows)
+        if self._sampling.lists not in self._checked:
             self._check(best)
         return best
 
     def _check(self, best: Ints) -> None:
         """The first time: does the graph of this model, on this device, give what it is meant to?"""
         assert self._sampling is not None
-        self._checked = True
-        logits = self.logits(best.size, np.arange(best.size))
-        sound = best >= 0
-        if not (logits[sound, best[sound]] == logits[sound].max(axis=1)).all():
+        self._checked.add(self._sampling.lists)
+        listed = self.shortlist(best.size)
+        logits = self.logits(best.size, np.arange(best.size))[best >= 0]
+        top = logits.max(axis=1)
+        right = bool((np.take_along_axis(logits, best[best >= 0, None], axis=1)[:, 0] == top).all())
+        if listed is not None:
+            right &= bool(
+                (
+                    np.take_along_axis(logits, listed.ids[best >= 0], axis=1)
+                    == listed.logits.reshape(len(best), -1)[best >= 0]
+                ).all()
+            )
+            total = np.exp(logits - top[:, None], dtype=np.float64).sum(axis=1)
+            right &= bool(np.allclose(total, listed.total[best >= 0], rtol=1e-3))
+        if not right:
             raise EngineError("the GPU does not find the largest of its logits; use --no-gpu-sampling")
+
+    def want_lists(self, wanted: bool) -> None:
+        """Whether shortlists are wanted from the next decode on."""
+        if self._sampling is not None:
+            self._sampling.want_lists(self._context, wanted)
+
+    def shortlist(self, rows: int) -> Shortlist | None:
+        """The likeliest tokens of each wanted row, if they were wanted and the device chooses. After `best`."""
+        return None if self._sampling is None else self._sampling.shortlist(self._context, self._first, rows)
 
     def logits(self, rows: int, places: npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.float32]:
         """(rows, vocab_tokens) logits of the wanted rows in batch order: llama.cpp's memory until the next decode.
 
         Waits for the GPU. Where it chooses, only the rows at `places` are there, which None would make all.
         """
+        logits = self._buffer(rows)
+        if self._sampling is not None:
+            self._sampling.fetch(logits, np.arange(rows) if places is None else places)
+        return logits[:rows]
+
+    def _buffer(self, rows: int) -> npt.NDArray[np.float32]:
+        """llama.cpp's memory for logits on the host. Waits for the GPU."""
         pointer = lib.llama_get_logits(self._context)
         address = ctypes.addressof(pointer.contents) if pointer else 0
         if not address:
@@ -169,9 +202,7 @@ class LlamaContext(BatchArrays):
             memory = (ctypes.c_float * (shape[0] * shape[1])).from_address(address)
             self._logits = np.ctypeslib.as_array(memory).reshape(shape)
             self._logits_address = address
-        if self._sampling is not None:
-            self._sampling.fetch(self._logits, np.arange(rows) if places is None else places)
-        return self._logits[:rows]
+        return self._logits
 
     def forget(self, seq: int, first: int = 0) -> None:
         """Empty one sequence's cells, from position `first` on; all of them by default."""

@@ -60,7 +60,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Threads for llama.cpp's CPU work, all contexts together."""
     threads_batch: int | None = None
     sampling_threads: int = 1
-    """Threads of each context that choose tokens (argmax, filters) beside llama.cpp's."""
+    """Threads of each context that choose tokens from logits. More get in each other's way where several do."""
     sample_on: Literal["auto", "device", "host"] = "auto"
     """Where the largest logits are found (`workers.backend_sampling`). auto: on a GPU that computes them."""
     gpu_layers: int = -1

@@ -72,7 +72,7 @@ class RowSampler:
     penalties: repeat, frequency, presence. numbers: temperature, top_p, ln(min_p), typical_p, top_k.
     """
 
-    __slots__ = ("plain", "key", "window", "penalties", "bias_ids", "bias", "numbers")
+    __slots__ = ("plain", "filtered", "key", "window", "penalties", "bias_ids", "bias", "numbers")
 
     def __init__(self, sampling: Sampling, seed: int, choice: int, vocab_tokens: int) -> None:
         s = sampling
@@ -92,6 +92,10 @@ class RowSampler:
         )
         self.plain = greedy and self.window == 0 and self.bias_ids.size == 0
         """Whether this is argmax over the untouched row."""
+        untouched = self.window == 0 and self.bias_ids.size == 0
+        filters = s.top_k > 0 or s.top_p < 1.0 or s.min_p > 0.0
+        self.filtered = untouched and not greedy and filters and s.typical_p >= 1.0
+        """Whether only the likeliest tokens of the untouched row matter."""
 
 
 def penalise(logits: Floats, rows: Ids, recent: Sequence[Tokens], penalties: Doubles) -> None:

@@ -21,6 +21,7 @@ from workers.constraints import Matcher
 from workers.logprobs import Noted
 from workers.prefixes import Prefixes
 from workers.sampling import RowSampler
+from workers.shortlist import Shortlist
 from workers.slots import NOBODY, Ints, Places, SlotArrays
 from workers.text import TextStream
 
@@ -39,9 +40,17 @@ class Decoder(Protocol):
 
     def decode(self, rows: int) -> int: ...
 
+    def want_lists(self, wanted: bool) -> None:
+        """Whether shortlists are wanted from the next decode on."""
+        ...
+
     def best(self, rows: int) -> Ints | None:
         """(rows,) the token with the largest logit of each wanted row of the last batch, NOT_FINITE where a logit is
         not; None where the device does not choose."""
+        ...
+
+    def shortlist(self, rows: int) -> Shortlist | None:
+        """The likeliest tokens of each row, if they were wanted and the device chooses."""
         ...
 
     def logits(self, rows: int, places: Places | None = None) -> npt.NDArray[np.float32]:
@@ -139,6 +148,7 @@ class Seating:
             slot=place.slot,
             keep=place.keep,
             plain=sampler.plain and matcher is None,
+            filtered=sampler.filtered and matcher is None and noted is None,
             ignore_eos=sampling.ignore_eos,
             watched=watched,
             # A matcher takes a token at a time.

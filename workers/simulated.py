@@ -242,7 +242,13 @@ class SimulatedContext:
         if self._due_s > now_s:
             self._sleep(self._due_s - now_s)
 
+    def want_lists(self, wanted: bool) -> None:
+        """Tokens are chosen from logits."""
+
     def best(self, rows: int) -> None:
+        """Tokens are chosen from logits."""
+
+    def shortlist(self, rows: int) -> None:
         """Tokens are chosen from logits."""
 
     def logits(self, rows: int, places: npt.NDArray[np.int64] | None = None) -> Floats:

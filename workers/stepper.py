@@ -189,6 +189,8 @@ class Stepper:
         decoder.pos[:count] = rows.pos
         decoder.seq[:count] = rows.seq
         decoder.wanted[:count] = rows.wanted
+        if rows.output_slots.size:
+            decoder.want_lists(bool(self._slots.filtered[rows.output_slots].any()))
         code = decoder.decode(count)
         if code:
             self._fail_batch(rows, code)

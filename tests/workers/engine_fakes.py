@@ -17,6 +17,7 @@ import numpy.typing as npt
 from scheduling.requests import Request, Sampling
 from workers.protocol import Job
 from workers.sampling import NOT_FINITE
+from workers.shortlist import Shortlist
 from workers.stepper import Vocabulary
 from workers.text import PieceTable
 
@@ -107,6 +108,7 @@ class FakeDecoder:
 
     def __init__(self, batch_tokens: int = 64, ctx_tokens: int = 100, reads_all: bool = False) -> None:
         self.fetched = 0
+        self.lists = False
         self.batch_tokens = batch_tokens
         self.ctx_tokens = ctx_tokens
         self.reads_all = reads_all
@@ -162,6 +164,22 @@ class FakeDecoder:
                 out.append(logits)
         self.logits_now = np.array(out, np.float32).reshape(-1, VOCAB)
         return 0
+
+    def want_lists(self, wanted: bool) -> None:
+        self.lists = wanted
+
+    def shortlist(self, rows: int) -> Shortlist | None:
+        """Of groups of one token, for which a random number of groups is listed."""
+        assert self.chooses
+        if not self.lists:
+            return None
+        logits = np.nan_to_num(self.logits_now, nan=0.0)
+        count = int(np.random.default_rng(len(self.batches)).integers(2, VOCAB))
+        ids = np.sort(np.argsort(-logits, axis=1, kind="stable")[:, :count], axis=1)
+        listed = np.take_along_axis(logits, ids, axis=1)
+        top = logits.max(axis=1)
+        total = np.exp(logits - top[:, None]).sum(axis=1).astype(np.float64)
+        return Shortlist(ids.astype(np.int32), listed[:, :, None].copy(), listed.min(axis=1), top, total, VOCAB)
 
     def best(self, rows: int) -> npt.NDArray[np.int32] | None:
         if not self.chooses:

@@ -120,7 +120,7 @@ else:
     context.wanted[:3] = 1
     context.seq[:3], context.pos[:3] = [0, 1, 2], 0
     assert context.decode(3) == 0
-    context._sampling.best = lambda rows: np.array([3, 3, 3], np.int32)
+    context._sampling.best = lambda *_: np.array([3, 3, 3], np.int32)
     try:
         context.best(3)
     except EngineError as error:

@@ -1,0 +1,133 @@
+"""Choosing from a shortlist against choosing from all logits."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from scheduling.requests import Sampling
+from workers.choosing import ALONE, choose
+from workers.sampling import NOT_FINITE, RowSampler
+from workers.shortlist import GROUPS, Shortlist, group_tokens
+
+TOKENS = 16
+VOCAB = TOKENS * 200
+EOG = np.array([7, 1000])
+
+
+def listed(logits: np.ndarray, groups: int) -> Shortlist:
+    """What the device gives, made with numpy."""
+    rows = len(logits)
+    peaks = logits.reshape(rows, -1, TOKENS).max(axis=2)
+    order = np.argsort(-peaks, axis=1, kind="stable")[:, :groups]
+    bound = np.take_along_axis(peaks, order, axis=1)[:, -1]
+    order.sort(axis=1)
+    every = np.arange(rows)[:, None]
+    top = logits.max(axis=1)
+    total = np.exp(logits - top[:, None]).sum(axis=1).astype(np.float64)
+    return Shortlist(order.astype(np.int32), logits.reshape(rows, -1, TOKENS)[every, order], bound, top, total, VOCAB)
+
+
+filters = st.fixed_dictionaries(
+    {
+        "temperature": st.floats(0.1, 3.0),
+        "top_k": st.sampled_from([0, 0, 1, 5, 40, 64, 500]),
+        "top_p": st.sampled_from([1.0, 0.95, 0.5, 0.05]),
+        "min_p": st.sampled_from([0.0, 0.05, 0.3]),
+    }
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.lists(filters, min_size=1, max_size=6),
+    st.sampled_from([0.0, 1.0, 8.0, 30.0]),
+    st.integers(0, 2**32),
+    st.booleans(),
+)
+def test_what_is_decided_is_what_all_logits_say(
+    given_filters: list[dict[str, float]], scale: float, seed: int, ends: bool
+) -> None:
+    rng = np.random.default_rng(seed)
+    rows = np.sort(rng.choice(10, len(given_filters), replace=False))
+    logits = (rng.standard_normal((10, VOCAB)) * scale).astype(np.float32)
+    if ends:
+        logits[:, 7] = logits.max(axis=1) + 1
+    samplers = [RowSampler(Sampling(**one), int(rng.integers(1 << 60)), 0, VOCAB) for one in given_filters]  # type: ignore[arg-type]
+    filtered = [place for place, sampler in enumerate(samplers) if sampler.filtered]
+    assume(filtered)
+    rows, samplers = rows[filtered], [samplers[place] for place in filtered]
+    steps = rng.integers(0, 1000, rows.size)
+    short = listed(logits, GROUPS)
+    silenced = np.full(rows.size, ends)
+    tokens, undecided = short.choose(rows, samplers, steps, silenced, EOG, ALONE)
+    if ends:
+        logits[:, EOG] = -np.inf
+    expected = choose(logits, rows, samplers, steps, lambda place: np.empty(0, np.int32))
+    assert (tokens[~undecided] == expected[~undecided]).all()
+    for place in np.flatnonzero(undecided):
+        _, top_p, log_min_p, _, top_k = samplers[place].numbers
+        # Never where few tokens weigh nearly all there is.
+        assert ends or not 0 < top_k <= GROUPS
+        assert ends or scale < 30.0 or top_k > GROUPS or (top_p == 1.0 and log_min_p == -np.inf)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "decided"),
+    [
+        (Sampling(temperature=0.8, top_p=0.95, min_p=0.05), True),
+        (Sampling(temperature=0.8, top_k=40), True),
+        (Sampling(temperature=0.8, top_p=0.9), True),
+        (Sampling(temperature=0.8, min_p=1e-30), False),
+        (Sampling(temperature=0.8, top_k=3000), False),
+    ],
+)
+def test_the_usual_filters_are_decided_where_logits_are_a_models(sampling: Sampling, decided: bool) -> None:
+    logits = (np.random.default_rng(1).standard_normal((50, VOCAB)) * 8).astype(np.float32)
+    samplers = [RowSampler(sampling, seed, 0, VOCAB) for seed in range(50)]
+    assert all(sampler.filtered for sampler in samplers)
+    every = np.arange(50)
+    _, undecided = listed(logits, GROUPS).choose(every, samplers, every, np.zeros(50, np.bool_), EOG, ALONE)
+    assert undecided.mean() < 0.1 if decided else undecided.all()
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=0.0),
+        Sampling(temperature=0.8),
+        Sampling(temperature=0.8, top_k=40, typical_p=0.9),
+        Sampling(temperature=0.8, top_k=40, repeat_penalty=1.1),
+        Sampling(temperature=0.8, top_k=40, logit_bias={5: 1.0}),
+    ],
+)
+def test_what_needs_all_logits_is_not_chosen_from_a_list(sampling: Sampling) -> None:
+    assert not RowSampler(sampling, 0, 0, VOCAB).filtered
+
+
+def test_a_row_without_a_finite_logit_is_damaged() -> None:
+    logits = np.full((1, VOCAB), -np.inf, np.float32)
+    sampler = RowSampler(Sampling(temperature=1.0, top_k=5), 0, 0, VOCAB)
+    with np.errstate(all="ignore"):
+        short = listed(logits, GROUPS)
+    tokens, undecided = short.choose(np.array([0]), [sampler], np.array([0]), np.array([False]), EOG, ALONE)
+    assert (tokens.tolist(), undecided.tolist()) == ([NOT_FINITE], [False])
+
+
+@pytest.mark.parametrize(
+    "vocab", [32_000, 32_064, 49_152, 50_257, 100_352, 128_256, 151_936, 152_064, 200_064, 256_000, 262_144]
+)
+def test_vocabularies_are_cut_into_equal_groups(vocab: int) -> None:
+    tokens = group_tokens(vocab)
+    assert vocab % tokens == 0
+    assert GROUPS < vocab // tokens <= 4096
+    assert vocab // tokens <= 1024 or vocab in (50_257, 151_936)
+    # A list is a small part of the whole.
+    assert tokens * GROUPS < vocab / 3
+
+
+@pytest.mark.parametrize("vocab", [97, 50_261, 1])
+def test_a_vocabulary_that_cannot_be_cut_has_no_lists(vocab: int) -> None:
+    assert group_tokens(vocab) == 0
