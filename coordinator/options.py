@@ -122,7 +122,7 @@ class EngineOptions(GeneratingOptions):
     )
     contexts: Annotated[
         int | None,
-        typer.Option(help="Contexts over the one loaded model, a thread each. [default: 1 on a CPU, 2 or 4 on a GPU]"),
+        typer.Option(help="Contexts over the one loaded model, a thread each. [default: 1 on a CPU, 2 on a GPU]"),
     ] = None
     batch: Annotated[int, typer.Option(help="Most tokens in one decode step.")] = 2048
     ubatch: Annotated[

@@ -41,8 +41,7 @@ CTX_UNKNOWN_TOKENS = 4096
 CTX_LEAST_TOKENS = 512
 HELD_SHARE = 0.99
 """Of the requests, those that ordinary slots are sized for."""
-SMALL_MODEL_BYTES = 2 << 30
-CONTEXTS_SMALL, CONTEXTS_LARGE = 4, 2
+CONTEXTS_GPU = 2
 UBATCH_GPU, UBATCH_CPU = 2048, 512
 MARGIN = 0.1
 DRIVER_BYTES = 512 << 20
@@ -133,10 +132,8 @@ class _Fitting:
         if layers < self.shape.offloadable:
             yield from self._layouts(layers, 1, UBATCH_CPU, SLOTS_CPU)
             return
-        size = self.shape.weight_bytes // (gpus if self.ask.split == "tensor" else 1)
-        contexts = CONTEXTS_SMALL if size < SMALL_MODEL_BYTES else CONTEXTS_LARGE
         most = SLOTS_GPU_UNKNOWN if self.lengths is None else SLOTS_GPU
-        yield from self._layouts(layers, contexts, UBATCH_GPU, most)
+        yield from self._layouts(layers, CONTEXTS_GPU, UBATCH_GPU, most)
         yield from self._layouts(layers, 1, UBATCH_CPU, min(most, SLOTS_OF_A_CONTEXT_MAX))
 
     def _parts(self) -> Iterator[Layout]:

@@ -142,6 +142,11 @@ class SlotArrays:
         """Slots that have put out something."""
         return int(np.count_nonzero(self.used & (self.outputs > 0)))
 
+    @property
+    def reading(self) -> int:
+        """Slots whose prompts are being read."""
+        return self._busy - self.decoding
+
     def take(
         self,
         prompt: Ints,

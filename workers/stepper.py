@@ -164,7 +164,7 @@ class Stepper:
         slots, decoder = self._slots, self._decoder
         if check is not None:
             return (check.rows if self._decode(check.rows) else None), 0
-        read_tokens = self._pace.allowed(slots.decoding)
+        read_tokens = self._pace.allowed(slots.decoding, slots.reading if slots.shape.steady else 0)
         if slots.mixes:
             rows = slots.mixed_pass(decoder.batch_tokens, read_tokens)
             return (rows, rows.prompt_tokens) if self._decode(rows) else (None, 0)

@@ -43,7 +43,7 @@ def engine(
 
 def test_what_is_left_open_is_chosen_by_device() -> None:
     gpu, cpu = engine(on_gpu("a")), engine(CPU)
-    assert (gpu.slots, gpu.contexts, gpu.ctx_tokens, gpu.gpu_layers, gpu.ubatch_tokens) == (512, 4, 256, -1, 2048)
+    assert (gpu.slots, gpu.contexts, gpu.ctx_tokens, gpu.gpu_layers, gpu.ubatch_tokens) == (512, 2, 256, -1, 2048)
     assert (cpu.slots, cpu.contexts, cpu.ctx_tokens, cpu.gpu_layers, cpu.ubatch_tokens) == (8, 1, 256, 0, 512)
 
 
@@ -79,12 +79,15 @@ def test_speculation_is_decided_by_the_engine_unless_it_is_switched_off() -> Non
 
 
 @pytest.mark.parametrize(
-    ("options", "sampling_threads"),
-    [({"contexts": 2}, 8), ({}, 4), ({"contexts": 32}, 1), ({"slots": 1}, 8), ({"threads": 1}, 1)],
+    ("options", "sampling_threads"), [({"contexts": 2}, 1), ({}, 1), ({"slots": 1}, 4), ({"slots": 1, "threads": 2}, 2)]
 )
-def test_processors_are_divided_among_the_contexts_of_a_gpu(options: dict[str, Any], sampling_threads: int) -> None:
+def test_choosing_threads_do_not_stand_in_each_others_way(options: dict[str, Any], sampling_threads: int) -> None:
     assert engine(on_gpu("a"), **options).sampling_threads == sampling_threads
     assert engine(CPU, **options).sampling_threads == 1
+
+
+def test_tokens_are_chosen_on_the_gpu_unless_it_is_switched_off() -> None:
+    assert (engine(on_gpu("a")).sample_on, engine(on_gpu("a"), gpu_sampling=False).sample_on) == ("auto", "host")
 
 
 def test_options_of_llama_cpp_reach_the_engine() -> None:

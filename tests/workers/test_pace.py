@@ -54,3 +54,10 @@ def test_a_machine_that_becomes_slower_is_noticed() -> None:
         pace.observe(8, 0, 1e-2)
         pace.observe(8, 100, 1e-2 + 100 * 1e-3)
     assert pace.allowed(8) < before / 10
+
+
+def test_the_more_wait_to_be_read_the_more_is_read() -> None:
+    pace = paced(1e-2, 1e-3)
+    alone = pace.allowed(64)
+    assert alone == pace.allowed(64, 1) == pace.allowed(64, 3)
+    assert alone < pace.allowed(64, 6) < pace.allowed(64, 12) < pace.allowed(64, 20) == 2048

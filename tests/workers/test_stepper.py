@@ -147,19 +147,21 @@ def test_many_more_requests_than_slots_are_all_answered_in_full() -> None:
     assert rig.backlog.running == 0
 
 
-@pytest.mark.parametrize("shape", [Shape(), Shape(steady=True)], ids=["mixed", "steady"])
-def test_long_prompts_are_read_in_pieces_that_keep_gaps_short(shape: Shape) -> None:
-    rig = Rig(batch_tokens=600, ctx_tokens=700, shape=shape)
+@pytest.mark.parametrize(
+    ("shape", "running"), [(Shape(), 1), (Shape(steady=True), 30)], ids=["mixed", "steady among many"]
+)
+def test_long_prompts_are_read_in_pieces_that_keep_gaps_short(shape: Shape, running: int) -> None:
+    rig = Rig(slots=running + 1, batch_tokens=600, ctx_tokens=700, shape=shape)
     real, seen = rig.decoder.decode, [0]
 
     def slow(rows: int) -> int:
-        """A step takes 20 ms, and 1 ms for each row beyond the first."""
-        rig.now += 0.02 + 0.001 * (rows - 1)
+        """A pass takes 20 ms, and 1 ms for each row beyond those that decode."""
+        rig.now += 0.02 + 0.001 * abs(rows - running)
         seen.append(rows)
         return real(rows)
 
     rig.decoder.decode = slow  # type: ignore[method-assign]
-    rig.submit(job(1, (1,), max_tokens=90))
+    rig.submit(*(job(100 + key, (1,), max_tokens=90, ignore_eos=True) for key in range(running)))
     for _ in range(20):
         rig.stepper.step()
     rig.submit(*(job(key, (2,) * 500, max_tokens=1) for key in range(2, 6)))
