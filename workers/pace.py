@@ -1,10 +1,10 @@
 """How many tokens of prompts a step may read while other sequences wait in it for their next token.
 
 Reading more at once is more efficient; those that decode feel it as a gap. The pace measures what a step takes without
-reading, and what each token that is read adds, and allows as many as make a step at most STRETCH times as long.
-Where many wait to be read, their idle slots cost more than the gaps of those that decode: then more is allowed.
-Both measures are moving averages, since they change with the number of sequences and their lengths. Times come in as
-arguments.
+reading, and what each token that is read adds, and allows as many as make a step at most STRETCH times as long. Cutting
+short prompts makes more passes than it spares anybody: those are read in one go. And where many wait to be read, their
+idle slots cost more than the gaps of those that decode. Both measures are moving averages, since they change with the
+number of sequences and their lengths. Times come in as arguments.
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ STRETCH = 3.0
 """Gaps while prompts are read, in gaps without. Those who read a stream notice much more than that."""
 FEW, MANY = 0.05, 0.3
 """Sequences to be read, in those that decode: up to FEW only the gaps count, from MANY on a batch is filled."""
+SHORT_TOKENS = 256
+"""A prompt is short that has no more tokens to read."""
+TOGETHER_TOKENS = 1024
+"""So many tokens of short prompts are read in one go."""
 READ_TOKENS_MIN = 32
 """Fewer are not worth a pass, and multiples of it make fewer shapes for a GPU to get used to."""
 WEIGHT = 0.1
@@ -39,14 +43,17 @@ class Pace:
         elif self._step_s:
             self._token_s = _moved(self._token_s, max(0.0, step_s - self._step_s) / read_tokens)
 
-    def allowed(self, decoding: int, waiting: int = 0) -> int:
-        """Tokens of prompts that the next step may read, while `decoding` sequences wait for a token and `waiting` to
-        be read."""
+    def allowed(self, decoding: int, waiting: int = 0, short_tokens: int = 0) -> int:
+        """Tokens of prompts that the next step may read, while `decoding` sequences wait for a token.
+
+        Where batches are shaped for a GPU, `waiting`: prompts to be read, `short_tokens`: tokens left of short ones.
+        """
         if not decoding or not self._step_s or not self._token_s:
             return self._batch_tokens
         tokens = (STRETCH - 1.0) * self._step_s / self._token_s
         tokens = max(tokens, self._batch_tokens * (waiting / decoding - FEW) / (MANY - FEW))
-        return min(self._batch_tokens, max(READ_TOKENS_MIN, int(tokens) // READ_TOKENS_MIN * READ_TOKENS_MIN))
+        tokens = max(READ_TOKENS_MIN, int(tokens) // READ_TOKENS_MIN * READ_TOKENS_MIN)
+        return min(self._batch_tokens, max(tokens, min(TOGETHER_TOKENS, short_tokens)))
 
 
 def _moved(average: float, value: float) -> float:

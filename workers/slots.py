@@ -142,10 +142,13 @@ class SlotArrays:
         """Slots that have put out something."""
         return int(np.count_nonzero(self.used & (self.outputs > 0)))
 
-    @property
-    def reading(self) -> int:
-        """Slots whose prompts are being read."""
-        return self._busy - self.decoding
+    def to_read(self, short_tokens: int) -> tuple[int, int]:
+        """How many prompts are being read, and how many tokens are left, without the last one, of those that have up to
+        `short_tokens` to read in all."""
+        left = self.length - self.fed - 1
+        reading = self.used & (left > 0)
+        short = reading & (self.length - self.cached <= short_tokens)
+        return int(np.count_nonzero(reading)), int(left[short].sum())
 
     def take(
         self,

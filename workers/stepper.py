@@ -28,7 +28,7 @@ from workers.chooser import Chooser
 from workers.constraints import STUCK, Constraints
 from workers.drafting import Drafting
 from workers.meter import Meter
-from workers.pace import Pace
+from workers.pace import SHORT_TOKENS, Pace
 from workers.protocol import Answer, Choice, Frame, Piece
 from workers.sampling import NOT_FINITE
 from workers.seating import Decoder, Seat, Seating
@@ -164,7 +164,7 @@ class Stepper:
         slots, decoder = self._slots, self._decoder
         if check is not None:
             return (check.rows if self._decode(check.rows) else None), 0
-        read_tokens = self._pace.allowed(slots.decoding, slots.reading if slots.shape.steady else 0)
+        read_tokens = self._pace.allowed(slots.decoding, *(slots.to_read(SHORT_TOKENS) if slots.shape.steady else ()))
         if slots.mixes:
             rows = slots.mixed_pass(decoder.batch_tokens, read_tokens)
             return (rows, rows.prompt_tokens) if self._decode(rows) else (None, 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.pace import READ_TOKENS_MIN, STRETCH, Pace
+from workers.pace import READ_TOKENS_MIN, STRETCH, TOGETHER_TOKENS, Pace
 
 
 def paced(step_s: float, token_s: float, batch_tokens: int = 2048, steps: int = 50) -> Pace:
@@ -58,6 +58,16 @@ def test_a_machine_that_becomes_slower_is_noticed() -> None:
 
 def test_the_more_wait_to_be_read_the_more_is_read() -> None:
     pace = paced(1e-2, 1e-3)
-    alone = pace.allowed(64)
-    assert alone == pace.allowed(64, 1) == pace.allowed(64, 3)
-    assert alone < pace.allowed(64, 6) < pace.allowed(64, 12) < pace.allowed(64, 20) == 2048
+    waiting = [pace.allowed(64, count) for count in (0, 1, 3, 6, 12, 20)]
+    assert waiting[0] == waiting[1] == waiting[2]
+    assert waiting[2:] == sorted(set(waiting[2:]))
+    assert waiting[-1] == 2048
+
+
+def test_short_prompts_are_not_cut() -> None:
+    pace = paced(1e-2, 1e-3)
+    alone = pace.allowed(1000)
+    assert pace.allowed(1000, 1, 127) == 127 > alone
+    assert pace.allowed(1000, 1, 0) == alone
+    assert pace.allowed(1000, 8, 8 * 127) == 8 * 127
+    assert pace.allowed(1000, 40, 40 * 127) == TOGETHER_TOKENS

@@ -329,3 +329,13 @@ def test_every_sequence_is_fed_once_and_in_order(work: list[tuple[int, int]], ba
     assert {number: len(tokens) for number, tokens in fed.items()} == {
         number: length + limit - 1 for number, (length, limit) in enumerate(work)
     }
+
+
+def test_what_is_to_be_read_is_counted_and_what_is_short_of_it() -> None:
+    slots = SlotArrays(6, 1000)
+    for tokens in (1, 100, 300, 500):
+        slots.take(np.zeros(tokens, np.int32), 5)
+    slots.take(np.zeros(600, np.int32), 5, keep=500)
+    assert slots.to_read(256) == (4, 99 + 99)
+    slots.fed[1] = 60
+    assert slots.to_read(256) == (4, 39 + 99)
