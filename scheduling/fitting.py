@@ -23,7 +23,7 @@ from scheduling.errors import ConfigError
 from scheduling.lengths import Lengths
 from scheduling.modelsize import CELLS_TOGETHER, Ask, Layout, ModelShape, cells_of, needs
 
-SLOTS_GPU = 512
+SLOTS_GPU = 1024
 SLOTS_GPU_UNKNOWN = 128
 """Where nobody knows how many requests will come."""
 SLOTS_CPU = 8
@@ -133,7 +133,9 @@ class _Fitting:
             yield from self._layouts(layers, 1, UBATCH_CPU, SLOTS_CPU)
             return
         most = SLOTS_GPU_UNKNOWN if self.lengths is None else SLOTS_GPU
-        yield from self._layouts(layers, CONTEXTS_GPU, UBATCH_GPU, most)
+        for contexts in range(-(-most // SLOTS_OF_A_CONTEXT_MAX), CONTEXTS_GPU, -1):
+            yield from self._layouts(layers, contexts, UBATCH_GPU, min(most, contexts * SLOTS_OF_A_CONTEXT_MAX))
+        yield from self._layouts(layers, CONTEXTS_GPU, UBATCH_GPU, min(most, CONTEXTS_GPU * SLOTS_OF_A_CONTEXT_MAX))
         yield from self._layouts(layers, 1, UBATCH_CPU, min(most, SLOTS_OF_A_CONTEXT_MAX))
 
     def _parts(self) -> Iterator[Layout]:
@@ -145,6 +147,8 @@ class _Fitting:
 
     def _layouts(self, layers: int, contexts: int, ubatch: int, most_slots: int) -> Iterator[Layout]:
         """With as many slots as are wanted, and the sizes that come into question."""
+        if self.ask.contexts is not None:
+            most_slots = min(most_slots, self.ask.contexts * SLOTS_OF_A_CONTEXT_MAX)
         slots = self.ask.slots or self._useful(most_slots)
         needed = -(-slots // SLOTS_OF_A_CONTEXT_MAX)
         if self.ask.contexts is not None and self.ask.contexts < needed:
@@ -152,7 +156,7 @@ class _Fitting:
                 f"--slots {slots} with --contexts {self.ask.contexts}: llama.cpp has at most {SLOTS_OF_A_CONTEXT_MAX} "
                 f"sequences in a context; use --contexts {needed} or more"
             )
-        contexts = min(slots, self.ask.contexts or max(contexts, needed))
+        contexts = min(slots, self.ask.contexts or max(min(contexts, CONTEXTS_GPU), needed))
         for ctx in self._ctx_sizes():
             yield Layout(layers, contexts, self.ask.ubatch_tokens or ubatch, slots, ctx)
 
@@ -188,7 +192,11 @@ class _Fitting:
             fitted = self._fitted(layout, gpus)
             if fitted is None:
                 continue
-            if self.ask.slots is not None or (self._holds(fitted) and fitted.slots >= min(layout.slots, enough)):
+            if self.ask.slots is not None or (
+                self._holds(fitted)
+                and fitted.slots >= min(layout.slots, enough)
+                and (self.ask.contexts is not None or _uses_contexts(fitted))
+            ):
                 return fitted
             if best is None or (self._holds(fitted), fitted.slots) > (self._holds(best), best.slots):
                 best = fitted
@@ -344,6 +352,11 @@ class _Fitting:
             yield f"--slots {slots}" + (" or fewer" if slots > 1 else "")
         if gpus and self.ask.gpu_layers is not None:
             yield "--gpu-layers auto"
+
+
+def _uses_contexts(layout: Layout) -> bool:
+    """More than are needed for their own sake must be needed for the slots."""
+    return layout.contexts <= CONTEXTS_GPU or layout.slots > (layout.contexts - 1) * SLOTS_OF_A_CONTEXT_MAX
 
 
 def _most(limit: int, fits: Callable[[int], bool]) -> int:

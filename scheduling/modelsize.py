@@ -174,6 +174,8 @@ def needs(shape: ModelShape, ask: Ask, layout: Layout, gpus: int) -> Needs:
     if not layers:
         model = shape.weight_bytes + beside
         return Needs(0, 0, 0, model, buffers + logits, caches)
+    # What a GPU says of its logits comes to memory of that size, three times over.
+    logits *= 4
     gpu_caches = cells * shape.token_bytes(ask.type_k, ask.type_v, layers)
     gpu_model = shape.offloaded_bytes(layers) + beside
     if layers < shape.offloadable:
@@ -206,4 +208,5 @@ def _context_bytes(shape: ModelShape, ask: Ask, ubatch: int, slots: int, ctx_tok
     if gpus and (ask.type_k, ask.type_v) != ("f16", "f16"):
         # Attention over many rows reads 16 bits: the cells of one layer after the other are converted.
         graph += 2 * slots * cells * max((keys + values for keys, values in shape.cache_values), default=0)
-    return graph + logits_bytes(shape, max(slots, CHECKED_ROWS))
+    # A GPU that lists the likeliest tokens makes something of all logits.
+    return graph + logits_bytes(shape, max(slots, CHECKED_ROWS)) * (2 if gpus else 1)

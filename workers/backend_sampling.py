@@ -78,7 +78,8 @@ class _Nodes:
     ids: int = 0
     """int32: (rows,) of the largest logits, then (rows, GROUPS) the groups that are listed."""
     values: int = 0
-    """float32: (rows,) sums of the logits, then the largest, then the sums of exp(logit - largest)."""
+    """float32: (rows,) sums of the logits, then the largest, then the sums of exp(logit - largest), then (rows, GROUPS)
+    the largest of each group that is listed."""
     listed: int = 0
     """float32: (rows, GROUPS, tokens)."""
 
@@ -87,9 +88,11 @@ class BackendSampling:
     """What is added to the graphs of one context, and how to get at it. `attach` it before the context is made; it must
     live as long. One thread owns it: that which decodes."""
 
-    def __init__(self, sequences: int, vocab_tokens: int) -> None:
+    def __init__(self, sequences: int, outputs: int, vocab_tokens: int) -> None:
+        """`outputs`: most rows of a pass whose logits are wanted. A vocabulary has room for a number of each."""
         self._vocab_tokens = vocab_tokens
-        self._group_tokens = group_tokens(vocab_tokens)
+        # What is said of all rows together is fetched to where the logits of one have room.
+        self._group_tokens = group_tokens(vocab_tokens) if outputs * (3 + GROUPS) <= vocab_tokens else 0
         self._nodes = _Nodes()
         self._built = False
         # At first, so that there is memory for them.
@@ -208,8 +211,11 @@ class BackendSampling:
         by_token = _reshape_3d(context, nodes.logits, 1, vocab, rows)
         top = _get_rows(context, by_token, _reshape_2d(context, best, 1, rows))
         below = _sub(context, nodes.logits, _reshape_2d(context, top, 1, rows))
-        total = _reshape_1d(context, _sum_rows(context, _exp(context, below)), rows)
-        nodes.values = _concat(context, _concat(context, sums, _reshape_1d(context, top, rows), 0), total, 0)
+        total = _sum_rows(context, _exp(context, below))
+        largest = _get_rows(context, _reshape_3d(context, peaks, 1, groups, rows), first)
+        nodes.values = sums
+        for tensor, count in ((top, 1), (total, 1), (largest, GROUPS)):
+            nodes.values = _concat(context, nodes.values, _reshape_1d(context, tensor, count * rows), 0)
 
     # ------------------------------------------------ after a pass
 
@@ -233,18 +239,18 @@ class BackendSampling:
         """The lists of the last pass, after `best`; None if it gave none."""
         if not self._nodes.listed:
             return None
-        tokens, vocab = self._group_tokens, self._vocab_tokens
         ids = np.ctypeslib.as_array(lib.llama_get_sampled_candidates_ith(context, place), (rows * (1 + GROUPS),))
-        values = np.ctypeslib.as_array(lib.llama_get_sampled_probs_ith(context, place), (3, rows))
+        values = np.ctypeslib.as_array(lib.llama_get_sampled_probs_ith(context, place), ((3 + GROUPS) * rows,))
         # Each row's list lies where all its logits would have room.
-        room = np.ctypeslib.as_array(lib.llama_get_sampled_logits_ith(context, place), (rows, vocab))
-        listed = room[:, : GROUPS * tokens].reshape(rows, GROUPS, tokens)
-        groups = ids[rows:].reshape(rows, GROUPS)
-        order, every = groups.argsort(axis=1), np.arange(rows)[:, None]
+        room = np.ctypeslib.as_array(lib.llama_get_sampled_logits_ith(context, place), (rows, self._vocab_tokens))
         return Shortlist(
-            groups[every, order], listed[every, order], listed[:, -1].max(axis=1), values[1].copy(),
-            values[2].astype(np.float64), vocab,
-        )  # fmt: skip
+            groups=ids[rows:].reshape(rows, GROUPS),
+            peaks=values[3 * rows :].reshape(rows, GROUPS),
+            logits=room,
+            tokens=self._group_tokens,
+            top=values[rows : 2 * rows],
+            total=values[2 * rows : 3 * rows].astype(np.float64),
+        )
 
     def fetch(self, logits: Floats, places: npt.NDArray[np.int64]) -> None:
         """Fill the lines `places` (ascending) of `logits`, (rows, vocab_tokens), with those rows of the last pass."""

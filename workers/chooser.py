@@ -127,9 +127,7 @@ class Turn:
             samplers = [self._of.seats[slot].sampler for slot in some.output_slots.tolist()]
             steps = slots.outputs[some.output_slots] + (0 if some.ahead is None else some.ahead)
             silenced = slots.ignore_eos[some.output_slots]
-            found, undecided = listed.choose(
-                some.output_rows, samplers, steps, silenced, self._of.eog_ids, self._of.threads(listed.logits)
-            )
+            found, undecided = listed.choose(some.output_rows, samplers, steps, silenced, self._of.eog_ids)
             tokens[places] = found
             hard[places[~undecided]] = False
         return hard

@@ -115,32 +115,7 @@ def choose(
     """
     adjust(logits, rows, samplers, history)
     with np.errstate(all="ignore"):
-        return _Step(logits, rows, samplers, np.asarray(steps), threads).choose()
-
-
-def choose_bounded(
-    logits: Floats,
-    rows: Ids,
-    samplers: Sequence[RowSampler],
-    steps: Ids,
-    *,
-    total: Doubles,
-    bound: Floats,
-    above_bound: Ids,
-    vocab: int,
-    threads: Threads = ALONE,
-) -> tuple[Tokens, Flags]:
-    """As `choose`, from the likeliest of `vocab` tokens. No token that is missing has a logit over `bound`, at least
-    `above_bound` that are there have none under it; `total` is Z of all. Returns places in the lines of `logits`, and
-    which of `rows` could not be decided.
-
-    `samplers` have neither bias nor penalties.
-    """
-    with np.errstate(all="ignore"):
-        step = _Step(logits, rows, samplers, steps, threads)
-        step.tokens, step.bound, step.above_bound = vocab, bound, above_bound
-        step.total[:] = total
-        return step.choose(), step.undecided
+        return Step(logits, rows, samplers, np.asarray(steps), threads).choose()
 
 
 def adjust(logits: Floats, rows: Ids, samplers: Sequence[RowSampler], history: History) -> None:
@@ -177,15 +152,22 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-class _Step:
+class Step:
     """The arrays of one step, a line or an item for each row."""
 
     def __init__(
-        self, logits: Floats, rows: Ids, samplers: Sequence[RowSampler], steps: npt.NDArray[np.int64], threads: Threads
+        self,
+        logits: Floats,
+        rows: Ids,
+        samplers: Sequence[RowSampler],
+        steps: Ids,
+        threads: Threads,
+        width: int | None = None,
     ) -> None:
+        """`width`: columns, where they are not as usual."""
         self.logits, self.rows, self.threads = logits, rows, threads
         self.count, self.vocab = rows.size, logits.shape[1]
-        self.width = min(self.vocab, max(COLUMNS_MIN, -(-self.vocab // STRIPS)))
+        self.width = width or min(self.vocab, max(COLUMNS_MIN, -(-self.vocab // STRIPS)))
         numbers = np.array([sampler.numbers for sampler in samplers])
         self.temperature, self.top_p, self.log_min_p, self.typical_p = numbers[:, :4].T
         self.top_k: Ids = numbers[:, 4].astype(np.int64)
@@ -207,23 +189,10 @@ class _Step:
         self.total_min: Doubles = np.zeros(self.count)
         """What Z is at least, for rows with top_p and min_p."""
         self.chosen = np.full(self.count, NOT_FINITE, np.int32)
-        self.tokens = self.vocab
-        """Of the vocabulary, of which the rows may have a part."""
-        self.bound: Floats | None = None
-        """No token that is missing has a larger logit, ..."""
-        self.above_bound: Ids = np.zeros(self.count, np.int64)
-        """... and so many that are there have no smaller one."""
-        self.undecided: Flags = np.zeros(self.count, np.bool_)
 
     def choose(self) -> Tokens:
-        self.threads.spread(self._find_peaks, self.count)
-        finite = self._find_floors()
-        if self.bound is not None:
-            certain = self.by_k & (self.top_k <= self.above_bound) & np.isfinite(self.bound)
-            self.floor[certain] = np.maximum(self.floor, self.bound)[certain]
-            self.undecided = finite & ~(self.floor >= self.bound)
-            self.floor[self.undecided] = np.nan
-            finite &= ~self.undecided
+        self.threads.spread(self.find_peaks, self.count)
+        finite = self.find_floors()
         alone = finite & self.by_typical
         place, ids, logits = self._candidates(alone)
         if place.size:
@@ -238,7 +207,7 @@ class _Step:
 
     # ------------------------------------------------ over the vocabulary
 
-    def _find_floors(self) -> Flags:
+    def find_floors(self) -> Flags:
         """Floors, and Z of the rows that certainly need it. Returns which rows' largest logit is finite."""
         self.top = self.peaks.max(axis=1)
         finite: Flags = np.isfinite(self.top)
@@ -256,7 +225,7 @@ class _Step:
         self._weigh_all(places, 1.0 / self.temperature[places])
         return finite
 
-    def _find_peaks(self, first: int, last: int) -> None:
+    def find_peaks(self, first: int, last: int) -> None:
         strips, width = self.vocab // self.width, self.width
         rows = self.rows[first:last]
         edges = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), rows.size]
@@ -289,7 +258,7 @@ class _Step:
         mass = np.cumsum(np.exp(ordered - self.top[places, None]), axis=1, dtype=np.float64)
         short = np.count_nonzero(mass < (top_p * total * (1.0 + MARGIN_SUM))[:, None], axis=1)
         reached = ordered[np.arange(places.size), np.minimum(short, self.width - 1)]
-        certain = top + np.log((1.0 - top_p) * total / self.tokens) - MARGIN
+        certain = top + np.log((1.0 - top_p) * total / self.vocab) - MARGIN
         floor = np.where(short < self.width, reached, certain)
         self.floor[places] = np.maximum(self.floor[places], floor)
 
@@ -314,21 +283,25 @@ class _Step:
             alone |= crowded
             fine = ~crowded[place]
             above, place = above[fine], place[fine]
-        column = above - place * self.width
-        ids = column[:, None] + np.arange(0, self.vocab, self.width)
-        start = self.rows[place] * self.vocab
-        logits = self.logits.reshape(-1).take(start[:, None] + np.minimum(ids, self.vocab - 1))
+        where, ids = self.tokens_of(place, above - place * self.width)
+        logits = self.logits.reshape(-1).take(where)
         reach = np.flatnonzero((logits >= self.floor[place, None]) & (ids < self.vocab))
         place = place[reach // ids.shape[1]]
-        found = np.sort(place * self.vocab + ids.reshape(-1)[reach])
-        place = found // self.vocab
+        found = place * self.vocab + ids.reshape(-1)[reach]
+        order = found.argsort()
+        place, found, logits = place[order], found[order], logits.reshape(-1)[reach[order]]
         crowded = np.bincount(place, minlength=self.count) > CROWD_TOKENS
         if crowded.any():
             alone |= crowded
             fine = ~crowded[place]
-            found, place = found[fine], place[fine]
-        ids = found - place * self.vocab
-        return place, ids, self.logits[self.rows[place], ids]
+            found, place, logits = found[fine], place[fine], logits[fine]
+        return place, found - place * self.vocab, logits
+
+    def tokens_of(self, place: Ids, column: Ids) -> tuple[Ids, Ids]:
+        """(columns, tokens) where the logits of these columns are, all rows laid end to end, and whose they are: no
+        token's, if that is none."""
+        ids = column[:, None] + np.arange(0, self.vocab, self.width)
+        return (self.rows[place] * self.vocab)[:, None] + np.minimum(ids, self.vocab - 1), ids
 
     def _draw(self, lines: Ids, ids: Ids, logits: Floats, size: Ids) -> None:
         """Cut a table (see `_table`) to what the filters keep and draw from it. `lines`: the places of its lines."""

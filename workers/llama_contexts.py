@@ -103,8 +103,8 @@ class LlamaContext(BatchArrays):
         # Sizes the buffer for logits: without it llama.cpp reserves a row for each token of a micro-batch.
         params.n_outputs_max = self._outputs = outputs or slots
         self._sampling: BackendSampling | None = None
-        if chooses:
-            self._sampling = BackendSampling(slots, model.vocab_tokens)
+        if chooses and self._outputs <= model.vocab_tokens:
+            self._sampling = BackendSampling(slots, self._outputs, model.vocab_tokens)
             self._sampling.attach(params)
             params.n_outputs_max_per_seq = self._outputs
         params.n_threads = threads
@@ -161,12 +161,8 @@ class LlamaContext(BatchArrays):
         top = logits.max(axis=1)
         right = bool((np.take_along_axis(logits, best[best >= 0, None], axis=1)[:, 0] == top).all())
         if listed is not None:
-            right &= bool(
-                (
-                    np.take_along_axis(logits, listed.ids[best >= 0], axis=1)
-                    == listed.logits.reshape(len(best), -1)[best >= 0]
-                ).all()
-            )
+            ids, values = listed.listed
+            right &= bool((np.take_along_axis(logits, ids[best >= 0], axis=1) == values[best >= 0]).all())
             total = np.exp(logits - top[:, None], dtype=np.float64).sum(axis=1)
             right &= bool(np.allclose(total, listed.total[best >= 0], rtol=1e-3))
         if not right:

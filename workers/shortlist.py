@@ -18,8 +18,8 @@ from itertools import chain
 import numpy as np
 import numpy.typing as npt
 
-from workers.choosing import Flags, Threads, choose_bounded
-from workers.sampling import NOT_FINITE, Doubles, Floats, Ids, RowSampler, Tokens
+from workers.choosing import ALONE, Flags, Step
+from workers.sampling import Doubles, Floats, Ids, RowSampler, Tokens
 
 Ints = npt.NDArray[np.int32]
 
@@ -40,58 +40,90 @@ def group_tokens(vocab_tokens: int) -> int:
 
 @dataclass(frozen=True)
 class Shortlist:
-    """Lists of all rows of a pass. groups: (rows, listed), ascending. logits: (rows, listed, tokens) those of their
-    tokens. bound, top, total (Z): (rows,). vocab_tokens: of the whole."""
+    """Lists of all rows of a pass, largest group first. groups: (rows, listed). peaks: (rows, listed) their largest
+    logits. logits: (rows, vocab_tokens), of which the first listed * tokens are those of their tokens. tokens: in a
+    group. top, total (Z): (rows,)."""
 
     groups: Ints
+    peaks: Floats
     logits: Floats
-    bound: Floats
+    tokens: int
     top: Floats
     total: Doubles
-    vocab_tokens: int
 
     @property
-    def ids(self) -> Ids:
-        """(rows, listed * tokens) which tokens these are."""
-        rows, _, tokens = self.logits.shape
-        ids: Ids = (self.groups[:, :, None].astype(np.int64) * tokens + np.arange(tokens)).reshape(rows, -1)
-        return ids
+    def listed(self) -> tuple[Ids, Floats]:
+        """(rows, listed * tokens) which tokens are listed, and their logits."""
+        rows, count = self.groups.shape
+        ids: Ids = (self.groups[:, :, None].astype(np.int64) * self.tokens + np.arange(self.tokens)).reshape(rows, -1)
+        return ids, self.logits[:, : count * self.tokens]
 
     def choose(
-        self, rows: Ids, samplers: Sequence[RowSampler], steps: Ids, silenced: Flags, eog_ids: Ids, threads: Threads
+        self, rows: Ids, samplers: Sequence[RowSampler], steps: Ids, silenced: Flags, eog_ids: Ids
     ) -> tuple[Tokens, Flags]:
         """The token of each of `rows` (ascending), and which of them are undecided.
 
         `samplers`, `steps` and `silenced` (tokens `eog_ids` may not come) are one for each of `rows`. Logits are
         changed in place.
         """
-        total, bound = self.total[rows], self.bound[rows]
-        above_bound = np.full(rows.size, self.groups.shape[1])
-        quiet = np.flatnonzero(silenced)
-        if quiet.size and eog_ids.size:
-            self._silence(rows[quiet], eog_ids, (quiet, total, bound, above_bound))
-        places, undecided = choose_bounded(
-            self.logits.reshape(len(self.logits), -1), rows, samplers, steps, total=total, bound=bound,
-            above_bound=above_bound, vocab=self.vocab_tokens, threads=threads,
-        )  # fmt: skip
-        group, token = np.divmod(np.maximum(places, 0), self.logits.shape[2])
-        ids = self.groups[rows, group] * self.logits.shape[2] + token
-        return np.where(places >= 0, ids, NOT_FINITE).astype(np.int32), undecided
+        with np.errstate(all="ignore"):
+            step = _ListedStep(self, rows, samplers, steps)
+            quiet = np.flatnonzero(silenced)
+            if quiet.size and eog_ids.size:
+                step.silence(quiet, eog_ids)
+            return step.choose(), step.undecided
 
-    def _silence(self, lines: Ids, eog_ids: Ids, known: tuple[Ids, Doubles, Floats, Ids]) -> None:
-        """Take `eog_ids` out of `lines`, and out of what is `known`: which places those are in total, bound, and how
-        many are certainly above it."""
-        places, total, bound, above_bound = known
-        group, token = np.divmod(eog_ids, self.logits.shape[2])
-        which, listed, end = np.nonzero(self.groups[lines][:, :, None] == group)
-        line, token = lines[which], token[end]
-        weights = np.zeros(lines.size)
-        with np.errstate(over="ignore", invalid="ignore"):
-            np.add.at(weights, which, np.exp((self.logits[line, listed, token] - self.top[line]).astype(np.float64)))
-            self.logits[line, listed, token] = -np.inf
-            top = self.logits[lines].max(axis=(1, 2))
-            left = total[places] - weights
-            # Of what is nearly all taken away nothing exact is left.
-            bound[places[left < LEFT_MIN * total[places]]] = np.inf
-            total[places] = left * np.exp((self.top[lines] - top).astype(np.float64))
-        above_bound[places] -= np.bincount(which, minlength=lines.size)
+
+class _ListedStep(Step):
+    """The groups are the columns, and their peaks are known."""
+
+    def __init__(self, short: Shortlist, rows: Ids, samplers: Sequence[RowSampler], steps: Ids) -> None:
+        super().__init__(short.logits, rows, samplers, steps, ALONE, width=short.groups.shape[1])
+        self.short = short
+        self.peaks = short.peaks[rows]
+        self.total[:] = short.total[rows]
+        self.whole[:] = False
+        self.bound = self.peaks[:, -1].copy()
+        """No token that is missing has a larger logit, ..."""
+        self.above_bound = np.full(self.count, self.width)
+        """... and so many that are there have no smaller one."""
+        self.undecided: Flags = np.zeros(self.count, np.bool_)
+
+    def silence(self, places: Ids, eog_ids: Ids) -> None:
+        """Take `eog_ids` out of the rows at `places`, and out of what is known of them."""
+        size, lines = self.short.tokens, self.rows[places]
+        group, offset = np.divmod(eog_ids, size)
+        which, column, end = np.nonzero(self.short.groups[lines][:, :, None] == group)
+        line, start = lines[which], column * size
+        gone = self.logits[line, start + offset[end]]
+        weights = np.zeros(places.size)
+        np.add.at(weights, which, np.exp((gone - self.short.top[line]).astype(np.float64)))
+        self.logits[line, start + offset[end]] = -np.inf
+        self.peaks[places[which], column] = self.logits[line[:, None], start[:, None] + np.arange(size)].max(axis=1)
+        left = self.total[places] - weights
+        # Of what is nearly all taken away nothing exact is left.
+        self.bound[places[left < LEFT_MIN * self.total[places]]] = np.inf
+        top = self.peaks[places].max(axis=1)
+        self.total[places] = left * np.exp((self.short.top[lines] - top).astype(np.float64))
+        self.above_bound[places] -= np.bincount(which, minlength=places.size)
+
+    def find_peaks(self, first: int, last: int) -> None:
+        """They are known."""
+
+    def find_floors(self) -> Flags:
+        finite = super().find_floors()
+        certain = self.by_k & (self.top_k <= self.above_bound) & np.isfinite(self.bound)
+        self.floor[certain] = np.maximum(self.floor, self.bound)[certain]
+        self.undecided = finite & ~(self.floor >= self.bound)
+        self.floor[self.undecided] = np.nan
+        return finite & ~self.undecided
+
+    def tokens_of(self, place: Ids, column: Ids) -> tuple[Ids, Ids]:
+        size, each = self.short.tokens, np.arange(self.short.tokens)
+        row = self.rows[place]
+        where = (row * self.vocab + column * size)[:, None] + each
+        return where, (self.short.groups[row, column].astype(np.int64) * size)[:, None] + each
+
+    def _draw_singly(self, places: Ids) -> None:
+        """Rows with too many candidates for a table."""
+        self.undecided[places] = True

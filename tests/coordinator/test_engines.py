@@ -43,7 +43,7 @@ def engine(
 
 def test_what_is_left_open_is_chosen_by_device() -> None:
     gpu, cpu = engine(on_gpu("a")), engine(CPU)
-    assert (gpu.slots, gpu.contexts, gpu.ctx_tokens, gpu.gpu_layers, gpu.ubatch_tokens) == (512, 2, 256, -1, 2048)
+    assert (gpu.slots, gpu.contexts, gpu.ctx_tokens, gpu.gpu_layers, gpu.ubatch_tokens) == (1024, 4, 256, -1, 2048)
     assert (cpu.slots, cpu.contexts, cpu.ctx_tokens, cpu.gpu_layers, cpu.ubatch_tokens) == (8, 1, 256, 0, 512)
 
 

@@ -38,7 +38,7 @@ ONE_LONG = Lengths(1001, {1: 1000, 63: 1}, 16_128, whole=True)
 
 def test_a_large_gpu_takes_all_layers_and_many_slots() -> None:
     fitted = fit(B1, Ask(), gpu(141), alike(2000, 256))
-    assert (fitted.slots, fitted.contexts, fitted.ctx_tokens) == (SLOTS_GPU, 2, 256)
+    assert (fitted.slots, fitted.contexts, fitted.ctx_tokens) == (SLOTS_GPU, 4, 256)
     assert (fitted.gpu_layers, fitted.ubatch_tokens, fitted.long_slots) == (-1, 2048, 0)
 
 
@@ -137,8 +137,8 @@ def test_on_a_cpu_the_memory_of_the_host_is_divided_among_its_ranks() -> None:
 
 
 def test_memory_that_nobody_knows_is_not_counted() -> None:
-    fitted = fit(B8, Ask(), Room(gpu_bytes=(None,)), alike(1000, 256))
-    assert (fitted.slots, fitted.gpu_layers) == (512, -1)
+    fitted = fit(B8, Ask(), Room(gpu_bytes=(None,)), alike(5000, 256))
+    assert (fitted.slots, fitted.gpu_layers) == (SLOTS_GPU, -1)
     assert "unknown" in fitted.said
     assert fit(B8, Ask(), Room(), alike(1000, 256)).slots == 8
 

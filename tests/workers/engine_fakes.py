@@ -175,11 +175,13 @@ class FakeDecoder:
             return None
         logits = np.nan_to_num(self.logits_now, nan=0.0)
         count = int(np.random.default_rng(len(self.batches)).integers(2, VOCAB))
-        ids = np.sort(np.argsort(-logits, axis=1, kind="stable")[:, :count], axis=1)
+        ids = np.argsort(-logits, axis=1, kind="stable")[:, :count]
         listed = np.take_along_axis(logits, ids, axis=1)
+        room = np.full_like(logits, 1e9)
+        room[:, :count] = listed
         top = logits.max(axis=1)
         total = np.exp(logits - top[:, None]).sum(axis=1).astype(np.float64)
-        return Shortlist(ids.astype(np.int32), listed[:, :, None].copy(), listed.min(axis=1), top, total, VOCAB)
+        return Shortlist(ids.astype(np.int32), listed, room, 1, top, total)
 
     def best(self, rows: int) -> npt.NDArray[np.int32] | None:
         if not self.chooses:

@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from scheduling.requests import Sampling
-from workers.choosing import ALONE, choose
+from workers.choosing import choose
 from workers.sampling import NOT_FINITE, RowSampler
 from workers.shortlist import GROUPS, Shortlist, group_tokens
 
@@ -19,15 +19,15 @@ EOG = np.array([7, 1000])
 
 def listed(logits: np.ndarray, groups: int) -> Shortlist:
     """What the device gives, made with numpy."""
-    rows = len(logits)
-    peaks = logits.reshape(rows, -1, TOKENS).max(axis=2)
+    rows, every = len(logits), np.arange(len(logits))[:, None]
+    by_group = logits.reshape(rows, -1, TOKENS)
+    peaks = by_group.max(axis=2)
     order = np.argsort(-peaks, axis=1, kind="stable")[:, :groups]
-    bound = np.take_along_axis(peaks, order, axis=1)[:, -1]
-    order.sort(axis=1)
-    every = np.arange(rows)[:, None]
+    room = np.full_like(logits, 1e9)
+    room[:, : groups * TOKENS] = by_group[every, order].reshape(rows, -1)
     top = logits.max(axis=1)
     total = np.exp(logits - top[:, None]).sum(axis=1).astype(np.float64)
-    return Shortlist(order.astype(np.int32), logits.reshape(rows, -1, TOKENS)[every, order], bound, top, total, VOCAB)
+    return Shortlist(order.astype(np.int32), peaks[every, order], room, TOKENS, top, total)
 
 
 filters = st.fixed_dictionaries(
@@ -62,7 +62,7 @@ def test_what_is_decided_is_what_all_logits_say(
     steps = rng.integers(0, 1000, rows.size)
     short = listed(logits, GROUPS)
     silenced = np.full(rows.size, ends)
-    tokens, undecided = short.choose(rows, samplers, steps, silenced, EOG, ALONE)
+    tokens, undecided = short.choose(rows, samplers, steps, silenced, EOG)
     if ends:
         logits[:, EOG] = -np.inf
     expected = choose(logits, rows, samplers, steps, lambda place: np.empty(0, np.int32))
@@ -89,7 +89,7 @@ def test_the_usual_filters_are_decided_where_logits_are_a_models(sampling: Sampl
     samplers = [RowSampler(sampling, seed, 0, VOCAB) for seed in range(50)]
     assert all(sampler.filtered for sampler in samplers)
     every = np.arange(50)
-    _, undecided = listed(logits, GROUPS).choose(every, samplers, every, np.zeros(50, np.bool_), EOG, ALONE)
+    _, undecided = listed(logits, GROUPS).choose(every, samplers, every, np.zeros(50, np.bool_), EOG)
     assert undecided.mean() < 0.1 if decided else undecided.all()
 
 
@@ -112,7 +112,7 @@ def test_a_row_without_a_finite_logit_is_damaged() -> None:
     sampler = RowSampler(Sampling(temperature=1.0, top_k=5), 0, 0, VOCAB)
     with np.errstate(all="ignore"):
         short = listed(logits, GROUPS)
-    tokens, undecided = short.choose(np.array([0]), [sampler], np.array([0]), np.array([False]), EOG, ALONE)
+    tokens, undecided = short.choose(np.array([0]), [sampler], np.array([0]), np.array([False]), EOG)
     assert (tokens.tolist(), undecided.tolist()) == ([NOT_FINITE], [False])
 
 
