@@ -153,6 +153,7 @@ def engine_config(config: JobConfig, model: ModelFacts, placement: Placement) ->
         split=config.split, tensor_split=fitted.tensor_split, cpus=placement.cpus, device_mask=mask,
         max_tokens_default=config.max_tokens, chat_template=config.chat_template, prefix_reuse=config.prefix_reuse,
         sample_on="auto" if config.gpu_sampling else "host",
+        constraint=config.sampling.constraint if "generate" in placement.lanes else None,
         speculate="auto" if config.speculate else "never",
         draft_model=model.draft.path if model.draft is not None else None, draft_max=config.draft_max,
         pooling=config.pooling, lanes_at_start=placement.lanes,

@@ -98,6 +98,7 @@ class BatchingEngine:
             np.flatnonzero(vocabulary.eog).tolist(),
             config.threads if self._gpu_names else 1,
         )
+        self._compile_default(config)
         self._backlog = Backlog()
         self._meter = Meter(outbox.send, time.monotonic())
         own_template = model.chat_template()
@@ -137,6 +138,14 @@ class BatchingEngine:
                 f"a GPU was assigned ({given}), but llama.cpp sees none: install a llama-cpp-python built for it, "
                 "or use --gpu-layers 0"
             )
+
+    def _compile_default(self, config: EngineConfig) -> None:
+        """Fail now if what all answers are to be held to is nothing that they can be."""
+        if config.constraint is not None:
+            try:
+                self._constraints.grammar(config.constraint)
+            except RequestError as error:
+                raise ConfigError(f"what all answers are to be held to: {error}") from error
 
     @staticmethod
     def _load_draft_model(config: EngineConfig, model: Model, library: Library) -> Model | None:

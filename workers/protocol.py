@@ -16,6 +16,7 @@ from typing import Literal
 
 import msgspec
 
+from scheduling.constraints import Constraint
 from scheduling.logprobs import TokenLogprobs
 from scheduling.requests import Request
 from scheduling.servicetime import ServiceTimes
@@ -97,6 +98,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     device_mask: dict[str, str] = {}
     """Environment set before any GPU library is loaded, e.g. {"CUDA_VISIBLE_DEVICES": "GPU-…"}."""
     max_tokens_default: int = 512
+    constraint: Constraint | None = None
+    """What answers are held to where a request does not say: compiled at the start, which fails if that cannot be."""
     chat_template: str | None = None
     """A template that replaces the model's own."""
     service_times: ServiceTimes | None = None

@@ -11,7 +11,8 @@ import jsonschema
 import pytest
 
 import llmpi
-from tests.launch import run_alone
+from storage.rundir import holds_answers
+from tests.launch import Launcher, run_alone
 from tests.system.runs import Run, check_one_clear_line, prompts, write_lines
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
@@ -76,6 +77,18 @@ def test_infer_answers_one_prompt_in_a_schema(real_model: Path) -> None:
 def test_infer_says_what_is_wrong_with_a_schema(tiny_model: Path) -> None:
     done = run_alone("infer", "-m", tiny_model, "-p", "x", "--json-schema", '{"type": "strin"}')
     check_one_clear_line(done, 2, "the JSON schema cannot be used", "strin")
+
+
+@pytest.mark.parametrize("ranks", [0, 3])
+def test_a_run_whose_schema_cannot_be_used_does_not_start(
+    mpirun: Launcher, tiny_model: Path, tmp_path: Path, ranks: int
+) -> None:
+    given, output = tmp_path / "in.jsonl", tmp_path / "run"
+    given.write_text('{"prompt": "a"}\n' * 50)
+    command = ("batch", "-m", tiny_model, "-i", given, "-o", output, "--json-schema", '{"type": "strin"}')
+    done = mpirun(ranks, *command) if ranks else run_alone(*command)
+    check_one_clear_line(done, 2, "the JSON schema cannot be used", "strin")
+    assert not holds_answers(output)
 
 
 def test_a_pool_takes_them_as_arguments_and_in_requests(real_model: Path) -> None:
