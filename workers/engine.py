@@ -18,9 +18,7 @@ from __future__ import annotations
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from collections.abc import Callable
 
 import msgspec
 import numpy as np
@@ -28,14 +26,12 @@ import numpy as np
 from scheduling.errors import ConfigError, EngineError, ModelFileError, RequestError
 from workers.backlog import Backlog, Lane, Task
 from workers.chat import ChatTemplate
-from workers.choosing import Threads
 from workers.constraints import Constraints
 from workers.continuations import ContinuationReader
-from workers.draft_model import DraftModel, check_same_tokenizer
-from workers.drafting import Drafter, Drafting, PromptLookup
-from workers.embedder import Embedder, Encoder
+from workers.draft_model import check_same_tokenizer
 from workers.frames import read_frame
 from workers.inputs import InputReader
+from workers.lanes import Lanes
 from workers.library import Library, Model
 from workers.meter import Meter
 from workers.outbox import Outbox, fail
@@ -51,27 +47,14 @@ from workers.protocol import (
     Submit,
     decode_to_engine,
 )
-from workers.scorer import SEQUENCES, SEQUENCES_RECURRENT, Scorer, outputs_of
-from workers.shape import shape_of
 from workers.shares import slots_of_contexts
-from workers.speculation import ROWS_MAX, SLOTS_MAX
-from workers.stepper import Stepper, Vocabulary
+from workers.stepper import Vocabulary
 from workers.text import PieceTable
 
-ENCODERS = 2
-"""Contexts for embeddings: while one computes, another's vectors are copied and its next batch is made."""
 EMBEDDED_AT_ONCE = 512
 """Requests to be given where nothing is generated: several batches of short inputs."""
 JOIN_S = 2.0
 """How long the end waits for threads that are inside a decode."""
-
-
-class Driver(Protocol):
-    """What runs one context in a thread of its own."""
-
-    def run(self) -> None:
-        """Work until the backlog is closed. Raises `EngineError` if llama.cpp cannot go on."""
-        ...
 
 
 class BatchingEngine:
@@ -89,9 +72,7 @@ class BatchingEngine:
         self._check_gpu(config)
         self._config = config
         self._model = model = library.load(config)
-        self._draft_model = self._load_draft_model(config, model, library)
-        self._vocabulary = Vocabulary(model.eog_table(), PieceTable(model.vocab_tokens, model.piece, model.token_text))
-        vocabulary = self._vocabulary
+        vocabulary = Vocabulary(model.eog_table(), PieceTable(model.vocab_tokens, model.piece, model.token_text))
         self._constraints = Constraints(
             model.vocab_tokens,
             vocabulary.pieces.__getitem__,
@@ -112,6 +93,18 @@ class BatchingEngine:
             vocab_tokens=model.vocab_tokens,
             piece_bytes_max=piece_bytes_max,
             ctx_tokens=max(config.ctx_tokens, config.long_ctx_tokens),
+        )
+        self._lanes = Lanes(
+            config,
+            model,
+            self._load_draft_model(config, model, library),
+            on_gpu=bool(self._gpu_names),
+            vocabulary=vocabulary,
+            constraints=self._constraints,
+            backlog=self._backlog,
+            meter=self._meter,
+            send=outbox.send,
+            input_tokens=self._inputs.tokens_max,
         )
         self._threads: list[threading.Thread] = []
         self._open_lanes: dict[Lane, str] = {}
@@ -196,7 +189,7 @@ class BatchingEngine:
 
     def _open(self, lane: Lane) -> None:
         """Make the contexts of `lane` and start their threads. Raises `EngineError` if there is no memory for them."""
-        for driver in self._drivers(lane):
+        for driver in self._lanes.drivers(lane):
             thread = threading.Thread(target=self._guard, args=(driver.run,), name=lane.value, daemon=True)
             self._threads.append(thread)
             thread.start()
@@ -211,133 +204,6 @@ class BatchingEngine:
                 self._open_lanes[lane] = str(error)
         if reason := self._open_lanes[lane]:
             raise RequestError(reason)
-
-    def _drivers(self, lane: Lane) -> Sequence[Driver]:
-        match lane:
-            case Lane.GENERATE:
-                return self._steppers(lane, self._config)
-            case Lane.LONG:
-                return self._steppers(lane, _long(self._config))
-            case Lane.EMBED:
-                return self._embedders(lane)
-            case Lane.SCORE:
-                return self._scorers(lane)
-
-    def _embedders(self, lane: Lane) -> list[Embedder]:
-        config, model = self._config, self._model
-        count = ENCODERS if self._gpu_names else min(ENCODERS, config.threads)
-        batch_tokens = config.batch_tokens if self._gpu_names else config.ubatch_tokens
-        tokens = max(batch_tokens, self._inputs.tokens_max)
-        encoders: list[Encoder] = []
-        while len(encoders) < count:
-            try:
-                encoders.append(model.encoder(config, tokens, max(1, config.threads // count)))
-            except EngineError:
-                if not encoders:
-                    raise
-                break  # one is enough where there is no memory for more
-        return [
-            Embedder(
-                self._backlog.open(lane),
-                encoder,
-                batch_tokens,
-                backlog=self._backlog,
-                meter=self._meter,
-                send=self._outbox.send,
-            )
-            for encoder in encoders
-        ]
-
-    def _steppers(self, lane: Lane, config: EngineConfig) -> list[Stepper]:
-        """Generating contexts as `config` says, over the model that is loaded."""
-        model = self._model
-        if not model.can_generate:
-            raise ModelFileError(
-                f"{config.model} ({model.desc}) is not a model that continues text: it can only be asked for embeddings"
-            )
-        shares = slots_of_contexts(config.slots, config.contexts)
-        threads = config.threads if model.takes_turns else max(1, config.threads // len(shares))
-        shape = shape_of(
-            config,
-            on_gpu=bool(self._gpu_names),
-            keeps_cells=model.keeps_cells,
-            cell_bytes=model.cell_bytes,
-            model_bytes=model.model_bytes,
-        )
-        # All of them before the first one runs: llama.cpp must not be short of memory when one of them works already.
-        draftings = [self._drafting(share, threads, config) for share in shares]
-        contexts = [
-            model.context(
-                config,
-                share,
-                threads,
-                outputs=max(share, ROWS_MAX) if drafting is not None else None,
-                whole_passes=shape.steady,
-            )
-            for share, drafting in zip(shares, draftings, strict=True)
-        ]
-        helpers = config.sampling_threads - 1
-        pool = ThreadPoolExecutor(helpers * len(contexts), "choose") if helpers > 0 else None
-        return [
-            Stepper(
-                self._backlog.open(lane),
-                context,
-                share,
-                config.ctx_tokens,
-                vocabulary=self._vocabulary,
-                backlog=self._backlog,
-                meter=self._meter,
-                send=self._outbox.send,
-                constraints=self._constraints,
-                shape=shape,
-                pool=pool,
-                pool_threads=config.sampling_threads,
-                drafting=drafting,
-            )
-            for context, share, drafting in zip(contexts, shares, draftings, strict=True)
-        ]
-
-    def _drafting(self, slots: int, threads: int, config: EngineConfig) -> Drafting | None:
-        """How a context of so many slots drafts. What was drafted wrongly can be taken back only cell by cell."""
-        model = self._draft_model if config.draft_model is not None else None
-        if config.speculate == "never" or not self._model.keeps_cells:
-            return None
-        drafter: Drafter = PromptLookup()
-        if model is not None:
-            sequences = min(slots, SLOTS_MAX)
-            drafter = DraftModel(model.context(config, sequences, threads), sequences, config.ctx_tokens)
-        return Drafting(drafter, config.draft_max, config.speculate == "always")
-
-    def _scorers(self, lane: Lane) -> list[Scorer]:
-        """One context, and on a GPU another: what one has computed is weighed while the other computes."""
-        config, model = self._config, self._model
-        count = 2 if self._gpu_names else 1
-        sequences = SEQUENCES if model.keeps_cells else SEQUENCES_RECURRENT
-        # Enough for a request of the longest kind and a batch beside it.
-        ctx_tokens = max(config.ctx_tokens, config.long_ctx_tokens)
-        cells = ctx_tokens + config.batch_tokens
-        outputs = outputs_of(model.vocab_tokens)
-        threads = max(1, config.threads // count)
-        contexts = [model.scoring_context(config, sequences, threads, cells, outputs) for _ in range(count)]
-        helpers = config.sampling_threads - 1
-        pool = ThreadPoolExecutor(helpers * count, "weigh") if helpers > 0 else None
-        return [
-            Scorer(
-                self._backlog.open(lane),
-                context,
-                sequences=sequences,
-                cells=cells,
-                ctx_tokens=ctx_tokens,
-                outputs=outputs,
-                reuse=model.keeps_cells,
-                vocabulary=self._vocabulary,
-                backlog=self._backlog,
-                meter=self._meter,
-                send=self._outbox.send,
-                threads=Threads(pool, config.sampling_threads),
-            )
-            for context in contexts
-        ]
 
     # ------------------------------------------------ running
 
@@ -421,19 +287,3 @@ class BatchingEngine:
             body()
         except BaseException as error:
             fail(self._outbox, error)
-
-
-def _long(config: EngineConfig) -> EngineConfig:
-    """The one context of the long slots. Its steps read one micro-batch at most: those of the others come between.
-
-    A draft model would need long caches of its own, for which nobody has set memory aside.
-    """
-    return msgspec.structs.replace(
-        config,
-        slots=config.long_slots,
-        contexts=1,
-        ctx_tokens=config.long_ctx_tokens,
-        batch_tokens=min(config.batch_tokens, config.ubatch_tokens),
-        sampling_threads=1,
-        draft_model=None,
-    )
