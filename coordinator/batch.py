@@ -370,7 +370,7 @@ class _Lead:
 
         data = report_data(run.path)
         if self._options.as_json:
-            from coordinator.cli import print_json
+            from coordinator.values import print_json
 
             print_json(data)
         elif not self._options.quiet:

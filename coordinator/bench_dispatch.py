@@ -150,7 +150,7 @@ def _answer(prompt: bytes, size: int) -> bytes:
 
 def _print(found: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        from coordinator.cli import print_json
+        from coordinator.values import print_json
 
         print_json(found)
         return

@@ -206,7 +206,7 @@ def run_bench_engine(
         bench.close()
     found = _summary(engine, load, bench, ours, theirs)
     if as_json:
-        from coordinator.cli import print_json
+        from coordinator.values import print_json
 
         print_json(found)
     else:

@@ -155,7 +155,7 @@ def run_calibrate(config: JobConfig, sampling: Sampling, *, repeats: int, output
         raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from None
     left = residuals(times, decodes, reads)
     if as_json:
-        from coordinator.cli import print_json
+        from coordinator.values import print_json
 
         print_json(_as_data(times, left, path))
     else:

@@ -6,18 +6,18 @@ code (see `scheduling.errors`); under a launcher only one rank prints it.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import traceback
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from coordinator.launch import Launch, detect
 from coordinator.options import EngineOptions, GeneratingOptions, ModelOptions, takes
+from coordinator.values import held_to, numbers_of, read_text, refuse_beside_continuation
 from scheduling.errors import EXIT_INFRASTRUCTURE, EXIT_OK, EXIT_USAGE, LlmpiError
 
 app = typer.Typer(
@@ -152,10 +152,10 @@ def batch(
     config = JobConfig(
         model=model, schedule=schedule.value, ranks_per_gpu=ranks_per_gpu, coordinator_works=coordinator_works,
         sampling=checked_sampling(
-            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, **_constraint(json_schema, grammar_file)
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, **held_to(json_schema, grammar_file)
         ),
         max_tokens=max_tokens, seed=seed, prefetch=prefetch, lease_s=lease, commit_interval_s=commit_interval,
-        commit_bytes=commit_bytes, precheck=precheck, chat_template=_read("--chat-template", chat_template),
+        commit_bytes=commit_bytes, precheck=precheck, chat_template=read_text("--chat-template", chat_template),
         engine=engine.value, service_times=None if service_times is None else str(service_times), time_scale=time_scale,
         pooling=None if pooling is None else pooling.value, **chosen.job(),
     )  # fmt: skip
@@ -199,15 +199,16 @@ def infer(
     from coordinator.infer import run_infer, run_score
 
     config = JobConfig(
-        model=model, slots=1, max_tokens=max_tokens, seed=seed, chat_template=_read("--chat-template", chat_template),
+        model=model, slots=1, max_tokens=max_tokens, seed=seed,
+        chat_template=read_text("--chat-template", chat_template),
         sampling=checked_sampling(
-            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, **_constraint(json_schema, grammar_file)
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, **held_to(json_schema, grammar_file)
         ),
         **chosen.job(),
     )  # fmt: skip
     text = sys.stdin.read() if prompt == "-" else prompt
     if continuation:
-        _refuse_beside_continuation(
+        refuse_beside_continuation(
             {"--system": system, "--stream": stream, "--json-schema": json_schema, "--grammar-file": grammar_file}
         )
         raise typer.Exit(run_score(config, text, continuation, logprobs, as_json))
@@ -363,7 +364,7 @@ def bench_engine(
         sigma=sigma, shared_prefix_tokens=shared_prefix, interrupt_tokens=interrupt_tokens,
         interrupt_every_s=interrupt_every, concurrency=concurrency, sampling=sampling, seed=seed,
     )  # fmt: skip
-    sequences = _numbers("--peer-sequences", peer_sequences)
+    sequences = numbers_of("--peer-sequences", peer_sequences)
     code = run_bench_engine(
         config, load, repeats=repeats, peers=peers, sequences=sequences, as_json=as_json
     )  # fmt: skip
@@ -380,58 +381,6 @@ def top(
 
         print(f"llmpi {version_of('llmpi')}")
         raise typer.Exit(0)
-
-
-def _read(flag: str, path: Path | None) -> str | None:
-    from scheduling.errors import ConfigError
-
-    if path is None:
-        return None
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{flag} {path}: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{flag} {path}: it is not UTF-8") from None
-
-
-def _refuse_beside_continuation(given: dict[str, object]) -> None:
-    from scheduling.errors import ConfigError
-
-    for flag, value in given.items():
-        if value:
-            raise ConfigError(f"{flag} with --continuation: nothing is answered, the prompt is taken as it is")
-
-
-def _constraint(json_schema: str | None, grammar_file: Path | None) -> dict[str, Any]:
-    """What the two options are in a request."""
-    from scheduling.errors import ConfigError
-
-    grammar = _read("--grammar-file", grammar_file)
-    if json_schema is None:
-        return {"grammar": grammar}
-    text = json_schema if json_schema.lstrip().startswith("{") else _read("--json-schema", Path(json_schema))
-    try:
-        return {"grammar": grammar, "json_schema": json.loads(text or "")}
-    except ValueError as error:
-        raise ConfigError(f"--json-schema: this is not JSON: {error}") from None
-
-
-def _numbers(flag: str, text: str) -> tuple[int, ...]:
-    from scheduling.errors import ConfigError
-
-    try:
-        numbers = tuple(int(word) for word in text.split(",") if word.strip())
-    except ValueError:
-        numbers = (0,)
-    if any(number < 1 for number in numbers):
-        raise ConfigError(f"{flag} {text}: give numbers of 1 or more, with commas between them")
-    return numbers
-
-
-def print_json(value: Any) -> None:
-    """Data for programs, on stdout, one object."""
-    print(json.dumps(value, ensure_ascii=False, allow_nan=False))
 
 
 def _told(launch: Launch, text: str, code: int) -> int:

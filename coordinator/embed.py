@@ -35,7 +35,7 @@ def _print(results: list[Result], model: str, as_json: bool) -> None:
         for one in numbers:
             print(msgspec.json.encode(one).decode())
         return
-    from coordinator.cli import print_json
+    from coordinator.values import print_json
 
     tokens = sum(result.prompt_tokens for result in results)
     data = [{"object": "embedding", "index": place, "embedding": one} for place, one in enumerate(numbers)]

@@ -79,7 +79,7 @@ def _sampling_fields(config: JobConfig) -> dict[str, Any]:
 
 def _print(result: Result, as_json: bool) -> None:
     if as_json:
-        from coordinator.cli import print_json
+        from coordinator.values import print_json
 
         print_json(msgspec.to_builtins(result) | {"text": result.text})
     elif result.error is not None:

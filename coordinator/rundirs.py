@@ -16,7 +16,7 @@ def show_status(run_dir: Path, as_json: bool) -> int:
     """Print how far a run is; the exit code says it too (0, 1 or 3)."""
     found = run_status(run_dir)
     if as_json:
-        from coordinator.cli import print_json
+        from coordinator.values import print_json
 
         print_json(
             {
@@ -57,7 +57,7 @@ def show_report(run_dir: Path, as_json: bool) -> int:
         rebuild_metrics(run_dir)
     data = report_data(run_dir)
     if as_json:
-        from coordinator.cli import print_json
+        from coordinator.values import print_json
 
         print_json(data)
         return EXIT_OK
