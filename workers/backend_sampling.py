@@ -84,6 +84,23 @@ class _Nodes:
     """float32: (rows, GROUPS, tokens)."""
 
 
+class Window:
+    """An array over `count` numbers of memory that is not ours, made anew only where it has moved."""
+
+    def __init__(self, kind: Any, count: int) -> None:
+        self._type = kind * count
+        self._address = 0
+        self._array: npt.NDArray[Any] = np.empty(0)
+
+    def at(self, pointer: Any) -> npt.NDArray[Any]:
+        """The numbers from `pointer` on."""
+        address = ctypes.addressof(pointer.contents)
+        if address != self._address:
+            self._array = np.ctypeslib.as_array(self._type.from_address(address))
+            self._address = address
+        return self._array
+
+
 class BackendSampling:
     """What is added to the graphs of one context, and how to get at it. `attach` it before the context is made; it must
     live as long. One thread owns it: that which decodes."""
@@ -100,9 +117,15 @@ class BackendSampling:
         self._unwanted = LISTS_KEPT
         self._samplers: list[int] = []
         """Addresses, one for each sequence."""
-        self._active: dict[int, int] = {}
-        """Of the sequences whose logits are wanted: their samplers, and how many rows they have. What a sampler is said
-        to have made is fetched by llama.cpp, behind the pass."""
+        # llama.cpp has as much room for each of them as for the logits themselves.
+        numbers = max(outputs, sequences) * vocab_tokens
+        self._numbers = Window(ctypes.c_int32, numbers)
+        self._values = Window(ctypes.c_float, numbers)
+        self._rooms = Window(ctypes.c_float, numbers)
+        self._expected: Ints = np.empty(0, np.int32)
+        self._active: set[int] = set()
+        """The samplers of sequences whose logits are wanted. What a sampler is said to have made is fetched by
+        llama.cpp, behind the pass."""
         self._row = self._rows = 0
         """Of the graph that is being built: the next row, and how many there are."""
         self._callback = _Apply(self._apply)
@@ -144,9 +167,7 @@ class BackendSampling:
 
     def expect(self, sequences: Ints) -> None:
         """Before a pass: whose rows those are whose logits are wanted, ascending."""
-        found, counts = np.unique(sequences, return_counts=True)
-        samplers = [self._samplers[sequence] for sequence in found.tolist()]
-        self._active = dict(zip(samplers, counts.tolist(), strict=True))
+        self._expected = sequences
 
     def want_lists(self, context: Any, wanted: bool) -> None:
         """Before a pass: whether it should give shortlists. `context`: llama.cpp's."""
@@ -176,6 +197,7 @@ class BackendSampling:
                     given.logits = _exp(context, row)
                     return
                 self._built, self._row = True, 0
+                self._active = {self._samplers[sequence] for sequence in self._expected.tolist()}
                 self._build(context, graph, logits)
             nodes = self._nodes
             # A graph that is only measured, or of a piece of a pass, has other rows than were announced.
@@ -231,22 +253,22 @@ class BackendSampling:
                 f"llama.cpp did not compute {rows} rows of logits in one piece, but gave {found} numbers; use "
                 "--no-gpu-sampling, and please report this with the name of the model"
             )
-        sums = np.ctypeslib.as_array(lib.llama_get_sampled_probs_ith(context, place), (rows,))
-        ids = np.ctypeslib.as_array(lib.llama_get_sampled_candidates_ith(context, place), (rows,))
+        sums = self._values.at(lib.llama_get_sampled_probs_ith(context, place))[:rows]
+        ids = self._numbers.at(lib.llama_get_sampled_candidates_ith(context, place))[:rows]
         return np.where(np.isfinite(sums), ids, np.int32(NOT_FINITE))
 
     def shortlist(self, context: Any, place: int, rows: int) -> Shortlist | None:
         """The lists of the last pass, after `best`; None if it gave none."""
         if not self._nodes.listed:
             return None
-        ids = np.ctypeslib.as_array(lib.llama_get_sampled_candidates_ith(context, place), (rows * (1 + GROUPS),))
-        values = np.ctypeslib.as_array(lib.llama_get_sampled_probs_ith(context, place), ((3 + GROUPS) * rows,))
+        ids = self._numbers.at(lib.llama_get_sampled_candidates_ith(context, place))
+        values = self._values.at(lib.llama_get_sampled_probs_ith(context, place))
         # Each row's list lies where all its logits would have room.
-        room = np.ctypeslib.as_array(lib.llama_get_sampled_logits_ith(context, place), (rows, self._vocab_tokens))
+        room = self._rooms.at(lib.llama_get_sampled_logits_ith(context, place))
         return Shortlist(
-            groups=ids[rows:].reshape(rows, GROUPS),
-            peaks=values[3 * rows :].reshape(rows, GROUPS),
-            logits=room,
+            groups=ids[rows : (1 + GROUPS) * rows].reshape(rows, GROUPS),
+            peaks=values[3 * rows : (3 + GROUPS) * rows].reshape(rows, GROUPS),
+            logits=room[: rows * self._vocab_tokens].reshape(rows, self._vocab_tokens),
             tokens=self._group_tokens,
             top=values[rows : 2 * rows],
             total=values[2 * rows : 3 * rows].astype(np.float64),
