@@ -103,7 +103,8 @@ class LlamaContext(BatchArrays):
         # Sizes the buffer for logits: without it llama.cpp reserves a row for each token of a micro-batch.
         params.n_outputs_max = self._outputs = outputs or slots
         self._sampling: BackendSampling | None = None
-        if chooses and self._outputs <= model.vocab_tokens:
+        # Rows of several micro-batches would be pieces of which only the last one's are left.
+        if chooses and self._outputs <= min(model.vocab_tokens, params.n_ubatch):
             self._sampling = BackendSampling(slots, self._outputs, model.vocab_tokens)
             self._sampling.attach(params)
             params.n_outputs_max_per_seq = self._outputs

@@ -91,6 +91,12 @@ def test_prompts_longer_than_a_batch_and_more_requests_than_slots(tiny_model: Pa
     assert all((answer.error, answer.output_tokens) == (None, 12) for answer in got.values())
 
 
+def test_micro_batches_smaller_than_a_step_leave_the_choice_to_the_host(tiny_model: Path) -> None:
+    made = msgspec.structs.replace(on("device", config(tiny_model, slots=8)), ubatch_tokens=4)
+    got = answered(made, [chat(k, PROMPTS[k]) for k in range(8)])
+    assert all((answer.error, answer.output_tokens > 0) == (None, True) for answer in got.values())
+
+
 BROKEN = """
 import sys
 import numpy as np
