@@ -65,6 +65,8 @@ _view_2d = _function("ggml_view_2d", _Pointer, _Pointer, _Pointer, _Long, _Long,
 _pool_2d = _function("ggml_pool_2d", _Pointer, _Pointer, _Pointer, *[ctypes.c_int] * 5, *[ctypes.c_float] * 2)
 _expand = _function("ggml_build_forward_expand", None, _Pointer, _Pointer)
 _set_output = _function("ggml_set_output", None, _Pointer)
+_nodes = _function("ggml_graph_n_nodes", ctypes.c_int, _Pointer)
+_node = _function("ggml_graph_node", _Pointer, _Pointer, ctypes.c_int)
 _find = _function("ggml_graph_get_tensor", _Pointer, _Pointer, ctypes.c_char_p)
 _count = _function("ggml_nelements", ctypes.c_int64, _Pointer)
 _get = _function("ggml_backend_tensor_get", None, _Pointer, _Pointer, _Size, _Size)
@@ -190,7 +192,8 @@ class BackendSampling:
             given = lib.llama_sampler_data.from_address(data)
             row, given.logits = given.logits, None  # what is left here would be fetched
             if not self._built:
-                logits = _find(graph, LOGITS)
+                # Without that name (plamo3) they are what was added last.
+                logits = _find(graph, LOGITS) or (_node(graph, -1) if _nodes(graph) else None)
                 if logits is None:
                     # Not a graph of the model: llama.cpp counts the nodes for which it must have room.
                     given.candidates, given.probs = _argmax(context, row), _sum_rows(context, row)

@@ -144,3 +144,31 @@ def test_what_is_not_what_was_expected_ends_the_engine_and_says_what_to_do(
     assert done.returncode == 0, done.stderr
     assert expected in done.stdout
     assert "--no-gpu-sampling" in done.stdout
+
+
+UNNAMED = """
+import sys
+import numpy as np
+import workers.backend_sampling
+from workers.llama import LlamaModel
+from workers.llama_backend import start_backend
+from workers.protocol import EngineConfig
+
+workers.backend_sampling.LOGITS = b"a name that this model's logits have not, as plamo3's have none"
+start_backend()
+made = EngineConfig(model=sys.argv[1], slots=2, ctx_tokens=256, batch_tokens=64, ubatch_tokens=64, sample_on="device")
+context = LlamaModel(made).context(made, 2, 1, whole_passes=True)
+for rows in (1, 2):
+    context.token[:rows], context.seq[:rows], context.pos[:rows], context.wanted[:rows] = 5, np.arange(rows), rows, 1
+    assert context.decode(rows) == 0
+    best = context.best(rows)
+    assert (best == context.logits(rows).argmax(axis=1)).all()
+print("right")
+"""
+
+
+def test_logits_without_a_name_are_found(tiny_model: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", UNNAMED, str(tiny_model)], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "right\n"), done.stderr
