@@ -4,7 +4,7 @@ A row of logits is half a megabyte. Taking all rows of a step to the host, to lo
 more than half of a small model's step. llama.cpp can sample on the GPU itself, but builds a chain of nodes for each
 sequence and fetches what they make one by one, which is slower still. Here it is asked to do so, with samplers of our
 own, which add nothing for their sequence, but once for each graph some nodes over all rows: the place of the largest
-logit, the sum, which is not finite if any logit is not, and where they are wanted shortlists (`workers.shortlist`).
+logit, the sum, which tells whether any logit is not finite, and where they are wanted shortlists (`workers.shortlist`).
 llama.cpp then leaves all logits where they are. Rows that are needed for anything else are fetched from there one by
 one (`BackendSampling.fetch`).
 
@@ -245,8 +245,8 @@ class BackendSampling:
     # ------------------------------------------------ after a pass
 
     def best(self, context: Any, place: int, rows: int) -> Ints:
-        """(rows,) the place of the largest logit of each row of the last pass, NOT_FINITE where any is not. Waits for
-        the GPU. `context`: llama.cpp's; `place`: of the first row in the batch.
+        """(rows,) the place of the largest logit of each row of the last pass, NOT_FINITE where that is not or any is
+        NaN. Waits for the GPU. `context`: llama.cpp's; `place`: of the first row in the batch.
 
         Raises `EngineError` if llama.cpp cut the pass, so that rows are gone.
         """
@@ -258,7 +258,17 @@ class BackendSampling:
             )
         sums = self._values.at(lib.llama_get_sampled_probs_ith(context, place))[:rows]
         ids = self._numbers.at(lib.llama_get_sampled_candidates_ith(context, place))[:rows]
-        return np.where(np.isfinite(sums), ids, np.int32(NOT_FINITE))
+        best: Ints = np.where(np.isnan(sums), np.int32(NOT_FINITE), ids)
+        # Tokens that a model never says (chameleon's images) have logits of -inf, or whose sum is.
+        for row in np.flatnonzero(np.isinf(sums) & (best >= 0)).tolist():
+            if not np.isfinite(self._logit(row, int(best[row]))):
+                best[row] = NOT_FINITE
+        return best
+
+    def _logit(self, row: int, token: int) -> float:
+        found = ctypes.c_float()
+        _get(self._nodes.logits, ctypes.addressof(found), (row * self._vocab_tokens + token) * 4, 4)
+        return found.value
 
     def shortlist(self, context: Any, place: int, rows: int) -> Shortlist | None:
         """The lists of the last pass, after `best`; None if it gave none."""

@@ -168,7 +168,41 @@ print("right")
 
 
 def test_logits_without_a_name_are_found(tiny_model: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", UNNAMED, str(tiny_model)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "right\n"), done.stderr
+
+
+NEVER_SAID = """
+import ctypes, sys
+import llama_cpp.llama_cpp as lib
+import numpy as np
+from workers import backend_sampling
+from workers.llama import LlamaModel
+from workers.llama_backend import start_backend
+from workers.protocol import EngineConfig
+from workers.sampling import NOT_FINITE
+
+start_backend()
+made = EngineConfig(model=sys.argv[1], slots=4, ctx_tokens=256, batch_tokens=64, ubatch_tokens=64, sample_on="device")
+context = LlamaModel(made).context(made, 4, 1, whole_passes=True)
+for name, values in (("token", 5), ("seq", range(4)), ("pos", 0), ("wanted", 1)):
+    getattr(context, name)[:4] = values
+assert context.decode(4) == 0
+said = context.best(4)
+sums = np.ctypeslib.as_array(lib.llama_get_sampled_probs_ith(context._context, 0), (4,))
+sums[:] = [sums[0], -np.inf, np.inf, np.nan]
+assert context.best(4).tolist() == [*said[:3].tolist(), NOT_FINITE]
+infinite = np.array([np.inf], np.float32)
+put = backend_sampling._function("ggml_backend_tensor_set", None, *[ctypes.c_void_p] * 2, *[ctypes.c_size_t] * 2)
+place = (2 * context.vocab_tokens + int(said[2])) * 4
+put(context._sampling._nodes.logits, infinite.ctypes.data, place, 4)
+assert context.best(4).tolist() == [*said[:2].tolist(), NOT_FINITE, NOT_FINITE]
+print("right")
+"""
+
+
+def test_only_rows_whose_largest_logit_is_not_finite_are_damaged(tiny_model: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", UNNAMED, str(tiny_model)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", NEVER_SAID, str(tiny_model)], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout) == (0, "right\n"), done.stderr
