@@ -50,7 +50,8 @@ class Pace:
         """
         if not decoding or not self._step_s or not self._token_s:
             return self._batch_tokens
-        tokens = (STRETCH - 1.0) * self._step_s / self._token_s
+        # Where steps that read take no longer than one without once did, a token takes next to nothing.
+        tokens = min(float(self._batch_tokens), (STRETCH - 1.0) * self._step_s / self._token_s)
         tokens = max(tokens, self._batch_tokens * (waiting / decoding - FEW) / (MANY - FEW))
         tokens = max(READ_TOKENS_MIN, int(tokens) // READ_TOKENS_MIN * READ_TOKENS_MIN)
         return min(self._batch_tokens, max(tokens, min(TOGETHER_TOKENS, short_tokens)))

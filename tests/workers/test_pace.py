@@ -71,3 +71,14 @@ def test_short_prompts_are_not_cut() -> None:
     assert pace.allowed(1000, 1, 0) == alone
     assert pace.allowed(1000, 8, 8 * 127) == 8 * 127
     assert pace.allowed(1000, 40, 40 * 127) == TOGETHER_TOKENS
+
+
+def test_a_first_step_that_was_slow_does_not_end_it() -> None:
+    """Every later one reads, and is faster: no step without reading is seen again."""
+    pace = Pace(2048)
+    pace.observe(0, 512, 0.1)
+    pace.observe(64, 0, 0.5)
+    for _ in range(10_000):
+        pace.observe(64, 16, 0.02)
+    assert pace.allowed(64) == 2048
+    assert pace.allowed(64, 64, 640) == 2048
