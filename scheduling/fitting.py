@@ -190,13 +190,10 @@ class _Fitting:
         best: Layout | None = None
         for layout in layouts:
             fitted = self._fitted(layout, gpus)
-            if fitted is None:
+            # With fewer contexts as many slots fit, or one less.
+            if fitted is None or not (self.ask.contexts is not None or _uses_contexts(fitted)):
                 continue
-            if self.ask.slots is not None or (
-                self._holds(fitted)
-                and fitted.slots >= min(layout.slots, enough)
-                and (self.ask.contexts is not None or _uses_contexts(fitted))
-            ):
+            if self.ask.slots is not None or (self._holds(fitted) and fitted.slots >= min(layout.slots, enough)):
                 return fitted
             if best is None or (self._holds(fitted), fitted.slots) > (self._holds(best), best.slots):
                 best = fitted

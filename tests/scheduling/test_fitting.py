@@ -42,6 +42,13 @@ def test_a_large_gpu_takes_all_layers_and_many_slots() -> None:
     assert (fitted.gpu_layers, fitted.ubatch_tokens, fitted.long_slots) == (-1, 2048, 0)
 
 
+def test_few_long_slots_are_not_dealt_out_to_many_contexts() -> None:
+    """Each context has buffers of its own: what they take is not there for long requests."""
+    for gigabytes in range(20, 60):
+        fitted = fit(B8, Ask(), gpu(gigabytes), Lengths(500, {64: 500}, 64 * 256, whole=False))
+        assert fitted.contexts <= 2, fitted.said
+
+
 def test_there_are_never_more_slots_than_a_worker_has_requests() -> None:
     assert fit(B1, Ask(), gpu(141), alike(5, 256)).slots == 5
     assert fit(B1, Ask(), gpu(141, workers=4), alike(9, 256)).slots == 3
