@@ -164,18 +164,23 @@ def needs(shape: ModelShape, ask: Ask, layout: Layout, gpus: int) -> Needs:
     layers = layout.gpu_layers if gpus else 0
     contexts = max(1, min(layout.contexts, layout.slots))
     each = -(-layout.slots // contexts)
-    buffers = contexts * _context_bytes(shape, ask, layout.ubatch_tokens, each, layout.ctx_tokens, gpus)
+    # Where the output layer is not on the GPU, or is split, tokens are chosen on the host.
+    chooses = layers >= shape.offloadable and ask.split != "tensor"
+    buffers = contexts * _context_bytes(shape, ask, layout.ubatch_tokens, each, layout.ctx_tokens, gpus, chooses)
     logits = logits_bytes(shape, layout.slots + layout.long_slots)
     if layout.long_slots:
-        buffers += _context_bytes(shape, ask, layout.ubatch_tokens, layout.long_slots, layout.long_ctx_tokens, gpus)
+        buffers += _context_bytes(
+            shape, ask, layout.ubatch_tokens, layout.long_slots, layout.long_ctx_tokens, gpus, chooses
+        )
     cells = layout.slots * cells_of(layout.ctx_tokens) + layout.long_slots * cells_of(layout.long_ctx_tokens)
     caches = cells * shape.token_bytes(ask.type_k, ask.type_v)
     beside = ask.adapter_bytes + _draft_bytes(ask, layout, contexts)
     if not layers:
         model = shape.weight_bytes + beside
         return Needs(0, 0, 0, model, buffers + logits, caches)
-    # What a GPU says of its logits comes to memory of that size, three times over.
-    logits *= 4
+    if chooses:
+        # What a GPU says of its logits comes to memory of that size, three times over.
+        logits *= 4
     gpu_caches = cells * shape.token_bytes(ask.type_k, ask.type_v, layers)
     gpu_model = shape.offloaded_bytes(layers) + beside
     if layers < shape.offloadable:
@@ -199,8 +204,10 @@ def _draft_bytes(ask: Ask, layout: Layout, contexts: int) -> int:
     return ask.draft_weight_bytes + cells * ask.draft_token_bytes
 
 
-def _context_bytes(shape: ModelShape, ask: Ask, ubatch: int, slots: int, ctx_tokens: int, gpus: int) -> int:
-    """Buffers of one context of so many slots, on all of its GPUs."""
+def _context_bytes(
+    shape: ModelShape, ask: Ask, ubatch: int, slots: int, ctx_tokens: int, gpus: int, chooses: bool
+) -> int:
+    """Buffers of one context of so many slots, on all of its GPUs, which may choose tokens."""
     cells = cells_of(ctx_tokens)
     graph = graph_bytes(shape, rows=min(ubatch, ask.batch_tokens), cells=cells, flash=ask.flash)
     if gpus:
@@ -209,4 +216,4 @@ def _context_bytes(shape: ModelShape, ask: Ask, ubatch: int, slots: int, ctx_tok
         # Attention over many rows reads 16 bits: the cells of one layer after the other are converted.
         graph += 2 * slots * cells * max((keys + values for keys, values in shape.cache_values), default=0)
     # A GPU that lists the likeliest tokens makes something of all logits.
-    return graph + logits_bytes(shape, max(slots, CHECKED_ROWS)) * (2 if gpus else 1)
+    return graph + logits_bytes(shape, max(slots, CHECKED_ROWS)) * (2 if chooses else 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -279,3 +280,18 @@ def test_more_memory_never_makes_less_fit(shape: ModelShape, room: Room, lengths
     if small is not None:
         assert large is not None
         assert large.slots >= small.slots
+
+
+def test_only_a_gpu_that_chooses_tokens_has_buffers_for_it() -> None:
+    """It does not where the output layer is not there, or is split."""
+
+    def logits_of(layers: int, ask: Ask) -> tuple[int, int]:
+        layout = Layout(layers, 1, 512, 32, 512)
+        one = needs(B8, ask, layout, 1)
+        none = needs(msgspec.structs.replace(B8, vocab_tokens=0), ask, layout, 1)
+        return one.gpu_buffers - none.gpu_buffers, one.host_buffers - none.host_buffers
+
+    size = 4 * B8.vocab_tokens * 32
+    assert logits_of(B8.offloadable, Ask()) == (2 * size, 4 * size)
+    assert logits_of(B8.offloadable - 1, Ask()) == (size, size)
+    assert logits_of(B8.offloadable, Ask(split="tensor")) == (size, size)
