@@ -111,6 +111,7 @@ def ask_of(config: JobConfig, model: ModelFacts) -> Ask:
         gpu_layers=_number(config.gpu_layers), ubatch_tokens=config.ubatch, batch_tokens=config.batch,
         type_k=config.cache_type_k, type_v=config.cache_type_v, flash=config.flash_attention is not False,
         rope_factor=config.rope_scale or 1.0, split=config.split, adapter_bytes=model.adapter_bytes,
+        gpu_sampling=config.gpu_sampling,
     )  # fmt: skip
     draft = None if model.draft is None else model.draft.shape
     if draft is None:

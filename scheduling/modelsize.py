@@ -122,6 +122,7 @@ class Ask:
     flash: bool = True
     rope_factor: float = 1.0
     split: str = "layer"
+    gpu_sampling: bool = True
     adapter_bytes: int = 0
     draft_weight_bytes: int = 0
     draft_token_bytes: int = 0
@@ -165,7 +166,7 @@ def needs(shape: ModelShape, ask: Ask, layout: Layout, gpus: int) -> Needs:
     contexts = max(1, min(layout.contexts, layout.slots))
     each = -(-layout.slots // contexts)
     # Where the output layer is not on the GPU, or is split, tokens are chosen on the host.
-    chooses = layers >= shape.offloadable and ask.split != "tensor"
+    chooses = ask.gpu_sampling and layers >= shape.offloadable and ask.split != "tensor"
     buffers = contexts * _context_bytes(shape, ask, layout.ubatch_tokens, each, layout.ctx_tokens, gpus, chooses)
     logits = logits_bytes(shape, layout.slots + layout.long_slots)
     if layout.long_slots:

@@ -88,6 +88,8 @@ def test_choosing_threads_do_not_stand_in_each_others_way(options: dict[str, Any
 
 def test_tokens_are_chosen_on_the_gpu_unless_it_is_switched_off() -> None:
     assert (engine(on_gpu("a")).sample_on, engine(on_gpu("a"), gpu_sampling=False).sample_on) == ("auto", "host")
+    small = host(a=4)
+    assert engine(on_gpu("a"), small, gpu_sampling=False).slots > engine(on_gpu("a"), small).slots
 
 
 def test_options_of_llama_cpp_reach_the_engine() -> None:
