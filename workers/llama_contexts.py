@@ -48,6 +48,19 @@ def set_attention(params: Any, config: EngineConfig) -> None:
         params.rope_freq_base = config.rope_freq_base
 
 
+def open_context(model: LlamaModel, config: EngineConfig, params: Any, what: str, remedy: str) -> Any:
+    """llama.cpp's context over `model`, with its adapters. Raises `EngineError`, which says `what` and `remedy`."""
+    set_attention(params, config)
+    forget_errors()
+    context = lib.llama_init_from_model(model.handle, params)
+    if not context:
+        raise EngineError(
+            f"llama.cpp cannot make a context {what}: {recent_errors()}. Use {remedy} or fewer --gpu-layers"
+        )
+    model.adapt(context)
+    return context
+
+
 class BatchArrays:
     """A batch whose arrays are numpy's. Fill rows [0, n) of `token`, `pos`, `seq` (sorted by sequence id: see the docs
     of `workers.stepper`) and `wanted` (1 where an output is wanted)."""
@@ -113,15 +126,9 @@ class LlamaContext(BatchArrays):
         params.kv_unified = shared_cells is not None
         params.no_perf = True
         params.type_k, params.type_v = _CACHE_TYPES[config.cache_type_k], _CACHE_TYPES[config.cache_type_v]
-        set_attention(params, config)
-        forget_errors()
-        self._context = lib.llama_init_from_model(model.handle, params)
-        if not self._context:
-            raise EngineError(
-                f"llama.cpp cannot make a context of {slots} slots and {params.n_ctx} tokens: {recent_errors()}. "
-                "Use fewer --slots, a smaller --ctx, or fewer --gpu-layers"
-            )
-        model.adapt(self._context)
+        self._context = open_context(
+            model, config, params, f"of {slots} slots and {params.n_ctx} tokens", "fewer --slots, a smaller --ctx,"
+        )
         self._memory = lib.llama_get_memory(self._context)
         self._turn = model.turn
         self.vocab_tokens = model.vocab_tokens
@@ -246,15 +253,9 @@ class LlamaEncoder(BatchArrays):
         params.pooling_type = pooling
         params.kv_unified = True
         params.no_perf = True
-        set_attention(params, config)
-        forget_errors()
-        self._context = lib.llama_init_from_model(model.handle, params)
-        if not self._context:
-            raise EngineError(
-                f"llama.cpp cannot make a context for embeddings of {tokens} tokens: {recent_errors()}. "
-                "Use a smaller --ctx and --batch, or fewer --gpu-layers"
-            )
-        model.adapt(self._context)
+        self._context = open_context(
+            model, config, params, f"for embeddings of {tokens} tokens", "a smaller --ctx and --batch,"
+        )
         self._memory = lib.llama_get_memory(self._context)
         self._run = lib.llama_decode if self._memory and not model.has_encoder else lib.llama_encode
         super().__init__(tokens)
