@@ -138,7 +138,7 @@ class BatchingEngine:
             try:
                 self._constraints.grammar(config.constraint)
             except RequestError as error:
-                raise ConfigError(f"what all answers are to be held to: {error}") from error
+                raise ConfigError(f"{error} (all answers are held to it: --json-schema, --grammar-file)") from error
 
     @staticmethod
     def _load_draft_model(config: EngineConfig, model: Model, library: Library) -> Model | None:

@@ -26,6 +26,7 @@ Ints = npt.NDArray[np.int32]
 GROUPS = 64
 """Groups that are listed. So many tokens are certainly among the largest: enough for the usual top_k of 40."""
 LEFT_MIN = 0.01
+"""Of the sum over all tokens, what must be left without those that may not come."""
 COUNTS = (range(1024, 4 * GROUPS - 1, -1), range(1025, 4097))
 """Numbers of groups, best first. Up to 1,024 a GPU sorts in one go; with few groups lists are long."""
 

@@ -458,3 +458,13 @@ def test_many_threads_choose_what_one_does(threads: int, monkeypatch: pytest.Mon
     assert {key: answer.choices for key, answer in got.items()} == {
         key: answer.choices for key, answer in expected.items()
     }
+
+
+def test_rows_are_fetched_from_the_device_only_where_more_than_the_largest_is_needed() -> None:
+    rig = Rig()
+    rig.submit(*(job(key, max_tokens=8) for key in range(6)))
+    rig.run()
+    assert rig.decoder.fetched == 0
+    rig.submit(job(10, max_tokens=5), job(11, max_tokens=5, temperature=1.0), job(12, max_tokens=5))
+    rig.run()
+    assert rig.decoder.fetched == (5 if rig.decoder.chooses else 0)
