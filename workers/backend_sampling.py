@@ -9,8 +9,8 @@ llama.cpp then leaves all logits where they are. Rows that are needed for anythi
 one (`BackendSampling.fetch`).
 
 A graph is used again as long as samplers and batches look the same. So for shortlists to come or go, a sampler must be
-another one, upon which llama.cpp makes sure of its memory: that takes as long as a few steps, and is not done at once
-when no row wants a list any more.
+another one, upon which llama.cpp plans its memory anew: too much for each step, so lists go only when no row has wanted
+one for a while.
 
 Where logits are equal, which of them is the largest is the device's to say; on the CPU it is the first.
 """

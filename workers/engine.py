@@ -2,7 +2,8 @@
 
     reader (the main thread)   frames from the rank: submit, recall, cancel; end of file ends the engine
     preparing thread           chat templates, tokenising and compiling grammars, ahead of admission
-    one thread a context       `workers.stepper` or `workers.embedder`, over llama.cpp or over the simulation of it
+    one thread a context       `workers.stepper`, `workers.embedder` or `workers.scorer` (`workers.lanes` makes them),
+                               over llama.cpp or over the simulation of it
     a pool                     helps the stepping threads to choose tokens
 
 Contexts are of a `Lane` each: what they are made for. Those of the lanes that the rank expects to need are opened when
