@@ -26,7 +26,7 @@ import numpy.typing as npt
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scheduling.requests import Sampling
-from workers.choosing import Threads, choose, largest
+from workers.choosing import Parameters, Threads, choose, largest
 from workers.sampling import RowSampler
 
 SCALE = 8.0
@@ -75,7 +75,8 @@ class Context:
                 largest(self._logits, self._rows, self._threads)
             else:
                 numbers = np.full(self._rows.size, step)
-                choose(self._logits, self._rows, samplers, numbers, self._history.__getitem__, self._threads)
+                asked = Parameters(samplers, numbers, self._vocab)
+                choose(self._logits, self._rows, asked, self._history.__getitem__, self._threads)
 
 
 def measure(contexts: list[Context], sampling: Sampling, count: int) -> tuple[float, float]:

@@ -1,8 +1,8 @@
 """The engine's waiting line: every request from its arrival to its end, shared by all threads of the engine.
 
 A request goes raw -> ready -> started -> gone. The reader thread adds raw ones; the preparing thread turns their
-text into tokens, in order, so that they become ready in order; the stepping threads take ready ones, choice by
-choice, as their slots become free. Recall, cancel and admission are atomic with each other: one lock.
+text into tokens, in order, so that they become ready in order; the stepping threads take ready ones, the longest
+first, choice by choice, as their slots become free. Recall, cancel and admission are atomic with each other: one lock.
 
 There is a line for each `Lane`, the kind of context that a request needs. With several contexts in a lane each takes
 no more than its even share of what runs and waits there, so that a short line is spread over all of them instead of
@@ -13,10 +13,12 @@ This module knows neither tokens' meaning nor llama.cpp, and it does no I/O: its
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from collections.abc import Iterable
 from enum import Enum
+from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,6 +33,10 @@ if TYPE_CHECKING:
     from workers.constraints import Grammar
 
 CANCELLED = "cancelled"
+OVERTAKEN_MAX = 1024
+"""So many choices that came later may start before one."""
+EXHAUSTED_MAX = 64
+"""Tasks that have nothing left to start and are still in line, beside as many as there are choices."""
 
 
 class Lane(Enum):
@@ -131,19 +137,64 @@ class Task:
 
 
 class _Line:
-    """What is ready in one lane, and how much of it each of its contexts runs."""
+    """What is ready in one lane, and how much of it each of its contexts runs.
 
-    __slots__ = ("choices", "ready", "running")
+    Requests that may run longest start first: one of those at the end would run alone, with all other slots idle.
+    Requests of about the same limit start in order of arrival, and none is overtaken by more than OVERTAKEN_MAX.
+    """
+
+    __slots__ = ("_arrived", "_arrivals", "_by_limit", "_started", "choices", "running")
 
     def __init__(self) -> None:
-        self.ready: deque[Task] = deque()
         self.choices = 0
         self.running: dict[int, int] = {}
+        self._by_limit: list[tuple[int, int, Task]] = []
+        """A heap. Tasks that have gone, or have all their choices running, stay in it for a time."""
+        self._arrived: deque[tuple[int, Task]] = deque()
+        """The same tasks in order of arrival, each with how many had started before."""
+        self._arrivals = self._started = 0
+
+    def push(self, task: Task) -> None:
+        if len(self._by_limit) > 2 * self.choices + EXHAUSTED_MAX:
+            self._by_limit = [entry for entry in self._by_limit if not _exhausted(entry[2])]
+            heapify(self._by_limit)
+            self._arrived = deque(entry for entry in self._arrived if not _exhausted(entry[1]))
+        self.choices += len(task.choices)
+        self._arrivals += 1
+        heappush(self._by_limit, (-_limit_class(task.limit), self._arrivals, task))
+        self._arrived.append((self._started, task))
+
+    def first(self) -> Task | None:
+        """The request that has the next choice to start."""
+        while self._arrived and _exhausted(self._arrived[0][1]):
+            self._arrived.popleft()
+        while self._by_limit and _exhausted(self._by_limit[0][2]):
+            heappop(self._by_limit)
+        if not self._by_limit:
+            return None
+        since, oldest = self._arrived[0]
+        return oldest if self._started - since > OVERTAKEN_MAX else self._by_limit[0][2]
+
+    def start(self, task: Task) -> int:
+        """Start its next choice. Returns which one that is."""
+        self._started += 1
+        self.choices -= 1
+        task.next_choice += 1
+        return task.next_choice - 1
 
     def share(self, context: int) -> int:
         """How many more choices `context` may start, for all contexts of the lane to have as many."""
         total = sum(self.running.values()) + self.choices
         return -(-total // len(self.running)) - self.running[context]
+
+
+def _exhausted(task: Task) -> bool:
+    return task.state is State.GONE or task.next_choice >= len(task.choices)
+
+
+def _limit_class(limit: int) -> int:
+    """Limits within a factor of the square root of 2 are about the same."""
+    return int(2 * math.log2(max(1, limit)))
 
 
 class Backlog:
@@ -239,9 +290,7 @@ class Backlog:
         with self._lock:
             if task.state is State.RAW:
                 task.state = State.READY
-                line = self._lines[task.lane]
-                line.ready.append(task)
-                line.choices += len(task.choices)
+                self._lines[task.lane].push(task)
                 self._ready_came.notify_all()
 
     def end_unstarted(self, task: Task) -> bool:
@@ -263,24 +312,18 @@ class Backlog:
             return max(0, min(line.share(context), line.choices))
 
     def take(self, context: int, free: int, now_s: float) -> list[tuple[Task, int]]:
-        """Up to `free` choices for the free slots of `context`, oldest request first."""
+        """Up to `free` choices for the free slots of `context`."""
         line = self._line_of[context]
         taken: list[tuple[Task, int]] = []
-        if not line.ready:  # Unlocked: at worst a step later.
+        if not line.choices:  # Unlocked: at worst a step later.
             return taken
         with self._lock:
             wanted = min(free, line.share(context))
-            while wanted > len(taken) and line.ready:
-                task = line.ready[0]
-                if task.state is State.GONE or task.next_choice >= len(task.choices):
-                    line.ready.popleft()
-                    continue
+            while wanted > len(taken) and (task := line.first()) is not None:
                 if task.state is State.READY:
                     task.state = State.STARTED
                     task.admitted_s = now_s
-                taken.append((task, task.next_choice))
-                task.next_choice += 1
-                line.choices -= 1
+                taken.append((task, line.start(task)))
             line.running[context] += len(taken)
         return taken
 

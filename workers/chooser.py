@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from workers.choosing import PARALLEL_ELEMENTS_MIN, Threads, choose, largest
+from workers.choosing import PARALLEL_ELEMENTS_MIN, Parameters, Threads, choose, largest
 from workers.constraints import Allowed, Constraints
 from workers.logprobs import Asker, Look
 from workers.sampling import NOT_FINITE
@@ -58,7 +58,18 @@ class Chooser:
 class Turn:
     """The choosing of one step, whose last batch was `rows`."""
 
-    __slots__ = ("_allowed", "_best", "_count", "_filtered", "_hard", "_listed", "_logits", "_of", "_rows")
+    __slots__ = (
+        "_allowed",
+        "_best",
+        "_count",
+        "_filtered",
+        "_hard",
+        "_listed",
+        "_logits",
+        "_of",
+        "_parameters",
+        "_rows",
+    )
 
     def __init__(self, chooser: Chooser, rows: Pass) -> None:
         self._of = chooser
@@ -69,6 +80,8 @@ class Turn:
             seats = chooser.seats
             self._hard |= np.array([seats[slot].noted is not None for slot in rows.output_slots.tolist()], np.bool_)
         self._filtered: Flags = self._hard & chooser.slots.filtered[rows.output_slots]
+        self._parameters = self._asked(rows.only(self._hard)) if self._hard.any() else None
+        """Of the hard rows."""
         self._listed: Shortlist | None = None
         self._allowed: Allowed | None = None
         """Of the hard rows that are not filtered."""
@@ -100,7 +113,7 @@ class Turn:
             if allowed is not None:
                 strict = np.flatnonzero(~self._filtered[hard])
                 allowed = replace(allowed, places=strict[allowed.places])
-            tokens[hard] = self._choose(rows.only(hard), allowed)
+            tokens[hard] = self._choose(rows.only(hard), allowed, self._parameters if hard is self._hard else None)
         if not easy.size:
             return tokens
         if self._best is None:
@@ -124,16 +137,18 @@ class Turn:
         places = places[~damaged]
         if places.size:
             slots, some = self._of.slots, rows.only(places)
-            samplers = [self._of.seats[slot].sampler for slot in some.output_slots.tolist()]
-            steps = slots.outputs[some.output_slots] + (0 if some.ahead is None else some.ahead)
+            parameters = self._parameters
+            assert parameters is not None
+            if places.size < len(parameters.samplers):
+                parameters = parameters.only(np.searchsorted(np.flatnonzero(self._hard), places))
             silenced = slots.ignore_eos[some.output_slots]
-            found, undecided = listed.choose(some.output_rows, samplers, steps, silenced, self._of.eog_ids)
+            found, undecided = listed.choose(some.output_rows, parameters, silenced, self._of.eog_ids)
             tokens[places] = found
             hard[places[~undecided]] = False
         return hard
 
-    def _choose(self, rows: Pass, allowed: Allowed | None) -> Ints:
-        """The tokens of `rows`, from their logits, which are changed in place."""
+    def _choose(self, rows: Pass, allowed: Allowed | None, asked: Parameters | None = None) -> Ints:
+        """The tokens of `rows`, from their logits, which are changed in place. `asked`: if it is known already."""
         of = self._of
         logits = self._logits if self._logits is not None else of.decoder.logits(self._count, rows.output_rows)
         look = self._look(logits, rows)
@@ -144,26 +159,33 @@ class Turn:
         threads = of.threads(logits)
         if allowed is not None:
             allowed.forbid_others(logits, rows.output_rows, threads)
-        tokens = self._chosen(logits, rows, threads)
+        tokens = self._chosen(logits, rows, asked, threads)
         if allowed is not None:
             allowed.consume(tokens)
         if look is not None:
             look.note(tokens)
         return tokens
 
-    def _chosen(self, logits: npt.NDArray[np.float32], rows: Pass, threads: Threads) -> Ints:
+    def _chosen(self, logits: npt.NDArray[np.float32], rows: Pass, asked: Parameters | None, threads: Threads) -> Ints:
         slots, outputs = self._of.slots, rows.output_slots
         if slots.plain[outputs].all():
             return largest(logits, rows.output_rows, threads)
-        ahead = np.zeros(outputs.size, np.int64) if rows.ahead is None else rows.ahead
         places = outputs.tolist()
-        samplers = [self._of.seats[slot].sampler for slot in places]
+        ahead = None if rows.ahead is None else rows.ahead.tolist()
 
         def history(place: int) -> Ints:
             slot = places[place]
-            return slots.tokens[slot, : slots.length[slot] + ahead[place]]
+            return slots.tokens[slot, : slots.length[slot] + (0 if ahead is None else ahead[place])]
 
-        return choose(logits, rows.output_rows, samplers, slots.outputs[outputs] + ahead, history, threads)
+        return choose(logits, rows.output_rows, asked or self._asked(rows), history, threads)
+
+    def _asked(self, rows: Pass) -> Parameters:
+        """What the output rows of `rows` ask for."""
+        seats, slots, outputs = self._of.seats, self._of.slots, rows.output_slots
+        steps = slots.outputs[outputs]
+        if rows.ahead is not None:
+            steps = steps + rows.ahead
+        return Parameters([seats[slot].sampler for slot in outputs.tolist()], steps, self._of.eog.size)
 
     def _look(self, logits: npt.NDArray[np.float32], rows: Pass) -> Look | None:
         """The rows whose log-probabilities are asked for, before tokens are chosen from them. None if nobody asks."""

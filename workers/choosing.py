@@ -28,6 +28,7 @@ that neighbours that make a table wider change nothing.
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -100,22 +101,49 @@ def largest(logits: Floats, rows: Ids, threads: Threads = ALONE) -> Tokens:
     return chosen
 
 
-def choose(
-    logits: Floats,
-    rows: Ids,
-    samplers: Sequence[RowSampler],
-    steps: npt.ArrayLike,
-    history: History,
-    threads: Threads = ALONE,
-) -> Tokens:
+class Parameters:
+    """What the rows of a step ask for, an item for each: all that is known before their logits are."""
+
+    __slots__ = (
+        "by_k", "by_p", "by_typical", "log_min_p", "number", "samplers", "temperature", "top_k", "top_p", "typical_p",
+        "whole",
+    )  # fmt: skip
+
+    def __init__(self, samplers: Sequence[RowSampler], steps: npt.ArrayLike, vocab_tokens: int) -> None:
+        """`steps`: the numbers of the output tokens, from 0."""
+        self.samplers = samplers
+        numbers = np.array([sampler.numbers for sampler in samplers])
+        self.temperature, self.top_p, self.log_min_p, self.typical_p = numbers[:, :4].T
+        self.top_k: Ids = numbers[:, 4].astype(np.int64)
+        keys = np.array([sampler.key for sampler in samplers], np.uint64)
+        with np.errstate(over="ignore"):
+            self.number = uniforms(keys, np.asarray(steps))
+        self.by_k: Flags = (self.top_k > 0) & (self.top_k < vocab_tokens)
+        self.by_typical: Flags = self.typical_p < 1.0
+        # Greedy is top_k 1.
+        together = ~self.by_k & ~self.by_typical
+        self.by_p: Flags = together & (self.top_p < 1.0)
+        self.whole: Flags = together & (self.top_p >= 1.0) & (self.log_min_p == -np.inf)
+
+    def only(self, some: Ids) -> Parameters:
+        """Of the rows at `some`."""
+        one = copy.copy(self)
+        one.samplers = [self.samplers[place] for place in some.tolist()]
+        for name in self.__slots__:
+            if name != "samplers":
+                setattr(one, name, getattr(self, name)[some])
+        return one
+
+
+def choose(logits: Floats, rows: Ids, parameters: Parameters, history: History, threads: Threads = ALONE) -> Tokens:
     """The token of each of `rows`, or NOT_FINITE if its largest logit is NaN or infinite.
 
     `logits`: (any, vocabulary), C-contiguous, changed in place by bias and penalties. `rows`: places in it,
-    ascending. `samplers` and `steps` (number of the output token, from 0): one for each of `rows`.
+    ascending.
     """
-    adjust(logits, rows, samplers, history)
+    adjust(logits, rows, parameters.samplers, history)
     with np.errstate(all="ignore"):
-        return Step(logits, rows, samplers, np.asarray(steps), threads).choose()
+        return Step(logits, rows, parameters, threads).choose()
 
 
 def adjust(logits: Floats, rows: Ids, samplers: Sequence[RowSampler], history: History) -> None:
@@ -156,28 +184,12 @@ class Step:
     """The arrays of one step, a line or an item for each row."""
 
     def __init__(
-        self,
-        logits: Floats,
-        rows: Ids,
-        samplers: Sequence[RowSampler],
-        steps: Ids,
-        threads: Threads,
-        width: int | None = None,
+        self, logits: Floats, rows: Ids, parameters: Parameters, threads: Threads, width: int | None = None
     ) -> None:
         """`width`: columns, where they are not as usual."""
-        self.logits, self.rows, self.threads = logits, rows, threads
+        self.logits, self.rows, self.of, self.threads = logits, rows, parameters, threads
         self.count, self.vocab = rows.size, logits.shape[1]
         self.width = width or min(self.vocab, max(COLUMNS_MIN, -(-self.vocab // STRIPS)))
-        numbers = np.array([sampler.numbers for sampler in samplers])
-        self.temperature, self.top_p, self.log_min_p, self.typical_p = numbers[:, :4].T
-        self.top_k: Ids = numbers[:, 4].astype(np.int64)
-        self.number = uniforms(np.array([sampler.key for sampler in samplers], np.uint64), steps)
-        self.by_k: Flags = (self.top_k > 0) & (self.top_k < self.vocab)
-        self.by_typical: Flags = self.typical_p < 1.0
-        # Greedy is top_k 1.
-        together = ~self.by_k & ~self.by_typical
-        self.by_p: Flags = together & (self.top_p < 1.0)
-        self.whole: Flags = together & (self.top_p >= 1.0) & (self.log_min_p == -np.inf)
         self.peaks: Floats = np.empty((self.count, self.width), np.float32)
         self.top: Floats = np.empty(self.count, np.float32)
         self.floor: Floats = np.empty(self.count, np.float32)
@@ -193,14 +205,14 @@ class Step:
     def choose(self) -> Tokens:
         self.threads.spread(self.find_peaks, self.count)
         finite = self.find_floors()
-        alone = finite & self.by_typical
+        alone = finite & self.of.by_typical
         place, ids, logits = self._candidates(alone)
         if place.size:
             lines = np.flatnonzero(np.bincount(place, minlength=self.count))
             self._draw(lines, *_table(np.searchsorted(lines, place), ids, logits))
         singly = np.flatnonzero(alone)
         self.threads.spread(lambda first, last: self._draw_singly(singly[first:last]), singly.size)
-        whole = np.flatnonzero(finite & self.whole)
+        whole = np.flatnonzero(finite & self.of.whole)
         if whole.size:
             self._draw_from_all(whole)
         return self.chosen
@@ -211,18 +223,18 @@ class Step:
         """Floors, and Z of the rows that certainly need it. Returns which rows' largest logit is finite."""
         self.top = self.peaks.max(axis=1)
         finite: Flags = np.isfinite(self.top)
-        here = finite & ~self.whole & ~self.by_typical
-        best_alone = self.by_k & (self.top_k == 1)
-        floor = np.where(best_alone, self.top, self.top + self.log_min_p - MARGIN)
+        here = finite & ~self.of.whole & ~self.of.by_typical
+        best_alone = self.of.by_k & (self.of.top_k == 1)
+        floor = np.where(best_alone, self.top, self.top + self.of.log_min_p - MARGIN)
         self.floor[:] = np.where(here, floor, np.nan)
-        places = np.flatnonzero(here & self.by_k & ~best_alone)
+        places = np.flatnonzero(here & self.of.by_k & ~best_alone)
         if places.size:
             self._floor_by_k(places)
-        places = np.flatnonzero(finite & self.by_p)
+        places = np.flatnonzero(finite & self.of.by_p)
         if places.size:
             self._floor_by_p(places)
-        places = np.flatnonzero(finite & self.whole)
-        self._weigh_all(places, 1.0 / self.temperature[places])
+        places = np.flatnonzero(finite & self.of.whole)
+        self._weigh_all(places, 1.0 / self.of.temperature[places])
         return finite
 
     def find_peaks(self, first: int, last: int) -> None:
@@ -238,7 +250,7 @@ class Step:
                 np.maximum(peaks[:, : rest.shape[1]], rest, out=peaks[:, : rest.shape[1]])
 
     def _floor_by_k(self, places: Ids) -> None:
-        k = self.top_k[places]
+        k = self.of.top_k[places]
         ordered = np.sort(self.peaks[places], axis=1)
         kth = ordered[np.arange(places.size), np.maximum(self.width - k, 0)]
         # Where fewer than k tokens are allowed, a floor under all finite logits keeps the others out.
@@ -246,14 +258,14 @@ class Step:
 
     def _floor_by_p(self, places: Ids) -> None:
         few = np.count_nonzero(self.peaks[places] >= self.floor[places, None], axis=1) <= FEW_COLUMNS
-        few &= self.log_min_p[places] > -np.inf
+        few &= self.of.log_min_p[places] > -np.inf
         hopeful, places = places[few], places[~few]
         if hopeful.size:
-            self.total_min[hopeful] = np.exp(self.peaks[hopeful] - self.top[hopeful, None]).sum(axis=1)
+            self.total_min[hopeful] = self._total_at_least(hopeful)
         if not places.size:
             return
         self._weigh_all(places[np.isnan(self.total[places])])
-        top, top_p, total = self.top[places].astype(np.float64), self.top_p[places], self.total[places]
+        top, top_p, total = self.top[places].astype(np.float64), self.of.top_p[places], self.total[places]
         ordered = np.sort(self.peaks[places], axis=1)[:, ::-1]
         mass = np.cumsum(np.exp(ordered - self.top[places, None]), axis=1, dtype=np.float64)
         short = np.count_nonzero(mass < (top_p * total * (1.0 + MARGIN_SUM))[:, None], axis=1)
@@ -261,6 +273,11 @@ class Step:
         certain = top + np.log((1.0 - top_p) * total / self.vocab) - MARGIN
         floor = np.where(short < self.width, reached, certain)
         self.floor[places] = np.maximum(self.floor[places], floor)
+
+    def _total_at_least(self, places: Ids) -> Doubles:
+        """What Z cannot be under, without looking at more than the peaks."""
+        least: Doubles = np.exp(self.peaks[places] - self.top[places, None]).sum(axis=1, dtype=np.float64)
+        return least
 
     def _weigh(self, place: int, scale: float = 1.0) -> None:
         """Sums of exp((logit - top) * scale)."""
@@ -283,13 +300,10 @@ class Step:
             alone |= crowded
             fine = ~crowded[place]
             above, place = above[fine], place[fine]
-        where, ids = self.tokens_of(place, above - place * self.width)
-        logits = self.logits.reshape(-1).take(where)
-        reach = np.flatnonzero((logits >= self.floor[place, None]) & (ids < self.vocab))
-        place = place[reach // ids.shape[1]]
-        found = place * self.vocab + ids.reshape(-1)[reach]
+        place, ids, logits = self._reaching(place, above - place * self.width)
+        found = place * self.vocab + ids
         order = found.argsort()
-        place, found, logits = place[order], found[order], logits.reshape(-1)[reach[order]]
+        place, found, logits = place[order], found[order], logits[order]
         crowded = np.bincount(place, minlength=self.count) > CROWD_TOKENS
         if crowded.any():
             alone |= crowded
@@ -297,35 +311,38 @@ class Step:
             found, place, logits = found[fine], place[fine], logits[fine]
         return place, found - place * self.vocab, logits
 
-    def tokens_of(self, place: Ids, column: Ids) -> tuple[Ids, Ids]:
-        """(columns, tokens) where the logits of these columns are, all rows laid end to end, and whose they are: no
-        token's, if that is none."""
+    def _reaching(self, place: Ids, column: Ids) -> tuple[Ids, Ids, Floats]:
+        """(place, token, logit) of the tokens in these columns that reach the floors of their rows."""
         ids = column[:, None] + np.arange(0, self.vocab, self.width)
-        return (self.rows[place] * self.vocab)[:, None] + np.minimum(ids, self.vocab - 1), ids
+        where = (self.rows[place] * self.vocab)[:, None] + np.minimum(ids, self.vocab - 1)
+        logits = self.logits.reshape(-1).take(where)
+        reach = np.flatnonzero((logits >= self.floor[place, None]) & (ids < self.vocab))
+        return place[reach // ids.shape[1]], ids.reshape(-1)[reach], logits.reshape(-1)[reach]
 
     def _draw(self, lines: Ids, ids: Ids, logits: Floats, size: Ids) -> None:
         """Cut a table (see `_table`) to what the filters keep and draw from it. `lines`: the places of its lines."""
-        every = np.arange(lines.size)
+        every, of = np.arange(lines.size), self.of
         top = logits[:, 0].astype(np.float64)
         below = logits.astype(np.float64) - top[:, None]
         mass = np.cumsum(np.exp(below), axis=1)
-        by_k, by_p, top_p = self.by_k[lines], self.by_p[lines], self.top_p[lines]
-        size = np.where(by_k, np.minimum(size, self.top_k[lines]), size)
-        count = np.maximum(1, np.count_nonzero(below >= self.log_min_p[lines, None], axis=1))
+        by_k, by_p, top_p = of.by_k[lines], of.by_p[lines], of.top_p[lines]
+        if by_k.any():
+            size = np.where(by_k, np.minimum(size, of.top_k[lines]), size)
+        count = np.maximum(1, np.count_nonzero(below >= of.log_min_p[lines, None], axis=1))
         count = np.minimum(count, size)
         # min_p may have decided already (see above).
         before = np.where(count > 1, mass[every, count - 2], 0.0)
         decided = (count == 1) | (before < top_p * self.total_min[lines] * (1.0 - MARGIN_SUM))
         open_ = by_p & ~decided
-        self._weigh_all(lines[open_ & np.isnan(self.total[lines])])
-        total = np.where(by_p, self.total[lines], mass[every, size - 1])
         needed = open_ | (~by_p & (top_p < 1.0))
-        target = np.where(needed, top_p * total, np.inf)
-        count = np.minimum(count, np.count_nonzero(mass < target[:, None], axis=1) + 1)
-        weights = np.exp(below / self.temperature[lines, None])
-        edges = np.cumsum(weights, axis=1)
+        if needed.any():
+            self._weigh_all(lines[open_ & np.isnan(self.total[lines])])
+            total = np.where(by_p, self.total[lines], mass[every, size - 1])
+            target = np.where(needed, top_p * total, np.inf)
+            count = np.minimum(count, np.count_nonzero(mass < target[:, None], axis=1) + 1)
+        edges = np.cumsum(np.exp(below / of.temperature[lines, None]), axis=1)
         # A number of 53 bits under 1 times x is less than x: never past the last kept, nor on what weighs nothing.
-        target = self.number[lines] * edges[every, count - 1]
+        target = of.number[lines] * edges[every, count - 1]
         self.chosen[lines] = ids[every, np.count_nonzero(edges <= target[:, None], axis=1)]
 
     def _weigh_all(self, places: Ids, scales: Doubles | None = None) -> None:
@@ -341,12 +358,12 @@ class Step:
         every = np.arange(places.size)
         blocks = self.blocks[places].astype(np.float64)
         edges = np.cumsum(blocks, axis=1)
-        target = self.number[places] * edges[:, -1]
+        target = self.of.number[places] * edges[:, -1]
         block = np.count_nonzero(edges <= target[:, None], axis=1)
         target -= edges[every, block] - blocks[every, block]
         ids = block[:, None] * BLOCK + np.arange(BLOCK)
         logits = self.logits[self.rows[places, None], np.minimum(ids, self.vocab - 1)]
-        scale = (1.0 / self.temperature[places]).astype(np.float32)
+        scale = (1.0 / self.of.temperature[places]).astype(np.float32)
         weights = np.exp((logits - self.top[places, None]) * scale[:, None])
         weights[ids >= self.vocab] = 0.0
         inside = np.cumsum(weights, axis=1, dtype=np.float64)
@@ -363,16 +380,16 @@ class Step:
                 self._draw(np.array([place]), ids[None], logits[None], np.array([ids.size]))
 
     def _row_candidates(self, place: int) -> tuple[Ids, Floats]:
-        row, k = self.logits[self.rows[place]], int(self.top_k[place])
+        row, k = self.logits[self.rows[place]], int(self.of.top_k[place])
         floor = self.floor[place]
-        if self.by_k[place] and not floor > -np.inf:
+        if self.of.by_k[place] and not floor > -np.inf:
             floor = np.partition(row, row.size - k)[row.size - k]
         ids = np.flatnonzero(row >= floor if floor > -np.inf else row > -np.inf)
         ids = ids[np.argsort(-row[ids], kind="stable")]
-        if self.by_k[place]:
+        if self.of.by_k[place]:
             ids = ids[:k]
-        if self.by_typical[place]:
-            ids = ids[typical(row[ids], self.typical_p[place])]
+        if self.of.by_typical[place]:
+            ids = ids[typical(row[ids], self.of.typical_p[place])]
         return ids, row[ids]
 
 

@@ -29,7 +29,7 @@ import numpy as np
 
 from scheduling.errors import EngineError
 from workers.backlog import CANCELLED, Backlog
-from workers.choosing import PARALLEL_ELEMENTS_MIN, Threads, choose
+from workers.choosing import PARALLEL_ELEMENTS_MIN, Parameters, Threads, choose
 from workers.logprobs import Likely, Noted, likely
 from workers.meter import Meter
 from workers.protocol import Answer, Choice, Frame
@@ -248,7 +248,9 @@ class Scorer:
         if sampling.ignore_eos:
             row[:, vocabulary.eog] = -np.inf
         sampler = RowSampler(sampling, task.job.seed, 0, vocabulary.eog.size)
-        token = int(choose(row, np.arange(1), [sampler], [0], lambda _: task.prompt)[0])
+        token = int(
+            choose(row, np.arange(1), Parameters([sampler], [0], vocabulary.eog.size), lambda _: task.prompt)[0]
+        )
         if token == NOT_FINITE:
             self._fail(run, "every token was ruled out for the one after the prompt")
             return

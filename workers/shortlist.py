@@ -11,15 +11,14 @@ with tokens that may not come (`ignore_eos`) and are not listed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
 
-from workers.choosing import ALONE, Flags, Step
-from workers.sampling import Doubles, Floats, Ids, RowSampler, Tokens
+from workers.choosing import ALONE, Flags, Parameters, Step
+from workers.sampling import Doubles, Floats, Ids, Tokens
 
 Ints = npt.NDArray[np.int32]
 
@@ -59,16 +58,13 @@ class Shortlist:
         ids: Ids = (self.groups[:, :, None].astype(np.int64) * self.tokens + np.arange(self.tokens)).reshape(rows, -1)
         return ids, self.logits[:, : count * self.tokens]
 
-    def choose(
-        self, rows: Ids, samplers: Sequence[RowSampler], steps: Ids, silenced: Flags, eog_ids: Ids
-    ) -> tuple[Tokens, Flags]:
+    def choose(self, rows: Ids, parameters: Parameters, silenced: Flags, eog_ids: Ids) -> tuple[Tokens, Flags]:
         """The token of each of `rows` (ascending), and which of them are undecided.
 
-        `samplers`, `steps` and `silenced` (tokens `eog_ids` may not come) are one for each of `rows`. Logits are
-        changed in place.
+        `silenced`: in which of them tokens `eog_ids` may not come. Logits are changed in place.
         """
         with np.errstate(all="ignore"):
-            step = _ListedStep(self, rows, samplers, steps)
+            step = _ListedStep(self, rows, parameters)
             quiet = np.flatnonzero(silenced)
             if quiet.size and eog_ids.size:
                 step.silence(quiet, eog_ids)
@@ -78,12 +74,14 @@ class Shortlist:
 class _ListedStep(Step):
     """The groups are the columns, and their peaks are known."""
 
-    def __init__(self, short: Shortlist, rows: Ids, samplers: Sequence[RowSampler], steps: Ids) -> None:
-        super().__init__(short.logits, rows, samplers, steps, ALONE, width=short.groups.shape[1])
+    def __init__(self, short: Shortlist, rows: Ids, parameters: Parameters) -> None:
+        if parameters.whole.any():  # by a top_k of the whole vocabulary: no list decides that
+            parameters = parameters.only(np.arange(rows.size))
+            parameters.whole[:] = False
+        super().__init__(short.logits, rows, parameters, ALONE, width=short.groups.shape[1])
         self.short = short
         self.peaks = short.peaks[rows]
         self.total[:] = short.total[rows]
-        self.whole[:] = False
         self.bound = self.peaks[:, -1].copy()
         """No token that is missing has a larger logit, ..."""
         self.above_bound = np.full(self.count, self.width)
@@ -94,11 +92,17 @@ class _ListedStep(Step):
         """Take `eog_ids` out of the rows at `places`, and out of what is known of them."""
         size, lines = self.short.tokens, self.rows[places]
         group, offset = np.divmod(eog_ids, size)
-        which, column, end = np.nonzero(self.short.groups[lines][:, :, None] == group)
+        touched: Flags = np.zeros(self.vocab // size, np.bool_)
+        touched[group] = True
+        listed = self.short.groups[lines]
+        some = np.flatnonzero(touched[listed].any(axis=1))
+        if not some.size:
+            return
+        places, lines = places[some], lines[some]
+        which, column, end = np.nonzero(listed[some][:, :, None] == group)
         line, start = lines[which], column * size
         gone = self.logits[line, start + offset[end]]
-        weights = np.zeros(places.size)
-        np.add.at(weights, which, np.exp((gone - self.short.top[line]).astype(np.float64)))
+        weights = np.bincount(which, np.exp((gone - self.short.top[line]).astype(np.float64)))
         self.logits[line, start + offset[end]] = -np.inf
         self.peaks[places[which], column] = self.logits[line[:, None], start[:, None] + np.arange(size)].max(axis=1)
         left = self.total[places] - weights
@@ -113,17 +117,22 @@ class _ListedStep(Step):
 
     def find_floors(self) -> Flags:
         finite = super().find_floors()
-        certain = self.by_k & (self.top_k <= self.above_bound) & np.isfinite(self.bound)
+        certain = self.of.by_k & (self.of.top_k <= self.above_bound) & np.isfinite(self.bound)
         self.floor[certain] = np.maximum(self.floor, self.bound)[certain]
         self.undecided = finite & ~(self.floor >= self.bound)
         self.floor[self.undecided] = np.nan
         return finite & ~self.undecided
 
-    def tokens_of(self, place: Ids, column: Ids) -> tuple[Ids, Ids]:
-        size, each = self.short.tokens, np.arange(self.short.tokens)
-        row = self.rows[place]
-        where = (row * self.vocab + column * size)[:, None] + each
-        return where, (self.short.groups[row, column].astype(np.int64) * size)[:, None] + each
+    def _total_at_least(self, places: Ids) -> Doubles:
+        return self.total[places]
+
+    def _reaching(self, place: Ids, column: Ids) -> tuple[Ids, Ids, Floats]:
+        size, row = self.short.tokens, self.rows[place]
+        logits = self.logits.reshape(len(self.logits), -1, size)[row, column]
+        reach = np.flatnonzero(logits >= self.floor[place, None])
+        line = reach // size
+        first = self.short.groups[row[line], column[line]].astype(np.int64) * size
+        return place[line], first + reach - line * size, logits.reshape(-1)[reach]
 
     def _draw_singly(self, places: Ids) -> None:
         """Rows with too many candidates for a table."""

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from scheduling.errors import ProtocolError
 from tests.workers.engine_fakes import job
@@ -21,10 +23,10 @@ def filled(count: int, contexts: int = 1, prepared: bool = True, n: int = 1) -> 
     return backlog
 
 
-def prepare_one(backlog: Backlog) -> Task:
+def prepare_one(backlog: Backlog, limit: int = 4) -> Task:
     task = backlog.next_raw()
     assert task is not None
-    task.limit = 4
+    task.limit = limit
     backlog.ready(task)
     return task
 
@@ -38,6 +40,66 @@ def test_requests_start_in_order_of_arrival() -> None:
     assert keys(backlog.take(0, 3, 1.0)) == [0, 1, 2]
     assert keys(backlog.take(0, 3, 1.0)) == [3, 4]
     assert backlog.running == 5
+
+
+def with_limits(*limits: int) -> Backlog:
+    backlog = filled(len(limits), prepared=False)
+    for limit in limits:
+        prepare_one(backlog, limit)
+    return backlog
+
+
+def test_those_that_may_run_longest_start_first_and_equals_in_order_of_arrival() -> None:
+    backlog = with_limits(10, 1000, 11, 100, 990, 0)
+    assert keys(backlog.take(0, 6, 1.0)) == [1, 4, 3, 0, 2, 5]
+
+
+def test_nobody_is_overtaken_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.backlog.OVERTAKEN_MAX", 3)
+    backlog = with_limits(1, *[100] * 3)
+    started = []
+    for key in range(4, 10):
+        backlog.add([Task(job(key), 0.0)])
+        prepare_one(backlog, 100)
+        started += keys(backlog.take(0, 1, 1.0))
+    assert started == [1, 2, 3, 4, 0, 5]
+
+
+def test_what_was_taken_back_does_not_stay() -> None:
+    backlog = with_limits(1)
+    line = backlog._line_of[0]
+    for key in range(1, 1000):
+        backlog.add([Task(job(key), 0.0)])
+        prepare_one(backlog, 1)
+        assert backlog.recall([key]) == [key]
+    assert len(line._by_limit) < 100
+    assert len(line._arrived) < 100
+    assert keys(backlog.take(0, 5, 1.0)) == [0]
+
+
+@given(st.lists(st.tuples(st.sampled_from(["add", "take", "recall", "cancel"]), st.integers(0, 40)), max_size=60))
+def test_every_choice_starts_once_or_is_taken_back(events: list[tuple[str, int]]) -> None:
+    backlog = Backlog()
+    for _ in range(2):
+        backlog.open(Lane.GENERATE)
+    added, started, ended = 0, [], set[int]()
+    for event, number in events:
+        if event == "add":
+            backlog.add([Task(job(added, n=1 + number % 3), 0.0)])
+            prepare_one(backlog, number)
+            added += 1
+        elif event == "take":
+            started += [(task.key, choice) for task, choice in backlog.take(number % 2, number % 5, 1.0)]
+        elif event == "recall":
+            ended.update(backlog.recall([number]))
+        else:
+            ended.update(task.key for task in backlog.cancel([number]))
+    for _ in range(200):
+        for context in (0, 1):
+            started += [(task.key, choice) for task, choice in backlog.take(context, 9, 1.0)]
+    assert len(started) == len(set(started))
+    assert {key for key, _ in started} | ended == set(range(added))
+    assert all(line.choices == 0 for line in backlog._lines.values())
 
 
 def test_what_has_no_tokens_yet_does_not_start() -> None:

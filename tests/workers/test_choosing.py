@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import workers.choosing as choosing
 from scheduling.requests import Sampling
-from workers.choosing import BLOCK, Threads, choose, largest
+from workers.choosing import BLOCK, Parameters, Threads, choose, largest
 from workers.sampling import NOT_FINITE, RowSampler, uniforms
 
 Floats = npt.NDArray[np.float32]
@@ -36,7 +36,7 @@ def choose_all(
 ) -> list[int]:
     samplers = [RowSampler(sampling, seed, 0, logits.shape[1]) for sampling, seed in zip(samplings, seeds, strict=True)]
     places = np.arange(len(samplings)) if rows is None else rows
-    chosen = choose(logits.copy(), places, samplers, steps, lambda _: NO_HISTORY, threads)
+    chosen = choose(logits.copy(), places, Parameters(samplers, steps, logits.shape[1]), lambda _: NO_HISTORY, threads)
     return [int(token) for token in chosen]
 
 
@@ -301,7 +301,12 @@ def adjusted(row: list[float], history: list[int], **sampling: object) -> tuple[
     """The greedy token, and the row as it became."""
     logits = np.array([row], np.float32)
     sampler = RowSampler(Sampling(temperature=0.0, **sampling), 1, 0, len(row))  # type: ignore[arg-type]
-    tokens = choose(logits, np.zeros(1, np.int64), [sampler], [0], lambda _: np.array(history, np.int32))
+    tokens = choose(
+        logits,
+        np.zeros(1, np.int64),
+        Parameters([sampler], [0], logits.shape[1]),
+        lambda _: np.array(history, np.int32),
+    )
     return int(tokens[0]), logits[0].tolist()
 
 
@@ -339,7 +344,9 @@ def test_each_row_has_its_own_bias_penalties_and_history() -> None:
     ]
     samplers = [RowSampler(sampling, 1, 0, 5) for sampling in wanted]
     histories = [np.array(tokens, np.int32) for tokens in ([4], [2, 3], [4, 4, 4, 1, 3])]
-    assert choose(logits, np.arange(3), samplers, [0] * 3, histories.__getitem__).tolist() == [1, 2, 1]
+    assert choose(
+        logits, np.arange(3), Parameters(samplers, [0] * 3, logits.shape[1]), histories.__getitem__
+    ).tolist() == [1, 2, 1]
     assert logits.tolist() == [[0, 2, 0, 0, 0], [0, 0, 1, 1, 0], [0, 1, 0, 1, 0]]
 
 

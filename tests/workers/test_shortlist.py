@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from scheduling.requests import Sampling
-from workers.choosing import choose
+from workers.choosing import Parameters, choose
 from workers.sampling import NOT_FINITE, RowSampler
 from workers.shortlist import GROUPS, Shortlist, group_tokens
 
@@ -62,10 +62,10 @@ def test_what_is_decided_is_what_all_logits_say(
     steps = rng.integers(0, 1000, rows.size)
     short = listed(logits, GROUPS)
     silenced = np.full(rows.size, ends)
-    tokens, undecided = short.choose(rows, samplers, steps, silenced, EOG)
+    tokens, undecided = short.choose(rows, Parameters(samplers, steps, VOCAB), silenced, EOG)
     if ends:
         logits[:, EOG] = -np.inf
-    expected = choose(logits, rows, samplers, steps, lambda place: np.empty(0, np.int32))
+    expected = choose(logits, rows, Parameters(samplers, steps, VOCAB), lambda place: np.empty(0, np.int32))
     assert (tokens[~undecided] == expected[~undecided]).all()
     for place in np.flatnonzero(undecided):
         _, top_p, log_min_p, _, top_k = samplers[place].numbers
@@ -89,7 +89,7 @@ def test_the_usual_filters_are_decided_where_logits_are_a_models(sampling: Sampl
     samplers = [RowSampler(sampling, seed, 0, VOCAB) for seed in range(50)]
     assert all(sampler.filtered for sampler in samplers)
     every = np.arange(50)
-    _, undecided = listed(logits, GROUPS).choose(every, samplers, every, np.zeros(50, np.bool_), EOG)
+    _, undecided = listed(logits, GROUPS).choose(every, Parameters(samplers, every, VOCAB), np.zeros(50, np.bool_), EOG)
     assert undecided.mean() < 0.1 if decided else undecided.all()
 
 
@@ -112,7 +112,7 @@ def test_a_row_without_a_finite_logit_is_damaged() -> None:
     sampler = RowSampler(Sampling(temperature=1.0, top_k=5), 0, 0, VOCAB)
     with np.errstate(all="ignore"):
         short = listed(logits, GROUPS)
-    tokens, undecided = short.choose(np.array([0]), [sampler], np.array([0]), np.array([False]), EOG)
+    tokens, undecided = short.choose(np.array([0]), Parameters([sampler], [0], VOCAB), np.array([False]), EOG)
     assert (tokens.tolist(), undecided.tolist()) == ([NOT_FINITE], [False])
 
 

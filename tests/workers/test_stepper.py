@@ -247,12 +247,12 @@ def test_damaged_logits_fail_their_request_alone() -> None:
 @pytest.mark.parametrize("shape", [Shape(), Shape(steady=True, moves=True)], ids=["mixed", "steady"])
 def test_damaged_cells_do_not_come_back_under_the_next_request(shape: Shape) -> None:
     rig = Rig(slots=3, shape=shape)
-    rig.submit(*(job(key, (key,) * 4, max_tokens=3 + key) for key in range(12)))
+    rig.submit(*(job(key, (key,) * 4, max_tokens=14 - key) for key in range(12)))
     rig.meter.wake(0.0)
     rig.decoder.damage = {1}
     answers = rig.run()
     assert [key for key, answer in answers.items() if answer.error] == [1]
-    assert all(only(answers[key])[2] == 3 + key for key in answers if key != 1)
+    assert all(only(answers[key])[2] == 14 - key for key in answers if key != 1)
     rig.meter.sleep(rig.clock())
     assert sum(stats.output_tokens for stats in rig.stats) == sum(answer.output_tokens for answer in answers.values())
     assert sum(stats.prompt_tokens for stats in rig.stats) == 12 * 4
@@ -413,7 +413,11 @@ def running(rig: Rig) -> int:
 
 def test_requests_wait_for_others_to_be_read_with_them_for_a_time() -> None:
     rig = Rig(slots=4, shape=Shape(steady=True, patience=1.0))
-    rig.submit(*(job(key, max_tokens=30) for key in range(3)), job(3, max_tokens=2), *(job(4 + k) for k in range(5)))
+    rig.submit(
+        *(job(key, max_tokens=30) for key in range(3)),
+        job(3, max_tokens=2),
+        *(job(4 + k, max_tokens=2) for k in range(5)),
+    )
     # A slot becomes free, five requests wait for it: three rows decode, so it is kept idle for three steps.
     assert [running(rig) for _ in range(5)] == [4, 3, 3, 3, 4]
     assert len(rig.run()) == 9
@@ -430,7 +434,9 @@ def test_nobody_waits_where_there_are_slots_for_all() -> None:
 def test_eight_are_enough_to_be_read_together() -> None:
     rig = Rig(slots=9, shape=Shape(steady=True, patience=1e9))
     rig.submit(
-        job(0, max_tokens=30), *(job(key, max_tokens=2) for key in range(1, 9)), *(job(9 + k) for k in range(20))
+        job(0, max_tokens=30),
+        *(job(key, max_tokens=2) for key in range(1, 9)),
+        *(job(9 + k, max_tokens=2) for k in range(20)),
     )
     assert [running(rig) for _ in range(3)] == [9, 1, 9]
 
