@@ -96,7 +96,8 @@ def batched_128(bench: Bench, model: str) -> Found:
 
 def own_best(bench: Bench, model: str, sequences: int | None) -> Found:
     """Our own number of slots, against the peer at `sequences`, or at its best."""
-    options = ("--requests", bench.requests(2048), *LENGTHS, *bench.with_peers())
+    # Four times as many as there are slots at most.
+    options = ("--requests", bench.requests(4096), *LENGTHS, *bench.with_peers())
     found = bench.engine(model, *options, "--peer-sequences", "32,64,128,256")
     by_sequences = {int(n): speed for n, speed in found["peer_total_tokens_per_s_by_sequences"].items()}
     peer = by_sequences[sequences] if sequences else max(by_sequences.values())
@@ -119,7 +120,7 @@ def picked(found: Found, peer: float, ratio_: float) -> Found:
 def against_server(bench: Bench, model: str, at_once: int) -> Found:
     requests = bench.requests(max(32, 4 * at_once) if at_once < 128 else 512)
     ours = bench.engine(model, "--slots", at_once, "--requests", requests, *LENGTHS, *PLAIN)
-    grid = () if at_once >= 128 else ("--threads", "1,8", "--ubatch", 512)
+    grid = ("--finalists", 1) if at_once >= 128 else ("--threads", "1,8", "--ubatch", 512, "--finalists", 1)
     server = bench.server(model, at_once, "--requests", requests, *LENGTHS, *grid)
     found = ratio(ours, server["best"])
     return found | {"server": server["best"], "client_requests_per_s_max": server["client_requests_per_s_max"]}

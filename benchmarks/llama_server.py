@@ -1,12 +1,15 @@
 """llama-server as a peer: the best of a grid of its settings, at a given number of requests at once.
 
 usage: python benchmarks/llama_server.py MODEL --peers DIR [--at-once 128] [--requests N] [--prompt-tokens N]
-           [--output-tokens N] [--threads 1,4,8,16] [--ubatch 512,2048] [--gpu-layers N] [--repeats N] [--json]
+           [--output-tokens N] [--threads 1,4,8,16] [--ubatch 512,2048] [--gpu-layers N] [--repeats N]
+           [--finalists N] [--json]
 
 Each setting gets a server of its own on a free port of the loopback interface. The client keeps `--at-once` requests
 open: a thread and a connection for each, prompts as token ids, greedy, no end of text, nothing streamed, no prompt
-reused. Tokens are counted from what the server reports. How little the client limits it is shown by two figures:
-its processor time over wall time, and what the same client gets from a server that answers at once.
+reused. With --finalists N all settings first answer as many requests as are open at once, with SHORT_TOKENS of output,
+and only the N fastest do the whole work. Tokens are counted from what the server reports. How little the client limits
+it is shown by two figures: its processor time over wall time, and what the same client gets from a server that answers
+at once.
 """
 
 from __future__ import annotations
@@ -22,10 +25,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,8 @@ import numpy as np
 PROGRAM = "llama-server"
 READY_S = 300.0
 ANSWER_S = 600.0
+WARM_TOKENS, SHORT_TOKENS = 8, 32
+"""Of output, of the requests that warm a server up, and of those that choose the finalists."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +176,8 @@ def measure(
     """Median tokens/s of one setting; None if the server cannot run it."""
     try:
         with server(program, model, setting, work, gpu_layers) as port:
-            ask_all(port, work.bodies(1 << 20)[: 2 * setting.slots], work.at_once)
+            warm = replace(work, requests=work.at_once, output_tokens=WARM_TOKENS)
+            ask_all(port, warm.bodies(1 << 20), work.at_once)
             runs = [ask_all(port, work.bodies(repeat), work.at_once) for repeat in range(repeats)]
     except SystemExit as error:
         print(f"{setting}: {error}", file=sys.stderr)
@@ -205,32 +211,48 @@ def main() -> None:
     parser.add_argument("--backend-sampling", type=numbers, default=[0, 1])
     parser.add_argument("--gpu-layers", type=int, default=999)
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--finalists", type=int, default=0, help="settings that do the whole work; 0: all")
     parser.add_argument("--json", action="store_true")
     chosen = parser.parse_args()
     work = Work(
         chosen.requests, chosen.at_once, chosen.prompt_tokens, chosen.output_tokens, chosen.vocab_tokens
     )  # fmt: skip
     limit = client_limit(work)
-    grid = itertools.product(chosen.threads, chosen.ubatch, chosen.backend_sampling)
-    found = []
-    for threads, ubatch, sampling in grid:
-        setting = Setting(chosen.at_once, threads, ubatch, bool(sampling))
-        one = measure(
-            chosen.peers / PROGRAM, chosen.model, setting, work, chosen.gpu_layers, chosen.repeats
-        )  # fmt: skip
-        if one is not None:
+    program = chosen.peers / PROGRAM
+
+    def tried(settings: Iterable[Setting], work: Work, repeats: int) -> list[dict[str, Any]]:
+        """What each gives that can run, best first."""
+        found = []
+        for setting in settings:
+            one = measure(program, chosen.model, setting, work, chosen.gpu_layers, repeats)
+            if one is None:
+                continue
             found.append(one)
             print(
-                f"threads {threads:2} ubatch {ubatch:4} backend sampling {sampling}: "
-                f"{one['total_tokens_per_s']:9,.0f} tokens/s, {one['requests_per_s']:7.1f} requests/s, "
-                f"client {one['client_processor_share']:.0%} of a core",
+                f"threads {setting.threads:2} ubatch {setting.ubatch:4} backend sampling {setting.backend_sampling:d} "
+                f"output {work.output_tokens:3}: {one['total_tokens_per_s']:9,.0f} tokens/s, "
+                f"{one['requests_per_s']:7.1f} requests/s, client {one['client_processor_share']:.0%} of a core",
                 file=sys.stderr,
             )
+        return sorted(found, key=lambda one: -one["total_tokens_per_s"])
+
+    settings: list[Setting] = [
+        Setting(chosen.at_once, threads, ubatch, bool(sampling))
+        for threads, ubatch, sampling in itertools.product(chosen.threads, chosen.ubatch, chosen.backend_sampling)
+    ]
+    screened: list[dict[str, Any]] = []
+    if 0 < chosen.finalists < len(settings):
+        short = replace(work, requests=work.at_once, output_tokens=SHORT_TOKENS)
+        screened = tried(settings, short, 1)
+        names = Setting.__dataclass_fields__
+        settings = [Setting(**{name: one[name] for name in names}) for one in screened[: chosen.finalists]]
+    found = tried(settings, work, chosen.repeats)
     if not found:
         raise SystemExit(f"{PROGRAM} ran with none of the settings")
-    best = max(found, key=lambda one: one["total_tokens_per_s"])
+    best = found[0]
     if chosen.json:
-        print(json.dumps({"best": best, "grid": found, "client_requests_per_s_max": limit, "work": asdict(work)}))
+        grid = {"grid": found, "screened": screened}
+        print(json.dumps({"best": best, **grid, "client_requests_per_s_max": limit, "work": asdict(work)}))
     else:
         print(f"best: {best}\nthe client alone could ask {limit:,.0f} requests/s")
 

@@ -37,7 +37,7 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True):
     slots: int | Auto = "auto"
     contexts: int | None = None
     ctx: int | Auto = "auto"
-    batch: int = 2048
+    batch: int = 4096
     ubatch: int | None = None
     threads: int | None = None
     gpu_layers: int | Auto = "auto"

@@ -124,7 +124,7 @@ class EngineOptions(GeneratingOptions):
         int | None,
         typer.Option(help="Contexts over the one loaded model, a thread each. [default: 1 on a CPU, 2 on a GPU]"),
     ] = None
-    batch: Annotated[int, typer.Option(help="Most tokens in one decode step.")] = 2048
+    batch: Annotated[int, typer.Option(help="Most tokens in one decode step.")] = 4096
     ubatch: Annotated[
         int | None, typer.Option(help="Most tokens llama.cpp computes at once. [default: 512 on a CPU, 2048 on a GPU]")
     ] = None

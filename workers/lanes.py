@@ -28,6 +28,8 @@ from workers.shares import slots_of_contexts
 from workers.speculation import ROWS_MAX, SLOTS_MAX
 from workers.stepper import Stepper, Vocabulary
 
+ENCODED_TOKENS_GPU = 2048
+"""Most tokens of a batch of inputs to embed on a GPU, as long as none of them is longer."""
 ENCODERS = 2
 """Contexts for embeddings: while one computes, another's vectors are copied and its next batch is made."""
 
@@ -84,7 +86,7 @@ class Lanes:
     def _embedders(self, lane: Lane) -> list[Embedder]:
         config, model = self._config, self._model
         count = ENCODERS if self._on_gpu else min(ENCODERS, config.threads)
-        batch_tokens = config.batch_tokens if self._on_gpu else config.ubatch_tokens
+        batch_tokens = min(config.batch_tokens, ENCODED_TOKENS_GPU) if self._on_gpu else config.ubatch_tokens
         tokens = max(batch_tokens, self._input_tokens)
         encoders: list[Encoder] = []
         while len(encoders) < count:
