@@ -120,7 +120,7 @@ def picked(found: Found, peer: float, ratio_: float) -> Found:
 def against_server(bench: Bench, model: str, at_once: int) -> Found:
     requests = bench.requests(max(32, 4 * at_once) if at_once < 128 else 512)
     ours = bench.engine(model, "--slots", at_once, "--requests", requests, *LENGTHS, *PLAIN)
-    grid = ("--finalists", 1) if at_once >= 128 else ("--threads", "1,8", "--ubatch", 512, "--finalists", 1)
+    grid = ("--finalists", 1) if at_once >= 128 else ("--threads", 4, "--ubatch", 512)
     server = bench.server(model, at_once, "--requests", requests, *LENGTHS, *grid)
     found = ratio(ours, server["best"])
     return found | {"server": server["best"], "client_requests_per_s_max": server["client_requests_per_s_max"]}

@@ -136,7 +136,7 @@ class Turn:
         tokens[places[damaged]], hard[places[damaged]] = NOT_FINITE, False
         places = places[~damaged]
         if places.size:
-            slots, some = self._of.slots, rows.only(places)
+            slots, some = self._of.slots, rows if places.size == rows.output_slots.size else rows.only(places)
             parameters = self._parameters
             assert parameters is not None
             if places.size < len(parameters.samplers):

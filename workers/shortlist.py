@@ -103,6 +103,10 @@ class _ListedStep(Step):
         line, start = lines[which], column * size
         gone = self.logits[line, start + offset[end]]
         weights = np.bincount(which, np.exp((gone - self.short.top[line]).astype(np.float64)))
+        if (gone < self.bound[places[which]]).all():
+            # What is under the bound is not chosen in any case, nor is it the largest of its group.
+            self.total[places] -= weights
+            return
         self.logits[line, start + offset[end]] = -np.inf
         self.peaks[places[which], column] = self.logits[line[:, None], start[:, None] + np.arange(size)].max(axis=1)
         left = self.total[places] - weights
