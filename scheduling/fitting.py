@@ -41,7 +41,12 @@ CTX_UNKNOWN_TOKENS = 4096
 CTX_LEAST_TOKENS = 512
 HELD_SHARE = 0.99
 """Of the requests, those that ordinary slots are sized for."""
-CONTEXTS_GPU = 2
+CONTEXTS_GPU, CONTEXTS_SMALL_GPU = 2, 4
+SMALL_MODEL_BYTES = 2 << 30
+"""Of weights. Passes of a small model are so short that a GPU waits for their launch: more contexts fill that. A larger
+one's are not, and of fewer rows are less efficient."""
+SLOTS_OF_A_CONTEXT_MIN = 32
+"""No more contexts than have so many slots each, beyond CONTEXTS_GPU."""
 UBATCH_GPU, UBATCH_CPU = 2048, 512
 MARGIN = 0.1
 DRIVER_BYTES = 512 << 20
@@ -133,9 +138,8 @@ class _Fitting:
             yield from self._layouts(layers, 1, UBATCH_CPU, SLOTS_CPU)
             return
         most = SLOTS_GPU_UNKNOWN if self.lengths is None else SLOTS_GPU
-        for contexts in range(-(-most // SLOTS_OF_A_CONTEXT_MAX), CONTEXTS_GPU, -1):
+        for contexts in range(max(-(-most // SLOTS_OF_A_CONTEXT_MAX), CONTEXTS_SMALL_GPU), CONTEXTS_GPU - 1, -1):
             yield from self._layouts(layers, contexts, UBATCH_GPU, min(most, contexts * SLOTS_OF_A_CONTEXT_MAX))
-        yield from self._layouts(layers, CONTEXTS_GPU, UBATCH_GPU, min(most, CONTEXTS_GPU * SLOTS_OF_A_CONTEXT_MAX))
         yield from self._layouts(layers, 1, UBATCH_CPU, min(most, SLOTS_OF_A_CONTEXT_MAX))
 
     def _parts(self) -> Iterator[Layout]:
@@ -156,9 +160,14 @@ class _Fitting:
                 f"--slots {slots} with --contexts {self.ask.contexts}: llama.cpp has at most {SLOTS_OF_A_CONTEXT_MAX} "
                 f"sequences in a context; use --contexts {needed} or more"
             )
-        contexts = min(slots, self.ask.contexts or max(min(contexts, CONTEXTS_GPU), needed))
+        contexts = min(slots, self.ask.contexts or max(min(contexts, self._usual_contexts(slots)), needed))
         for ctx in self._ctx_sizes():
             yield Layout(layers, contexts, self.ask.ubatch_tokens or ubatch, slots, ctx)
+
+    def _usual_contexts(self, slots: int) -> int:
+        """As many as a GPU is given for the sake of speed, whatever the slots need."""
+        small = self.shape.weight_bytes < SMALL_MODEL_BYTES and slots >= CONTEXTS_SMALL_GPU * SLOTS_OF_A_CONTEXT_MIN
+        return CONTEXTS_SMALL_GPU if small else CONTEXTS_GPU
 
     def _useful(self, most: int) -> int:
         """No more slots than this worker will have sequences."""
@@ -191,13 +200,18 @@ class _Fitting:
         for layout in layouts:
             fitted = self._fitted(layout, gpus)
             # With fewer contexts as many slots fit, or one less.
-            if fitted is None or not (self.ask.contexts is not None or _uses_contexts(fitted)):
+            if fitted is None or not (self.ask.contexts is not None or self._uses_contexts(fitted)):
                 continue
             if self.ask.slots is not None or (self._holds(fitted) and fitted.slots >= min(layout.slots, enough)):
                 return fitted
             if best is None or (self._holds(fitted), fitted.slots) > (self._holds(best), best.slots):
                 best = fitted
         return best
+
+    def _uses_contexts(self, layout: Layout) -> bool:
+        """More than are usual must be needed for the slots."""
+        needed = layout.slots > (layout.contexts - 1) * SLOTS_OF_A_CONTEXT_MAX
+        return layout.contexts <= self._usual_contexts(layout.slots) or needed
 
     def _holds(self, layout: Layout) -> bool:
         """Whether the longest request that is likely to come has a place."""
@@ -349,11 +363,6 @@ class _Fitting:
             yield f"--slots {slots}" + (" or fewer" if slots > 1 else "")
         if gpus and self.ask.gpu_layers is not None:
             yield "--gpu-layers auto"
-
-
-def _uses_contexts(layout: Layout) -> bool:
-    """More than are needed for their own sake must be needed for the slots."""
-    return layout.contexts <= CONTEXTS_GPU or layout.slots > (layout.contexts - 1) * SLOTS_OF_A_CONTEXT_MAX
 
 
 def _most(limit: int, fits: Callable[[int], bool]) -> int:

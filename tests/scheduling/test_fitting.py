@@ -50,6 +50,16 @@ def test_few_long_slots_are_not_dealt_out_to_many_contexts() -> None:
         assert fitted.contexts <= 2, fitted.said
 
 
+@pytest.mark.parametrize(
+    ("shape", "slots", "contexts"), [(B1, 128, 4), (B1, 512, 4), (B1, 127, 2), (B1, 8, 2), (B8, 128, 2), (B8, 512, 2)]
+)
+def test_a_small_model_gets_more_contexts_where_each_has_enough_slots(
+    shape: ModelShape, slots: int, contexts: int
+) -> None:
+    assert fit(shape, Ask(slots=slots), gpu(141), alike(2000, 256)).contexts == contexts
+    assert fit(shape, Ask(slots=slots, contexts=3), gpu(141), alike(2000, 256)).contexts == 3
+
+
 def test_there_are_never_more_slots_than_a_worker_has_requests() -> None:
     assert fit(B1, Ask(), gpu(141), alike(5, 256)).slots == 5
     assert fit(B1, Ask(), gpu(141, workers=4), alike(9, 256)).slots == 3
