@@ -17,6 +17,8 @@ from scheduling.histogram import BUCKETS, bucket_of
 from workers.protocol import Stats
 
 INTERVAL_S = 1.0
+GAPS_MAX = 1024
+"""Steps whose gaps are kept before they are counted."""
 
 
 class Meter:
@@ -36,6 +38,7 @@ class Meter:
         self._drafted_tokens = self._accepted_tokens = 0
         self._busy_s = self._slot_s = self._decode_s = self._sample_s = 0.0
         self._gaps = np.zeros(BUCKETS, np.int64)
+        self._new_gaps: list[npt.NDArray[np.float64]] = []
 
     def wake(self, now_s: float) -> None:
         """A context has work again."""
@@ -79,11 +82,19 @@ class Meter:
             self._decode_s += decode_s
             self._sample_s += sample_s
             if gaps_s.size:
-                self._gaps += np.bincount(bucket_of(gaps_s), minlength=BUCKETS)
+                self._new_gaps.append(gaps_s)
+                if len(self._new_gaps) >= GAPS_MAX:
+                    self._count_gaps()
             if now_s - self._since_s >= INTERVAL_S:
                 self._busy_s += now_s - self._busy_since_s
                 self._busy_since_s = now_s
                 self._flush(now_s)
+
+    def _count_gaps(self) -> None:
+        """All at once: a single step's would cost as much."""
+        if self._new_gaps:
+            self._gaps += np.bincount(bucket_of(np.concatenate(self._new_gaps)), minlength=BUCKETS)
+            self._new_gaps.clear()
 
     def close(self, now_s: float) -> None:
         """Send what is left."""
@@ -95,6 +106,7 @@ class Meter:
 
     def _flush(self, now_s: float) -> None:
         if self._steps:
+            self._count_gaps()
             buckets = np.flatnonzero(self._gaps)
             self._send(
                 Stats(

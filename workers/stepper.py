@@ -120,7 +120,7 @@ class Stepper:
         decoding = self._slots.decoding
         check = self._speculation.check() if self._speculation is not None else None
         fed_s = self._clock()
-        rows, prompt_tokens = self._feed(check)
+        rows, prompt_tokens = self._feed(check, decoding)
         turn = self._chooser.begin(rows) if rows is not None and rows.output_slots.size else None
         if turn is not None:
             turn.wait()
@@ -158,13 +158,16 @@ class Stepper:
 
     # ------------------------------------------------ the model's turn
 
-    def _feed(self, check: Check | None) -> tuple[Pass | None, int]:
+    def _feed(self, check: Check | None, decoding: int) -> tuple[Pass | None, int]:
         """Give the model this step's batches: `check`'s, or those of a plain step. Returns the last one, if llama.cpp
         took it, and how many tokens of prompts were read."""
         slots, decoder = self._slots, self._decoder
         if check is not None:
             return (check.rows if self._decode(check.rows) else None), 0
-        read_tokens = self._pace.allowed(slots.decoding, *(slots.to_read(SHORT_TOKENS) if slots.shape.steady else ()))
+        read_tokens = decoder.batch_tokens
+        if decoding < slots.count - slots.free:  # someone has a prompt to read
+            to_read = slots.to_read(SHORT_TOKENS) if slots.shape.steady else ()
+            read_tokens = self._pace.allowed(decoding, *to_read)
         if slots.mixes:
             rows = slots.mixed_pass(decoder.batch_tokens, read_tokens)
             return (rows, rows.prompt_tokens) if self._decode(rows) else (None, 0)
