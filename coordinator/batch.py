@@ -250,6 +250,7 @@ class _Lead:
             "command": sys.argv,
             "input": str(self._options.input.resolve()),
             "model": self._setup.model.path,
+            "model_digest": self._setup.model_digest,
             "config": msgspec.to_builtins(self._config),
             "versions": package_versions() | {"python": sys.version.split()[0]},
             "seed": self._config.seed,

@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from coordinator.launch import Launch, detect
+from coordinator.modelcli import models
 from coordinator.options import EngineOptions, GeneratingOptions, ModelOptions, takes
 from coordinator.values import held_to, numbers_of, read_text, refuse_beside_continuation
 from scheduling.errors import EXIT_INFRASTRUCTURE, EXIT_OK, EXIT_USAGE, LlmpiError
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measure parts of the system on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+app.add_typer(models, name="models")
 
 
 class Schedule(str, Enum):
@@ -58,7 +60,10 @@ class Order(str, Enum):
     completion = "completion"
 
 
-Model = Annotated[str, typer.Option("-m", "--model", help="GGUF file.", show_default=False)]
+Model = Annotated[
+    str,
+    typer.Option("-m", "--model", help="GGUF file, or a model of the store (`llmpi models ls`).", show_default=False),
+]
 RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Run directory of a batch.")]
 MaxTokens = Annotated[int, typer.Option(help="Most output tokens of a request that does not say.")]
 Temperature = Annotated[float, typer.Option(help="For requests that do not say; 0 is greedy.")]

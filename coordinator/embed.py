@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import msgspec
 
 from coordinator.config import JobConfig
+from coordinator.modelnames import find_model
 from coordinator.pool import Pool, Result
 from scheduling.errors import EXIT_OK, RequestError
 from scheduling.vectors import to_numbers
@@ -22,7 +22,7 @@ def run_embed(config: JobConfig, texts: list[str], *, dimensions: int | None, as
     with Pool(options.pop("model"), on_note=lambda note: print(note, file=sys.stderr), **options) as pool:
         results = sorted(pool.embed(texts, dimensions=dimensions), key=lambda result: result.index)
         if pool.is_root:
-            _print(results, Path(config.model).stem, as_json)
+            _print(results, find_model(config.model).name, as_json)
     return EXIT_OK
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from coordinator.config import JobConfig, package_versions
 from coordinator.engines import ModelFacts, engine_factory
+from coordinator.modelnames import find_model
 from coordinator.simulated import read_service_times
 from scheduling import messages as m
 from scheduling.errors import UserError
@@ -42,6 +43,8 @@ class Setup:
     service_times: ServiceTimes | None = None
     """Of the simulated engine, where the job asks for it."""
     adapters: tuple[str, ...] = ()
+    model_digest: str | None = None
+    """Of all its bytes, where the model store knows it."""
 
     def hello(self) -> m.Hello:
         return m.Hello(
@@ -56,20 +59,22 @@ def prepare(config: JobConfig) -> Setup:
     host = describe_host(os.environ)
     if config.engine == "null":
         return Setup(config, ModelFacts(""), "null", "none", host)
-    path = Path(config.model)
     if config.engine == "simulated":
-        return _prepare_simulated(config, path.stem, host)
+        return _prepare_simulated(config, Path(config.model).stem, host)
+    path, name = Path(config.model), Path(config.model).stem
     try:
-        draft = None if config.draft_model is None else model_facts(Path(config.draft_model))
+        named = find_model(config.model)
+        path, name = named.path, named.name
+        draft = None if config.draft_model is None else model_facts(config.draft_model)
         info = check_gguf(path)
         wanted = config.adapters()
         sizes = [check_adapter(Path(adapter.path), info) for adapter in wanted]
         whole = tuple(Adapter(str(Path(adapter.path).resolve()), adapter.scale) for adapter in wanted)
-        facts = ModelFacts(str(path.resolve()), info.shape, whole, sum(sizes), draft)
+        facts = ModelFacts(str(path.absolute()), info.shape, whole, sum(sizes), draft)
         prints = tuple(f"{fingerprint(Path(adapter.path))}*{adapter.scale:g}" for adapter in whole)
-        return Setup(config, facts, path.stem, fingerprint(path), host, adapters=prints)
+        return Setup(config, facts, name, fingerprint(path), host, adapters=prints, model_digest=named.digest)
     except UserError as error:
-        return Setup(config, ModelFacts(str(path)), path.stem, "none", host, error)
+        return Setup(config, ModelFacts(str(path)), name, "none", host, error)
 
 
 def _prepare_simulated(config: JobConfig, name: str, host: m.Host) -> Setup:
@@ -83,9 +88,10 @@ def _prepare_simulated(config: JobConfig, name: str, host: m.Host) -> Setup:
     return Setup(config, nothing, f"simulated-{name}", f"simulated-{digest}", host, service_times=times)
 
 
-def model_facts(path: Path) -> ModelFacts:
-    """Raises `UserError` if `path` is no readable GGUF file."""
-    return ModelFacts(str(path.resolve()), check_gguf(path).shape)
+def model_facts(model: str) -> ModelFacts:
+    """Raises `UserError` if `model` is neither a readable GGUF file nor in the store."""
+    path = find_model(model).path
+    return ModelFacts(str(path.absolute()), check_gguf(path).shape)
 
 
 def build_worker(setup: Setup, rank: int, spoke: Spoke, stderr_log: Path | None) -> Worker:

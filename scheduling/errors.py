@@ -6,6 +6,7 @@
     │   ├── InputError           the file of requests: missing, empty, malformed, duplicate ids
     │   │   └── RequestError     one request: that request fails, the run goes on
     │   ├── ModelFileError       the model file: missing, not a GGUF, truncated, unsupported
+    │   ├── ModelStoreError      the model store: no such model, a name or digest that is none, damaged, not writable
     │   ├── RunDirError          the run directory: not writable, locked, of another run, damaged
     │   └── StoppedError         a signal came before anything was started: exit 3
     ├── PeerError                another rank or the engine broke the protocol
@@ -60,6 +61,10 @@ class RequestError(InputError):
 
 class ModelFileError(UserError):
     """The model file is missing, is no GGUF, or is damaged."""
+
+
+class ModelStoreError(UserError):
+    """The model store does not hold what was asked for, or cannot be used."""
 
 
 class RunDirError(UserError):

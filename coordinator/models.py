@@ -1,0 +1,220 @@
+"""What `llmpi models …` does and prints."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+from coordinator.modelnames import open_store
+from coordinator.terminal import console_for
+from scheduling.errors import EXIT_OK, EXIT_SOME_FAILED, ModelStoreError
+from storage.manifest import Manifest, ModelName
+from storage.modelstore import Damaged, ModelStore, one_model_in
+
+PLAIN_EVERY_S = 30.0
+
+
+@contextmanager
+def bytes_done(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """Shows progress of work in bytes on stderr: a bar on a terminal, a line now and then otherwise. Yields what is to
+    be called, by any thread, with each number of bytes done."""
+    console, lock, done, last_s = console_for(sys.stderr, live=True), threading.Lock(), 0, time.monotonic()
+    if not console.is_terminal:
+
+        def say(count: int) -> None:
+            nonlocal done, last_s
+            with lock:
+                done += count
+                if time.monotonic() - last_s < PLAIN_EVERY_S:
+                    return
+                last_s = time.monotonic()
+            of = "" if total is None else f" of {total / 1e9:,.1f}"
+            print(f"llmpi: {what}: {done / 1e9:,.1f}{of} GB", file=sys.stderr, flush=True)
+
+        yield say
+        return
+    columns = (
+        TextColumn("{task.description}"), BarColumn(bar_width=24), DownloadColumn(), TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+def add_model(
+    path: Path, name: str | None, licence: str | None, *, link: bool, pin: bool, replace: bool, as_json: bool
+) -> int:
+    """Raises UserError if it cannot be added."""
+    store = open_store()
+    file = one_model_in(path) if path.is_dir() else path
+    called = None if name is None else ModelName.parse(name)
+    with bytes_done(f"adding {file.name}", None) as progress:
+        model = store.add(
+            file, name=called, licence=licence, pinned=pin, link=link, replace_other=replace, progress=progress
+        )
+    return told(store, model, as_json)
+
+
+def told(store: ModelStore, model: Manifest, as_json: bool) -> int:
+    """Print what has come into the store."""
+    if as_json:
+        print(json.dumps(as_data(store, model)))
+    else:
+        print(f"{model.name}  {model.digest}  {size_text(model.size)}")
+    return EXIT_OK
+
+
+def list_models(as_json: bool) -> int:
+    store = open_store()
+    found = store.models()
+    whole = [model for model in found if isinstance(model, Manifest)]
+    damaged = [model for model in found if isinstance(model, Damaged)]
+    if as_json:
+        print(json.dumps([as_data(store, model) for model in whole]))
+    elif not found:
+        print(f"no models in {store.root}; `llmpi models add FILE` and `llmpi models pull SOURCE` bring one in")
+    else:
+        table = Table(box=None, pad_edge=False)
+        for column in ("name", "size", "parameters", "type", "context", "digest", "last used"):
+            right = column in ("size", "parameters", "context")
+            table.add_column(column, justify="right" if right else "left", overflow="fold")
+        for model in whole:
+            facts = model.gguf
+            table.add_row(
+                f"{model.name}{' (pinned)' if model.pinned else ''}", size_text(model.size),
+                _count(facts.get("parameters")), str(facts.get("quantisation") or ""),
+                _count(facts.get("context_tokens")), model.digest.short, _when(store.used_at(model)),
+            )  # fmt: skip
+        console_for(sys.stdout).print(table)
+    for one in damaged:
+        print(f"llmpi: {one.what}: {one.why}", file=sys.stderr)
+    return EXIT_SOME_FAILED if damaged else EXIT_OK
+
+
+def show_model(name: str, as_json: bool) -> int:
+    """Raises ModelStoreError if there is none."""
+    store = open_store()
+    model = store.find(name)
+    data = as_data(store, model)
+    if as_json:
+        print(json.dumps(data))
+        return EXIT_OK
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    rows = {key: value for key, value in data.items() if key not in ("files", "gguf") and value is not None}
+    for key, value in {**rows, **{f"gguf {key}": value for key, value in data["gguf"].items()}}.items():
+        table.add_row(key, size_text(value) if key == "size" else str(value))
+    for file in data["files"]:
+        table.add_row("file", f"{file['name']}  {size_text(file['size'])}  {file['digest']}")
+    console_for(sys.stdout).print(table)
+    return EXIT_OK
+
+
+def verify_models(names: list[str], as_json: bool) -> int:
+    """Raises ModelStoreError for a name that is none."""
+    store = open_store()
+    found = [store.find(name) for name in names] if names else store.models()
+    models = [model for model in found if isinstance(model, Manifest)]
+    damaged = [model for model in found if isinstance(model, Damaged)]
+    total = sum({file.digest: file.size for model in models for file in model.files}.values())
+    with bytes_done("verifying", total) as progress:
+        result = store.verify(models, progress)
+    damaged += result.damaged
+    speed = result.hashed_bytes / 1e9 / result.seconds if result.seconds else 0.0
+    if as_json:
+        data = {
+            "files": result.blobs, "hashed_bytes": result.hashed_bytes, "seconds": result.seconds,
+            "gigabytes_per_s": speed, "damaged": [{"what": one.what, "why": one.why} for one in damaged],
+        }  # fmt: skip
+        print(json.dumps(data))
+    else:
+        print(
+            f"{result.blobs} files, {size_text(result.hashed_bytes)} hashed at {speed:.2f} GB/s, {len(damaged)} damaged"
+        )
+    for one in damaged:
+        print(f"llmpi: {one.what}: {one.why}", file=sys.stderr)
+    return EXIT_SOME_FAILED if damaged else EXIT_OK
+
+
+def remove_models(names: list[str], as_json: bool) -> int:
+    """Raises ModelStoreError for the first name that is none; none is removed then."""
+    store = open_store()
+    known = {str(name) for name in store.names()}
+    # By name also where the manifest cannot be read.
+    found = [
+        ModelName.parse(name) if str(_parsed(name)) in known else store.find(name).name for name in dict.fromkeys(names)
+    ]
+    freed = sum(store.remove(name) for name in dict.fromkeys(found))
+    removed = [str(name) for name in dict.fromkeys(found)]
+    if as_json:
+        print(json.dumps({"removed": removed, "freed_bytes": freed}))
+    else:
+        print(f"removed {', '.join(removed)}: {size_text(freed)} freed")
+    return EXIT_OK
+
+
+def _parsed(text: str) -> ModelName | None:
+    try:
+        return ModelName.parse(text)
+    except ModelStoreError:
+        return None
+
+
+def pin_model(name: str, pinned: bool) -> int:
+    """Raises ModelStoreError if there is none."""
+    store = open_store()
+    model = store.pin(store.find(name).name, pinned)
+    print(f"{model.name} is {'' if pinned else 'not '}pinned")
+    return EXIT_OK
+
+
+def collect(keep_bytes: int | None, *, dry_run: bool, as_json: bool) -> int:
+    """Raises ModelStoreError if a manifest is damaged."""
+    found = open_store().gc(keep_bytes, dry_run=dry_run)
+    evicted = [str(name) for name in found.models]
+    if as_json:
+        data = {"evicted": evicted, "files": found.blobs, "freed_bytes": found.freed_bytes, "dry_run": dry_run}
+        print(json.dumps(data))
+        return EXIT_OK
+    would = "would be " if dry_run else ""
+    for name in evicted:
+        print(f"{name} {would or 'is '}evicted")
+    print(f"{found.blobs} files {would or 'were '}removed, {size_text(found.freed_bytes)} {would}freed")
+    return EXIT_OK
+
+
+def as_data(store: ModelStore, model: Manifest) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(model.to_json())
+    return data | {"name": str(model.name), "used_at": store.used_at(model)}
+
+
+def size_text(count: int) -> str:
+    for unit, power in (("TB", 4), ("GB", 3), ("MB", 2), ("kB", 1)):
+        if count >= 1000**power:
+            return f"{count / 1000**power:.1f} {unit}"
+    return f"{count} B"
+
+
+def _count(value: Any) -> str:
+    if not isinstance(value, int):
+        return ""
+    for unit, power in (("T", 4), ("B", 3), ("M", 2)):
+        if value >= 1000**power:
+            return f"{value / 1000**power:.1f}{unit}"
+    return f"{value:,}"
+
+
+def _when(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).isoformat(sep=" ", timespec="minutes") if seconds else ""

@@ -1,0 +1,387 @@
+"""Blobs: files named by the SHA-256 of their bytes, in one folder, never changed once they are there.
+
+    blobs/sha256-<hex>    a whole blob
+    partial/<random>      a file that is being written, read or kept until it is known to be in place
+    partial/*.adding      digests that somebody is about to name in a manifest
+    quarantine/           what was not what it should have been
+    trash/                a blob on its way out
+
+A blob gets its name by a rename, after all its bytes were hashed as they were written and are on disk. So whoever finds
+one finds it whole, and two processes that write the same blob at once both succeed. No locks are used (NFS). What keeps
+a blob that is being added from being collected meanwhile: who adds announces its digests first, keeps a copy of its
+own until the manifest is written, and puts that in place if the blob has gone by then; who collects moves a blob
+aside, looks again who names or announces it, and puts it back if somebody does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+
+from scheduling.errors import ModelStoreError
+from storage.digest import ALGORITHM, Digest
+
+CHUNK_BYTES = 4 << 20
+STALE_S = 24 * 3600.0
+"""Partial files and announcements that have not changed for so long are nobody's."""
+SPARE_BYTES = 64 << 20
+"""Of the disk, left free when a blob is copied in."""
+Progress = Callable[[int], None]
+"""Called with the bytes that were hashed since the last call."""
+
+
+def _nothing(_: int) -> None:
+    """Nobody looks."""
+
+
+@dataclass(frozen=True)
+class Ingested:
+    """A file whose bytes are in the store. `spare`: a copy that stays until `Blobs.settle` or `Blobs.drop`."""
+
+    digest: Digest
+    size: int
+    spare: Path
+
+
+class Blobs:
+    """The blobs below `root`. Folders are made when something is written."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def path(self, digest: Digest) -> Path:
+        """Where the blob is, or would be. The only way from a digest to a path."""
+        if not isinstance(digest, Digest):
+            raise TypeError(f"a blob is named by a Digest, not by {digest!r:.100}")
+        return self.root / "blobs" / digest.file_name
+
+    def has(self, digest: Digest) -> bool:
+        return self._size(digest) is not None
+
+    def _size(self, digest: Digest) -> int | None:
+        """Its bytes; None if it is not there. Raises ModelStoreError for what is no plain file, such as a link."""
+        path = self.path(digest)
+        try:
+            found = path.lstat()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise unusable(path, error) from error
+        if not stat.S_ISREG(found.st_mode):
+            raise ModelStoreError(f"{path} is no plain file; the store does not follow links. Remove it.")
+        return found.st_size
+
+    def checked(self, digest: Digest, size: int) -> Path:
+        """The path of a blob that is to be read. Raises ModelStoreError if it is missing or of another size."""
+        found = self._size(digest)
+        if found is None:
+            raise ModelStoreError(f"the store has lost {digest}; add or pull the model again")
+        if found != size:
+            raise ModelStoreError(
+                f"{self.path(digest)} has {found:,} bytes instead of {size:,}; remove it, and add or pull the model "
+                "again"
+            )
+        return self.path(digest)
+
+    def __iter__(self) -> Iterator[tuple[Digest, int]]:
+        """(digest, bytes) of all blobs. Other files are passed over."""
+        for entry in _entries(self.root / "blobs"):
+            name = entry.name.removeprefix(f"{ALGORITHM}-")
+            with contextlib.suppress(ModelStoreError, FileNotFoundError):
+                digest = Digest(name)
+                if digest.file_name == entry.name and entry.is_file(follow_symlinks=False):
+                    yield digest, entry.stat(follow_symlinks=False).st_size
+
+    # ------------------------------------------------ in
+
+    def scratch(self, prefix: str = "") -> tuple[int, Path]:
+        """A new file of our own, open for writing."""
+        folder = self.folder("partial")
+        try:
+            fd, name = tempfile.mkstemp(prefix=prefix, dir=folder)
+        except OSError as error:
+            raise unusable(folder, error) from error
+        return fd, Path(name)
+
+    def ingest(
+        self, source: Path, *, expected: Digest | None = None, link: bool = False, progress: Progress = _nothing
+    ) -> Ingested:
+        """Copy `source` in, or give it a second name (`link`) where it is on the same file system.
+
+        Raises ModelStoreError: not readable, no room, changed meanwhile, or not what was `expected`: then what came is
+        in quarantine.
+        """
+        try:
+            with open(source, "rb", buffering=0) as file:
+                before = os.fstat(file.fileno())
+                spare = self._linked(source, before) if link else None
+                if spare is None:
+                    digest, size, spare = self._copied(file, before.st_size, progress)
+                else:
+                    digest, size = hash_file(file.fileno(), progress, before.st_size), before.st_size
+                after = os.fstat(file.fileno())
+        except OSError as error:
+            raise ModelStoreError(f"{source} cannot be read: {error.strerror or error}") from error
+        if size != after.st_size or before.st_mtime_ns != after.st_mtime_ns:
+            spare.unlink(missing_ok=True)
+            raise ModelStoreError(f"{source} changed while it was read; add it again when nobody writes to it")
+        if expected is not None and digest != expected:
+            kept = self.quarantine(spare, expected, digest)
+            raise ModelStoreError(
+                f"{source} is {digest} and should be {expected}: it is damaged, or another file. It lies in {kept}."
+            )
+        return Ingested(digest, size, spare)
+
+    def _copied(self, file: FileIO, size: int, progress: Progress) -> tuple[Digest, int, Path]:
+        self.need_room(size)
+        fd, spare = self.scratch()
+        try:
+            with open(fd, "wb", buffering=0) as out:
+                digest, written = _copy(file.fileno(), out.fileno(), size, progress)
+                os.fchmod(fd, 0o644)
+                os.fsync(fd)
+        except OSError as error:
+            spare.unlink(missing_ok=True)
+            raise unusable(spare, error) from error
+        except BaseException:
+            spare.unlink(missing_ok=True)
+            raise
+        return digest, written, spare
+
+    def _linked(self, source: Path, opened: os.stat_result) -> Path | None:
+        """A second name for `source`, which is open; None where that cannot be."""
+        fd, spare = self.scratch()
+        os.close(fd)
+        spare.unlink()
+        try:
+            os.link(os.path.realpath(source), spare)
+        except OSError:
+            return None  # another file system, or one without links
+        found = spare.lstat()
+        if (found.st_dev, found.st_ino) != (opened.st_dev, opened.st_ino) or not stat.S_ISREG(found.st_mode):
+            spare.unlink()
+            return None
+        return spare
+
+    def need_room(self, size: int) -> None:
+        """Raises ModelStoreError if the disk has no room for `size` bytes more."""
+        folder = self.folder("partial")
+        free = shutil.disk_usage(folder).free
+        if free < size + SPARE_BYTES:
+            raise ModelStoreError(
+                f"{folder} has {free / 1e9:,.1f} GB free, and {size / 1e9:,.1f} GB are needed; `llmpi models gc` or "
+                "`llmpi models rm` make room, LLMPI_HOME moves the store"
+            )
+
+    def hash(self, path: Path) -> Digest:
+        """Of a file that need not be in the store. Raises ModelStoreError if it cannot be read."""
+        try:
+            with open(path, "rb", buffering=0) as file:
+                return hash_file(file.fileno())
+        except OSError as error:
+            raise ModelStoreError(f"{path} cannot be read: {error.strerror or error}") from error
+
+    def put(self, file: Ingested) -> None:
+        """Give the blob its name, unless it is there. The spare copy stays."""
+        path = self.path(file.digest)
+        self.folder("blobs")
+        try:
+            if self._size(file.digest) == file.size:
+                return
+            again = file.spare.with_name(file.spare.name + ".put")
+            try:
+                os.link(file.spare, again)
+            except OSError:
+                again = file.spare  # no links here: what is spare is the blob
+            os.replace(again, path)
+            sync_folder(path.parent)
+        except OSError as error:
+            raise unusable(path, error) from error
+
+    def settle(self, files: tuple[Ingested, ...]) -> None:
+        """After the manifest was written: put back what was collected meanwhile, and drop the spare copies."""
+        for file in files:
+            if not self.has(file.digest):
+                self.put(file)
+        self.drop(files)
+
+    def drop(self, files: tuple[Ingested, ...]) -> None:
+        for file in files:
+            file.spare.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def announced(self, digests: list[Digest]) -> Iterator[None]:
+        """While it lasts, nobody collects `digests`."""
+        fd, path = self.scratch()
+        marker = path.with_name(path.name + ".adding")
+        try:
+            with open(fd, "w", encoding="ascii") as file:
+                file.write("".join(f"{digest}\n" for digest in digests))
+            os.replace(path, marker)
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            marker.unlink(missing_ok=True)
+
+    def announcements(self) -> set[Digest]:
+        found: set[Digest] = set()
+        for entry in _entries(self.root / "partial"):
+            if not entry.name.endswith(".adding"):
+                continue
+            with contextlib.suppress(FileNotFoundError, ModelStoreError, UnicodeDecodeError):
+                if time.time() - entry.stat().st_mtime < STALE_S:
+                    found.update(map(Digest.parse, Path(entry.path).read_text(encoding="ascii").splitlines()))
+        return found
+
+    # ------------------------------------------------ out
+
+    def quarantine(self, path: Path, expected: Digest, actual: Digest) -> Path:
+        """Put `path` where nobody takes it for a blob. Returns where it lies."""
+        kept = self.folder("quarantine") / f"{expected.file_name}.is-{actual.file_name}"
+        try:
+            os.replace(path, kept)
+        except OSError as error:
+            raise unusable(kept, error) from error
+        return kept
+
+    def collect(self, digest: Digest, wanted: Callable[[], set[Digest]]) -> int:
+        """Remove a blob that nobody wants; `wanted` is asked again once it is out of the way. Returns bytes freed."""
+        size = self._size(digest)
+        if size is None or digest in self.announcements() or digest in wanted():
+            return 0
+        path = self.path(digest)
+        aside = self.folder("trash") / f"{digest.file_name}.{os.getpid()}.{time.time_ns()}"
+        try:
+            os.rename(path, aside)
+        except FileNotFoundError:
+            return 0
+        except OSError as error:
+            raise unusable(path, error) from error
+        if digest in self.announcements() or digest in wanted():
+            if self.has(digest):
+                aside.unlink()
+            else:
+                os.replace(aside, path)
+            return 0
+        aside.unlink()
+        sync_folder(path.parent)
+        return size
+
+    def sweep(self, *, dry_run: bool = False) -> int:
+        """Remove what interrupted work has left. Returns the bytes freed."""
+        freed = 0
+        for folder in ("partial", "trash"):
+            for entry in _entries(self.root / folder):
+                with contextlib.suppress(FileNotFoundError):
+                    found = entry.stat(follow_symlinks=False)
+                    if time.time() - found.st_mtime < STALE_S:
+                        continue
+                    freed += found.st_size
+                    if dry_run:
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        shutil.rmtree(entry.path, ignore_errors=True)
+                    else:
+                        os.unlink(entry.path)
+        return freed
+
+    def folder(self, name: str) -> Path:
+        """One of the store's own, which is there now."""
+        folder = self.root / name
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise unusable(folder, error) from error
+        return folder
+
+
+# ---------------------------------------------------------------- bytes
+
+
+def hash_file(fd: int, progress: Progress = _nothing, size: int | None = None) -> Digest:
+    """The digest of an open file, from its beginning; no further than a piece beyond `size`, if that is given."""
+    hashed, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES))
+    place = 0
+    with contextlib.suppress(OSError):  # a hint
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+    while count := os.preadv(fd, [buffer], place):
+        hashed.update(buffer[:count])
+        place += count
+        progress(count)
+        if size is not None and place > size:
+            break
+    return Digest.of(hashed)
+
+
+def _copy(source: int, target: int, size: int, progress: Progress) -> tuple[Digest, int]:
+    """Copy a file of `size` bytes, and no further than a piece beyond: one that grows would never end."""
+    hashed, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES))
+    place = 0
+    while count := os.preadv(source, [buffer], place):
+        hashed.update(buffer[:count])
+        left = buffer[:count]
+        while left:
+            left = left[os.write(target, left) :]
+        place += count
+        progress(count)
+        if place > size:
+            break
+    return Digest.of(hashed), place
+
+
+def write_whole(scratch: tuple[int, Path], path: Path, data: bytes) -> None:
+    """Give `path` the content `data` durably and at once, by way of a file of our own."""
+    fd, temporary = scratch
+    try:
+        with open(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fchmod(file.fileno(), 0o644)
+            os.fsync(file.fileno())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise unusable(path, error) from error
+
+
+def sync_folder(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+    finally:
+        os.close(fd)
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as found:
+            return list(found)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise unusable(folder, error) from error
+
+
+def unusable(path: Path, error: OSError) -> ModelStoreError:
+    """What to say of an operating system's refusal."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ModelStoreError(
+            f"{path} cannot be written: {error.strerror}; `llmpi models gc` or `llmpi models rm` make room, LLMPI_HOME "
+            "moves the store"
+        )
+    return ModelStoreError(f"{path} cannot be used: {error.strerror or error}; LLMPI_HOME names another place")

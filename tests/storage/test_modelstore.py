@@ -1,0 +1,431 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from scheduling.errors import ModelFileError, ModelStoreError
+from storage import blobs as blobs_module
+from storage.blobs import STALE_S, Blobs
+from storage.digest import Digest
+from storage.gguf import check_gguf
+from storage.manifest import Manifest, ModelName
+from storage.modelstore import Damaged, ModelStore, default_root, one_model_in
+from tests.storage.small_models import small_model, split_model
+
+
+def digest_of(path: Path) -> Digest:
+    return Digest(hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def files_of(store: ModelStore, folder: str) -> list[str]:
+    top = store.root / folder
+    return sorted(path.name for path in top.iterdir()) if top.is_dir() else []
+
+
+def make_old(path: Path, seconds: float) -> None:
+    then = time.time() - seconds
+    os.utime(path, (then, then), follow_symlinks=False)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ModelStore:
+    return ModelStore(tmp_path / "store")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return small_model(tmp_path / "files" / "Small 1.gguf")
+
+
+# ---------------------------------------------------------------- adding and finding
+
+
+def test_a_model_is_found_by_its_name_and_by_its_digest(store: ModelStore, model: Path) -> None:
+    added = store.add(model)
+    assert (str(added.name), added.digest, added.size) == ("small-1", digest_of(model), model.stat().st_size)
+    for text in ("small-1", "small-1:latest", str(added.digest)):
+        assert store.find(text) == added
+    assert store.path(added).read_bytes() == model.read_bytes()
+    assert added.gguf["architecture"] == "llama"
+    assert files_of(store, "partial") == []
+
+
+def test_the_same_bytes_are_stored_once(store: ModelStore, model: Path) -> None:
+    first = store.add(model, name=ModelName("a"))
+    second = store.add(model, name=ModelName("b", "q8_0"))
+    assert first.digest == second.digest
+    assert files_of(store, "blobs") == [first.digest.file_name]
+    assert [str(found.name) for found in store.models() if isinstance(found, Manifest)] == ["a", "b:q8_0"]
+    assert store.add(model, name=ModelName("a")) == first, "once more changes nothing"
+
+
+def test_a_split_model_is_one_model(store: ModelStore, tmp_path: Path) -> None:
+    parts = split_model(tmp_path / "files")
+    added = store.add(parts[0])
+    assert str(added.name) == "big"
+    assert [file.name for file in added.files] == [part.name for part in parts]
+    path = store.path(added)
+    assert check_gguf(path).file_bytes == sum(part.stat().st_size for part in parts)
+    assert store.find(str(added.digest)) == store.find(str(added.files[1].digest)) == added
+    # What llama.cpp opens can be made again.
+    path.unlink()
+    assert check_gguf(store.path(added)).parts[2].read_bytes() == parts[2].read_bytes()
+
+
+def test_another_model_does_not_take_a_name_unasked(store: ModelStore, model: Path, tmp_path: Path) -> None:
+    first, other = store.add(model, name=ModelName("a")), small_model(tmp_path / "other.gguf", seed=1)
+    with pytest.raises(ModelStoreError, match="another model already"):
+        store.add(other, name=ModelName("a"))
+    assert store.find("a") == first
+    assert store.add(other, name=ModelName("a"), replace_other=True).digest == digest_of(other)
+
+
+def test_what_is_no_model_is_not_copied(store: ModelStore, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.gguf"
+    bad.write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(ModelFileError):
+        store.add(bad)
+    assert not store.root.exists()
+
+
+def test_a_file_that_is_not_what_was_promised_goes_to_quarantine(store: ModelStore, model: Path) -> None:
+    promised = Digest("0" * 64)
+    with pytest.raises(ModelStoreError) as caught:
+        store.add(model, expected=[promised])
+    assert str(promised) in str(caught.value)
+    assert str(digest_of(model)) in str(caught.value)
+    assert files_of(store, "blobs") == files_of(store, "partial") == []
+    assert files_of(store, "quarantine") == [f"{promised.file_name}.is-{digest_of(model).file_name}"]
+
+
+def test_a_link_is_the_same_file_and_a_copy_is_not(store: ModelStore, model: Path) -> None:
+    linked = store.add(model, link=True, name=ModelName("linked"))
+    assert os.path.samefile(store.path(linked), model)
+    store.remove(ModelName("linked"))
+    assert model.exists()
+    assert not os.path.samefile(store.path(store.add(model)), model)
+
+
+def test_where_links_cannot_be_made_it_is_copied(
+    store: ModelStore, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    added = store.add(model, link=True)
+    assert not os.path.samefile(store.path(added), model)
+    assert digest_of(store.path(added)) == added.digest
+    assert files_of(store, "partial") == []
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(store: ModelStore, model: Path) -> None:
+    def change(_: int) -> None:
+        with model.open("ab") as file:
+            file.write(b"x")
+
+    with pytest.raises(ModelStoreError, match="changed while"):
+        store.add(model, progress=change)
+    assert files_of(store, "blobs") == files_of(store, "partial") == []
+
+
+def test_a_full_disk_is_said_before_anything_is_written(
+    store: ModelStore, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blobs_module, "SPARE_BYTES", 1 << 62)
+    with pytest.raises(ModelStoreError, match="GB are needed"):
+        store.add(model)
+
+
+def test_an_unknown_name_says_what_there_is(store: ModelStore, model: Path) -> None:
+    with pytest.raises(ModelStoreError, match="it is empty"):
+        store.find("a")
+    store.add(model)
+    with pytest.raises(ModelStoreError, match="it has small-1"):
+        store.find("a")
+
+
+# ---------------------------------------------------------------- damage
+
+
+def test_links_out_of_the_store_are_not_followed(store: ModelStore, model: Path, tmp_path: Path) -> None:
+    added = store.add(model)
+    path = store.path(added)
+    secret = tmp_path / "secret"
+    secret.write_bytes(path.read_bytes())
+    path.unlink()
+    path.symlink_to(secret)
+    with pytest.raises(ModelStoreError, match="does not follow links"):
+        store.path(added)
+
+
+@pytest.mark.parametrize("change", ["shorter", "gone"])
+def test_a_blob_that_is_cut_or_lost_is_said_and_can_be_added_again(store: ModelStore, model: Path, change: str) -> None:
+    added = store.add(model)
+    path = store.path(added)
+    path.unlink() if change == "gone" else os.truncate(path, 100)
+    with pytest.raises(ModelStoreError, match="lost" if change == "gone" else "instead of"):
+        store.path(added)
+    assert store.add(model) == added
+    assert digest_of(store.path(added)) == added.digest
+
+
+def test_verify_finds_a_flipped_bit_and_puts_the_file_away(store: ModelStore, model: Path, tmp_path: Path) -> None:
+    added = store.add(model)
+    other = store.add(small_model(tmp_path / "other.gguf", seed=1))
+    data = bytearray(store.path(added).read_bytes())
+    data[-1] ^= 1
+    store.path(added).write_bytes(data)
+    result = store.verify([added, other])
+    assert (result.blobs, result.hashed_bytes) == (2, added.size + other.size)
+    assert [one.what for one in result.damaged] == [str(added.digest)]
+    assert str(Digest(hashlib.sha256(data).hexdigest())) in result.damaged[0].why
+    assert not store.blobs.has(added.digest)
+    assert store.verify([other]).damaged == ()
+
+
+def test_verify_goes_on_where_it_was_interrupted(
+    store: ModelStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("storage.modelstore.HASH_THREADS_MAX", 1)
+    added = [store.add(small_model(tmp_path / f"{seed}.gguf", seed)) for seed in range(4)]
+    seen = 0
+
+    def interrupt(_: int) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.verify(added, interrupt)
+    again: list[int] = []
+    result = store.verify(added, again.append)
+    assert result.blobs == 4
+    assert len(again) == 2, "two were done"
+    assert store.verify(added).hashed_bytes == sum(model.size for model in added), "a whole one begins anew"
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"{}", b'{"schema": 1}', b"\xff", b'{"schema": 2}', b"null", b"[" * 9999]
+)
+def test_a_damaged_manifest_is_listed_as_such_and_nothing_is_collected(
+    store: ModelStore, model: Path, content: bytes
+) -> None:
+    store.add(model, name=ModelName("a"))
+    (store.root / "manifests" / "a" / "latest.json").write_bytes(content)
+    found = store.models()
+    assert [type(one) for one in found] == [Damaged]
+    with pytest.raises(ModelStoreError, match="nothing is collected"):
+        store.gc()
+    assert len(files_of(store, "blobs")) == 1
+    assert store.add(model, name=ModelName("a")) == store.find("a")
+
+
+@given(st.data())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150, deadline=None)
+def test_a_changed_manifest_is_refused_or_says_the_same_files(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    store = _stored(tmp_path_factory)
+    path = store.root / "manifests" / "small" / "latest.json"
+    content = bytearray(path.read_bytes())
+    place = data.draw(st.integers(0, len(content) - 1))
+    content[place] = data.draw(st.integers(0, 255))
+    before = store.find("small")
+    original = path.read_bytes()
+    try:
+        path.write_bytes(content)
+        try:
+            found = store.find("small")
+        except ModelStoreError:
+            return
+        assert [file.digest for file in found.files] == [file.digest for file in before.files]
+    finally:
+        path.write_bytes(original)
+
+
+_kept: list[ModelStore] = []
+
+
+def _stored(factory: pytest.TempPathFactory) -> ModelStore:
+    if not _kept:
+        folder = factory.mktemp("manifest")
+        _kept.append(ModelStore(folder / "store"))
+        _kept[0].add(small_model(folder / "small.gguf"))
+    return _kept[0]
+
+
+# ---------------------------------------------------------------- removing
+
+
+def test_removing_keeps_what_another_model_needs(store: ModelStore, model: Path) -> None:
+    added = store.add(model, name=ModelName("a"))
+    store.add(model, name=ModelName("b"))
+    assert store.remove(ModelName("a")) == 0
+    assert store.path(store.find("b")).exists()
+    assert store.remove(ModelName("b")) == added.size
+    assert files_of(store, "blobs") == files_of(store, "trash") == files_of(store, "manifests") == []
+    with pytest.raises(ModelStoreError, match="no model b"):
+        store.remove(ModelName("b"))
+
+
+def test_gc_evicts_the_least_recently_used_but_no_pinned_ones(store: ModelStore, tmp_path: Path) -> None:
+    models = [store.add(small_model(tmp_path / f"m{seed}.gguf", seed), pinned=seed == 0) for seed in range(4)]
+    for age, model in enumerate(reversed(models)):
+        store.use(model)
+        make_old(store.root / "manifests" / model.name.name / "latest.used", 100.0 * (age + 1))
+    store.use(models[1])
+    size = models[0].size
+    tried = store.gc(2 * size, dry_run=True)
+    assert [str(name) for name in tried.models] == ["m2", "m3"]
+    assert len(files_of(store, "blobs")) == 4
+    done = store.gc(2 * size)
+    assert (done.models, done.blobs, done.freed_bytes) == (tried.models, 2, 2 * size)
+    assert sorted(str(name) for name in store.names()) == ["m0", "m1"]
+    assert [str(name) for name in store.gc(0).models] == ["m1"]
+
+
+def test_gc_sweeps_what_is_old_and_nobodys(store: ModelStore, model: Path) -> None:
+    store.add(model)
+    fd, left = store.blobs.scratch()
+    os.write(fd, b"12345")
+    os.close(fd)
+    orphan = store.blobs.path(Digest("1" * 64))
+    orphan.write_bytes(b"123")
+    assert store.gc().freed_bytes == 3, "somebody may still write the partial file"
+    make_old(left, STALE_S + 1)
+    assert store.gc().freed_bytes == 5
+    assert files_of(store, "partial") == []
+
+
+# ---------------------------------------------------------------- at once
+
+
+def test_two_that_add_the_same_model_at_once_both_succeed(store: ModelStore, model: Path) -> None:
+    barrier, found, errors = threading.Barrier(4), [], []
+
+    def run() -> None:
+        barrier.wait()
+        try:
+            for _ in range(10):
+                found.append(ModelStore(store.root).add(model).digest)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert set(found) == {digest_of(model)}
+    assert files_of(store, "partial") == []
+
+
+STEPS: list[str] = ["announced", "put", "written", "settled"]
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("step", STEPS)
+def test_a_model_is_whole_wherever_a_collection_falls_into_its_adding(
+    store: ModelStore, model: Path, step: str, links: bool, there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gc runs from beginning to end at some point of an add, the blob being there already as nobody's, or not."""
+    if not links:
+        real = os.link
+        monkeypatch.setattr(os, "link", lambda *_: real("/nowhere", "/nowhere"))
+    if there:
+        path = store.blobs.path(digest_of(model))
+        path.parent.mkdir(parents=True)
+        path.write_bytes(model.read_bytes())
+    interrupt_at(monkeypatch, step, lambda: ModelStore(store.root).gc())
+    added = store.add(model)
+    assert store.path(added).read_bytes() == model.read_bytes()
+    assert files_of(store, "partial") == files_of(store, "trash") == []
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: str, what: Callable[[], object]) -> None:
+    """Call `what` once, right after the named step of an add."""
+    fired: list[str] = []
+
+    def wrap(owner: type, name: str) -> None:
+        real = getattr(owner, name)
+
+        def wrapped(*args: object, **options: object) -> object:
+            result = real(*args, **options)
+            if not fired:
+                fired.append(name)
+                what()
+            return result
+
+        monkeypatch.setattr(owner, name, wrapped)
+
+    if step == "announced":
+        wrap(Blobs, "ingest")
+    elif step == "put":
+        wrap(Blobs, "put")
+    elif step == "written":
+        wrap(ModelStore, "_write")
+    else:
+        wrap(Blobs, "settle")
+
+
+def test_a_blob_that_is_named_while_it_is_collected_comes_back(store: ModelStore, model: Path) -> None:
+    added = store.add(model)
+    store._forget(added.name)
+    answers = iter([set(), {added.digest}])
+    assert store.blobs.collect(added.digest, lambda: next(answers)) == 0
+    assert store.blobs.has(added.digest)
+
+
+# ---------------------------------------------------------------- where
+
+
+@pytest.mark.parametrize(
+    ("environment", "root"),
+    [
+        ({"LLMPI_HOME": "/data/llmpi", "XDG_DATA_HOME": "/x"}, "/data/llmpi/models"),
+        ({"XDG_DATA_HOME": "/x"}, "/x/llmpi/models"),
+        ({"XDG_DATA_HOME": "relative"}, str(Path.home() / ".local/share/llmpi/models")),
+        ({}, str(Path.home() / ".local/share/llmpi/models")),
+    ],
+)
+@pytest.mark.skipif(os.uname().sysname != "Linux", reason="another platform has another place")
+def test_the_store_is_where_the_environment_says(environment: dict[str, str], root: str) -> None:
+    assert str(default_root(environment)) == root
+
+
+def test_a_folder_holds_one_model_or_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match=r"no \.gguf"):
+        one_model_in(tmp_path)
+    parts = split_model(tmp_path)
+    assert one_model_in(tmp_path) == parts[0]
+    small_model(tmp_path / "other.gguf")
+    with pytest.raises(ModelFileError, match="holds 2 models"):
+        one_model_in(tmp_path)
+
+
+def test_a_store_that_cannot_be_written_says_so(tmp_path: Path, model: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(ModelStoreError, match="LLMPI_HOME"):
+        ModelStore(blocked / "store").add(model)
+
+
+def test_a_manifest_is_json_that_others_can_read(store: ModelStore, model: Path) -> None:
+    store.add(model, licence="mit", source="https://example.org/m.gguf")
+    state = json.loads((store.root / "manifests" / "small-1" / "latest.json").read_text())
+    assert state["files"][0]["digest"] == state["digest"] == str(digest_of(model))
+    assert (state["licence"], state["source"], state["schema"]) == ("mit", "https://example.org/m.gguf", 1)
+    assert state["created_at"].endswith("Z")
