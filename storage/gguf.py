@@ -29,6 +29,7 @@ from storage.ggufheader import (
     read_header,
 )
 from storage.ggufparts import named_part, part_names, read_parts
+from storage.ggufreader import shown
 
 _SAMPLE_BYTES, _SAMPLES, _EDGE_BYTES = 1 << 16, 16, 1 << 20
 _BLOCK = re.compile(r"blk\.(\d{1,6})\.")
@@ -193,7 +194,7 @@ def _text(header: Header, key: str) -> str | None:
     if not isinstance(value, str):
         return None
     if not value.isprintable() and key != "general.name":
-        raise ModelFileError(f"{header.path} is damaged: its {key} is {value!r}. Fetch it again.")
+        raise ModelFileError(f"{header.path} is damaged: its {key} is {shown(value)}. Fetch it again.")
     return value
 
 

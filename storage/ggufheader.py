@@ -23,7 +23,7 @@ from typing import BinaryIO
 
 from scheduling.errors import ModelFileError
 from storage.ggmltypes import REMOVED_TYPES, TENSOR_TYPES
-from storage.ggufreader import GgufReader
+from storage.ggufreader import GgufReader, shown
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -132,7 +132,7 @@ class _Budget:
     def step(self, strings: int, key: str) -> None:
         self._strings -= strings
         if self._strings < 0:
-            raise self._reader.bad(f"the array {key!r} claims {strings} strings, {STRINGS_MAX} at most in a file")
+            raise self._reader.bad(f"the array {shown(key)} claims {strings} strings, {STRINGS_MAX} at most in a file")
 
 
 def _preamble(reader: GgufReader, path: Path) -> tuple[int, int]:
@@ -156,11 +156,11 @@ def _preamble(reader: GgufReader, path: Path) -> tuple[int, int]:
 
 def _pair(reader: GgufReader, header: Header, budget: _Budget) -> None:
     key = reader.name(KEY_BYTES_MAX, "a key")
-    reader.within = f"the key {key!r}"
+    reader.within = f"the key {shown(key)}"
     if not key:
         raise reader.bad(f"key {len(header.kinds) + 1} is empty")
     if key in header.kinds:
-        raise reader.bad(f"the key {key!r} is there twice")
+        raise reader.bad(f"the key {shown(key)} is there twice")
     budget.keep(len(key))
     kind = header.kinds[key] = reader.u32()
     if kind == STRING:
@@ -175,7 +175,7 @@ def _pair(reader: GgufReader, header: Header, budget: _Budget) -> None:
         scalar = _STRUCTS[kind]
         header.values[key] = scalar.unpack(reader.take(scalar.size))[0]
     else:
-        raise reader.bad(f"the key {key!r} has the unknown type {kind}")
+        raise reader.bad(f"the key {shown(key)} has the unknown type {kind}")
 
 
 def _array(reader: GgufReader, header: Header, budget: _Budget, key: str) -> None:
@@ -184,23 +184,23 @@ def _array(reader: GgufReader, header: Header, budget: _Budget, key: str) -> Non
     if kind == STRING:
         budget.step(length, key)
         if length * 8 > reader.left:
-            raise reader.no_room(f"the array {key!r} claims {length} strings")
+            raise reader.no_room(f"the array {shown(key)} claims {length} strings")
         reader.skip_texts(length)
     elif kind in _STRUCTS:
         scalar = _STRUCTS[kind]
         if length > ARRAY_MAX:
-            raise reader.bad(f"the array {key!r} claims {length} numbers, {ARRAY_MAX} at most")
+            raise reader.bad(f"the array {shown(key)} claims {length} numbers, {ARRAY_MAX} at most")
         if length * scalar.size > reader.left:
-            raise reader.no_room(f"the array {key!r} claims {length} numbers")
+            raise reader.no_room(f"the array {shown(key)} claims {length} numbers")
         if length <= ARRAY_KEPT and key.endswith(_NUMBERS_KEPT):
             budget.keep(length * 32)
             header.values[key] = [item for (item,) in scalar.iter_unpack(reader.take(length * scalar.size))]
         else:
             reader.skip(length * scalar.size)
     elif kind == ARRAY:
-        raise reader.bad(f"the array {key!r} is one of arrays, which llama.cpp does not read")
+        raise reader.bad(f"the array {shown(key)} is one of arrays, which llama.cpp does not read")
     else:
-        raise reader.bad(f"the array {key!r} has elements of the unknown type {kind}")
+        raise reader.bad(f"the array {shown(key)} has elements of the unknown type {kind}")
 
 
 def _alignment(reader: GgufReader, header: Header) -> int:
@@ -220,7 +220,7 @@ def _tensors(reader: GgufReader, header: Header, count: int) -> None:
     place, last, end = 0, "", 0
     for number in range(count):
         reader.within = f"tensor {number + 1} of {count}"
-        name = reader.name(TENSOR_NAME_BYTES_MAX, "a tensor's name")
+        name = reader.name(TENSOR_NAME_BYTES_MAX, "the name of a tensor")
         reader.within = f"the tensor {name!r}"
         if name in header.shapes:
             raise reader.bad(f"the tensor {name!r} is there twice")

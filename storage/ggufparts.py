@@ -13,6 +13,7 @@ from pathlib import Path
 
 from scheduling.errors import ModelFileError
 from storage.ggufheader import INT32, TENSORS_MAX, UINT16, Header, read_header
+from storage.ggufreader import shown
 
 _PART = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf")
 
@@ -57,7 +58,7 @@ def read_parts(path: Path, header: Header) -> Weights:
         if expected != len(weights.shapes):
             raise ModelFileError(
                 f"{path} and its other parts have {len(weights.shapes)} tensors, but its split.tensors.count is "
-                f"{expected}. Fetch all parts again."
+                f"{'missing' if expected is None else expected}. Fetch all parts again."
             )
     return weights
 
@@ -93,7 +94,9 @@ def _check_part(part: Path, number: int, count: int, first: Header, found: Heade
     architecture = first.values.get("general.architecture")
     other = found.values.get("general.architecture", architecture)
     if other != architecture:
-        raise ModelFileError(f"{part} is a part of another model ({other!r}, not {architecture!r}). Fetch it again.")
+        raise ModelFileError(
+            f"{part} is a part of another model ({shown(str(other))}, not {shown(str(architecture))}). Fetch it again."
+        )
 
 
 def _add(weights: Weights, part: Path, found: Header) -> None:

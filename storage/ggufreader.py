@@ -21,6 +21,11 @@ _WINDOW_BYTES = 1 << 18
 _U64 = struct.Struct("<Q")
 
 
+def shown(text: str) -> str:
+    """A text of a file as a message may have it: in quotes, on one line, not long."""
+    return repr(text if len(text) <= 80 else text[:77] + "...")
+
+
 class GgufReader:
     """Reads `file` from its start. `size`: bytes of the file; `within`: what is being read, for errors."""
 
@@ -90,7 +95,7 @@ class GgufReader:
             raise self.bad(f"{what} that is not UTF-8") from None
         if "\0" in name:
             # llama.cpp ends it there: two names could become one.
-            raise self.bad(f"{what} with a zero byte in it, {name!r}")
+            raise self.bad(f"{what} with a zero byte in it, {shown(name)}")
         return name
 
     def text(self) -> bytes | None:

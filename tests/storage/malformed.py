@@ -303,7 +303,7 @@ KINDS_OF_LLAMA_CPP: dict[str, Case] = {
     "KV_BAD_ALIGN": Case(_alignment(U32, struct.pack("<I", 13)), "an alignment of 13"),
     "KV_WRONG_TYPE_ALIGN": Case(_alignment(I32, struct.pack("<i", 32)), "general.alignment is not"),
     "KV_SUCCESS": Case(_pairs(lambda pairs: pairs)),
-    "TENSORS_BAD_NAME_SIZE": Case(_with_tensor(Tensor(b"n" * 64, (1,))), "a tensor's name of 64 bytes"),
+    "TENSORS_BAD_NAME_SIZE": Case(_with_tensor(Tensor(b"n" * 64, (1,))), "the name of a tensor of 64 bytes"),
     "TENSORS_BAD_N_DIMS": Case(_with_tensor(Tensor(b"t", (1,) * 4, dimensions=5)), "'t' has 5 dimensions"),
     "TENSORS_BAD_SHAPE": Case(_with_tensor(Tensor(b"t", (-1, -1))), "'t' has the shape (-1, -1)"),
     "TENSORS_ZERO_DIM": Case(_with_tensor(Tensor(b"t", (32, 0)))),
@@ -346,7 +346,9 @@ OTHER_KINDS: dict[str, Case] = {
         _with_pair(Pair(b"a\0b", U8, b"\1")), "with a zero byte", "nobody can ask llama.cpp for it"
     ),
     "a name that is not UTF-8": Case(
-        _with_tensor(Tensor(b"\xff", (1,))), "name that is not UTF-8", "it could not be shown or recorded"
+        _with_tensor(Tensor(b"\xff", (1,))),
+        "the name of a tensor that is not UTF-8",
+        "it could not be shown or recorded",
     ),
     "a name with a zero byte": Case(
         _with_tensor(Tensor(b"a\0b", (1,))), "with a zero byte", "llama.cpp cuts it there, and names become one"

@@ -360,7 +360,7 @@ Part = Callable[[list[Draft]], None]
         ),
         (lambda parts: parts[1].tensors.append(model_tensors()[0]), "'token_embd.weight', which an earlier part has"),
         (lambda parts: parts[1].tensors.pop(), "have 3 tensors, but its split.tensors.count is 4"),
-        (lambda parts: parts[0].pairs.pop(), "split.tensors.count is None"),
+        (lambda parts: parts[0].pairs.pop(), "split.tensors.count is missing"),
         (lambda parts: parts[1].pairs.__delitem__(0), "not part 2 of 2"),
         # llama.cpp would abort on this one.
         (lambda parts: parts[1].pairs.__setitem__(0, Pair(b"split.no", 4, bytes(4))), "its split.no has the type 4"),

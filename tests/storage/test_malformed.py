@@ -147,6 +147,14 @@ def test_numbers_are_counted_even_where_a_file_has_room_for_them(tmp_path: Path)
     assert "1073741824 at most" in str(refusal(path))
 
 
+def test_names_are_shown_on_one_line_and_cut(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(Draft([Pair(b"\n\x1b[2J" * 200, 99, b"")]).build())
+    said = str(refusal(path))
+    assert said.isprintable()
+    assert len(said) < len(str(path)) + 400
+
+
 def test_damage_is_said_with_its_place(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     draft = Draft([Pair(b"a", U8, b"\1"), Pair(b"b", 99, b"\1")])
