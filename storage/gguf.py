@@ -1,8 +1,8 @@
 """Look at a model before llama.cpp does: is it a GGUF, is it whole, are all parts there, and what is in it.
 
 llama.cpp aborts or reads out of bounds on some damaged files, and says little on others; here each becomes one
-clear ModelFileError. Headers are read by `storage.ggufheader`; tensor data is never read, except in samples by
-`fingerprint`. Nothing here knows llama.cpp.
+clear ModelFileError. Headers are read by `storage.ggufheader`, parts are put together by `storage.ggufparts`; tensor
+data is never read, except in samples by `fingerprint`. Nothing here knows llama.cpp.
 """
 
 from __future__ import annotations
@@ -16,13 +16,27 @@ from pathlib import Path
 
 from scheduling.errors import ModelFileError
 from scheduling.modelsize import ModelShape
-from storage.ggufheader import ARRAY_KEPT, Header, open_model, read_header
+from storage.ggmltypes import FILE_TYPES
+from storage.ggufheader import (
+    ARRAY,
+    ARRAY_KEPT,
+    FLOAT32,
+    INT32,
+    STRING,
+    TEMPLATE_KEY,
+    Header,
+    open_model,
+    read_header,
+)
+from storage.ggufparts import named_part, part_names, read_parts
+from storage.ggufreader import shown
 
 _SAMPLE_BYTES, _SAMPLES, _EDGE_BYTES = 1 << 16, 16, 1 << 20
 _BLOCK = re.compile(r"blk\.(\d{1,6})\.")
 _INPUTS = ("token_embd", "per_layer_token_embd", "position_embd", "token_types")
 """Tensors of the input layer, which llama.cpp leaves in the host's memory."""
-_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+_NUMBER_MAX = (1 << 32) - 1
+"""llama.cpp keeps a model's sizes in 32 bits."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +47,10 @@ class GgufInfo:
     one token takes in a KV cache of 16-bit floats over all layers; None where the architecture keeps another kind
     of state. Where the model attends to a window, it is the upper bound. `shape` is what fitting works with;
     `tensor_shapes` are those of all weights, by name.
+
+    `quantization` is the file type by its name ('Q4_K_M'); `tokenizer` and `tokenizer_pre` are llama.cpp's names of the
+    tokenizer ('gpt2') and of how it cuts a text up ('llama-bpe'); `license` is what the file calls it ('apache-2.0');
+    `chat_template_sha256` is of the template's bytes, in hexadecimal.
     """
 
     path: Path
@@ -52,50 +70,50 @@ class GgufInfo:
     kv_bytes_per_token: int | None
     shape: ModelShape
     tensor_shapes: dict[str, tuple[int, ...]] = field(repr=False)
+    quantization: str | None = None
+    tokenizer: str | None = None
+    tokenizer_pre: str | None = None
+    license: str | None = None
+    chat_template_sha256: str | None = None
 
 
 def check_gguf(path: Path) -> GgufInfo:
     """Read and check the header of a model, and of all its parts if it is split.
 
     Raises ModelFileError: missing, a directory, unreadable, not a GGUF, of an unknown version, damaged, truncated,
-    a part missing, no weights.
+    a part missing or of another model, no weights.
     """
     path = Path(path)
     header = read_header(path)
-    parts = _parts(path, header)
-    headers = [header] + [read_header(part) for part in parts[1:]]
-    for number, (part, found) in enumerate(zip(parts, headers, strict=True)):
-        if len(parts) > 1 and (_int(found, "split.no") or 0, _int(found, "split.count")) != (number, len(parts)):
-            raise ModelFileError(f"{part} is not part {number + 1} of {len(parts)} by its own header. Fetch it again.")
-    shapes = {name: shape for found in headers for name, shape in found.shapes.items()}
-    sizes = {name: size for found in headers for name, size in found.sizes.items()}
-    if not shapes:
+    weights = read_parts(path, header)
+    if not weights.shapes:
         raise ModelFileError(f"{path} holds no weights, only a vocabulary or metadata. Give a whole model.")
-    architecture = header.values.get("general.architecture")
-    if not isinstance(architecture, str) or not architecture:
-        raise ModelFileError(f"{path} does not say its architecture (general.architecture). Give another file.")
-    if header.values.get("general.type") == "adapter":
-        raise ModelFileError(f"{path} is an adapter, not a model. Give it with --lora, and its model with -m.")
-    name = header.values.get("general.name")
+    architecture = _architecture(header)
+    _check_vocabulary(header)
     cache = _cache_values(header, architecture)
     return GgufInfo(
         path=path,
-        parts=parts,
-        file_bytes=sum(found.file_bytes for found in headers),
+        parts=weights.parts,
+        file_bytes=weights.file_bytes,
         architecture=architecture,
-        name=name if isinstance(name, str) else None,
+        name=_text(header, "general.name"),
         context_tokens=_int(header, f"{architecture}.context_length"),
         embedding_length=_int(header, f"{architecture}.embedding_length"),
         blocks=_int(header, f"{architecture}.block_count"),
         heads=_largest(header, f"{architecture}.attention.head_count"),
         kv_heads=_largest(header, f"{architecture}.attention.head_count_kv"),
-        vocab_tokens=header.lengths.get("tokenizer.ggml.tokens") or _int(header, f"{architecture}.vocab_size"),
-        chat_template="tokenizer.chat_template" in header.keys,
-        tensors=sum(len(found.shapes) for found in headers),
-        parameters=sum(found.parameters for found in headers),
+        vocab_tokens=_vocab_tokens(header, architecture),
+        chat_template=TEMPLATE_KEY in header.keys,
+        tensors=len(weights.shapes),
+        parameters=weights.parameters,
         kv_bytes_per_token=None if cache is None else 2 * sum(keys + values for keys, values in cache),
-        shape=_shape(header, architecture, cache, sizes),
-        tensor_shapes=shapes,
+        shape=_shape(header, architecture, cache, weights.sizes),
+        tensor_shapes=weights.shapes,
+        quantization=_quantization(header),
+        tokenizer=_text(header, "tokenizer.ggml.model"),
+        tokenizer_pre=_text(header, "tokenizer.ggml.pre"),
+        license=_text(header, "general.license"),
+        chat_template_sha256=header.chat_template_sha256,
     )
 
 
@@ -106,8 +124,8 @@ def fingerprint(path: Path) -> str:
     hashed whole. Raises ModelFileError.
     """
     path = Path(path)
-    found = _PART.fullmatch(path.name)
-    parts = _part_names(path, int(found[3])) if found else (path,)
+    named = named_part(path)
+    parts = part_names(path, named[1]) if named else (path,)
     digest = hashlib.sha256()
     for part in parts:
         with open_model(part) as file:
@@ -128,37 +146,70 @@ def _sampled(size: int) -> list[tuple[int, int]]:
     return [(0, _EDGE_BYTES), *spread, (size - _EDGE_BYTES, _EDGE_BYTES)]
 
 
-# ---------------------------------------------------------------- parts and figures
+# ---------------------------------------------------------------- what the keys say
 
 
-def _parts(path: Path, header: Header) -> tuple[Path, ...]:
-    """All files of a model, this first. Raises ModelFileError if one is missing or this is not the first."""
-    named = _PART.fullmatch(path.name)
-    count = _int(header, "split.count") or 1
-    if count == 1 and (named is None or int(named[3]) == 1):
-        return (path,)
-    if named is None or int(named[3]) != count:
-        raise ModelFileError(
-            f"{path} is one of {count} parts, but its name does not end in -00001-of-{count:05d}.gguf, by which "
-            "the others are found. Give the files their original names."
-        )
-    parts = _part_names(path, count)
-    if int(named[2]) != 1:
-        raise ModelFileError(f"{path} is part {int(named[2])} of {count}. Give the first one, {parts[0]}.")
-    for part in parts:
-        if not part.is_file():
-            raise ModelFileError(f"the model {path} has {count} parts and {part.name} is not there. Fetch it.")
-    return parts
+def _architecture(header: Header) -> str:
+    """Raises ModelFileError if this is no model that llama.cpp could know by a name."""
+    architecture = _text(header, "general.architecture")
+    if not architecture:
+        raise ModelFileError(f"{header.path} does not say its architecture (general.architecture). Give another file.")
+    if _text(header, "general.type") == "adapter":
+        raise ModelFileError(f"{header.path} is an adapter, not a model. Give it with --lora, and its model with -m.")
+    return architecture
 
 
-def _part_names(path: Path, count: int) -> tuple[Path, ...]:
-    stem = path.name[: -len("-00001-of-00001.gguf")]
-    return tuple(path.with_name(f"{stem}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1))
+def _check_vocabulary(header: Header) -> None:
+    """Lists beside the vocabulary must be of its kind and as long: llama.cpp indexes them by token."""
+    tokens = header.lengths.get("tokenizer.ggml.tokens", 0)
+    for key, kinds in (
+        ("tokenizer.ggml.tokens", (STRING,)),
+        ("tokenizer.ggml.scores", (FLOAT32, INT32)),
+        ("tokenizer.ggml.token_type", (INT32,)),
+        ("tokenizer.ggml.merges", (STRING,)),
+    ):
+        if key not in header.keys:
+            continue
+        if header.kinds[key] != ARRAY or header.elements[key] not in kinds:
+            raise ModelFileError(f"{header.path} is damaged: its {key} is no list of that kind. Fetch it again.")
+        if STRING not in kinds and header.lengths[key] < tokens:
+            raise ModelFileError(
+                f"{header.path} is damaged: its {key} has {header.lengths[key]} entries for {tokens} tokens. Fetch it "
+                "again."
+            )
+
+
+def _vocab_tokens(header: Header, architecture: str) -> int | None:
+    return header.lengths.get("tokenizer.ggml.tokens") or _int(header, f"{architecture}.vocab_size")
+
+
+def _quantization(header: Header) -> str | None:
+    number = _int(header, "general.file_type")
+    return None if number is None else FILE_TYPES.get(number, f"type {number}")
+
+
+def _text(header: Header, key: str) -> str | None:
+    """A short text that may be shown. Raises ModelFileError if it would do something to a terminal."""
+    value = header.values.get(key)
+    if not isinstance(value, str):
+        return None
+    if not value.isprintable() and key != "general.name":
+        raise ModelFileError(f"{header.path} is damaged: its {key} is {shown(value)}. Fetch it again.")
+    return value
 
 
 def _int(header: Header, key: str) -> int | None:
+    """A size. Raises ModelFileError if it is none that llama.cpp could hold."""
     value = header.values.get(key)
-    return value if isinstance(value, int) else None
+    if isinstance(value, bool) or not isinstance(value, int):
+        return None
+    return _size(header, key, value)
+
+
+def _size(header: Header, key: str, value: int) -> int:
+    if not 0 <= value <= _NUMBER_MAX:
+        raise ModelFileError(f"{header.path} is damaged: its {key} is {value}. Fetch it again.")
+    return value
 
 
 def _largest(header: Header, key: str) -> int | None:
@@ -170,9 +221,10 @@ def _largest(header: Header, key: str) -> int | None:
 def _per_layer(header: Header, key: str, layers: int) -> list[int]:
     """A number of each layer, whether the file has one for all or a list; empty if it has none."""
     value = header.values.get(key)
-    if isinstance(value, int):
-        return [value] * layers
-    return [item for item in value if isinstance(item, int)] if isinstance(value, list) else []
+    if isinstance(value, list):
+        return [_size(header, key, item) for item in value if isinstance(item, int) and not isinstance(item, bool)]
+    number = _int(header, key)
+    return [] if number is None else [number] * layers
 
 
 def _cache_values(header: Header, architecture: str) -> tuple[tuple[int, int], ...] | None:
@@ -237,6 +289,6 @@ def _shape(
         heads=_largest(header, f"{architecture}.attention.head_count") or 1,
         key_length=lengths[0],
         value_length=lengths[1],
-        vocab_tokens=header.lengths.get("tokenizer.ggml.tokens") or _int(header, f"{architecture}.vocab_size") or 0,
+        vocab_tokens=_vocab_tokens(header, architecture) or 0,
         train_ctx_tokens=_int(header, f"{architecture}.context_length"),
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import struct
 import tracemalloc
 from collections.abc import Callable
@@ -16,12 +18,21 @@ from hypothesis import strategies as st
 
 from scheduling.errors import ModelFileError
 from scheduling.modelsize import ModelShape
+from storage.ggmltypes import FILE_TYPES
 from storage.gguf import GgufInfo, check_gguf, fingerprint
+from tests.storage.malformed import Draft, Pair, model_tensors, part, text
 
 Tune = Callable[[gguf.GGUFWriter], None]
 
 
-def make_model(path: Path, tune: Tune | None = None, tensors: int = 3, kv_heads: int | list[int] = 2) -> Path:
+def make_model(
+    path: Path,
+    tune: Tune | None = None,
+    tensors: int = 3,
+    kv_heads: int | list[int] = 2,
+    first: int = 0,
+    vocabulary: bool = True,
+) -> Path:
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("Tiny")
     writer.add_context_length(512)
@@ -29,11 +40,12 @@ def make_model(path: Path, tune: Tune | None = None, tensors: int = 3, kv_heads:
     writer.add_block_count(3)
     writer.add_head_count(4)
     writer.add_head_count_kv(kv_heads)
-    writer.add_token_list(["a", "b", "c", "é"])
-    writer.add_token_scores([0.0, 1.0, 2.0, 3.0])
+    if vocabulary:
+        writer.add_token_list(["a", "b", "c", "é"])
+        writer.add_token_scores([0.0, 1.0, 2.0, 3.0])
     if tune is not None:
         tune(writer)
-    for number in range(tensors):
+    for number in range(first, first + tensors):
         writer.add_tensor(f"blk.{number}.weight", np.ones((3, 64), np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -90,7 +102,58 @@ def test_a_model_is_described(tmp_path: Path) -> None:
             train_ctx_tokens=512,
         ),
         tensor_shapes={f"blk.{number}.weight": (64, 3) for number in range(3)},
+        chat_template_sha256=hashlib.sha256(b"{{ messages }}").hexdigest(),
     )
+
+
+def test_what_a_store_records_of_a_model_is_told(tmp_path: Path) -> None:
+    template = "{{ é }}" * 200_000
+
+    def tune(writer: gguf.GGUFWriter) -> None:
+        writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_K_M)
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("llama-bpe")
+        writer.add_license("apache-2.0")
+        writer.add_chat_template(template)
+
+    info = check_gguf(make_model(tmp_path / "m.gguf", tune))
+    assert (info.quantization, info.tokenizer, info.tokenizer_pre) == ("Q4_K_M", "gpt2", "llama-bpe")
+    assert info.license == "apache-2.0"
+    assert info.chat_template_sha256 == hashlib.sha256(template.encode()).hexdigest()
+    plain = check_gguf(make_model(tmp_path / "plain.gguf"))
+    assert (plain.quantization, plain.tokenizer, plain.tokenizer_pre) == (None, None, None)
+    assert (plain.license, plain.chat_template_sha256) == (None, None)
+
+
+def test_file_types_are_called_what_their_makers_call_them(tmp_path: Path) -> None:
+    for kind in gguf.LlamaFileType:
+        if kind != gguf.LlamaFileType.GUESSED:
+            assert FILE_TYPES[int(kind)] == kind.name.removeprefix("MOSTLY_").removeprefix("ALL_")
+    info = check_gguf(make_model(tmp_path / "m.gguf", lambda writer: writer.add_file_type(999)))
+    assert info.quantization == "type 999"
+
+
+@pytest.mark.parametrize(
+    ("tune", "said"),
+    [
+        (lambda writer: writer.add_int32("llama.expert_used_count", -1), "its llama.expert_used_count is -1"),
+        (lambda writer: writer.add_uint64("llama.vocab_size", 1 << 40), "its llama.vocab_size is 1099511627776"),
+        (lambda writer: writer.add_array("llama.feed_forward_length", [5, -6]), "its llama.feed_forward_length is -6"),
+        (lambda writer: writer.add_array("tokenizer.ggml.token_type", [1, 2]), "token_type has 2 entries for 4"),
+        (lambda writer: writer.add_array("tokenizer.ggml.merges", [1, 2]), "tokenizer.ggml.merges is no list"),
+        (lambda writer: writer.add_string("tokenizer.ggml.token_type", "x"), "tokenizer.ggml.token_type is no list"),
+        (lambda writer: writer.add_license("\x1b[2J"), r"its general.license is '\x1b[2J'"),
+    ],
+)
+def test_what_llama_cpp_would_index_or_hold_wrongly_is_said(tmp_path: Path, tune: Tune, said: str) -> None:
+    # A vocabulary's size is asked for only where no list of tokens is there.
+    path = make_model(tmp_path / "m.gguf", tune, vocabulary="vocab_size" not in said)
+    assert said in refusal(path)
+
+
+def test_a_bool_is_no_size(tmp_path: Path) -> None:
+    info = check_gguf(make_model(tmp_path / "m.gguf", lambda writer: writer.add_bool("general.file_type", True)))
+    assert info.quantization is None
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -154,18 +217,19 @@ def test_a_model_with_another_kind_of_state_has_no_kv_size(tmp_path: Path) -> No
         (b"GGUF" + struct.pack("<I", 3), "truncated"),
         (b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 0), "claims 1152921504606846976 tensors"),
         (b"GGUF" + struct.pack("<IQQ", 3, 0, 1 << 40), "1099511627776 keys"),
-        (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1 << 50), "a key of"),
+        (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1 << 50) + bytes(9), "a key of"),
         (b"GGUF" + struct.pack("<IQQQ2s", 3, 0, 1, 2, b"\xff\xff") + bytes(9), "not UTF-8"),
-        (b"GGUF" + struct.pack("<IQQQ1sI", 3, 0, 1, 1, b"a", 77), "unknown type 77"),
+        (b"GGUF" + struct.pack("<IQQQ1sI", 3, 0, 1, 1, b"a", 77) + bytes(9), "unknown type 77"),
         (b"GGUF" + struct.pack("<IQQQ1sIQ", 3, 0, 1, 1, b"a", 8, 1 << 40), "a string of"),
         (b"GGUF" + struct.pack("<IQQQ1sIQ", 3, 0, 1, 1, b"a", 8, 5000), "truncated"),
         (b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"a", 9, 8, 1 << 62), "strings"),
         (b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"a", 9, 12, 1 << 62), "numbers"),
-        (b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"a", 9, 9, 1), "unknown type 9"),
+        (b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"a", 9, 9, 1), "one of arrays"),
         (b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + struct.pack("<Q1sIB", 1, b"a", 0, 1) * 2, "there twice"),
         (b"GGUF" + struct.pack("<IQQ", 3, 0, 0), "no weights"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 9, 9), "it claims 9 tensors and 9 keys, and 0 bytes are left"),
         (b"GGUF" + struct.pack("<IQQQ17sII", 3, 0, 1, 17, b"general.alignment", 4, 3), "alignment of 3"),
-        (b"GGUF" + struct.pack("<IQQQ1sI", 3, 1, 0, 1, b"t", 5), "5 dimensions"),
+        (b"GGUF" + struct.pack("<IQQQ1sI", 3, 1, 0, 1, b"t", 5) + bytes(50), "5 dimensions"),
         (b"GGUF" + struct.pack("<IQQQ1sIqIQ", 3, 1, 0, 1, b"t", 1, -4, 0, 0), "shape"),
         (b"GGUF" + struct.pack("<IQQQ1sIqqIQ", 3, 1, 0, 1, b"t", 2, 1 << 40, 1 << 40, 0, 0), "shape"),
         (b"GGUF" + struct.pack("<IQQQ1sIqIQ", 3, 1, 0, 1, b"t", 1, 4, 0, 7), "not aligned"),
@@ -251,8 +315,11 @@ def split(folder: Path, parts: int = 3) -> list[Path]:
         def tune(writer: gguf.GGUFWriter, number: int = number) -> None:
             writer.add_uint16("split.no", number)
             writer.add_uint16("split.count", parts)
+            writer.add_int32("split.tensors.count", sum(range(parts)))
 
-        paths.append(make_model(folder / f"big-{number + 1:05d}-of-{parts:05d}.gguf", tune, tensors=number))
+        paths.append(
+            make_model(folder / f"big-{number + 1:05d}-of-{parts:05d}.gguf", tune, number, first=sum(range(number)))
+        )
     return paths
 
 
@@ -279,6 +346,43 @@ def test_a_split_model_lacking_a_part_or_begun_in_the_middle_is_refused(tmp_path
         check_gguf(paths[0])
     paths[2].unlink()
     assert f"{paths[2].name} is not there" in refusal(paths[0])
+
+
+Part = Callable[[list[Draft]], None]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda parts: parts[1].pairs.append(Pair(b"general.architecture", 8, text(b"bert"))),
+            "a part of another model",
+        ),
+        (lambda parts: parts[1].tensors.append(model_tensors()[0]), "'token_embd.weight', which an earlier part has"),
+        (lambda parts: parts[1].tensors.pop(), "have 3 tensors, but its split.tensors.count is 4"),
+        (lambda parts: parts[0].pairs.pop(), "split.tensors.count is missing"),
+        (lambda parts: parts[1].pairs.__delitem__(0), "not part 2 of 2"),
+        # llama.cpp would abort on this one.
+        (lambda parts: parts[1].pairs.__setitem__(0, Pair(b"split.no", 4, bytes(4))), "its split.no has the type 4"),
+        (lambda parts: parts[1].pairs.__setitem__(1, Pair(b"split.count", 2, b"\3\0")), "not part 2 of 2"),
+        (lambda parts: parts[0].pairs.__setitem__(-2, Pair(b"split.count", 4, bytes(4))), "split.count has the type 4"),
+        (lambda parts: parts[0].pairs.__setitem__(-2, Pair(b"split.count", 2, bytes(2))), "but not by its header"),
+    ],
+)
+def test_parts_that_disagree_are_refused(tmp_path: Path, change: Part, said: str) -> None:
+    tensors = model_tensors()
+    parts = [part(0, 2, tensors[:2], 4), part(1, 2, tensors[2:], 4)]
+    paths = [tmp_path / f"m-{number:05d}-of-00002.gguf" for number in (1, 2)]
+
+    def written() -> Path:
+        for path, draft in zip(paths, parts, strict=True):
+            path.write_bytes(draft.build())
+        return paths[0]
+
+    assert check_gguf(written()).tensors == 4
+    change(parts)
+    with pytest.raises(ModelFileError, match=re.escape(said)):
+        check_gguf(written())
 
 
 def test_fingerprint_sees_size_head_tail_and_samples(tmp_path: Path) -> None:
