@@ -6,6 +6,7 @@
     │   ├── InputError           the file of requests: missing, empty, malformed, duplicate ids
     │   │   └── RequestError     one request: that request fails, the run goes on
     │   ├── ModelFileError       the model file: missing, not a GGUF, truncated, unsupported
+    │   ├── ModelSourceError     where a model is to come from: malformed, refused, not reachable, other than promised
     │   ├── RunDirError          the run directory: not writable, locked, of another run, damaged
     │   └── StoppedError         a signal came before anything was started: exit 3
     ├── PeerError                another rank or the engine broke the protocol
@@ -60,6 +61,10 @@ class RequestError(InputError):
 
 class ModelFileError(UserError):
     """The model file is missing, is no GGUF, or is damaged."""
+
+
+class ModelSourceError(UserError):
+    """A model cannot be had from the source that was named."""
 
 
 class RunDirError(UserError):
