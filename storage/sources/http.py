@@ -96,7 +96,8 @@ def _attempt(wanted: Wanted, partial: Partial, patience: Patience, grow: Callabl
         _check_room(wanted, partial, total)
         partial.expect(_validator(response), total)
         grow(partial.size, total)
-        _copy(wanted, partial, start, response, patience, lambda: grow(partial.size, total))
+        # All of it comes if the file was started again.
+        _copy(wanted, partial, min(start, partial.size), response, patience, lambda: grow(partial.size, total))
     finally:
         response.close()
     if total is not None and response.status == 200 and partial.size != total:
