@@ -52,6 +52,34 @@ def add(
     raise typer.Exit(add_model(path, name, licence, link=link, pin=pin, replace=replace, as_json=as_json))
 
 
+@models.command("pull")
+def pull_(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="hf:ORG/REPO[@REV][:FILE], https://…, pypi:NAME[==VERSION], ollama:NAME[:TAG], "
+            "lmstudio:PUBLISHER/REPO[/FILE], s3://…",
+        ),
+    ],
+    name: Called = None,
+    max_bytes: Annotated[
+        int | None, typer.Option(parser=byte_count, metavar="BYTES", help="Refuse what is larger, as 20G.")
+    ] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Use what this machine has; touch no network.")] = False,
+    pin: Pinned = False,
+    replace: Replace = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fetch a model and put it into the store. Goes on where it was interrupted."""
+    from coordinator.models import pull_model
+
+    code = pull_model(
+        source, name, max_bytes=max_bytes, offline=offline, pin=pin, replace=replace, as_json=as_json
+    )  # fmt: skip
+    raise typer.Exit(code)
+
+
 @models.command()
 def ls(as_json: AsJson = False) -> None:
     """List the models of the store."""

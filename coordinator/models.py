@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -18,38 +19,58 @@ from rich.table import Table
 from coordinator.modelnames import open_store
 from coordinator.terminal import console_for
 from scheduling.errors import EXIT_OK, EXIT_SOME_FAILED, ModelStoreError
-from storage.manifest import Manifest, ModelName
+from storage.digest import Digest
+from storage.manifest import Manifest, ModelName, suggested_name
 from storage.modelstore import Damaged, ModelStore, one_model_in
+from storage.sources import discard, pull
 
 PLAIN_EVERY_S = 30.0
 
 
-@contextmanager
-def bytes_done(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """Shows progress of work in bytes on stderr: a bar on a terminal, a line now and then otherwise. Yields what is to
-    be called, by any thread, with each number of bytes done."""
-    console, lock, done, last_s = console_for(sys.stderr, live=True), threading.Lock(), 0, time.monotonic()
-    if not console.is_terminal:
+class BytesDone:
+    """Progress of work in bytes on stderr: a bar on a terminal, a line now and then otherwise. Any thread may tell it."""
 
-        def say(count: int) -> None:
-            nonlocal done, last_s
-            with lock:
-                done += count
-                if time.monotonic() - last_s < PLAIN_EVERY_S:
-                    return
-                last_s = time.monotonic()
-            of = "" if total is None else f" of {total / 1e9:,.1f}"
-            print(f"llmpi: {what}: {done / 1e9:,.1f}{of} GB", file=sys.stderr, flush=True)
+    def __init__(self, what: str, total: int | None) -> None:
+        self._what, self._total, self._done, self._said_s = what, total, 0, time.monotonic()
+        self._lock = threading.Lock()
+        console = console_for(sys.stderr, live=True)
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"), BarColumn(bar_width=24), DownloadColumn(), TransferSpeedColumn(),
+                TimeRemainingColumn(),
+            )  # fmt: skip
+            self._bar = Progress(*columns, console=console, transient=True)
+            self._task = self._bar.add_task(what, total=total)
 
-        yield say
-        return
-    columns = (
-        TextColumn("{task.description}"), BarColumn(bar_width=24), DownloadColumn(), TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda count: bar.advance(task, count)
+    def __enter__(self) -> BytesDone:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def more(self, count: int) -> None:
+        """So many bytes more are done."""
+        with self._lock:
+            self._done += count
+            self._show()
+
+    def at(self, done: int, total: int | None) -> None:
+        """So many bytes are done."""
+        with self._lock:
+            self._done, self._total = done, total
+            self._show()
+
+    def _show(self) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done, total=self._total)
+        elif time.monotonic() - self._said_s >= PLAIN_EVERY_S:
+            self._said_s = time.monotonic()
+            of = "" if self._total is None else f" of {self._total / 1e9:,.1f}"
+            print(f"llmpi: {self._what}: {self._done / 1e9:,.1f}{of} GB", file=sys.stderr, flush=True)
 
 
 def add_model(
@@ -59,11 +80,45 @@ def add_model(
     store = open_store()
     file = one_model_in(path) if path.is_dir() else path
     called = None if name is None else ModelName.parse(name)
-    with bytes_done(f"adding {file.name}", None) as progress:
+    with BytesDone(f"adding {file.name}", None) as progress:
         model = store.add(
-            file, name=called, licence=licence, pinned=pin, link=link, replace_other=replace, progress=progress
+            file, name=called, licence=licence, pinned=pin, link=link, replace_other=replace, progress=progress.more
         )
     return told(store, model, as_json)
+
+
+def pull_model(
+    source: str, name: str | None, *, max_bytes: int | None, offline: bool, pin: bool, replace: bool, as_json: bool
+) -> int:
+    """Raises UserError if it cannot be had."""
+    store = open_store()
+    called = None if name is None else ModelName.parse(name)
+    scratch = store.blobs.folder("pulls")
+    with BytesDone(f"pulling {source}", None) as progress:
+        pulled = pull(source, scratch, progress=progress.at, max_bytes=max_bytes, offline=offline)
+    for note in pulled.notes:
+        print(f"llmpi: {note}", file=sys.stderr)
+    with _under_names_of_parts(store, [file.path for file in pulled.files]) as path:
+        model = store.add(
+            path, name=called or suggested_name(pulled.suggested_name), source=pulled.source, licence=pulled.licence,
+            pinned=pin, link=True, replace_other=replace, file_names=[file.name for file in pulled.files],
+            expected=[None if file.sha256 is None else Digest(file.sha256) for file in pulled.files],
+        )  # fmt: skip
+    discard(source, scratch)
+    return told(store, model, as_json)
+
+
+@contextmanager
+def _under_names_of_parts(store: ModelStore, paths: list[Path]) -> Iterator[Path]:
+    """The first of `paths`; of several, under names by which the others are found."""
+    if len(paths) == 1:
+        yield paths[0]
+        return
+    with tempfile.TemporaryDirectory(dir=store.blobs.folder("partial"), prefix="parts-") as folder:
+        links = [Path(folder) / f"model-{place:05d}-of-{len(paths):05d}.gguf" for place in range(1, len(paths) + 1)]
+        for link, path in zip(links, paths, strict=True):
+            link.symlink_to(path.absolute())
+        yield links[0]
 
 
 def told(store: ModelStore, model: Manifest, as_json: bool) -> int:
@@ -93,7 +148,7 @@ def list_models(as_json: bool) -> int:
             facts = model.gguf
             table.add_row(
                 f"{model.name}{' (pinned)' if model.pinned else ''}", size_text(model.size),
-                _count(facts.get("parameters")), str(facts.get("quantisation") or ""),
+                _count(facts.get("parameters")), str(facts.get("quantization") or ""),
                 _count(facts.get("context_tokens")), model.digest.short, _when(store.used_at(model)),
             )  # fmt: skip
         console_for(sys.stdout).print(table)
@@ -129,8 +184,8 @@ def verify_models(names: list[str], as_json: bool) -> int:
     models = [model for model in found if isinstance(model, Manifest)]
     damaged = [model for model in found if isinstance(model, Damaged)]
     total = sum({file.digest: file.size for model in models for file in model.files}.values())
-    with bytes_done("verifying", total) as progress:
-        result = store.verify(models, progress)
+    with BytesDone("verifying", total) as progress:
+        result = store.verify(models, progress.more)
     damaged += result.damaged
     speed = result.hashed_bytes / 1e9 / result.seconds if result.seconds else 0.0
     if as_json:

@@ -87,7 +87,8 @@ def _run(source: Path, target: Path, kind: str, threads: int) -> None:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
     drain.join()
     if code:
-        words_said = " ".join(line.strip() for line in list(last)[-3:] if line.strip()) or "it said nothing"
+        said = [line.strip() for line in last if line.strip()]
+        words_said = next((line for line in reversed(said) if "fail" in line), said[-1] if said else "it said nothing")
         raise ModelFileError(
             f"{source} cannot be quantised to {kind}: {words_said} (a model that is quantised already cannot be again: "
             "take one in F16, BF16 or F32)"

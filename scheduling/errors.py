@@ -7,6 +7,7 @@
     │   │   └── RequestError     one request: that request fails, the run goes on
     │   ├── ModelFileError       the model file: missing, not a GGUF, truncated, unsupported
     │   ├── ModelStoreError      the model store: no such model, a name or digest that is none, damaged, not writable
+    │   ├── ModelSourceError     where a model is to come from: malformed, refused, not reachable, other than promised
     │   ├── RunDirError          the run directory: not writable, locked, of another run, damaged
     │   └── StoppedError         a signal came before anything was started: exit 3
     ├── PeerError                another rank or the engine broke the protocol
@@ -65,6 +66,10 @@ class ModelFileError(UserError):
 
 class ModelStoreError(UserError):
     """The model store does not hold what was asked for, or cannot be used."""
+
+
+class ModelSourceError(UserError):
+    """A model cannot be had from the source that was named."""
 
 
 class RunDirError(UserError):

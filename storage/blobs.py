@@ -2,6 +2,7 @@
 
     blobs/sha256-<hex>    a whole blob
     partial/<random>      a file that is being written, read or kept until it is known to be in place
+    pulls/                what is being pulled (`storage.sources`)
     partial/*.adding      digests that somebody is about to name in a manifest
     quarantine/           what was not what it should have been
     trash/                a blob on its way out
@@ -280,7 +281,7 @@ class Blobs:
     def sweep(self, *, dry_run: bool = False) -> int:
         """Remove what interrupted work has left. Returns the bytes freed."""
         freed = 0
-        for folder in ("partial", "trash"):
+        for folder in ("partial", "pulls", "trash"):
             for entry in _entries(self.root / folder):
                 with contextlib.suppress(FileNotFoundError):
                     found = entry.stat(follow_symlinks=False)

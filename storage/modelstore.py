@@ -39,7 +39,7 @@ from storage.manifest import (
 HASH_THREADS_MAX = 4
 FACTS = (
     "architecture", "name", "parameters", "tensors", "context_tokens", "embedding_length", "blocks", "vocab_tokens",
-    "quantisation", "tokenizer", "chat_template_sha256",
+    "quantization", "tokenizer", "tokenizer_pre", "chat_template_sha256",
 )  # fmt: skip
 """Of `GgufInfo`: what a manifest keeps."""
 
@@ -177,11 +177,13 @@ class ModelStore:
         link: bool = False,
         replace_other: bool = False,
         expected: Sequence[Digest | None] = (),
+        file_names: Sequence[str] = (),
         progress: Progress = lambda _: None,
     ) -> Manifest:
         """Put the model at `path`, with all its parts if it is split, into the store.
 
-        `expected`: what its files should be. `link`: give them a second name instead of copying, where that can be.
+        `expected`: what its files should be. `file_names`: what they were called, if not as they are now. `link`: give
+        them a second name instead of copying, where that can be.
 
         Raises:
             ModelFileError: it is no model that can be used.
@@ -194,12 +196,13 @@ class ModelStore:
             for place, part in enumerate(info.parts):
                 promised = expected[place] if place < len(expected) else None
                 ingested.append(self.blobs.ingest(part, expected=promised, link=link, progress=progress))
+            names = file_names or [part.name for part in info.parts]
             files = tuple(
-                StoredFile(one.digest, one.size, part.name) for one, part in zip(ingested, info.parts, strict=True)
+                StoredFile(one.digest, one.size, original) for one, original in zip(ingested, names, strict=True)
             )
             model = Manifest(
                 name=called, files=files, created_at=_rfc3339(self._clock()), source=source or str(path.resolve()),
-                licence=licence or _licence(info), pinned=pinned, parent=parent, gguf=facts(info),
+                licence=licence or info.license, pinned=pinned, parent=parent, gguf=facts(info),
             )  # fmt: skip
             return self._name(model, tuple(ingested), replace_other)
         finally:
@@ -427,7 +430,7 @@ class ModelStore:
 
 def facts(info: GgufInfo) -> dict[str, Any]:
     """What a manifest keeps of a model's header."""
-    return {key: value for key in FACTS if (value := getattr(info, key, None)) is not None}
+    return {key: value for key in FACTS if (value := getattr(info, key)) is not None}
 
 
 def one_model_in(folder: Path) -> Path:
@@ -443,11 +446,6 @@ def one_model_in(folder: Path) -> Path:
 
 def _stem(path: Path) -> str:
     return path.stem.rsplit("-00001-of-", 1)[0]
-
-
-def _licence(info: GgufInfo) -> str | None:
-    licence = getattr(info, "licence", None)
-    return licence if isinstance(licence, str) else None
 
 
 def _bytes_of(models: Iterable[Manifest]) -> int:

@@ -108,10 +108,11 @@ def _normalized(distribution: str) -> str:
 
 
 def _required() -> set[str]:
-    """Names of the distributions that setup.cfg requires in any case."""
+    """Names of the distributions that setup.cfg requires in any case, or for users' extras (imported lazily)."""
     config = ConfigParser()
     config.read(ROOT / "setup.cfg")
-    lines = config["options"]["install_requires"].split("\n")
+    extras = [lines for extra, lines in config["options.extras_require"].items() if extra != "test"]
+    lines = "\n".join([config["options"]["install_requires"], *extras]).split("\n")
     found = (re.match(r"[A-Za-z0-9._-]+", line) for line in lines)
     return {_normalized(name.group()) for name in found if name}
 
