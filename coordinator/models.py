@@ -28,7 +28,7 @@ PLAIN_EVERY_S = 30.0
 
 
 class BytesDone:
-    """Progress of work in bytes on stderr: a bar on a terminal, a line now and then otherwise. Any thread may tell it."""
+    """Progress in bytes on stderr: a bar on a terminal, a line now and then otherwise. Any thread may tell it."""
 
     def __init__(self, what: str, total: int | None) -> None:
         self._what, self._total, self._done, self._said_s = what, total, 0, time.monotonic()

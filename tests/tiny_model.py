@@ -53,10 +53,12 @@ def tiny_model_beside(real: Path, fallback: Path) -> Path:
     return target
 
 
-def build_tiny_model(real: Path, target: Path, seed: int = 0, ctx_tokens: int = CTX_TOKENS) -> None:
+def build_tiny_model(
+    real: Path, target: Path, seed: int = 0, ctx_tokens: int = CTX_TOKENS, *, quantised: bool = True
+) -> None:
     """Write a tiny model with the tokenizer of the GGUF file `real` to `target`, which appears whole.
 
-    `ctx_tokens` is what it says it was trained with.
+    `ctx_tokens` is what it says it was trained with. Its embeddings are in 8 bits, or in 16 unless `quantised`.
     """
     # Imported here: conftest imports this module, and most test runs need no GGUF writer.
     import gguf
@@ -69,7 +71,7 @@ def build_tiny_model(real: Path, target: Path, seed: int = 0, ctx_tokens: int = 
         writer.add_vocab_size(vocabulary)
         for name, weights, packed in _weights(vocabulary, seed):
             if packed:
-                kind = gguf.GGMLQuantizationType.Q8_0
+                kind = gguf.GGMLQuantizationType.Q8_0 if quantised else gguf.GGMLQuantizationType.F16
                 writer.add_tensor(name, gguf.quants.quantize(weights, kind), raw_dtype=kind)
             else:
                 writer.add_tensor(name, weights)
