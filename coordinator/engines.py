@@ -64,6 +64,9 @@ def fitted_placements(
         plain = embedding_fit(config, model.shape)
         return {rank: msgspec.structs.replace(one, fit=plain) for rank, one in placements.items()}, []
     ask = ask_of(config, model)
+    if lengths is not None:
+        most = min(lengths.input_tokens, CTX_UNKNOWN_TOKENS)
+        ask = replace(ask, scores=lengths.scores, input_tokens=most)
     inputs = input_tokens(model.shape, lengths) if ask.ctx_tokens is None else 0
     fitted = {}
     for rank, placement in placements.items():

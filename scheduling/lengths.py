@@ -9,7 +9,7 @@ slots, of which there are few.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from scheduling.modelsize import CELLS_TOGETHER
 from scheduling.requests import Request
@@ -36,6 +36,7 @@ class Lengths:
     `counts[k]`: sequences that are estimated to have up to k * 256 tokens and more than (k - 1) * 256, prompt and
     output together. `longest_tokens`: none can have more. `whole` False: there may be more requests.
     `input_tokens`: no input of a request for embeddings, which takes no slot, can have more; 0 where there is none.
+    `scores`: there are requests that weigh given tokens, which has contexts of its own.
     """
 
     sequences: int
@@ -43,6 +44,7 @@ class Lengths:
     longest_tokens: int
     whole: bool
     input_tokens: int = 0
+    scores: bool = False
 
     def tokens_of(self, share: float) -> int:
         """The smallest multiple of 256 tokens that this share of the sequences is estimated to fit into."""
@@ -55,9 +57,7 @@ class Lengths:
 
     def without(self, sequences: int) -> Lengths:
         """Of a run that has so many behind it. Which ones is not known, so lengths stay as they are."""
-        return Lengths(
-            max(1, self.sequences - sequences), self.counts, self.longest_tokens, self.whole, self.input_tokens
-        )
+        return replace(self, sequences=max(1, self.sequences - sequences))
 
 
 class LengthScan:
@@ -69,6 +69,7 @@ class LengthScan:
         self._sequences = 0
         self._longest = 0
         self._input = 0
+        self._scores = False
 
     def add(self, request: Request) -> None:
         """One request of the input. One for embeddings takes no slot."""
@@ -76,6 +77,7 @@ class LengthScan:
             self._input = max(self._input, *(text_or_ids_tokens(one)[1] for one in request.inputs))
             return
         likely, most = prompt_tokens(request)
+        self._scores |= request.scores
         if request.continuations:
             # What follows the prompt is given: nothing is generated.
             given = [text_or_ids_tokens(one) for one in request.continuations]
@@ -99,7 +101,7 @@ class LengthScan:
         """None if nothing was added."""
         if not self._sequences:
             return None
-        return Lengths(self._sequences, dict(self._counts), self._longest, whole, self._input)
+        return Lengths(self._sequences, dict(self._counts), self._longest, whole, self._input, self._scores)
 
 
 def prompt_tokens(request: Request) -> tuple[int, int]:

@@ -8,6 +8,7 @@ Buffers are an upper estimate, compared with llama.cpp's own figures on the CPU 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +20,10 @@ POOLS = 2
 """Kernels of a GPU keep as much again as the graph, for converted inputs."""
 CHECKED_ROWS = 32
 """Rows whose logits a context has room for at least: drafts are checked with them (`workers.speculation.ROWS_MAX`)."""
+SCORING_CONTEXTS_GPU, ENCODING_CONTEXTS = 2, 2
+"""How many there are, where they are needed (`workers.lanes`). On a CPU one weighs tokens."""
+SCORED_LOGITS_BYTES_MAX = 128 << 20
+"""Of logits that are wanted of a batch at once."""
 DRAFTED_SEQUENCES = 8
 """So many of a context's sequences are drafted for (`workers.speculation.SLOTS_MAX`)."""
 CACHE_BYTES_OF_32 = {"f16": 64, "q8_0": 34, "q4_0": 18}
@@ -127,6 +132,9 @@ class Ask:
     draft_weight_bytes: int = 0
     draft_token_bytes: int = 0
     """Of a model that drafts: its weights, and what a token takes in its caches."""
+    scores: bool = False
+    input_tokens: int = 0
+    """Beside what runs in slots: whether given tokens are weighed, and the tokens of the longest input to embed."""
 
 
 class Layout(NamedTuple):
@@ -174,6 +182,12 @@ def needs(shape: ModelShape, ask: Ask, layout: Layout, gpus: int) -> Needs:
             shape, ask, layout.ubatch_tokens, layout.long_slots, layout.long_ctx_tokens, gpus, chooses
         )
     cells = layout.slots * cells_of(layout.ctx_tokens) + layout.long_slots * cells_of(layout.long_ctx_tokens)
+    for count, rows, shared in _contexts_beside(ask, layout, gpus):
+        cells += count * shared
+        graph = graph_bytes(shape, rows=rows, cells=shared, flash=ask.flash)
+        buffers += count * graph * (POOLS * gpus if gpus else 1)
+    if ask.scores:
+        buffers += (SCORING_CONTEXTS_GPU if gpus else 1) * SCORED_LOGITS_BYTES_MAX
     caches = cells * shape.token_bytes(ask.type_k, ask.type_v)
     beside = ask.adapter_bytes + _draft_bytes(ask, layout, contexts)
     if not layers:
@@ -194,6 +208,16 @@ def needs(shape: ModelShape, ask: Ask, layout: Layout, gpus: int) -> Needs:
         gpu_model += (gpus - 1) * max(shape.layer_bytes, default=0)
         gpu_caches += (gpus - 1) * (gpu_caches * most_cells // max(1, whole))
     return Needs(gpu_model, buffers, gpu_caches, shape.host_bytes(layers), logits, caches - gpu_caches)
+
+
+def _contexts_beside(ask: Ask, layout: Layout, gpus: int) -> Iterator[tuple[int, int, int]]:
+    """(contexts, rows of a micro-batch, cells that its sequences share) of what does not run in slots."""
+    if ask.scores:
+        cells = max(layout.ctx_tokens, layout.long_ctx_tokens) + ask.batch_tokens
+        yield SCORING_CONTEXTS_GPU if gpus else 1, min(layout.ubatch_tokens, ask.batch_tokens), cells_of(cells)
+    if ask.input_tokens:
+        tokens = max(layout.ubatch_tokens, ask.input_tokens)
+        yield ENCODING_CONTEXTS, tokens, cells_of(tokens)
 
 
 def _draft_bytes(ask: Ask, layout: Layout, contexts: int) -> int:

@@ -13,6 +13,7 @@ from typing import Protocol
 import msgspec
 
 from scheduling.errors import EngineError, ModelFileError
+from scheduling.modelsize import ENCODING_CONTEXTS, SCORING_CONTEXTS_GPU
 from workers.backlog import Backlog, Lane
 from workers.choosing import Threads
 from workers.constraints import Constraints
@@ -30,7 +31,7 @@ from workers.stepper import Stepper, Vocabulary
 
 ENCODED_TOKENS_GPU = 2048
 """Most tokens of a batch of inputs to embed on a GPU, as long as none of them is longer."""
-ENCODERS = 2
+ENCODERS = ENCODING_CONTEXTS
 """Contexts for embeddings: while one computes, another's vectors are copied and its next batch is made."""
 
 
@@ -171,7 +172,7 @@ class Lanes:
     def _scorers(self, lane: Lane) -> list[Scorer]:
         """One context, and on a GPU another: what one has computed is weighed while the other computes."""
         config, model = self._config, self._model
-        count = 2 if self._on_gpu else 1
+        count = SCORING_CONTEXTS_GPU if self._on_gpu else 1
         sequences = SEQUENCES if model.keeps_cells else SEQUENCES_RECURRENT
         # Enough for a request of the longest kind and a batch beside it.
         ctx_tokens = max(config.ctx_tokens, config.long_ctx_tokens)

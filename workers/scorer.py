@@ -28,6 +28,7 @@ from typing import Protocol
 import numpy as np
 
 from scheduling.errors import EngineError
+from scheduling.modelsize import SCORED_LOGITS_BYTES_MAX
 from workers.backlog import CANCELLED, Backlog
 from workers.choosing import PARALLEL_ELEMENTS_MIN, Parameters, Threads, choose
 from workers.logprobs import Likely, Noted, likely
@@ -40,9 +41,8 @@ from workers.sequences import Sequence, Sequences
 from workers.stepper import ERRORS_IN_A_ROW_MAX, Vocabulary
 from workers.text import TextStream
 
-LOGITS_BYTES_MAX = 128 << 20
 OUTPUTS_MAX = 512
-"""Most rows of a batch whose logits are wanted, as far as they fit into LOGITS_BYTES_MAX."""
+"""Most rows of a batch whose logits are wanted, as far as they fit into SCORED_LOGITS_BYTES_MAX."""
 SEQUENCES = 64
 SEQUENCES_RECURRENT = 8
 """Where a sequence has a state of a fixed size, which may be large."""
@@ -50,7 +50,7 @@ SEQUENCES_RECURRENT = 8
 
 def outputs_of(vocab_tokens: int) -> int:
     """How many rows' logits are wanted at once with this vocabulary."""
-    return max(1, min(OUTPUTS_MAX, LOGITS_BYTES_MAX // (4 * vocab_tokens)))
+    return max(1, min(OUTPUTS_MAX, SCORED_LOGITS_BYTES_MAX // (4 * vocab_tokens)))
 
 
 class ScoreDecoder(Decoder, Protocol):

@@ -60,6 +60,19 @@ def test_a_small_model_gets_more_contexts_where_each_has_enough_slots(
     assert fit(shape, Ask(slots=slots, contexts=3), gpu(141), alike(2000, 256)).contexts == 3
 
 
+def test_what_runs_beside_the_slots_is_in_the_sum() -> None:
+    plain = needs(B8, Ask(), Layout(B8.offloadable, 2, 2048, 64, 1024), 1)
+    scores = needs(B8, Ask(scores=True, batch_tokens=4096), Layout(B8.offloadable, 2, 2048, 64, 1024), 1)
+    cells = 2 * (1024 + 4096)
+    assert scores.gpu_caches - plain.gpu_caches == cells * B8.token_bytes("f16", "f16")
+    assert scores.gpu_buffers - plain.gpu_buffers > 2 * (128 << 20)
+    embeds = needs(B8, Ask(input_tokens=3000), Layout(B8.offloadable, 2, 2048, 64, 1024), 1)
+    assert embeds.gpu_caches - plain.gpu_caches == 2 * 3072 * B8.token_bytes("f16", "f16")
+    # A GPU that has just room for the slots has less of it with them.
+    slots = [fit(B8, Ask(scores=beside), gpu(12), alike(5000, 1024)).slots for beside in (False, True)]
+    assert slots[0] > slots[1] > 0
+
+
 def test_there_are_never_more_slots_than_a_worker_has_requests() -> None:
     assert fit(B1, Ask(), gpu(141), alike(5, 256)).slots == 5
     assert fit(B1, Ask(), gpu(141, workers=4), alike(9, 256)).slots == 3

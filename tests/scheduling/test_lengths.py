@@ -56,7 +56,13 @@ def test_continuations_are_as_long_as_the_longest_and_generate_nothing() -> None
     scan.add(Request(custom_id="x", kind="completion", prompt=(1,) * 100, continuations=((2,), (3,) * 500, " a")))
     found = scan.found(whole=True)
     assert found is not None
-    assert (found.sequences, dict(found.counts), found.longest_tokens) == (1, {3: 1}, 600)
+    assert (found.sequences, dict(found.counts), found.longest_tokens, found.scores) == (1, {3: 1}, 600, True)
+    assert found.without(0).scores
+    scan = LengthScan(100)
+    scan.add(completion((1,) * 10))
+    generates = scan.found(whole=True)
+    assert generates is not None
+    assert not generates.scores
 
 
 def test_nothing_read_is_nothing_known() -> None:
