@@ -1,12 +1,13 @@
 """Damaged models by the hundred thousand: is each accepted or refused, in how much memory, and does ggml agree?
 
-usage: python benchmarks/fuzz_gguf.py [--mutants 100000] [--seed N] [--no-ggml] [--json]
+usage: python benchmarks/fuzz_gguf.py [--mutants 100000] [--seed N] [--no-ggml] [--llama] [--json]
 
 Mutants are made by tests/storage/mutants.py; the same seed gives the same ones. Anything but acceptance or a
 ModelFileError is an error of ours: it is printed with the mutant's number, and the exit status is 1. The whole run has
 a limit of address space above what it began with (--headroom-mb), and every tenth mutant's peak is measured by
 tracemalloc. ggml, in a process of its own, is asked about every file: what it refuses or aborts on must be refused.
-Beyond that, "stricter" counts what ggml takes and we refuse.
+Beyond that, "stricter" counts what ggml takes and we refuse. With --llama, llama.cpp loads the vocabulary of whatever
+is accepted: it may refuse it, but not abort.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from tests.storage.ggml import ask_ggml, ggml_library
+from tests.storage.ggml import ask_ggml, ask_llama, ggml_library
 from tests.storage.mutants import Mutant, mutants, reason, verdict
 
 ACCEPTED = "accepted"
@@ -39,16 +40,18 @@ class Found:
     reasons: Counter[str] = field(default_factory=Counter)
     asked: int = 0
     ggml: Counter[str] = field(default_factory=Counter)
+    llama: Counter[str] = field(default_factory=Counter)
     stricter: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
 
 
 class Asked:
-    """Files that ggml is still to be asked about, with what was said of them."""
+    """Files that ggml, and if asked for llama.cpp, is still to be asked about, with what was said of them."""
 
-    def __init__(self, folder: Path, found: Found) -> None:
+    def __init__(self, folder: Path, found: Found, llama: bool) -> None:
         self._folder = folder
         self._found = found
+        self._llama = llama
         self._library = ggml_library()
         self._waiting: list[tuple[int, str, Path]] = []
         if self._library is None:
@@ -73,7 +76,15 @@ class Asked:
                 self._found.faults.append(f"mutant {number}: accepted, but ggml says: {said}")
             if why != ACCEPTED and said == "model":
                 self._found.stricter[why] += 1
+        if self._llama:
+            self._ask_llama([(number, path) for number, why, path in self._waiting if why == ACCEPTED])
         self._waiting.clear()
+
+    def _ask_llama(self, accepted: list[tuple[int, Path]]) -> None:
+        for (number, _), said in zip(accepted, ask_llama([path for _, path in accepted]), strict=True):
+            self._found.llama[said] += 1
+            if said == "aborted":
+                self._found.faults.append(f"mutant {number}: accepted, but llama.cpp aborts")
 
 
 def check(folder: Path, number: int, mutant: Mutant, found: Found) -> str:
@@ -111,6 +122,8 @@ def show(found: Found, seed: int) -> None:
         print(f"{count:9,}  {why}")
     if found.asked:
         print(f"ggml was asked about {found.asked:,}: " + ", ".join(f"{n:,} {said}" for said, n in found.ggml.items()))
+        if found.llama:
+            print("llama.cpp about the accepted ones: " + ", ".join(f"{n:,} {said}" for said, n in found.llama.items()))
         for why, count in found.stricter.most_common():
             print(f"{count:9,}  stricter: {why}")
     accepted = found.reasons[ACCEPTED]
@@ -127,6 +140,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--headroom-mb", type=int, default=128)
     parser.add_argument("--no-ggml", action="store_true")
+    parser.add_argument("--llama", action="store_true")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     found = Found()
@@ -134,7 +148,7 @@ def main() -> None:
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as name:
         folder = Path(name)
-        asked = None if options.no_ggml else Asked(folder, found)
+        asked = None if options.no_ggml else Asked(folder, found, options.llama)
         for number, mutant in enumerate(mutants(options.seed, options.mutants)):
             why = check(folder, number, mutant, found)
             if asked is not None:

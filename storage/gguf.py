@@ -18,18 +18,16 @@ from scheduling.errors import ModelFileError
 from scheduling.modelsize import ModelShape
 from storage.ggmltypes import FILE_TYPES
 from storage.ggufheader import (
-    ARRAY,
     ARRAY_KEPT,
-    FLOAT32,
-    INT32,
-    STRING,
     TEMPLATE_KEY,
+    TOKENS_KEY,
     Header,
     open_model,
     read_header,
 )
 from storage.ggufparts import named_part, part_names, read_parts
 from storage.ggufreader import shown
+from storage.ggufvocab import check_vocabulary
 
 _SAMPLE_BYTES, _SAMPLES, _EDGE_BYTES = 1 << 16, 16, 1 << 20
 _BLOCK = re.compile(r"blk\.(\d{1,6})\.")
@@ -89,7 +87,7 @@ def check_gguf(path: Path) -> GgufInfo:
     if not weights.shapes:
         raise ModelFileError(f"{path} holds no weights, only a vocabulary or metadata. Give a whole model.")
     architecture = _architecture(header)
-    _check_vocabulary(header)
+    check_vocabulary(header)
     cache = _cache_values(header, architecture)
     return GgufInfo(
         path=path,
@@ -159,28 +157,8 @@ def _architecture(header: Header) -> str:
     return architecture
 
 
-def _check_vocabulary(header: Header) -> None:
-    """Lists beside the vocabulary must be of its kind and as long: llama.cpp indexes them by token."""
-    tokens = header.lengths.get("tokenizer.ggml.tokens", 0)
-    for key, kinds in (
-        ("tokenizer.ggml.tokens", (STRING,)),
-        ("tokenizer.ggml.scores", (FLOAT32, INT32)),
-        ("tokenizer.ggml.token_type", (INT32,)),
-        ("tokenizer.ggml.merges", (STRING,)),
-    ):
-        if key not in header.keys:
-            continue
-        if header.kinds[key] != ARRAY or header.elements[key] not in kinds:
-            raise ModelFileError(f"{header.path} is damaged: its {key} is no list of that kind. Fetch it again.")
-        if STRING not in kinds and header.lengths[key] < tokens:
-            raise ModelFileError(
-                f"{header.path} is damaged: its {key} has {header.lengths[key]} entries for {tokens} tokens. Fetch it "
-                "again."
-            )
-
-
 def _vocab_tokens(header: Header, architecture: str) -> int | None:
-    return header.lengths.get("tokenizer.ggml.tokens") or _int(header, f"{architecture}.vocab_size")
+    return header.lengths.get(TOKENS_KEY) or _int(header, f"{architecture}.vocab_size")
 
 
 def _quantization(header: Header) -> str | None:

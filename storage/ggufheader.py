@@ -16,6 +16,7 @@ import math
 import os
 import stat
 import struct
+from array import array
 from collections.abc import KeysView
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,8 @@ KEPT_BYTES_MAX = 1 << 23
 UINT16, UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 2, 4, 5, 6, 7, 8, 9
 """Types of values, as far as they are asked for by name."""
 TEMPLATE_KEY = "tokenizer.chat_template"
+TOKENS_KEY = "tokenizer.ggml.tokens"
+TOKENS_MAX = 1 << 21
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRUCTS = {number: struct.Struct("<" + code) for number, code in _SCALARS.items()}
@@ -57,7 +60,7 @@ class Header:
     """One file's header. `values` has scalars, short texts and short arrays of numbers; `lengths` all arrays'.
 
     `kinds` are the types of all values by key, `elements` those of arrays' elements. `shapes` and `sizes` are of its
-    tensors by name: values along each dimension, the fastest first, and bytes.
+    tensors by name: values along each dimension, the fastest first, and bytes. `token_hashes` are of its vocabulary.
     """
 
     path: Path
@@ -69,6 +72,7 @@ class Header:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     chat_template_sha256: str | None = None
+    token_hashes: array[int] = field(default_factory=lambda: array("q"))
 
     @property
     def keys(self) -> KeysView[str]:
@@ -185,7 +189,12 @@ def _array(reader: GgufReader, header: Header, budget: _Budget, key: str) -> Non
         budget.step(length, key)
         if length * 8 > reader.left:
             raise reader.no_room(f"the array {shown(key)} claims {length} strings")
-        reader.skip_texts(length)
+        if key == TOKENS_KEY:
+            if length > TOKENS_MAX:
+                raise reader.bad(f"it claims a vocabulary of {length} tokens, {TOKENS_MAX} at most")
+            header.token_hashes = reader.token_hashes(length)
+        else:
+            reader.skip_texts(length)
     elif kind in _STRUCTS:
         scalar = _STRUCTS[kind]
         if length > ARRAY_MAX:

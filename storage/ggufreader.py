@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
+from array import array
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,6 +17,7 @@ from scheduling.errors import ModelFileError
 
 STRING_BYTES_MAX = 1 << 26
 TEXT_KEPT_BYTES = 1024
+TOKEN_BYTES_MAX = 1 << 16
 
 _WINDOW_BYTES = 1 << 18
 _U64 = struct.Struct("<Q")
@@ -123,14 +125,8 @@ class GgufReader:
         last = len(window) - 8
         for _ in range(count):
             if at > last:
-                self._at = at
-                if self.left < 8:
-                    raise self.truncated()
-                self._refill(_WINDOW_BYTES)
-                window, at = self._window, 0
+                window, at = self._window_from(at, 8), 0
                 last = len(window) - 8
-                if last < 0:
-                    raise self.truncated()
             length = unpack(window, at)[0]
             if length > STRING_BYTES_MAX:
                 self._at = at
@@ -139,6 +135,42 @@ class GgufReader:
         self._at = at
         if self.left < 0:
             raise self.truncated()
+
+    def token_hashes(self, count: int) -> array[int]:
+        """Hashes of `count` tokens as llama.cpp has them: up to a zero byte, and none of them empty."""
+        unpack = _U64.unpack_from
+        window, at = self._window, self._at
+        last = len(window) - 8
+        hashes = array("q")
+        for number in range(count):
+            if at > last:
+                window, at = self._window_from(at, 8), 0
+                last = len(window) - 8
+            length = unpack(window, at)[0]
+            if length > TOKEN_BYTES_MAX:
+                self._at = at
+                raise self.bad(f"its token {number} has {length} bytes, {TOKEN_BYTES_MAX} at most")
+            if at + length > last:
+                window, at = self._window_from(at, 8 + length), 0
+                last = len(window) - 8
+            end = at + 8 + length
+            token = window[at + 8 : end]
+            if 0 in token:
+                token = token[: token.index(0)]
+            hashes.append(hash(token or b"[EMPTY_%d]" % number))
+            at = end
+        self._at = at
+        return hashes
+
+    def _window_from(self, at: int, needed: int) -> bytes:
+        """A new window that begins at `at` of the old one, and has `needed` bytes at least."""
+        self._at = at
+        if self.left < needed:
+            raise self.truncated()
+        self._refill(_WINDOW_BYTES)
+        if len(self._window) < needed:
+            raise self.truncated()
+        return self._window
 
     def _text_bytes(self) -> int:
         length = self.u64()

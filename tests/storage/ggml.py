@@ -1,9 +1,12 @@
-"""Asks ggml itself about GGUF files, in a process of its own: it may abort, or read where nothing is.
+"""Asks ggml and llama.cpp themselves about GGUF files, in a process of its own: they may abort, or worse.
+
+ggml says:
 
     header   gguf_init_from_file accepts the file (as llama.cpp calls it: weights are not read)
     model    and all tensors end within the file, which llama.cpp's loader checks next
 
-Run as a program it reads paths from its input and answers each with a line.
+llama.cpp says `loaded` if it loads the vocabulary and takes a text apart with it. Both may say `refused`; who says
+nothing more has `aborted`. Run as a program, this reads paths from its input and answers each with a line.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-Verdict = Literal["aborted", "refused", "header", "model"]
+Verdict = Literal["aborted", "refused", "header", "model", "loaded"]
 
 
 def ggml_library() -> Path | None:
@@ -30,17 +33,26 @@ def ggml_library() -> Path | None:
 
 def ask_ggml(library: Path, paths: Sequence[Path]) -> list[Verdict]:
     """What ggml makes of each file."""
+    return _asked(str(library), paths)
+
+
+def ask_llama(paths: Sequence[Path]) -> list[Verdict]:
+    """What llama.cpp makes of each file's metadata and vocabulary."""
+    return _asked("llama", paths)
+
+
+def _asked(whom: str, paths: Sequence[Path]) -> list[Verdict]:
     verdicts: list[Verdict] = []
     environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}
     while len(verdicts) < len(paths):
         asked = "".join(f"{path}\n" for path in paths[len(verdicts) :])
         done = subprocess.run(
-            [sys.executable, __file__, str(library)],
+            [sys.executable, __file__, whom],
             input=asked,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            timeout=60,
+            timeout=120,
             check=False,
             env=environment,
         )
@@ -86,7 +98,26 @@ def _verdict(base: ctypes.CDLL, path: str) -> Verdict:
     return verdict
 
 
-if __name__ == "__main__":
-    loaded = _load(Path(sys.argv[1]))
+def _loaded(path: str) -> Verdict:
+    import llama_cpp
+
+    params = llama_cpp.llama_model_default_params()
+    params.vocab_only = True
+    model = llama_cpp.llama_model_load_from_file(path.encode(), params)
+    if not model:
+        return "refused"
+    tokens = (llama_cpp.llama_token * 64)()
+    llama_cpp.llama_tokenize(llama_cpp.llama_model_get_vocab(model), b"ab a", 4, tokens, 64, True, True)
+    llama_cpp.llama_model_free(model)
+    return "loaded"
+
+
+def main() -> None:
+    base = None if sys.argv[1] == "llama" else _load(Path(sys.argv[1]))
     for line in sys.stdin:
-        print(_verdict(loaded, line.rstrip("\n")), flush=True)
+        path = line.rstrip("\n")
+        print(_loaded(path) if base is None else _verdict(base, path), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -197,6 +197,36 @@ def model_pairs() -> list[Pair]:
     ]
 
 
+def llama_pairs() -> list[Pair]:
+    """What llama.cpp needs to load a model's vocabulary: one of bytes and four words."""
+    number = struct.Struct("<I").pack
+    tokens = [
+        b"<unk>",
+        b"<s>",
+        b"</s>",
+        *(b"<0x%02X>" % byte for byte in range(256)),
+        b"\xe2\x96\x81",
+        b"a",
+        b"b",
+        b"ab",
+    ]
+    types = (2, 3, 3, *([6] * 256), 1, 1, 1, 1)
+    return [
+        *(pair for pair in model_pairs() if not pair.key.startswith(b"tokenizer.")),
+        Pair(b"llama.feed_forward_length", U32, number(128)),
+        Pair(b"llama.attention.layer_norm_rms_epsilon", F32, struct.pack("<f", 1e-5)),
+        Pair(b"llama.rope.dimension_count", U32, number(16)),
+        Pair(b"tokenizer.ggml.model", STRING, text(b"llama")),
+        Pair(b"tokenizer.ggml.tokens", ARRAY, texts(*tokens)),
+        Pair(b"tokenizer.ggml.scores", ARRAY, numbers(F32, *range(len(tokens)))),
+        Pair(b"tokenizer.ggml.token_type", ARRAY, numbers(I32, *types)),
+        Pair(b"tokenizer.ggml.bos_token_id", U32, number(1)),
+        Pair(b"tokenizer.ggml.eos_token_id", U32, number(2)),
+        Pair(b"tokenizer.ggml.unknown_token_id", U32, number(0)),
+        Pair(b"tokenizer.ggml.add_bos_token", BOOL, b"\1"),
+    ]
+
+
 def model_tensors() -> list[Tensor]:
     return [
         Tensor(b"token_embd.weight", (64, 4), Q8_0),

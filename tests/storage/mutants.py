@@ -29,6 +29,7 @@ from tests.storage.malformed import (
     Draft,
     Pair,
     Piece,
+    llama_pairs,
     model,
     model_pairs,
     model_tensors,
@@ -70,6 +71,7 @@ def bases(random: Random) -> list[Base]:
         Draft([architecture, *random_pairs(random)], random_tensors(random)),
         Draft([architecture, loose, *random_pairs(random, 10)], random_tensors(random, 8), alignment=1),
         Draft([architecture], [*tensors[:1]]),
+        Draft(llama_pairs(), tensors),
     ]
     halves = [part(0, 2, tensors[:2], 4), part(1, 2, tensors[2:], 4)]
     split = {f"m-{number:05d}-of-00002.gguf": half.pieces() for number, half in enumerate(halves, 1)}

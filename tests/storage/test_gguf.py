@@ -20,7 +20,7 @@ from scheduling.errors import ModelFileError
 from scheduling.modelsize import ModelShape
 from storage.ggmltypes import FILE_TYPES
 from storage.gguf import GgufInfo, check_gguf, fingerprint
-from tests.storage.malformed import Draft, Pair, model_tensors, part, text
+from tests.storage.malformed import Draft, Pair, model_tensors, part, text, texts
 
 Tune = Callable[[gguf.GGUFWriter], None]
 
@@ -149,6 +149,47 @@ def test_what_llama_cpp_would_index_or_hold_wrongly_is_said(tmp_path: Path, tune
     # A vocabulary's size is asked for only where no list of tokens is there.
     path = make_model(tmp_path / "m.gguf", tune, vocabulary="vocab_size" not in said)
     assert said in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "said"),
+    [
+        ([b"a", b"b", b"c", b"b"], "tokens 1 and 3 of its tokenizer.ggml.tokens are the same"),
+        # To llama.cpp a token ends at a zero byte, and an empty one is named by its number.
+        ([b"a", b"b", b"a\0c"], "tokens 0 and 2"),
+        ([b"a", b"", b"[EMPTY_1]"], "tokens 1 and 2"),
+        ([b"a", b"x" * 65_537], "its token 1 has 65537 bytes, 65536 at most"),
+        ([b"%d" % number for number in range(70_000)] + [b"7"], "tokens 7 and 70000"),
+    ],
+)
+def test_tokens_that_are_the_same_to_llama_cpp_are_said(tmp_path: Path, tokens: list[bytes], said: str) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(with_tokens(tokens).build())
+    assert said in refusal(path)
+
+
+def with_tokens(tokens: list[bytes], tokenizer: bytes = b"gpt2") -> Draft:
+    pairs = [Pair(b"general.architecture", 8, text(b"llama")), Pair(b"tokenizer.ggml.model", 8, text(tokenizer))]
+    return Draft([*pairs, Pair(b"tokenizer.ggml.tokens", 9, texts(*tokens))], model_tensors())
+
+
+def test_tokens_of_any_bytes_that_differ_are_fine(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    tokens = [b"", b"\0", b"\xff", b"[EMPTY_9]", b"x" * 65_536, *(b"y" * number for number in range(1, 900))]
+    path.write_bytes(with_tokens(tokens).build())
+    assert check_gguf(path).vocab_tokens == len(tokens)
+    path.write_bytes(with_tokens([b"a", b"a"], tokenizer=b"no_vocab").build())
+    assert check_gguf(path).vocab_tokens == 2
+
+
+def test_more_tokens_than_any_vocabulary_has_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(with_tokens([]).build())
+    content = path.read_bytes()
+    at = content.index(b"tokenizer.ggml.tokens") + len(b"tokenizer.ggml.tokens") + 8
+    path.write_bytes(content[:at] + struct.pack("<Q", (1 << 21) + 1) + content[at + 8 :])
+    os.truncate(path, 1 << 25)
+    assert "a vocabulary of 2097153 tokens, 2097152 at most" in refusal(path)
 
 
 def test_a_bool_is_no_size(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.storage.ggml import ask_ggml, ggml_library
+from tests.storage.ggml import ask_ggml, ask_llama, ggml_library
 from tests.storage.mutants import mutants, reason, verdict
 
 SEED = 20_250
@@ -38,17 +38,26 @@ def test_a_damaged_model_is_accepted_or_refused_and_memory_stays_bounded(tmp_pat
     assert len(reasons) > 30
 
 
+def accepted(folder: Path, seed: int, count: int) -> list[Path]:
+    """Those of `count` mutants, each in a file of its own, that are accepted; of split models the file that changed."""
+    paths = []
+    for number, mutant in enumerate(mutants(seed, count)):
+        if verdict(folder, mutant) is None:
+            paths.append((folder / mutant.changed).rename(folder / f"accepted-{number}.gguf"))
+    assert len(paths) > 100
+    return paths
+
+
 @pytest.mark.slow
 @pytest.mark.system
-def test_whatever_is_accepted_ggml_accepts_too(tmp_path: Path) -> None:
+def test_whatever_is_accepted_ggml_accepts_and_llama_cpp_survives(tmp_path: Path) -> None:
     library = ggml_library()
     if library is None:
         if os.environ.get("CI"):
             pytest.fail("llama-cpp-python's ggml is not there", pytrace=False)
         pytest.skip("llama-cpp-python's ggml is not there")
-    accepted = []
-    for number, mutant in enumerate(mutants(SEED + 1, 2500)):
-        if verdict(tmp_path, mutant) is None:
-            accepted.append((tmp_path / mutant.changed).rename(tmp_path / f"accepted-{number}.gguf"))
-    assert len(accepted) > 100
-    assert [path for path, asked in zip(accepted, ask_ggml(library, accepted), strict=True) if asked != "model"] == []
+    paths = accepted(tmp_path, SEED + 1, 3000)
+    assert [path for path, said in zip(paths, ask_ggml(library, paths), strict=True) if said != "model"] == []
+    said = ask_llama(paths)
+    assert "aborted" not in said
+    assert said.count("loaded") > 10
