@@ -157,7 +157,7 @@ def _copy(
     grown: Callable[[], None],
 ) -> None:
     """Append the body as it comes. Raises TransientError for a cut or a stall; what came before it is kept."""
-    skip = partial.size - start
+    shown, skip = wanted.shown, partial.size - start
     before, since, since_size = partial.size, patience.clock(), partial.size
     while True:
         try:
@@ -174,7 +174,7 @@ def _copy(
             partial.restart()
             raise ModelSourceError(f"{wanted.shown} sends more bytes than it says the file has: refused.")
         if block:
-            partial.write(block, wanted.shown)
+            partial.write(block, shown)
             grown()
         if (now := patience.clock()) - since >= patience.stall_s:
             if partial.size - since_size < patience.slow_bytes:

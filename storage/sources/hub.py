@@ -230,7 +230,7 @@ def _file(
         room=added.room,
         piece_bytes=PIECE_BYTES,
     )
-    with Partial(path) as partial:
+    with Partial(path, added.read_again) as partial:
         digest = fetch(wanted, partial, job.patience, lambda done, total: added.grow(done, total, last))
         added.close(partial.size)
     return Fetched(path, name.rsplit("/", 1)[-1], sha256=remote.sha256, digest=digest)
