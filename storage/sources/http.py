@@ -30,7 +30,7 @@ REDIRECTS_MAX = 5
 PIECE_BYTES = 32 << 30
 """Asked for at once. Content networks refuse whole files over about 50 GB, but not pieces of them."""
 _BLOCK_BYTES = 1 << 18
-_PASSING = {408, 425, 429, 500, 502, 503, 504}
+PASSING = {408, 425, 429, 500, 502, 503, 504}
 _REDIRECTS = {301, 302, 303, 307, 308}
 _CONTENT_RANGE = re.compile(r"^bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)$")
 
@@ -157,7 +157,7 @@ def _copy(
     grown: Callable[[], None],
 ) -> None:
     """Append the body as it comes. Raises TransientError for a cut or a stall; what came before it is kept."""
-    skip = partial.size - start
+    shown, skip = wanted.shown, partial.size - start
     before, since, since_size = partial.size, patience.clock(), partial.size
     while True:
         try:
@@ -174,7 +174,7 @@ def _copy(
             partial.restart()
             raise ModelSourceError(f"{wanted.shown} sends more bytes than it says the file has: refused.")
         if block:
-            partial.write(block, wanted.shown)
+            partial.write(block, shown)
             grown()
         if (now := patience.clock()) - since >= patience.stall_s:
             if partial.size - since_size < patience.slow_bytes:
@@ -237,8 +237,8 @@ def _refusal(wanted: Wanted, response: http.client.HTTPResponse) -> Exception:
     """What an answer without a file comes to."""
     status = response.status
     said = f"the server answers {status} {response.reason}".rstrip()
-    if status in _PASSING:
-        return TransientError(said, _retry_after(response.headers.get("Retry-After")))
+    if status in PASSING:
+        return TransientError(said, retry_after(response.headers.get("Retry-After")))
     if status in (401, 403, 407):
         hint = "The proxy wants a login: set https_proxy." if status == 407 else wanted.hint
         return ModelSourceError(f"{wanted.shown}: {said}. {hint}".rstrip())
@@ -247,7 +247,7 @@ def _refusal(wanted: Wanted, response: http.client.HTTPResponse) -> Exception:
     return ModelSourceError(f"{wanted.shown}: {said}.")
 
 
-def _retry_after(value: str | None) -> float:
+def retry_after(value: str | None) -> float:
     """Seconds to wait, from a Retry-After header in either of its forms."""
     if value is None:
         return 0.0

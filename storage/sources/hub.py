@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 from scheduling.errors import ModelSourceError
 from storage.sources.credentials import Credential, origin_of
-from storage.sources.http import PIECE_BYTES, Wanted, fetch
+from storage.sources.http import PASSING, PIECE_BYTES, Wanted, fetch, retry_after
 from storage.sources.job import (
     Failures,
     Fetched,
@@ -39,7 +39,6 @@ _SOURCE = re.compile(
 )
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _FILES_MAX = 100_000
-_PASSING = {408, 425, 429, 500, 502, 503, 504}
 
 
 @dataclass(frozen=True)
@@ -230,7 +229,7 @@ def _file(
         room=added.room,
         piece_bytes=PIECE_BYTES,
     )
-    with Partial(path) as partial:
+    with Partial(path, added.read_again) as partial:
         digest = fetch(wanted, partial, job.patience, lambda done, total: added.grow(done, total, last))
         added.close(partial.size)
     return Fetched(path, name.rsplit("/", 1)[-1], sha256=remote.sha256, digest=digest)
@@ -267,10 +266,11 @@ def _ask(job: Job, place: _Place, endpoint: str) -> tuple[_Listing, Credential |
             raise ModelSourceError(f"{place}: {page} has no revision {place.revision!r}.") from error
         except errors.HfHubHTTPError as error:
             status = getattr(error.response, "status_code", 0)
-            if status not in _PASSING:
+            if status not in PASSING:
                 hint = _HINT.format(page=page) if status in (401, 403) else ""
                 raise ModelSourceError(f"{place}: the hub answers {status}. {hint}".rstrip()) from error
-            failures.wait(TransientError(f"the hub answers {status}"))
+            wait_s = retry_after(error.response.headers.get("Retry-After"))
+            failures.wait(TransientError(f"the hub answers {status}", wait_s))
         except Exception as error:
             # Which network errors there are depends on the library that huggingface_hub is built upon.
             failures.wait(TransientError(f"{endpoint} cannot be asked ({type(error).__name__}: {error})"))

