@@ -147,7 +147,7 @@ def _changes(before: Any, after: Any) -> list[Change]:
 
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping) and value:
+    if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _leaves(f"{name}.{key}" if name else str(key), inner)
     else:

@@ -103,7 +103,8 @@ def _write_csv(rows: list[Row], out: BinaryIO) -> None:
 
 def _csv_lines(rows: Iterable[list[Any]]) -> bytes:
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    # RFC 4180's line end. With another one Python leaves a carriage return within a text unquoted.
+    csv.writer(text, lineterminator="\r\n").writerows(rows)
     return text.getvalue().encode()
 
 
