@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import msgspec
 
-from coordinator.compressed import STDIN
+from coordinator.compressed import STDIN, STDIN_VARIABLE, stdin_for_ranks
 from coordinator.config import JobConfig, package_versions
 from coordinator.convert import source_of
 from coordinator.inputfile import Format, ends_identity, only_embeddings, sniff_format
@@ -84,8 +84,12 @@ def run_batch(config: JobConfig, options: BatchOptions, argv: list[str]) -> int:
         devices = ranks_for_devices(config)
         if options.ranks is None and devices > 1 and config.coordinator_works is None:
             argv = [*argv, "--coordinator-works"]  # one rank a device, so rank 0 takes one too
+        if options.ranks is not None and "--ranks" not in argv:
+            argv = [*argv, "--ranks", str(options.ranks)]  # a replay's, which its ranks record in turn
         if (ranks := options.ranks or devices) > 1:
-            return run_own_mpirun(own_mpirun(argv, ranks, os.environ), resumable=str(options.output))
+            environ = {**os.environ, **(stdin_for_ranks() if options.input == STDIN else {})}
+            command = own_mpirun(argv, ranks, os.environ)
+            return run_own_mpirun(command, environ, resumable=str(options.output))
         world = None
     else:
         world = open_world(launch)
@@ -231,6 +235,7 @@ class _Lead:
         return prepare_input(
             source, options.output, strict=self._config.precheck, note=self._view.note,
             check_stop=lambda: self._checking(0, 0),
+            stdin_ends=self._launch.launcher != "openmpi" or STDIN_VARIABLE in os.environ,
         )  # fmt: skip
 
     def _open(self, form: Format) -> FileSource:

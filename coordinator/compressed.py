@@ -10,10 +10,14 @@ This module does not know what the bytes mean.
 
 from __future__ import annotations
 
+import errno
 import importlib
+import os
 import select
+import sys
 import zlib
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +29,44 @@ _SKIPPABLE = b"\x2a\x4d\x18"
 """Bytes 2 to 4 of a zstd frame that holds no data; some programs begin with one."""
 
 STDIN = Path("-")
+STDIN_VARIABLE = "LLMPI_STDIN"
 WAIT_S = 0.5
 CHUNK_BYTES = 1 << 16
 ZSTD_CHUNK_BYTES = 1 << 10
 """A block of zstd takes 4 bytes at least and makes 128 KiB at most: so 32 MiB a chunk at worst."""
 ZSTD_WINDOW_BYTES = 1 << 27
 """What zstd itself accepts without being told otherwise."""
+
+
+def open_stdin() -> FileIO:
+    """Standard input, or that of the process which started mpirun for us. Raises OSError if there is none."""
+    given = os.environ.get(STDIN_VARIABLE)
+    if given is None:
+        if sys.__stdin__ is None:  # closed: its number may be that of another file by now
+            raise OSError(errno.EBADF, "it is closed")
+        return FileIO(0, closefd=False)
+    offset, _, path = given.partition(":")
+    # Without O_NONBLOCK opening a pipe with a name would wait for somebody to write to it.
+    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    os.set_blocking(number, True)
+    if int(offset):
+        os.lseek(number, int(offset), os.SEEK_SET)
+    return FileIO(number)
+
+
+def stdin_for_ranks() -> dict[str, str]:
+    """What to put into the environment of ranks on this machine, so that rank 0 reads this process's standard input.
+
+    mpirun's own way is not enough: Open MPI 5 hands on what is read there, but never that it has ended.
+    """
+    path = f"/proc/{os.getpid()}/fd/0"
+    if sys.__stdin__ is None or not os.path.exists(path):
+        return {}
+    try:
+        offset = os.lseek(0, 0, os.SEEK_CUR)
+    except OSError:
+        offset = 0  # a pipe
+    return {STDIN_VARIABLE: f"{offset}:{path}"}
 
 
 class Stored:
@@ -44,9 +80,7 @@ class Stored:
         self.done = 0
         self._ahead = b""
         try:
-            # The descriptor of standard input is not ours to close.
-            at = 0 if path == STDIN else path
-            self._file = open(at, "rb", buffering=0, closefd=path != STDIN)  # noqa: SIM115 - closed by __exit__
+            self._file = open_stdin() if path == STDIN else FileIO(path)
         except FileNotFoundError:
             raise InputError(f"{path} does not exist; -i takes a file of requests") from None
         except OSError as error:

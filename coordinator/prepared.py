@@ -8,7 +8,6 @@ refused.
 from __future__ import annotations
 
 import fcntl
-import os
 import select
 import struct
 import termios
@@ -18,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coordinator.compressed import WAIT_S
+from coordinator.compressed import WAIT_S, open_stdin
 from coordinator.convert import Converted, Source, convert
 from coordinator.progress import PLAIN_EVERY_S, duration
 from coordinator.rows import Columns
-from scheduling.errors import InputError, LlmpiError, RunDirError
+from scheduling.errors import ConfigError, InputError, LlmpiError, RunDirError
 from storage.joblock import JobLock
 from storage.rundir import (
     REQUESTS_NAME,
@@ -48,16 +47,28 @@ class Prepared:
 
 
 def prepare_input(
-    source: Source, run_dir: Path, *, strict: bool, note: Note, check_stop: Callable[[], object]
+    source: Source,
+    run_dir: Path,
+    *,
+    strict: bool,
+    note: Note,
+    check_stop: Callable[[], object],
+    stdin_ends: bool = True,
 ) -> Prepared:
     """Convert `source` into `run_dir`, unless that was done before; the run directory is locked afterwards.
 
-    `check_stop` is called now and then and may raise. Raises InputError, ConfigError, RunDirError, RecordError (no
+    `check_stop` is called now and then and may raise. `stdin_ends` False: whoever hands standard input on does not
+    say when it ends, so that it cannot be read. Raises InputError, ConfigError, RunDirError, RecordError (no
     space left); nothing is locked then.
     """
     held = lock_run(run_dir)
     try:
-        if not _reuse(source, run_dir, note, check_stop):
+        if not _reuse(source, run_dir, note, check_stop, stdin_ends):
+            if source.is_stdin and not stdin_ends:
+                raise ConfigError(
+                    "Open MPI's mpirun does not tell its ranks when standard input ends: leave mpirun out and give "
+                    "`llmpi batch --ranks N -i -`, or write the requests to a file first"
+                )
             _convert(source, run_dir, strict=strict, note=note, check_stop=check_stop)
         return Prepared(run_dir / REQUESTS_NAME, source.identity, held)
     except BaseException:
@@ -65,7 +76,7 @@ def prepare_input(
         raise
 
 
-def _reuse(source: Source, run_dir: Path, note: Note, check_stop: Callable[[], object]) -> bool:
+def _reuse(source: Source, run_dir: Path, note: Note, check_stop: Callable[[], object], stdin_ends: bool) -> bool:
     """Whether what an earlier session made of this input is used."""
     if not (run_dir / RUN_NAME).exists():
         return False
@@ -74,7 +85,11 @@ def _reuse(source: Source, run_dir: Path, note: Note, check_stop: Callable[[], o
     there = (run_dir / REQUESTS_NAME).exists()
     if not holds_answers(run_dir):
         # It may become another run. What standard input has can only be told by reading it.
-        return there and made_from == source.identity and not (source.is_stdin and _stdin_has_data(check_stop))
+        return (
+            there
+            and made_from == source.identity
+            and not (source.is_stdin and stdin_ends and _stdin_has_data(check_stop))
+        )
     refuse_other_run(run_dir, {"input": {"source": made_from}}, {"input": {"source": source.identity}})
     if not there and source.is_stdin:
         raise RunDirError(
@@ -89,12 +104,13 @@ def _reuse(source: Source, run_dir: Path, note: Note, check_stop: Callable[[], o
 def _stdin_has_data(check_stop: Callable[[], object]) -> bool:
     """Whether something other than the end comes, without taking it; nobody is asked to type it."""
     try:
-        if os.isatty(0):
-            return False
-        while not select.select([0], [], [], WAIT_S)[0]:
-            check_stop()
-        return bool(struct.unpack("i", fcntl.ioctl(0, termios.FIONREAD, bytes(4)))[0])
-    except (OSError, ValueError):
+        with open_stdin() as file:
+            if file.isatty():
+                return False
+            while not select.select([file], [], [], WAIT_S)[0]:
+                check_stop()
+            return bool(struct.unpack("i", fcntl.ioctl(file, termios.FIONREAD, bytes(4)))[0])
+    except OSError:
         return False  # closed, or a device such as /dev/null
 
 

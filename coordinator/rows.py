@@ -221,6 +221,8 @@ def parquet_rows(path: Path, make_form: MakeForm) -> Iterator[tuple[RowForm, int
                     number += 1
                     wrong = next((value for value in values if isinstance(value, RequestError)), None)
                     yield form, number, wrong or dict(zip(form.needed, values, strict=True))
+    except MemoryError:
+        raise InputError(f"{path}: not enough memory for a page of rows after row {number}") from None
     except (pa.ArrowException, OSError) as error:
         said = " ".join(str(error).split())
         raise InputError(f"{path} cannot be read as Parquet after row {number}: {said}; get it again") from None

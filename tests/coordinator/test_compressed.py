@@ -14,7 +14,7 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from coordinator.compressed import Stored, packing, unpacked
+from coordinator.compressed import Stored, packing, stdin_for_ranks, unpacked
 from scheduling.errors import ConfigError, InputError
 
 PACK: dict[str, Callable[[bytes], bytes]] = {"gzip": gzip.compress, "zstd": zstandard.compress}
@@ -174,3 +174,10 @@ def test_peeking_takes_nothing(tmp_path: Path) -> None:
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nothing does not exist"):
         Stored(tmp_path / "nothing")
+
+
+def test_standard_input_that_is_closed_is_not_another_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "__stdin__", None)
+    with pytest.raises(InputError, match="standard input cannot be read: it is closed"):
+        Stored(Path("-"))
+    assert stdin_for_ranks() == {}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.compressed import STDIN
+from coordinator.compressed import STDIN, stdin_for_ranks
 from coordinator.convert import source_of
 from coordinator.inputfile import ends_identity
 from coordinator.prepared import Prepared, prepare_input, tell_row
@@ -186,6 +186,47 @@ def test_where_nothing_was_answered_standard_input_is_read_if_it_has_anything(jo
         job(STDIN)
         assert job.requests == b'{"prompt":"first"}\n'
     stdin.holds(b'{"prompt":"second"}\n')
+    job(STDIN)
+    assert job.requests == b'{"prompt":"second"}\n'
+
+
+def test_where_the_end_of_standard_input_is_never_told_it_is_not_read(job: Job, stdin: Stdin) -> None:
+    source = source_of(STDIN, None, Columns())
+    assert source is not None
+    read, write = os.pipe()  # has nothing, and never ends
+    os.dup2(read, 0)
+    with pytest.raises(ConfigError, match="--ranks N -i -"):
+        prepare_input(
+            source, job.run_dir, strict=True, note=print, check_stop=lambda: None, stdin_ends=False
+        )  # fmt: skip
+    stdin.holds(b'{"prompt":"first"}\n')
+    job(STDIN)
+    os.dup2(read, 0)
+    prepared = prepare_input(
+        source, job.run_dir, strict=True, note=print, check_stop=lambda: None, stdin_ends=False
+    )  # fmt: skip
+    assert prepared.held is not None
+    prepared.held.release()
+    os.close(read)
+    os.close(write)
+
+
+@pytest.mark.parametrize("taken", [0, 3])
+def test_ranks_read_the_standard_input_of_who_started_mpirun(
+    job: Job, stdin: Stdin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: int
+) -> None:
+    given = tmp_path / "given"
+    given.write_bytes(b'{"prompt":"first"}\n'.rjust(19 + taken))
+    number = os.open(given, os.O_RDONLY)
+    os.dup2(number, 0)
+    os.close(number)
+    assert len(os.read(0, taken)) == taken
+    ((name, value),) = stdin_for_ranks().items()
+    monkeypatch.setenv(name, value)
+    job(STDIN)
+    assert job.requests == b'{"prompt":"first"}\n'
+    stdin.holds(b'{"prompt":"second"}\n')
+    monkeypatch.setenv(name, stdin_for_ranks()[name])
     job(STDIN)
     assert job.requests == b'{"prompt":"second"}\n'
 
