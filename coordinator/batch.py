@@ -12,18 +12,23 @@ import os
 import sys
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 import msgspec
 
+from coordinator.compressed import STDIN, STDIN_VARIABLE, stdin_for_ranks
 from coordinator.config import JobConfig, package_versions
+from coordinator.convert import source_of
 from coordinator.inputfile import Format, ends_identity, only_embeddings, sniff_format
 from coordinator.launch import Launch, check_singleton, detect, find_mpirun, own_mpirun, run_own_mpirun
 from coordinator.loop import Callbacks, Coordinator
 from coordinator.mpi import Collectives, World
+from coordinator.prepared import Prepared, prepare_input, tell_row
 from coordinator.progress import ProgressView
+from coordinator.replay import Replay, read_recorded
+from coordinator.rows import Columns
 from coordinator.rundata import store_session, write_run_metrics
 from coordinator.serve import serve
 from coordinator.session import Session
@@ -58,6 +63,9 @@ class BatchOptions:
     input: Path
     output: Path
     format: str | None = None
+    columns: Columns = field(default_factory=Columns)
+    replay: Replay | None = None
+    """What this run is to be the same as."""
     ranks: int | None = None
     show: int = 0
     quiet: bool = False
@@ -66,8 +74,6 @@ class BatchOptions:
 
 def run_batch(config: JobConfig, options: BatchOptions, argv: list[str]) -> int:
     """Run the job on this rank and return its exit code (see `scheduling.errors`)."""
-    if str(options.input) == "-":
-        raise InputError("standard input cannot be read twice, which resuming needs: save it to a file first")
     launch = detect(os.environ)
     if launch.launcher != "none" and options.ranks not in (None, launch.size_claimed):
         raise ConfigError(
@@ -78,8 +84,12 @@ def run_batch(config: JobConfig, options: BatchOptions, argv: list[str]) -> int:
         devices = ranks_for_devices(config)
         if options.ranks is None and devices > 1 and config.coordinator_works is None:
             argv = [*argv, "--coordinator-works"]  # one rank a device, so rank 0 takes one too
+        if options.ranks is not None and "--ranks" not in argv:
+            argv = [*argv, "--ranks", str(options.ranks)]  # a replay's, which its ranks record in turn
         if (ranks := options.ranks or devices) > 1:
-            return run_own_mpirun(own_mpirun(argv, ranks, os.environ), resumable=str(options.output))
+            environ = {**os.environ, **(stdin_for_ranks() if options.input == STDIN else {})}
+            command = own_mpirun(argv, ranks, os.environ)
+            return run_own_mpirun(command, environ, resumable=str(options.output))
         world = None
     else:
         world = open_world(launch)
@@ -89,6 +99,25 @@ def run_batch(config: JobConfig, options: BatchOptions, argv: list[str]) -> int:
             serve_rank(setup, world, options.output / "logs")
         return EXIT_OK
     return _Lead(setup, options, launch, world).run()
+
+
+def replayed(
+    run_dir: Path, config: JobConfig, options: BatchOptions, names: frozenset[str]
+) -> tuple[JobConfig, BatchOptions]:
+    """The job that was run in `run_dir`, with what the options `names` say otherwise.
+
+    Raises RunDirError: there is no such run, or not enough is known of it. InputError: options that need an input.
+    """
+    if options.output.resolve() == run_dir.resolve():
+        raise RunDirError(f"--replay and -o are both {run_dir}: give another run directory with -o")
+    recorded = read_recorded(run_dir)
+    expected = recorded.expected(names)
+    changes: dict[str, Any] = {"replay": expected}
+    if expected.input is not None:
+        changes |= {"input": expected.input, "format": recorded.format}
+    if "ranks" not in names and detect(os.environ).launcher == "none":
+        changes["ranks"] = recorded.ranks
+    return recorded.job(config, names), replace(options, **changes)
 
 
 def ranks_for_devices(config: JobConfig) -> int:
@@ -163,6 +192,7 @@ class _Lead:
         self._view = ProgressView(sys.stderr, quiet=options.quiet)
         self._session = Session(setup, world)
         self._said_stopping = False
+        self._given = Prepared(options.input)
 
     def run(self) -> int:
         with StopSignals() as self._signals:
@@ -172,14 +202,20 @@ class _Lead:
         try:
             if self._setup.problem is not None:
                 raise self._setup.problem
-            form = cast("Format", self._options.format) or sniff_format(self._options.input)
-            source = FileSource(
-                self._options.input, format=form, defaults=self._config.sampling, precheck=self._config.precheck,
-                on_progress=self._checking, max_tokens=self._config.max_tokens,
-            )  # fmt: skip
-            identity = refuse_edited_input(self._options.output, source)
-            details = self._details() | {"input_identity": identity}
-            with RunDir.create_or_resume(self._options.output, self._identity(form), details) as run:
+            if self._options.replay is not None:
+                self._options.replay.check(self._setup.fingerprint, self._setup.adapters)
+            with contextlib.ExitStack() as undo:
+                given = self._given = self._prepared_input()
+                if given.held is not None:
+                    undo.callback(given.held.release)
+                form = "jsonl" if given.source else cast("Format", self._options.format) or sniff_format(given.path)
+                source = self._open(form)
+                identity = refuse_edited_input(self._options.output, source)
+                if self._options.replay is not None:
+                    self._options.replay.check_content(identity)
+                details = self._details() | {"input_identity": identity}
+                undo.pop_all()  # the lock is the run directory's from here on
+            with RunDir.create_or_resume(self._options.output, self._identity(form), details, held=given.held) as run:
                 return self._run_in(run, source)
         except BaseException as error:
             self._view.close()
@@ -189,6 +225,27 @@ class _Lead:
             raise
         finally:
             self._view.close()
+
+    def _prepared_input(self) -> Prepared:
+        """The input as a file that can be read more than once."""
+        options = self._options
+        source = source_of(options.input, options.format, options.columns)
+        if source is None:
+            return Prepared(options.input)
+        return prepare_input(
+            source, options.output, strict=self._config.precheck, note=self._view.note,
+            check_stop=lambda: self._checking(0, 0),
+            stdin_ends=self._launch.launcher != "openmpi" or STDIN_VARIABLE in os.environ,
+        )  # fmt: skip
+
+    def _open(self, form: Format) -> FileSource:
+        try:
+            return FileSource(
+                self._given.path, format=form, defaults=self._config.sampling, precheck=self._config.precheck,
+                on_progress=self._checking, max_tokens=self._config.max_tokens,
+            )  # fmt: skip
+        except InputError as error:
+            raise tell_row(error, self._given) from None
 
     def _checking(self, done_bytes: int, total_bytes: int) -> None:
         """The first pass over the input goes on; a signal ends it, for nothing has been started yet."""
@@ -212,7 +269,7 @@ class _Lead:
         self._tell_resume(run, found)
         source.skip(found.states > 0)
         self._session.number = run.session
-        self._session.embeds_only = only_embeddings(self._options.input, source.format)
+        self._session.embeds_only = only_embeddings(self._given.path, source.format)
         self._session.log_dir = run.path / "logs"
         self._session.log_dir.mkdir(exist_ok=True)
         if source.lengths is not None:
@@ -238,8 +295,9 @@ class _Lead:
     # ------------------------------------------------------------ what a run is
 
     def _identity(self, form: Format) -> dict[str, Any]:
+        made_from = {} if self._given.source is None else {"source": self._given.source}
         return {
-            "input": ends_identity(self._options.input, form),
+            "input": ends_identity(self._given.path, form) | made_from,
             "model": self._setup.fingerprint,
             "adapters": list(self._setup.adapters),
             "options": self._config.identity(),
@@ -248,14 +306,19 @@ class _Lead:
     def _details(self) -> dict[str, Any]:
         return {
             "command": sys.argv,
-            "input": str(self._options.input.resolve()),
+            "input": "-" if self._options.input == STDIN else str(self._options.input.resolve()),
+            "cwd": str(Path.cwd()),
+            "batch": {
+                "format": self._options.format, "columns": asdict(self._options.columns), "ranks": self._options.ranks,
+            },
+            "replay_of": None if self._options.replay is None else str(self._options.replay.run_dir.resolve()),
             "model": self._setup.model.path,
             "model_digest": self._setup.model_digest,
             "config": msgspec.to_builtins(self._config),
             "versions": package_versions() | {"python": sys.version.split()[0]},
             "seed": self._config.seed,
             "service_times": msgspec.to_builtins(self._setup.service_times),
-        }
+        }  # fmt: skip
 
     def _facts(self) -> dict[str, Any]:
         session = self._session
@@ -370,12 +433,19 @@ class _Lead:
         from coordinator.report import print_report, report_data
 
         data = report_data(run.path)
+        compared = None
+        if self._options.replay is not None:
+            from coordinator.compare import compare_runs
+
+            compared = compare_runs(self._options.replay.run_dir, run.path)
         if self._options.as_json:
             from coordinator.values import print_json
 
-            print_json(data)
+            print_json(data if compared is None else data | {"replay": compared.as_data()})
         elif not self._options.quiet:
             print_report(data, sys.stdout, run.path, show=self._options.show)
+        if compared is not None and not self._options.as_json:
+            compared.print(sys.stdout)
         if self._config.engine == "simulated" and (self._options.as_json or self._options.quiet):
             self._say(WARNING)
         if outcome == "drained":

@@ -17,8 +17,8 @@ import typer
 
 from coordinator.launch import Launch, detect
 from coordinator.modelcli import models
-from coordinator.options import EngineOptions, GeneratingOptions, ModelOptions, takes
-from coordinator.values import held_to, numbers_of, read_text, refuse_beside_continuation
+from coordinator.options import EngineOptions, GeneratingOptions, ModelOptions, given_on_command_line, takes
+from coordinator.values import held_to, numbers_of, read_text, refuse_beside_continuation, refuse_missing
 from scheduling.errors import EXIT_INFRASTRUCTURE, EXIT_OK, EXIT_USAGE, LlmpiError
 
 app = typer.Typer(
@@ -53,6 +53,15 @@ class Pooling(str, Enum):
 class InputFormat(str, Enum):
     jsonl = "jsonl"
     text = "text"
+    csv = "csv"
+    tsv = "tsv"
+    parquet = "parquet"
+
+
+class Table(str, Enum):
+    jsonl = "jsonl"
+    csv = "csv"
+    parquet = "parquet"
 
 
 class Order(str, Enum):
@@ -90,11 +99,36 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSO
 @takes(EngineOptions)
 def batch(
     chosen: EngineOptions,
-    model: Model,
+    context: typer.Context,
+    model: Annotated[str, typer.Option("-m", "--model", help="GGUF file.", show_default=False)] = "",
     requests: Annotated[
-        Path, typer.Option("-i", "--input", help='Requests: OpenAI batch JSONL, {"prompt": …} lines, or text.')
-    ],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Run directory; the same command again resumes.")],
+        Path | None,
+        typer.Option(
+            "-i",
+            "--input",
+            help='Requests: OpenAI batch JSONL, {"prompt": …} lines, text, CSV, TSV or Parquet, also compressed; a '
+            "directory of these; or '-' for standard input.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Run directory; the same command again resumes.")
+    ] = None,
+    prompt_column: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Column, or field, with the prompt. [default: prompt]")
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Prompt made of columns: 'Translate {text} into {language}:'.")
+    ] = None,
+    id_column: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Column with each request's id. [default: custom_id, if there]")
+    ] = None,
+    replay: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN_DIR",
+            help="Do this run again: same model, input and options, unless given anew; then say what differed.",
+        ),
+    ] = None,
     schedule: Annotated[Schedule, typer.Option(help="How requests find workers.")] = Schedule.work_stealing,
     ranks: Annotated[
         int | None,
@@ -120,7 +154,7 @@ def batch(
     pooling: PoolingOption = None,
     input_format: Annotated[
         InputFormat | None,
-        typer.Option("--format", help="How the input is written. [default: text for .txt, else by the file's content]"),
+        typer.Option("--format", help="How the input is written. [default: by its name, else by its content]"),
     ] = None,
     precheck: Annotated[
         bool, typer.Option("--precheck/--no-precheck", help="Validate the whole input before anything starts.")
@@ -151,8 +185,9 @@ def batch(
     as_json: AsJson = False,
 ) -> None:
     """Answer every request of a file exactly once, on all ranks."""
-    from coordinator.batch import BatchOptions, run_batch
+    from coordinator.batch import BatchOptions, replayed, run_batch
     from coordinator.config import JobConfig, checked_sampling
+    from coordinator.rows import Columns
 
     config = JobConfig(
         model=model, schedule=schedule.value, ranks_per_gpu=ranks_per_gpu, coordinator_works=coordinator_works,
@@ -164,10 +199,14 @@ def batch(
         engine=engine.value, service_times=None if service_times is None else str(service_times), time_scale=time_scale,
         pooling=None if pooling is None else pooling.value, **chosen.job(),
     )  # fmt: skip
+    needed: dict[str, Path | str | None] = {"-m/--model": model, "-i/--input": requests, "-o/--output": output}
+    refuse_missing(needed if replay is None else {"-o/--output": output})
     options = BatchOptions(
-        input=requests, output=output, format=None if input_format is None else input_format.value, ranks=ranks,
-        show=show, quiet=quiet, as_json=as_json,
+        input=requests or Path(), output=output or Path(), format=None if input_format is None else input_format.value,
+        columns=Columns(prompt_column, template, id_column), ranks=ranks, show=show, quiet=quiet, as_json=as_json,
     )  # fmt: skip
+    if replay is not None:
+        config, options = replayed(replay, config, options, given_on_command_line(context))
     raise typer.Exit(run_batch(config, options, sys.argv[1:]))
 
 
@@ -273,12 +312,18 @@ def report(run_dir: RunDirectory, as_json: AsJson = False) -> None:
 def export(
     run_dir: RunDirectory,
     order: Annotated[Order, typer.Option(help="'input' sorts the answers like the requests.")] = Order.input,
+    to: Annotated[
+        Table | None,
+        typer.Option(help="A table with a row an answer: text, how it ended, tokens, times. [default: no table]"),
+    ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="File to write. [default: stdout]")] = None,
 ) -> None:
-    """Write the answers as OpenAI batch output, a line each."""
+    """Write the answers as OpenAI batch output, a line each, or as a table."""
     from coordinator.rundirs import export_answers
 
-    raise typer.Exit(export_answers(run_dir, order.value, output) if detect(os.environ).speaks else EXIT_OK)
+    if not detect(os.environ).speaks:
+        raise typer.Exit(EXIT_OK)
+    raise typer.Exit(export_answers(run_dir, order.value, output, None if to is None else to.value))
 
 
 @bench.command("dispatch")

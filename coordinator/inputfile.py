@@ -18,7 +18,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple
+from typing import BinaryIO, Literal, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
@@ -120,8 +120,16 @@ class Block(NamedTuple):
     dropped: int = 0
 
 
+class Readable(Protocol):
+    """Of a file what `line_blocks` needs."""
+
+    def read(self, size: int, /) -> bytes: ...
+
+    def tell(self) -> int: ...
+
+
 def line_blocks(
-    file: BinaryIO,
+    file: Readable,
     *,
     block_bytes: int = BLOCK_BYTES,
     line_bytes_max: int = LINE_BYTES_MAX,
@@ -219,24 +227,25 @@ class Checked:
     offsets: npt.NDArray[np.int64]
 
 
-class _Problems:
-    """The first few bad lines, and how many there are."""
+class Problems:
+    """The first few bad lines (or rows), and how many there are."""
 
-    def __init__(self) -> None:
+    def __init__(self, unit: str = "line") -> None:
+        self.unit = unit
         self.shown: list[str] = []
         self.count = 0
 
-    def add(self, line_number: int, reason: object) -> None:
+    def add(self, number: int, reason: object) -> None:
         self.count += 1
         if len(self.shown) < PROBLEMS_SHOWN:
-            self.shown.append(f"line {line_number}: {reason}")
+            self.shown.append(f"{self.unit} {number}: {reason}")
 
-    def error(self, path: Path) -> InputError:
+    def error(self, path: Path | str) -> InputError:
         if self.count == 1:
             return InputError(f"{path}, {self.shown[0]}")
         more = self.count - len(self.shown)
         count = f"{'at least ' if self.count >= PROBLEMS_MAX else ''}{self.count:,}"
-        said = [f"{path}: {count} lines cannot be used", *self.shown]
+        said = [f"{path}: {count} {self.unit}s cannot be used", *self.shown]
         return InputError("\n  ".join([*said, f"and {more:,} more"] if more else said))
 
 
@@ -271,7 +280,7 @@ def check_file(
     whole = hashlib.sha256()
     hashes = bytearray()
     offsets = array("q")
-    problems = _Problems()
+    problems = Problems()
     scan = LengthScan(max_tokens)
     line_number = 0
     with open_input(path) as file:
@@ -323,7 +332,7 @@ def _refuse_duplicates(path: Path, hashes: bytearray, defaults: Sampling) -> Non
         return
     suspects = {int(value).to_bytes(8, "little") for value in twice[:PROBLEMS_MAX]}
     lines_of: dict[str, int] = {}
-    problems = _Problems()
+    problems = Problems()
     index = line_number = 0
     with open_input(path) as file:
         for block in line_blocks(file):

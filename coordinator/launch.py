@@ -279,4 +279,6 @@ def _start(command: Sequence[str], environ: dict[str, str]) -> Child:
         if libc is not None:
             libc.prctl(1, signal.SIGTERM, 0, 0, 0)  # 1 is PR_SET_PDEATHSIG
 
-    return subprocess.Popen(command, env=environ, start_new_session=True, preexec_fn=die_with_parent)
+    # Standard input is not mpirun's: it would take from it what nobody gets.
+    nothing = subprocess.DEVNULL
+    return subprocess.Popen(command, stdin=nothing, env=environ, start_new_session=True, preexec_fn=die_with_parent)

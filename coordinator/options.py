@@ -130,6 +130,13 @@ class EngineOptions(GeneratingOptions):
     ] = None
 
 
+def given_on_command_line(context: typer.Context) -> frozenset[str]:
+    """Names of the parameters of a command that were given, also where they have their default's value."""
+    return frozenset(
+        name for name in context.params if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    )
+
+
 def takes(group: type[Group]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command, whose first parameter is a `group`, an option for each field of the group."""
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
+from typing import cast
 
 from scheduling.errors import EXIT_OK, ConfigError
+from storage.export import Form, export_table
 from storage.recovery import RECORD_NAME, export_ordered
 from storage.rundir import METRICS_NAME, Status, read_run, request_stop
 from storage.rundir import status as run_status
@@ -67,25 +70,40 @@ def show_report(run_dir: Path, as_json: bool) -> int:
     return EXIT_OK
 
 
-def export_answers(run_dir: Path, order: str, output: Path | None) -> int:
-    """Write all answers to `output` or stdout."""
+def export_answers(run_dir: Path, order: str, output: Path | None, table: str | None = None) -> int:
+    """Write all answers to `output` or stdout; `table` says as which kind of table, None: the record's lines.
+
+    A table that goes to a file appears there whole or not at all.
+    """
     read_run(run_dir)
+    if table == "parquet" and output is None and sys.stdout.isatty():
+        raise ConfigError("a Parquet file is nothing for a terminal: name a file with -o")
+    to = output
+    if table is not None and output is not None and (output.is_file() or not output.exists()):
+        to = output.with_name(f".{output.name}.tmp")
     try:
-        target = sys.stdout.buffer if output is None else output.open("wb")
+        target = sys.stdout.buffer if to is None else to.open("wb")
     except OSError as error:
         raise ConfigError(f"cannot write {output}: {error.strerror}") from None
     try:
-        if order == "input":
+        if table is not None:
+            export_table(run_dir, target, cast("Form", table), in_input_order=order == "input")
+        elif order == "input":
             export_ordered(run_dir, target)
         else:
             with (run_dir / RECORD_NAME).open("rb") as record:
                 shutil.copyfileobj(record, target)
         target.flush()
+        if to is not None and to != output:
+            os.fsync(target.fileno())
+            to.replace(cast("Path", output))
     except OSError as error:
         if output is None:
             raise
         raise ConfigError(f"cannot write {output}: {error.strerror}") from None
     finally:
-        if output is not None:
+        if to is not None:
             target.close()
+        if to is not None and to != output:
+            to.unlink(missing_ok=True)
     return EXIT_OK

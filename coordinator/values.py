@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,13 @@ def refuse_beside_continuation(given: dict[str, object]) -> None:
     for flag, value in given.items():
         if value:
             raise ConfigError(f"{flag} with --continuation: nothing is answered, the prompt is taken as it is")
+
+
+def refuse_missing(needed: Mapping[str, object]) -> None:
+    """Raises `ConfigError` if one of these options has no value."""
+    missing = [flag for flag, value in needed.items() if not value]
+    if missing:
+        raise ConfigError(f"missing {' and '.join(missing)} (`llmpi batch --help` lists what there is)")
 
 
 def held_to(json_schema: str | None, grammar_file: Path | None) -> dict[str, Any]:

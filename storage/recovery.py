@@ -212,17 +212,38 @@ def export_ordered(run_dir: Path, out: BinaryIO, disk: Disk | None = None) -> in
     Takes eight bytes of memory per request: where each line starts. Lines are copied as they are. Raises
     RunDirError like `scan`; errors of `out` are the caller's.
     """
-    path = run_dir / RECORD_NAME
+    count = 0
+    for line in ordered_lines(run_dir / RECORD_NAME, disk):
+        out.write(line)
+        count += 1
+    return count
+
+
+def ordered_lines(path: Path, disk: Disk | None = None) -> Iterator[bytes]:
+    """The lines of a record, newlines included, in the order of the input. Memory and errors: see `export_ordered`."""
+    with _opened(path, disk) as file:
+        starts = _starts(_Lines(file, path))
+        for index in np.flatnonzero(starts >= 0):
+            file.seek(int(starts[index]))
+            yield file.readline()
+
+
+def record_lines(path: Path, disk: Disk | None = None) -> Iterator[tuple[int, bytes]]:
+    """Each whole line of a record without its newline, and the byte where it starts, in order of completion.
+
+    A torn tail is left out. Raises RunDirError: there is no record, or a line before the last is damaged.
+    """
+    with _opened(path, disk) as file:
+        lines = _Lines(file, path)
+        for line in lines:
+            yield lines.offset, line
+
+
+def _opened(path: Path, disk: Disk | None) -> BinaryIO:
     try:
-        with (disk or OsDisk()).open_read(path) as file:
-            starts = _starts(_Lines(file, path))
-            present = np.flatnonzero(starts >= 0)
-            for index in present:
-                file.seek(int(starts[index]))
-                out.write(file.readline())
+        return (disk or OsDisk()).open_read(path)
     except FileNotFoundError as error:
-        raise RunDirError(f"{run_dir} holds no {RECORD_NAME}: no answer has been recorded there") from error
-    return len(present)
+        raise RunDirError(f"{path.parent} holds no {path.name}: no answer has been recorded there") from error
 
 
 def _starts(lines: _Lines) -> npt.NDArray[np.int64]:

@@ -1,6 +1,7 @@
 """The run directory: what one run is, who works on it, how far it is, and how to ask it to stop.
 
     run.json        identity, configuration, sessions, `complete`: replaced as a whole, never edited in place
+    requests.jsonl  the input, where it could not be read in place: written before the first session
     results.jsonl   the record of answers                       (storage.record, storage.recovery)
     metrics.d/      telemetry and counters, an interval each    (storage.segments)
     metrics.h5      made from the two above                     (storage.metrics)
@@ -41,6 +42,7 @@ from storage.joblock import Holder, JobLock, alive, holder_of, this_process, utc
 from storage.recovery import RECORD_NAME, scan
 
 RUN_NAME = "run.json"
+REQUESTS_NAME = "requests.jsonl"
 LOCK_NAME = "lock"
 STOP_NAME = "stop"
 METRICS_NAME = "metrics.h5"
@@ -48,7 +50,7 @@ SEGMENTS_NAME = "metrics.d"
 
 _FORMAT = "llmpi-run"
 _VERSION = 1
-_BEFORE_RUN_JSON = {LOCK_NAME, STOP_NAME, f".{RUN_NAME}.tmp"}
+_BEFORE_RUN_JSON = {LOCK_NAME, STOP_NAME, f".{RUN_NAME}.tmp", REQUESTS_NAME, f".{REQUESTS_NAME}.tmp"}
 _JOB_OUTPUT = (".out", ".err", ".log")
 _DIFFERENCES_SHOWN = 3
 
@@ -87,11 +89,14 @@ class RunDir:
         details: Mapping[str, Json] | None = None,
         session: Mapping[str, Json] | None = None,
         *,
+        held: JobLock | None = None,
         disk: Disk | None = None,
         now_unix_s: Callable[[], float] = time.time,
         is_alive: Callable[[Holder], bool] = alive,
     ) -> RunDir:
         """Make the directory, or take up the run that is in it.
+
+        `held` is the directory's lock where the caller has it already (`lock_run`); it is this call's from here on.
 
         `details` (configuration, versions, MPI library, seeds...) replace those of the last session; `session`
         (ranks, launcher, hosts, Slurm job...) is added to the list of sessions, unless the run is complete.
@@ -100,11 +105,7 @@ class RunDir:
         """
         disk = disk or OsDisk()
         path = Path(path)
-        try:
-            _prepare(disk, path)
-            lock = JobLock(disk, path / LOCK_NAME, this_process(now_unix_s()), is_alive)
-        except OSError as error:
-            raise _unusable(path, error) from error
+        lock = lock_run(path, disk=disk, now_unix_s=now_unix_s, is_alive=is_alive) if held is None else held
         try:
             state = read_run(path, disk) if disk.exists(path / RUN_NAME) else None
             wanted = _plain(identity)
@@ -114,7 +115,7 @@ class RunDir:
             if state is None:
                 state = {"format": _FORMAT, "version": _VERSION, "identity": wanted, "details": {}}
                 state |= {"total": None, "sessions": [], "complete": False}
-            _same_identity(path, state["identity"], wanted)
+            refuse_other_run(path, state["identity"], wanted)
             run = cls(path, disk, lock, state, now_unix_s)
             disk.remove(path / STOP_NAME)
             if not run.complete:
@@ -125,7 +126,7 @@ class RunDir:
             return run
         except OSError as error:
             lock.release()
-            raise _unusable(path, error) from error
+            raise unusable(path, error) from error
         except BaseException:
             lock.release()
             raise
@@ -200,7 +201,23 @@ class RunDir:
             text = json.dumps(self._state, indent=1, ensure_ascii=False) + "\n"
             replace_file(self._disk, self.path / RUN_NAME, text.encode("utf-8", "replace"))
         except OSError as error:
-            raise _unusable(self.path, error) from error
+            raise unusable(self.path, error) from error
+
+
+def lock_run(
+    path: Path,
+    *,
+    disk: Disk | None = None,
+    now_unix_s: Callable[[], float] = time.time,
+    is_alive: Callable[[Holder], bool] = alive,
+) -> JobLock:
+    """Make the directory if it is not there, and lock it. Raises like `RunDir.create_or_resume`."""
+    disk = disk or OsDisk()
+    try:
+        _prepare(disk, path)
+        return JobLock(disk, path / LOCK_NAME, this_process(now_unix_s()), is_alive)
+    except OSError as error:
+        raise unusable(path, error) from error
 
 
 @dataclass(frozen=True)
@@ -276,7 +293,7 @@ def request_stop(path: Path, disk: Disk | None = None, is_alive: Callable[[Holde
             raise RunDirError(f"no job is running on {path}: there is nothing to stop.")
         replace_file(disk, path / STOP_NAME, b"stop\n")
     except OSError as error:
-        raise _unusable(path, error) from error
+        raise unusable(path, error) from error
     return holder
 
 
@@ -345,8 +362,9 @@ def _prepare(disk: Disk, path: Path) -> None:
         raise RunDirError(f"{path} is not empty and no run directory (it holds {shown}). Give another one.")
 
 
-def _same_identity(path: Path, there: dict[str, Json], here: dict[str, Json]) -> None:
-    differences = _differences("", there, here)
+def refuse_other_run(path: Path, there: Mapping[str, Json], here: Mapping[str, Json]) -> None:
+    """Raise RunDirError, naming what differs, unless the identities of two runs are the same."""
+    differences = _differences("", dict(there), dict(here))
     if differences:
         shown = "; ".join(differences[:_DIFFERENCES_SHOWN])
         more = len(differences) - _DIFFERENCES_SHOWN
@@ -387,7 +405,8 @@ def _why(error: OSError) -> str:
     return os.strerror(error.errno) if error.errno else str(error)
 
 
-def _unusable(path: Path, error: OSError) -> LlmpiError:
+def unusable(path: Path, error: OSError) -> LlmpiError:
+    """What to raise where the operating system refused something in a run directory."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return RecordError(
             f"cannot write to the run directory {path}: {_why(error)}. What is recorded is safe; free space, then run "

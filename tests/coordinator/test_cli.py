@@ -219,7 +219,10 @@ def test_only_rank_0_speaks_and_carries_the_status(
         ((*BATCH, "--slots", "0"), "--slots"),
         ((*BATCH, "--schedule", "fastest"), "fastest"),
         ((*BATCH, "--device", "tpu"), "tpu"),
-        ((*BATCH, "--format", "csv"), "csv"),
+        ((*BATCH, "--format", "xml"), "xml"),
+        ((*BATCH, "--prompt-column", "a", "--template", "{b}"), "--template"),
+        ((*BATCH, "--template", "{a"), "character 1"),
+        (("batch", "--replay", "run"), "--output"),
         ((*BATCH, "--ranks", "0"), "--ranks"),
         ((*BATCH, "--show", "-1"), "--show"),
         ((*BATCH, "--temperature", "nan"), "temperature"),
@@ -255,8 +258,3 @@ def test_commands_on_what_is_no_run(run: Run, capsys: pytest.CaptureFixture[str]
     said = capsys.readouterr().err
     assert said.startswith("llmpi: ")
     assert "nothing" in said
-
-
-def test_standard_input_is_refused_with_the_way_out(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("batch", "-m", "m.gguf", "-i", "-", "-o", "out") == 2
-    assert "save it to a file" in capsys.readouterr().err

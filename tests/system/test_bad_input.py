@@ -306,11 +306,6 @@ def test_unknown_command_and_missing_option() -> None:
     check_one_clear_line(run_alone("batch", "-m", "x.gguf", timeout_s=PROMPT_S), 2, "-i")
 
 
-def test_standard_input_is_refused_with_the_way_out(tiny_model: Path, tmp_path: Path) -> None:
-    done = run_alone("batch", "-m", tiny_model, "-i", "-", "-o", tmp_path / "run", timeout_s=PROMPT_S)
-    check_one_clear_line(done, 2, "standard input")
-
-
 def test_infer_with_a_prompt_longer_than_the_context(tiny_model: Path) -> None:
     done = run_alone("infer", "-m", tiny_model, "-p", "long words " * 300, "--ctx", 128, timeout_s=PROMPT_S)
     assert done.rc in (1, 2), done.output

@@ -107,20 +107,25 @@ def _normalized(distribution: str) -> str:
     return distribution.lower().replace("_", "-")
 
 
-def _required() -> set[str]:
-    """Names of the distributions that setup.cfg requires in any case, or for users' extras (imported lazily)."""
+OPTIONAL = ("parquet", "zstd", "hub", "objects")
+"""Extras whose packages are imported where they are needed."""
+
+
+def _required(*extras: str) -> set[str]:
+    """Names of the distributions that setup.cfg requires in any case, or for `extras`."""
     config = ConfigParser()
     config.read(ROOT / "setup.cfg")
-    extras = [lines for extra, lines in config["options.extras_require"].items() if extra != "test"]
-    lines = "\n".join([config["options"]["install_requires"], *extras]).split("\n")
+    texts = [config["options.extras_require"][extra] for extra in extras] or [config["options"]["install_requires"]]
+    lines = "\n".join(texts).split("\n")
     found = (re.match(r"[A-Za-z0-9._-]+", line) for line in lines)
     return {_normalized(name.group()) for name in found if name}
 
 
-def _imported(source: bytes) -> set[str]:
-    """Top-level names of all absolute imports, those within functions too."""
+def _imported(source: bytes, *, within_functions: bool = True) -> set[str]:
+    """Top-level names of all absolute imports, those within functions too, or only those outside."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
+    module = ast.parse(source)
+    for node in ast.walk(module) if within_functions else module.body:
         if isinstance(node, ast.Import):
             names.update(alias.name.split(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -176,7 +181,7 @@ def test_every_package_that_is_imported_is_required(wheel: Path) -> None:
         sources = {name: archive.read(name) for name in archive.namelist() if name.endswith(".py")}
     owners = metadata.packages_distributions()
     own = {*PACKAGES, "llmpi", *sys.stdlib_module_names}
-    required = _required()
+    required = _required() | _required(*OPTIONAL)
     undeclared = {
         f"{name} imports {module}"
         for name, source in sources.items()
@@ -184,6 +189,14 @@ def test_every_package_that_is_imported_is_required(wheel: Path) -> None:
         if not required & {_normalized(owner) for owner in owners.get(module, [module])}
     }
     assert undeclared == set()
+
+
+def test_optional_packages_are_not_needed_before_they_are_used(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        sources = {name: archive.read(name) for name in archive.namelist() if name.endswith(".py")}
+    optional = _required(*OPTIONAL)
+    assert optional == {"pyarrow", "zstandard"}
+    assert not {name for name, source in sources.items() if optional & _imported(source, within_functions=False)}
 
 
 def test_help_works_outside_the_checkout(installed: Installed) -> None:
