@@ -31,7 +31,7 @@ def comparison(runs: Named) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         rows.append(_row(f"{title} samples", runs, partial(_samples, latency=latency), lambda n: f"{n:,}",
                          ratio=False))  # fmt: skip
     rows += [
-        _row("busy, all ranks", runs, _busy, percent_text),
+        _row("busy, all ranks", runs, _busy, percent_text, ratio=False),
         _row("stolen", runs, lambda data: data["last_session"].get("stolen"), lambda value: f"{value:,}", ratio=False),
         _row("J an output token", runs, _joules, lambda value: f"{value:.3g}"),
     ]

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from coordinator.report import time_cell
 from coordinator.runview import RunView
 from coordinator.ticks import duration_ticks, log_ticks, time_text
 from storage.timeline import BINS, Lane, Timeline, coarser
@@ -32,6 +33,8 @@ MARKS_MAX = 1500
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 
 Floats = npt.NDArray[np.float64]
+
+_PRECISE = re.compile(r"\d+\.\d\d+")
 
 
 def available() -> bool:
@@ -96,7 +99,7 @@ def _svg(figure: Any, name: str) -> str:
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = text.replace("url(#", f"url(#{name}-").replace('href="#', f'href="#{name}-')
-    text = re.sub(r"(\d+\.\d)\d+", r"\1", text)
+    text = re.sub(r' (?:d|x|y|transform)="[^"]*"', lambda found: _PRECISE.sub(_short, found[0]), text)
     text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font: \1 var(--font)", text)
     text = re.sub(r"font: (\d+|bold) ([\d.]+px) [^;\"]*", r"font: \1 \2 var(--font)", text)
     for placeholder, variable in ((INK, "ink"), (MUTED, "muted"), (GRID, "grid"), (PAPER, "paper")):
@@ -104,6 +107,11 @@ def _svg(figure: Any, name: str) -> str:
     for place in range(COLOURS):
         text = text.replace(colour(place), f"var(--c{place})")
     return re.sub(r"\n\s*", "\n", text).strip()
+
+
+def _short(found: re.Match[str]) -> str:
+    """A coordinate to a tenth of a pixel: half the page's bytes."""
+    return f"{float(found[0]):.1f}"
 
 
 # ---------------------------------------------------------------- latencies
@@ -161,7 +169,7 @@ def _quantile(x: Floats, y: Floats, q: float) -> float:
 def _percentile_texts(axes: Any, values: dict[str, Any], low: float, high: float) -> None:
     for q, offset, side in (("p50", (7, -12), "left"), ("p95", (7, -14), "left"), ("p99", (0, 7), "center")):
         value = values[q]["value"]
-        text = f"{q.upper()} {time_text(value)}{'' if values[q]['supported'] else ' *'}"
+        text = f"{q.upper()} {time_cell(values, q)}"
         if q == "p99":
             share = np.log(value / low) / np.log(high / low)
             side = "right" if share > 0.8 else side
@@ -176,7 +184,7 @@ def _percentile_texts(axes: Any, values: dict[str, Any], low: float, high: float
 def over_time(runs: Sequence[RunView], name: str) -> str | None:
     """Output tokens a second above running requests; None if no run has points in time."""
     lines = [(place, run.timeline) for place, run in enumerate(runs) if run.timeline is not None]
-    if not lines:
+    if not any(line.running.any() for _, line in lines):
         return None
     length_s = max(line.length_s for _, line in lines)
     panels: list[tuple[str, Callable[[Timeline, int], Floats]]] = [("requests running", running_in)]
@@ -197,7 +205,7 @@ def over_time(runs: Sequence[RunView], name: str) -> str | None:
             one.step(edges, np.append(values, values[-1]), where="post", color=of, linewidth=1.6, linestyle=dash(place))
         _titled(one, title)
         one.set_ylim(0, top * 1.08 or 1)
-        one.yaxis.set_major_locator(_few())
+        one.yaxis.set_major_locator(_few(integer=values_of is running_in))
         one.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 5 or value == 0 else f"{value:g}")
         if len(lines) == 1:
             _breaks(one, lines[0][1])
@@ -218,10 +226,10 @@ def running_in(line: Timeline, factor: int) -> Floats:
     return means
 
 
-def _few() -> Any:
+def _few(*, integer: bool = False) -> Any:
     from matplotlib.ticker import MaxNLocator
 
-    return MaxNLocator(4, steps=[1, 2, 2.5, 5, 10])
+    return MaxNLocator(4, steps=[1, 2, 5, 10], integer=integer)
 
 
 def _titled(axes: Any, title: str) -> None:
@@ -258,7 +266,7 @@ def shown_ranks(line: Timeline) -> list[int]:
 def gantt(run: RunView, name: str) -> str | None:
     """A lane for each rank: filled as high as requests run, tinted where any does, marked where stolen work came."""
     line = run.timeline
-    if line is None:
+    if line is None or not line.running.any():
         return None
     ranks = shown_ranks(line)
     each = 44 if len(ranks) <= 6 else 28 if len(ranks) <= 16 else 13

@@ -12,8 +12,6 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
-import msgspec
-
 from coordinator import figures
 from coordinator.compare import comparison
 from coordinator.config import JobConfig
@@ -162,15 +160,16 @@ def _comparison(runs: Sequence[RunView]) -> list[str]:
 
 def _latencies(runs: Sequence[RunView]) -> list[str]:
     out = ["<h2>Latencies</h2>"]
+    if not any(_known(run, latency) for run in runs for latency in LATENCY_NAMES):
+        return [*out, '<p class="absent">Not measured: no request was answered.</p>']
     made = []
     for latency, title in LATENCY_NAMES.items():
         name = f"ecdf-{latency.removesuffix('_s')}"
-        sentences = " ".join(_latency_sentence(runs, run, latency) for run in runs)
+        sentences = "\n".join(_latency_sentence(runs, run, latency) for run in runs)
         svg = figures.ecdf(runs, latency, name)
         drawn = _figure(svg, name, sentences, f"{title}: not measured, no request has one.", kind="small")
         finding = _latency_finding(runs, latency, title)
         made.append(f"<section><h3>{_text(finding)}</h3><p class=what>{_text(_WHAT[latency])}</p>{drawn}</section>")
-    out.append(f'<div class="grid">{"".join(made)}</div>')
     if len(runs) == 1:
         rows = []
         for latency, title in LATENCY_NAMES.items():
@@ -180,31 +179,34 @@ def _latencies(runs: Sequence[RunView]) -> list[str]:
                 rows.append((title, *cells, f"{values['p50']['samples']:,}"))
         starred = any(row[3].endswith("*") or row[2].endswith("*") for row in rows)
         caption = "* too few samples to support this percentile" if starred else ""
-        out.append(_table(("latency", "P50", "P95", "P99", "samples"), rows, caption=caption))
-    return out
+        table = _table(("latency", "P50", "P95", "P99", "samples"), rows, caption=caption)
+        made.append(f"<section><h3>In numbers</h3>{table}</section>")
+    return [*out, f'<div class="grid">{"".join(made)}</div>']
+
+
+def _known(run: RunView, latency: str) -> bool:
+    values = run.data["latencies"].get(latency)
+    return values is not None and values["p50"]["value"] is not None
 
 
 def _latency_finding(runs: Sequence[RunView], latency: str, title: str) -> str:
     first = runs[0].data["latencies"].get(latency)
     if len(runs) == 1:
-        if first is None or first["p50"]["value"] is None:
+        if first is None or not _known(runs[0], latency):
             return f"{title}: not measured"
-        return (
-            f"{title}: half within {time_text(first['p50']['value'])}, 99 % within {time_text(first['p99']['value'])}"
-        )
-    found = [(run.data["latencies"].get(latency) or {}).get("p95", {}).get("value") for run in runs]
-    known = [(value, run.name) for value, run in zip(found, runs, strict=True) if value is not None]
+        return f"{title}: half within {time_cell(first, 'p50')}, 99 % within {time_cell(first, 'p99')}"
+    known = [(run.data["latencies"][latency], run.name) for run in runs if _known(run, latency)]
     if not known:
         return f"{title}: not measured"
-    best = min(known)
-    if min(known)[0] == max(known)[0]:
-        return f"{title}: the same P95, {time_text(best[0])}"
-    return f"{title}: P95 is least with {best[1]}, {time_text(best[0])}"
+    best, name = min(known, key=lambda one: float(one[0]["p95"]["value"]))
+    if all(values["p95"]["value"] == best["p95"]["value"] for values, _ in known):
+        return f"{title}: the same P95, {time_cell(best, 'p95')}"
+    return f"{title}: P95 is least with {name}, {time_cell(best, 'p95')}"
 
 
 def _latency_sentence(runs: Sequence[RunView], run: RunView, latency: str) -> str:
     values = run.data["latencies"].get(latency)
-    if values is None or values["p50"]["value"] is None:
+    if values is None or not _known(run, latency):
         return f"{_named(runs, run)}not measured."
     told = ", ".join(f"{q.upper()} {time_cell(values, q)}" for q in ("p50", "p95", "p99"))
     said = f"{_named(runs, run)}{told}; {values['p50']['samples']:,} samples."
@@ -221,15 +223,16 @@ def _latency_sentence(runs: Sequence[RunView], run: RunView, latency: str) -> st
 # ---------------------------------------------------------------- over time
 
 
-def _untimed(runs: Sequence[RunView]) -> str:
+def _untimed(runs: Sequence[RunView]) -> list[str]:
+    """What cannot be drawn, and why."""
     parts = []
     for run in runs:
         if run.timeline is None:
             why = "nothing has been recorded" if not run.data["requests"] else "no request has a point in time"
-            parts.append(f"{_named(runs, run)}not measured: {why}.")
+            parts.append(f"{_named(runs, run)}{'not' if len(runs) > 1 else 'Not'} measured: {why}.")
         elif run.timeline.untimed:
             parts.append(f"{_named(runs, run)}{run.timeline.untimed:,} requests without a point in time are not drawn.")
-    return " ".join(parts)
+    return parts
 
 
 def _over_time(runs: Sequence[RunView]) -> list[str]:
@@ -249,10 +252,9 @@ def _over_time(runs: Sequence[RunView]) -> list[str]:
                 f"{ran.max():,.0f} requests at once, {ran.mean():,.1f} on average; at most {rate.max():,.0f} output "
                 "tokens/s. What ran when the job died is in no record."
             )  # fmt: skip
-    told = " ".join(
-        [*sentences, _untimed(runs), "An answer's tokens are spread evenly from its first token to its end."]
-    )
-    return [f"<h2>{_text(_time_finding(runs))}</h2>", _figure(svg, "time", told, _untimed(runs))]
+    sentences += [*_untimed(runs), "An answer's tokens are spread evenly from its first token to its end."]
+    told, absent = "\n".join(sentences), " ".join(_untimed(runs)) or "No request ran in a slot."
+    return [f"<h2>{_text(_time_finding(runs))}</h2>", _figure(svg, "time", told, absent)]
 
 
 def _time_finding(runs: Sequence[RunView]) -> str:
@@ -263,8 +265,13 @@ def _time_finding(runs: Sequence[RunView]) -> str:
     line = runs[0].timeline
     if line is None:
         return "Throughput over time: not measured"
+    if not line.running.any():
+        return "Throughput: no request ran in a slot"
+    if "wall_s" not in runs[0].data["last_session"]:
+        made = float(line.tokens.sum()) / line.length_s
+        return f"Throughput: {figure_text(made)} output tokens/s over the {time_text(line.length_s)} in the record"
     tail = _tail_share(line)
-    rate = f"{figure_text(rates[0][0])} output tokens/s" if rates else f"{time_text(line.length_s)} recorded"
+    rate = f"{figure_text(runs[0].data['output_tokens_per_s'])} output tokens/s"
     if tail >= 0.1:
         return f"Throughput: {rate}; the last {100 * tail:.0f} % of the time ran with less than half the requests"
     return f"Throughput: {rate}, and the load held until the end"
@@ -287,7 +294,7 @@ def _ranks(runs: Sequence[RunView]) -> list[str]:
         if len(runs) > 1:
             out.append(f"<h3>{_text(run.name)}</h3>")
         svg = figures.gantt(run, name)
-        out.append(_figure(svg, name, _gantt_sentence(run), _untimed([run]) or "Not measured."))
+        out.append(_figure(svg, name, _gantt_sentence(run), " ".join(_untimed([run])) or "No request ran in a slot."))
         ranks = run.last_ranks()
         if len(runs) == 1 and ranks:
             out.append(_rank_table(ranks))
@@ -308,7 +315,10 @@ def _rank_finding(runs: Sequence[RunView]) -> str:
         return "Ranks: when each was busy"
     least, most = percent_text(min(shares)), percent_text(max(shares))
     said = f"Ranks were busy {least} of the time" if least == most else f"Ranks were busy {least} to {most} of the time"
-    return said + (f"; {stolen:,} requests were stolen" if stolen else "; nothing was stolen" if stolen == 0 else "")
+    if stolen is None:
+        return said
+    whom = "nothing was" if not stolen else "one request was" if stolen == 1 else f"{stolen:,} requests were"
+    return f"{said}; {whom} stolen"
 
 
 def _gantt_sentence(run: RunView) -> str:
@@ -328,7 +338,7 @@ def _gantt_sentence(run: RunView) -> str:
         told += f" {len(shown)} of {len(line.lanes)} ranks are drawn."
     told += (
         f" A lane is tinted while the rank has a request in a slot, and filled as high as the number of these (full: "
-        f"{peak:,.0f}); it is empty while the rank is idle."
+        f"{peak:,.0f}); it is empty while the rank is idle, as while it loads its model."
     )
     if any(lane.stolen_in for lane in line.lanes.values()):
         told += " A mark is where stolen requests arrived, in the colour of the rank they were taken from."
@@ -370,7 +380,7 @@ def _devices(runs: Sequence[RunView]) -> list[str]:
                 out.append('<p class="absent">GPU utilisation, memory and power: not measured, no rank had a GPU.</p>')
                 continue
             mean = _mean_text(found, "utilization" if what == "gpu" else "cpu_percent")
-            heading = f"GPUs: utilisation {mean}" if what == "gpu" else f"Processors: {mean} of one core for each rank"
+            heading = f"GPUs: utilisation {mean}" if what == "gpu" else f"Processors: each rank used {mean}"
             name = f"{what}-{place}"
             svg = figures.usage(found, panels, length_s, name)
             out.append(f"<h2>{_text(title + heading)}</h2>")
@@ -381,9 +391,10 @@ def _devices(runs: Sequence[RunView]) -> list[str]:
 def _mean_text(found: Sequence[Any], field: str) -> str:
     means = [device.mean(field) for device in found if device.has(field)]
     if not means:
-        return "not measured"
+        return "an unknown share: too few samples" if field == "cpu_percent" else "not measured"
     low, high = f"{min(means):.0f}", f"{max(means):.0f}"
-    return f"{low} % on average" if low == high else f"{low} to {high} % on average"
+    of = "of one core on average" if field == "cpu_percent" else "on average"
+    return f"{low} % {of}" if low == high else f"{low} to {high} % {of}"
 
 
 def _device_sentence(found: Sequence[Any], panels: Sequence[tuple[str, str, float]]) -> str:
@@ -466,8 +477,6 @@ def _facts(run: RunView) -> dict[str, str]:
     details, identity = run.state.get("details", {}), run.state.get("identity", {})
     session = run.state["sessions"][-1] if run.state.get("sessions") else {}
     workers = session.get("workers") or []
-    defaults = msgspec.to_builtins(JobConfig(model=""))
-    changed = {k: v for k, v in _config(run).items() if k != "model" and k in defaults and defaults[k] != v}
     said = {
         "state": state_text(run.status.complete, run.status.running, run.data["failed"]),
         "run directory": str(run.path),
@@ -477,7 +486,7 @@ def _facts(run: RunView) -> dict[str, str]:
         "input SHA-256": (details.get("input_identity") or {}).get("sha256"),
         "requests": "not counted" if run.status.total is None else f"{run.status.total:,}",
         "seed": details.get("seed"),
-        "options that differ from the defaults": ", ".join(f"{k} = {_plain(v)}" for k, v in changed.items()) or "none",
+        "options that differ from the defaults": _changed(_config(run)),
         "started": session.get("started_at"),
         "jobs": len(run.state.get("sessions", [])),
         "ranks": session.get("ranks"),
@@ -490,6 +499,19 @@ def _facts(run: RunView) -> dict[str, str]:
         "versions": ", ".join(f"{name} {version}" for name, version in (details.get("versions") or {}).items()),
     }
     return {name: str(value) for name, value in said.items() if value not in (None, "")}
+
+
+def _changed(config: dict[str, Any]) -> str:
+    """Options that are not at their defaults; those of sampling one by one."""
+    defaults = JobConfig(model="")
+    pairs = [(name, value, getattr(defaults, name)) for name, value in config.items() if hasattr(defaults, name)]
+    sampling = config.get("sampling") or {}
+    pairs += [(name, value, getattr(defaults.sampling, name, None)) for name, value in sampling.items()]
+    told = [
+        f"{name} = {_plain(value)}" for name, value, default in pairs
+        if name not in ("model", "sampling") and value != default and (value or default)
+    ]  # fmt: skip
+    return ", ".join(told) or "none"
 
 
 def _counted(texts: Sequence[str | None]) -> str:

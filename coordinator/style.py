@@ -26,13 +26,16 @@ p { margin: .5rem 0; } .what, .absent, figcaption, caption { color: var(--muted)
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1rem 2rem; }
 .keys { list-style: none; padding: 0; } .keys b { overflow-wrap: anywhere; }
 .key { width: 28px; height: 8px; margin-right: .3rem; vertical-align: middle; }
-figure { margin: .5rem 0 1rem; } .frame { overflow-x: auto; } figcaption { margin-top: .3rem; overflow-wrap: anywhere; }
+figure { margin: .5rem 0 1rem; } .frame { overflow-x: auto; } figcaption { margin-top: .3rem; overflow-wrap: anywhere;
+  white-space: pre-line; }
 figure svg { display: block; width: 100%; height: auto; font-family: var(--font); }
 figure.small svg { max-width: 28rem; } figure.wide svg { min-width: 34rem; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; margin: .5rem 0; }
 caption { caption-side: bottom; text-align: left; padding-top: .4rem; }
-th, td { padding: .3rem .8rem .3rem 0; text-align: right; border-bottom: 1px solid var(--grid); vertical-align: top; }
-th { font-weight: 600; } .left { text-align: left; } .facts td, .facts th { min-width: 8rem; overflow-wrap: anywhere; }
+th, td { padding: .3rem .8rem .3rem 0; text-align: right; white-space: nowrap;
+  border-bottom: 1px solid var(--grid); vertical-align: top; }
+th { font-weight: 600; } td.left { text-align: left; white-space: normal; } th.left { text-align: left; }
+.facts td, .facts th { min-width: 8rem; overflow-wrap: anywhere; }
 pre { background: var(--soft); padding: .8rem; border-radius: 6px; white-space: pre-wrap; overflow-wrap: anywhere; }
 @media print { .frame { overflow: visible; } figure, section { break-inside: avoid; } }
 """

@@ -24,9 +24,18 @@ def _digits(value: float) -> str:
 
 
 def log_ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Round values from `low` to `high` for a logarithmic axis: 1, 2, 5 of each decade, fewer if these are many."""
+    """Round values from `low` to `high` for a logarithmic axis, as many of each decade as there is room for."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for factors, every in (((1, 2, 5), 1), ((1, 3), 1), ((1,), 1), ((1,), 2), ((1,), 3)):
+    fine = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
+    for factors, every in (
+        (fine, 1),
+        ((1, 1.5, 2, 3, 5, 7), 1),
+        ((1, 2, 5), 1),
+        ((1, 3), 1),
+        ((1,), 1),
+        ((1,), 2),
+        ((1,), 3),
+    ):
         ticks = [factor * 10.0**decade for decade in decades if decade % every == 0 for factor in factors]
         inside = [tick for tick in ticks if low <= tick <= high]
         if len(inside) <= most:
