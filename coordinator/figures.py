@@ -30,6 +30,7 @@ LANES_MAX = 64
 LINES_MAX = 16
 """Devices that are drawn a line each; of more, the mean and the range."""
 MARKS_MAX = 1500
+NAME_MAX = 22
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 
 Floats = npt.NDArray[np.float64]
@@ -144,6 +145,8 @@ def ecdf(runs: Sequence[RunView], latency: str, name: str) -> str | None:
                       markeredgecolor=PAPER, markeredgewidth=1.2, zorder=4)  # fmt: skip
     if len(runs) == 1:
         _percentile_texts(axes, runs[0].data["latencies"][latency], low, high)
+    else:
+        _names_below(axes, [(place, run.name) for place, run, _, _ in curves])
     axes.set_xscale("log")
     axes.set_xlim(low, high)
     axes.set_ylim(0, 1.13)
@@ -178,6 +181,28 @@ def _percentile_texts(axes: Any, values: dict[str, Any], low: float, high: float
                       fontsize=12, zorder=5)  # fmt: skip
 
 
+def _names_below(axes: Any, names: Sequence[tuple[int, str]]) -> None:
+    """Names of runs in their colours, in the lower right, where no curve comes: these rise to the left of it."""
+    for line, (place, name) in enumerate(reversed(names)):
+        axes.annotate(_cut(name), (1, 0), xycoords="axes fraction", xytext=(-2, 6 + 15 * line), fontsize=12,
+                      textcoords="offset points", ha="right", color=colour(place), zorder=5)  # fmt: skip
+
+
+def _names_above(axes: Any, names: Sequence[tuple[int, str]]) -> None:
+    """Names of runs in their colours, in the line of the panel's title, from the right."""
+    at = 0.0
+    for place, name in reversed(names):
+        axes.annotate(_cut(name), (1, 1), xycoords="axes fraction", xytext=(-at, 6), textcoords="offset points",
+                      ha="right", fontsize=12, color=colour(place))  # fmt: skip
+        at += 7.5 * len(_cut(name)) + 14
+        if at > WIDTH - 320:
+            return
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= NAME_MAX else name[: NAME_MAX - 1] + "…"
+
+
 # ---------------------------------------------------------------- over time
 
 
@@ -209,6 +234,8 @@ def over_time(runs: Sequence[RunView], name: str) -> str | None:
         one.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 5 or value == 0 else f"{value:g}")
         if len(lines) == 1:
             _breaks(one, lines[0][1])
+    if len(runs) > 1:
+        _names_above(axes[0], [(place, runs[place].name) for place, _ in lines])
     _time_axis(axes[-1], length_s)
     _placed(figure, width, height, 52, 16, 22, 40)
     return _svg(figure, name)
@@ -263,8 +290,11 @@ def shown_ranks(line: Timeline) -> list[int]:
     return [ranks[round(place)] for place in np.linspace(0, len(ranks) - 1, LANES_MAX)]
 
 
-def gantt(run: RunView, name: str) -> str | None:
-    """A lane for each rank: filled as high as requests run, tinted where any does, marked where stolen work came."""
+def gantt(run: RunView, name: str, length_s: float) -> str | None:
+    """A lane for each rank: filled as high as requests run, tinted where any does, marked where stolen work came.
+
+    `length_s`: of the axis of time, which runs that stand side by side share.
+    """
     line = run.timeline
     if line is None or not line.running.any():
         return None
@@ -285,7 +315,7 @@ def gantt(run: RunView, name: str) -> str | None:
         axes.broken_barh(spans, (base, 0.74), color=of, alpha=0.22, linewidth=0)
         heights = base + 0.74 * np.append(busy, busy[-1]) / peak
         axes.fill_between(edges, base, heights, step="post", color=of, alpha=0.9, linewidth=0)
-        axes.plot([0, line.length_s], [base, base], color=MUTED, linewidth=0.6)
+        axes.plot([0, length_s], [base, base], color=MUTED, linewidth=0.6)
         _steal_marks(axes, lane, base + 0.80, line.length_s, ranks, min(steps, 110), small=each < 20)
         axes.annotate(_lane_text(counters.get(rank), lane), (1, base + 0.37), xycoords=("axes fraction", "data"),
                       xytext=(8, 0), textcoords="offset points", va="center", fontsize=11 if each > 20 else 9,
@@ -296,7 +326,7 @@ def gantt(run: RunView, name: str) -> str | None:
     axes.set_yticks(at, [f"rank {rank}" for rank in ranks])
     axes.tick_params(axis="y", labelsize=12 if each > 20 else 9, labelcolor=INK)
     _breaks(axes, line, told=True)
-    _time_axis(axes, line.length_s)
+    _time_axis(axes, length_s)
     _placed(figure, width, height, 60, 128, 18, 40)
     return _svg(figure, name)
 

@@ -122,7 +122,7 @@ def _summary(runs: Sequence[RunView]) -> list[str]:
         total = "" if run.status.total is None else f" of {run.status.total:,}"
         tiles = [
             (f"{data['ok']:,}", f"answered{total}"), (f"{data['failed']:,}", "failed"),
-            (wall, "wall time of the last job"),
+            (wall, "wall time" if len(run.state["sessions"]) < 2 else "last job's wall time"),
             (figure_text(data["output_tokens_per_s"]), "output tokens/s"),
             (figure_text(data["prompt_tokens_per_s"]), "prompt tokens/s"),
             (figure_text(data["requests_per_s"]), "requests/s"),
@@ -274,7 +274,7 @@ def _time_finding(runs: Sequence[RunView]) -> str:
     rate = f"{figure_text(runs[0].data['output_tokens_per_s'])} output tokens/s"
     if tail >= 0.1:
         return f"Throughput: {rate}; the last {100 * tail:.0f} % of the time ran with less than half the requests"
-    return f"Throughput: {rate}, and the load held until the end"
+    return f"Throughput: {rate}, without a long tail at the end"
 
 
 def _tail_share(line: Timeline) -> float:
@@ -289,11 +289,12 @@ def _tail_share(line: Timeline) -> float:
 
 def _ranks(runs: Sequence[RunView]) -> list[str]:
     out = [f"<h2>{_text(_rank_finding(runs))}</h2>"]
+    length_s = max((run.timeline.length_s for run in runs if run.timeline is not None), default=0.0)
     for place, run in enumerate(runs):
         name = f"gantt-{place}"
         if len(runs) > 1:
             out.append(f"<h3>{_text(run.name)}</h3>")
-        svg = figures.gantt(run, name)
+        svg = figures.gantt(run, name, length_s)
         out.append(_figure(svg, name, _gantt_sentence(run), " ".join(_untimed([run])) or "No request ran in a slot."))
         ranks = run.last_ranks()
         if len(runs) == 1 and ranks:
