@@ -302,7 +302,7 @@ def gantt(run: RunView, name: str, length_s: float) -> str | None:
     each = 44 if len(ranks) <= 6 else 28 if len(ranks) <= 16 else 13
     width, height = WIDTH, 66 + each * len(ranks)
     figure, [axes] = _new(width, height)
-    peak = max(lane.peak for lane in line.lanes.values()) or 1.0
+    full = max(lane.full for lane in line.lanes.values())
     factor = 4 if len(ranks) <= 16 else 10
     edges = np.linspace(0, line.length_s, BINS // factor + 1)
     counters = {rank["rank"]: rank for rank in run.last_ranks()}
@@ -313,7 +313,7 @@ def gantt(run: RunView, name: str, length_s: float) -> str | None:
         busy = coarser(lane.running, factor) / factor
         spans = [(edges[a], edges[b] - edges[a]) for a, b in _spans(busy > 0)]
         axes.broken_barh(spans, (base, 0.74), color=of, alpha=0.22, linewidth=0)
-        heights = base + 0.74 * np.append(busy, busy[-1]) / peak
+        heights = base + 0.74 * np.minimum(np.append(busy, busy[-1]) / full, 1.0)
         axes.fill_between(edges, base, heights, step="post", color=of, alpha=0.9, linewidth=0)
         axes.plot([0, length_s], [base, base], color=MUTED, linewidth=0.6)
         _steal_marks(axes, lane, base + 0.80, line.length_s, ranks, min(steps, 110), small=each < 20)

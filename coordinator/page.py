@@ -326,7 +326,7 @@ def _gantt_sentence(run: RunView) -> str:
     line = run.timeline
     if line is None:
         return ""
-    shown, peak = figures.shown_ranks(line), max(lane.peak for lane in line.lanes.values())
+    shown, full = figures.shown_ranks(line), max(lane.full for lane in line.lanes.values())
     counters = {rank["rank"]: rank for rank in run.last_ranks()}
     parts = []
     for rank in shown[:8]:
@@ -339,7 +339,7 @@ def _gantt_sentence(run: RunView) -> str:
         told += f" {len(shown)} of {len(line.lanes)} ranks are drawn."
     told += (
         f" A lane is tinted while the rank has a request in a slot, and filled as high as the number of these (full: "
-        f"{peak:,.0f}); it is empty while the rank is idle, as while it loads its model."
+        f"{full:,.0f}); it is empty while the rank is idle, as while it loads its model."
     )
     if any(lane.stolen_in for lane in line.lanes.values()):
         told += " A mark is where stolen requests arrived, in the colour of the rank they were taken from."

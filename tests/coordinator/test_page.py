@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -261,6 +262,13 @@ def test_a_million_requests_make_no_larger_page(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- the command
 
 
+def test_matplotlib_is_imported_when_a_picture_is_made_and_not_before() -> None:
+    code = "import coordinator.cli, coordinator.page, coordinator.reporting, sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "coordinator.figures" in done.stdout.split()
+    assert not {"matplotlib", "mpi4py", "llama_cpp", "pyarrow"} & set(done.stdout.split())
+
+
 def test_without_matplotlib_tables_are_printed_and_one_line_says_what_to_install(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -276,6 +284,7 @@ def test_without_matplotlib_tables_are_printed_and_one_line_says_what_to_install
 def test_the_page_goes_where_it_is_told(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr("coordinator.page.page", lambda views, reasons: f"{len(views)} & {len(reasons)}")
     monkeypatch.chdir(tmp_path)
     (run / "report.html").unlink(missing_ok=True)
     show_report([run], ReportOptions(no_html=True))
@@ -285,7 +294,7 @@ def test_the_page_goes_where_it_is_told(
     assert (run / "report.html").exists()
     show_report([run, run], ReportOptions())
     show_report([run], ReportOptions(html=tmp_path / "own.html"))
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["own.html", "report.html"]
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"own.html": "1 & 1", "report.html": "2 & 2"}
     capsys.readouterr()
     with pytest.raises(ConfigError, match="cannot write"):
         show_report([run], ReportOptions(html=tmp_path / "no" / "page.html"))

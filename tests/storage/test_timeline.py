@@ -75,6 +75,14 @@ def test_sums_over_bins_are_those_over_requests(given_rows: list[tuple[float, fl
     assert sum(lane.requests for lane in found.lanes.values()) == len(rows)
 
 
+def test_a_late_end_does_not_make_a_lane_look_half_empty() -> None:
+    rows = [request(float(k + 1)) for k in range(200)]
+    late = request(100.0, e2e_s=1.0)
+    assert drawn(*rows, late).lanes[1].full == pytest.approx(1.0)
+    assert drawn(*rows, late).lanes[1].running.max() == pytest.approx(2.0)
+    assert drawn(request(3.0, e2e_s=0.0)).lanes[1].full == 0.0
+
+
 def test_chunks_make_no_difference() -> None:
     rows = [request(1.0 + k / 7, rank=k % 3, tokens=k) for k in range(50)]
     whole, pieces = drawn(np.concatenate(rows)), drawn(*rows)
