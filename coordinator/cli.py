@@ -301,11 +301,27 @@ def stop(run_dir: RunDirectory) -> None:
 
 
 @app.command()
-def report(run_dir: RunDirectory, as_json: AsJson = False) -> None:
-    """Print the tables of a run; make metrics.h5 from the record where it is missing."""
-    from coordinator.rundirs import show_report
+def report(
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Run directories of batches.")],
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            help="Page with pictures to write. [default: report.html in RUN_DIR; of several runs, in this folder]"
+        ),
+    ] = None,
+    no_html: Annotated[bool, typer.Option("--no-html", help="Tables only.")] = False,
+    show: Annotated[int, typer.Option(min=0, help="Answers to print as well.")] = 0,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Make metrics.h5 anew from the record.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print the tables of a run, or of several side by side, and write a page with pictures.
 
-    raise typer.Exit(show_report(run_dir, as_json) if detect(os.environ).speaks else EXIT_OK)
+    metrics.h5 is made from the record where it is missing.
+    """
+    from coordinator.reporting import ReportOptions, show_report
+
+    options = ReportOptions(html=html, no_html=no_html, show=show, rebuild=rebuild, as_json=as_json)
+    raise typer.Exit(show_report(run_dirs, options) if detect(os.environ).speaks else EXIT_OK)
 
 
 @app.command()

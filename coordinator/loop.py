@@ -304,7 +304,7 @@ class Coordinator:
         size = 0
         for index, attempt in instruction.items:
             line = self._payloads[index][0]
-            items.append(m.WorkItem(index, attempt, line))
+            items.append(m.WorkItem(index, attempt, line, instruction.stolen.get(index)))
             size += len(line)
             if size > ASSIGN_BYTES_MAX:
                 self._hub.send(instruction.worker, m.Assign(generation, items))

@@ -17,24 +17,29 @@ from coordinator.simulated import WARNING
 from coordinator.terminal import NARROW_COLUMNS, console_for
 from scheduling.recordline import decode_row
 from scheduling.vectors import from_base64
-from storage.metrics import read_summary
+from storage.metrics import Metrics, read_summary, read_telemetry
 from storage.recovery import RECORD_NAME
 from storage.rundir import METRICS_NAME
+from storage.usage import energy
 
 ANSWER_CHARACTERS = 300
+LATENCY_NAMES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "itl_s": "ITL", "queue_s": "queue", "e2e_s": "end-to-end"}
+PERCENTILES = ("p50", "p95", "p99")
 REASONS = 3
 """Why requests failed: so many reasons are shown, ..."""
 REASONS_COUNTED = 10_000
 """... of so many different ones at most."""
 
 
-def report_data(run_dir: Path) -> dict[str, Any]:
+def report_data(run_dir: Path, metrics: Metrics | None = None) -> dict[str, Any]:
     """The figures of a run as plain data. Percentiles in seconds with their sample counts.
+
+    `metrics`: its metrics.h5, where that has been read already.
 
     Raises:
         RunDirError: there is no metrics.h5, or it cannot be read.
     """
-    metrics = read_summary(run_dir / METRICS_NAME)
+    metrics = metrics or read_summary(run_dir / METRICS_NAME)
     summary, attributes = metrics.summary, metrics.attributes
     wall_s = float(attributes.get("wall_s", float("nan")))
     latencies = {
@@ -67,6 +72,24 @@ def report_data(run_dir: Path) -> dict[str, Any]:
         "latencies": latencies,
         "ranks": [_rank(row) for row in metrics.ranks],
         "telemetry_samples": metrics.telemetry_samples,
+        "energy": _energy(run_dir, metrics) if metrics.telemetry_samples else None,
+    }
+
+
+def _energy(run_dir: Path, metrics: Metrics) -> dict[str, Any] | None:
+    """Of the GPUs, in the sessions in which it was measured; None if it never was."""
+    tokens: Counter[int] = Counter()
+    for row in metrics.ranks:
+        tokens[int(row["session"])] += int(row["output_tokens"])
+    used = energy(read_telemetry(run_dir / METRICS_NAME), metrics.ranks, tokens)
+    if used is None:
+        return None
+    return {
+        "joules": _number(used.joules),
+        "gpus": used.gpus,
+        "output_tokens": used.output_tokens,
+        "joules_per_output_token": _number(used.joules_per_output_token),
+        "from": "power over time" if used.from_power else "the GPUs' energy counters",
     }
 
 
@@ -106,9 +129,9 @@ def print_report(data: dict[str, Any], stream: IO[str], run_dir: Path, *, show: 
     when = f"{earlier} of them earlier; the last job took" if earlier and "wall_s" in last else "in"
     console.print(
         f"\n{data['ok']} answered, {data['failed']} failed, {when} {took}"
-        f" · {_figure(data['output_tokens_per_s'])} output tokens/s"
-        f" · {_figure(data['prompt_tokens_per_s'])} prompt tokens/s"
-        f" · {_figure(data['requests_per_s'])} requests/s",
+        f" · {figure_text(data['output_tokens_per_s'])} output tokens/s"
+        f" · {figure_text(data['prompt_tokens_per_s'])} prompt tokens/s"
+        f" · {figure_text(data['requests_per_s'])} requests/s",
         soft_wrap=True,
     )
     if last.get("engine") == "simulated":
@@ -123,30 +146,43 @@ def print_report(data: dict[str, Any], stream: IO[str], run_dir: Path, *, show: 
         ranks = [rank for rank in data["ranks"] if last.get("session") in (None, rank["session"])]
         console.print(_rank_table(ranks, narrow=console.width < NARROW_COLUMNS))
         _print_speculation(console, ranks)
+    if data["energy"]:
+        console.print(f"\n{energy_sentence(data['energy'])}", soft_wrap=True)
     if data["failed"]:
         _print_failures(console, run_dir, data["failed"])
     console.print(f"\nrun directory: {run_dir}", soft_wrap=True, markup=False)
+
+
+def failure_reasons(run_dir: Path) -> list[tuple[int, str, str]]:
+    """Why requests failed, the commonest REASONS reasons: how many, the custom_id of one, the reason, cut if long."""
+    if not (run_dir / RECORD_NAME).exists():
+        return []
+    counts: Counter[str] = Counter()
+    example: dict[str, str] = {}
+    with (run_dir / RECORD_NAME).open("rb") as record:
+        for line in record:
+            if not line.endswith(b"\n"):
+                break  # cut by a kill, or being written
+            row = decode_row(line)
+            if row.error is not None and (row.error.message in counts or len(counts) < REASONS_COUNTED):
+                counts[row.error.message] += 1
+                example.setdefault(row.error.message, row.custom_id)
+    return [(count, example[reason], _cut(reason)) for reason, count in counts.most_common(REASONS)]
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= ANSWER_CHARACTERS else text[:ANSWER_CHARACTERS] + "…"
 
 
 def _print_failures(console: Console, run_dir: Path, failed: int) -> None:
     """Why requests failed: the commonest reasons, each with one of its requests."""
     if not (run_dir / RECORD_NAME).exists():
         return
-    counts: Counter[str] = Counter()
-    example: dict[str, str] = {}
-    with (run_dir / RECORD_NAME).open("rb") as record:
-        for line in record:
-            row = decode_row(line)
-            if row.error is not None and (row.error.message in counts or len(counts) < REASONS_COUNTED):
-                counts[row.error.message] += 1
-                example.setdefault(row.error.message, row.custom_id)
+    reasons = failure_reasons(run_dir)
     console.print()
-    for reason, count in counts.most_common(REASONS):
-        shown = reason if len(reason) <= ANSWER_CHARACTERS else reason[:ANSWER_CHARACTERS] + "…"
-        console.print(
-            Text.assemble((f"{count} failed", "bold"), f" ({example[reason]}): {shown}"), soft_wrap=True
-        )  # fmt: skip
-    others = failed - sum(count for _, count in counts.most_common(REASONS))
+    for count, custom_id, reason in reasons:
+        console.print(Text.assemble((f"{count} failed", "bold"), f" ({custom_id}): {reason}"), soft_wrap=True)
+    others = failed - sum(count for count, _, _ in reasons)
     if others > 0:
         console.print(f"{others} failed for other reasons: see error in {RECORD_NAME}", soft_wrap=True, markup=False)
 
@@ -155,8 +191,16 @@ def _print_speculation(console: Console, ranks: list[dict[str, Any]]) -> None:
     # Older versions did not count them: then they are not there, or -1.
     drafted, accepted = (sum(max(0, row.get(f"{name}_tokens", 0)) for row in ranks) for name in ("drafted", "accepted"))
     if drafted:
-        share = _percent(accepted / drafted)
+        share = percent_text(accepted / drafted)
         console.print(f"\nspeculation: {accepted:,} of {drafted:,} drafted tokens were right ({share})")
+
+
+def energy_sentence(used: dict[str, Any]) -> str:
+    """What the GPUs used, in all and for an output token."""
+    gpus = "1 GPU" if used["gpus"] == 1 else f"{used['gpus']} GPUs"
+    each = used["joules_per_output_token"]
+    a_token = "no output tokens" if each is None else f"{each:.3g} J an output token ({used['output_tokens']:,} tokens)"
+    return f"energy: {used['joules']:,.0f} J on {gpus} · {a_token} · from {used['from']}"
 
 
 def _print_answers(console: Console, run_dir: Path, count: int) -> None:
@@ -192,13 +236,11 @@ def _latency_table(latencies: dict[str, Any]) -> Table:
     table.add_column("latency")
     for title in ("P50", "P95", "P99", "samples"):
         table.add_column(title, justify="right")
-    names = {"ttft_s": "TTFT", "tpot_s": "TPOT", "itl_s": "ITL", "queue_s": "queue", "e2e_s": "end-to-end"}
-    for key, title in names.items():
+    for key, title in LATENCY_NAMES.items():
         values = latencies.get(key)
         if values is None:
             continue
-        in_seconds = any((values[p]["value"] or 0) >= 10 for p in ("p50", "p95", "p99"))
-        cells = [_time(values[p]["value"], values[p]["supported"], in_seconds) for p in ("p50", "p95", "p99")]
+        cells = [time_cell(values, p) for p in PERCENTILES]
         table.add_row(title, *cells, str(values["p50"]["samples"]))
     if any(values["p99"]["samples"] and not values["p99"]["supported"] for values in latencies.values()):
         table.caption = "* too few samples to support this percentile"
@@ -225,28 +267,39 @@ def _rank_table(ranks: list[dict[str, Any]], *, narrow: bool) -> Table:
     for row in ranks:
         table.add_row(
             str(row["rank"]), *([row["host"]] if with_host else []), row["device"], str(row["requests"]),
-            str(row["failed"]), str(row["output_tokens"]), _percent(row["busy_share"]), _share(row["starved_share"]),
-            str(row["stolen_in"]), str(row["stolen_out"]),
+            str(row["failed"]), str(row["output_tokens"]), percent_text(row["busy_share"]),
+            share_text(row["starved_share"]), str(row["stolen_in"]), str(row["stolen_out"]),
         )  # fmt: skip
     return table
 
 
-def _figure(value: float | None) -> str:
+def figure_text(value: float | None) -> str:
+    """A rate: whole from 100 on, else with one decimal."""
     if value is None:
         return "?"
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
-def _time(value_s: float | None, supported: bool, in_seconds: bool) -> str:
+def time_cell(values: dict[str, Any], percentile: str) -> str:
+    """One percentile of a latency with its unit; a star says that there are too few samples for it."""
+    value_s, supported = values[percentile]["value"], values[percentile]["supported"]
+    in_seconds = any((values[p]["value"] or 0) >= 10 for p in PERCENTILES)
     if value_s is None:
         return "-"
     text = f"{value_s:.1f} s" if in_seconds else f"{value_s * 1000:.1f} ms"
     return text if supported else f"{text} *"
 
 
-def _percent(share: float | None) -> str:
+def percent_text(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.0f} %"
 
 
-def _share(share: float | None) -> str:
+def share_text(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.2f} %"
+
+
+def state_text(complete: bool, running: bool, failed: int) -> str:
+    """How a run ended, or that it has not."""
+    if complete:
+        return "complete, all answered" if not failed else f"complete, {failed:,} failed"
+    return "still running" if running else "not complete: the same command resumes it"

@@ -45,7 +45,9 @@ def _failed_here(coordinator: Coordinator, session: int) -> Rows:
     """Lines that were no request, and requests that killed too many engines: no worker counts these."""
     nan, error = float("nan"), finish_number("error")
     failures = coordinator.failures
-    rows = [(index, 0, attempt, session, 0, 0, 0, 0.0, nan, nan, 0.0, error, 0) for index, attempt, *_ in failures]
+    rows = [
+        (index, 0, attempt, session, 0, 0, 0, 0.0, nan, nan, 0.0, nan, -1, error, 0) for index, attempt, *_ in failures
+    ]
     return np.array(rows, REQUEST)
 
 

@@ -1,4 +1,4 @@
-"""The commands that look at a run directory: status, stop, report, export. None of them needs MPI."""
+"""The commands that look at a run directory: status, stop, export. None of them needs MPI."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import cast
 from scheduling.errors import EXIT_OK, ConfigError
 from storage.export import Form, export_table
 from storage.recovery import RECORD_NAME, export_ordered
-from storage.rundir import METRICS_NAME, Status, read_run, request_stop
+from storage.rundir import Status, read_run, request_stop
 from storage.rundir import status as run_status
 
 
@@ -29,11 +29,12 @@ def show_status(run_dir: Path, as_json: bool) -> int:
             }
         )  # fmt: skip
         return found.exit_code
-    print(_state(found))
+    print(state_line(found))
     return found.exit_code
 
 
-def _state(found: Status) -> str:
+def state_line(found: Status) -> str:
+    """How far a run is, in a line."""
     total = "?" if found.total is None else str(found.total)
     state = (
         "complete" if found.complete else "running" if found.running else "not complete: the same command resumes it"
@@ -46,27 +47,6 @@ def stop_run(run_dir: Path) -> int:
     holder = request_stop(run_dir)
     where = f" (process {holder.pid} on {holder.host})" if holder is not None else ""
     print(f"asked the job on {run_dir}{where} to drain: it finishes what runs and stops")
-    return EXIT_OK
-
-
-def show_report(run_dir: Path, as_json: bool) -> int:
-    """Print the tables of a run. metrics.h5 is made anew where a job died before it could write it."""
-    from coordinator.report import print_report, report_data
-    from coordinator.rundata import rebuild_metrics
-
-    found = run_status(run_dir)
-    metrics, record = run_dir / METRICS_NAME, run_dir / RECORD_NAME
-    if not metrics.exists() or (record.exists() and record.stat().st_mtime_ns > metrics.stat().st_mtime_ns):
-        rebuild_metrics(run_dir)
-    data = report_data(run_dir)
-    if as_json:
-        from coordinator.values import print_json
-
-        print_json(data)
-        return EXIT_OK
-    if not found.complete:
-        print(_state(found))
-    print_report(data, sys.stdout, run_dir)
     return EXIT_OK
 
 

@@ -165,6 +165,7 @@ class Dispatcher:
         heap = [(worker.owned / worker.slots, worker.id) for worker in rooms]
         heapq.heapify(heap)
         given: dict[int, list[tuple[int, int]]] = {}
+        stolen: dict[int, dict[int, int]] = {}
         while heap:
             worker = workers[heapq.heappop(heap)[1]]
             room = min(worker.target, cap) - worker.owned
@@ -174,13 +175,15 @@ class Dispatcher:
                 self._ledger.move(request, worker, Phase.QUEUED)
                 given.setdefault(worker.id, []).append((request.index, request.attempt))
                 if request.stolen_from is not None:
+                    if request.stolen_from != worker.id:
+                        stolen.setdefault(worker.id, {})[request.index] = request.stolen_from
                     self._count_steal(request, request.stolen_from, worker)
                 room -= 1
             if room > 0 and self._policy.available(worker.id):
                 heapq.heappush(heap, (worker.owned / worker.slots, worker.id))
         for worker_id, items in given.items():
             self.note_room(workers[worker_id])
-            out.append(Assign(worker_id, items))
+            out.append(Assign(worker_id, items, stolen.get(worker_id, {})))
 
     # ------------------------------------------------------------ stealing
 

@@ -7,7 +7,7 @@ message received, not one per request.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -138,10 +138,11 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class Assign:
-    """Send these (index, attempt) pairs to a worker."""
+    """Send these (index, attempt) pairs to a worker. `stolen`: from index to victim, of those that were stolen."""
 
     worker: int
     items: list[tuple[int, int]]
+    stolen: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

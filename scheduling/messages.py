@@ -195,6 +195,8 @@ class WorkItem(msgspec.Struct, array_like=True, frozen=True, gc=False):
     index: int
     attempt: int
     line: bytes
+    stolen_from: int | None = None
+    """The rank that it was taken from; None: from none."""
 
 
 class Assign(msgspec.Struct, tag="assign", frozen=True):

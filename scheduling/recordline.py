@@ -135,6 +135,10 @@ class Timing(msgspec.Struct, frozen=True, gc=False):
     output_tokens: int
     finish_reason: str
     cached_tokens: int = 0
+    end_s: float | None = None
+    """When it ended, since rank 0 welcomed the rank; None where no rank had it, and in older records."""
+    stolen_from: int | None = None
+    """The rank that it was taken from before it started; None: from none."""
 
 
 class _Line(msgspec.Struct, frozen=True, gc=False):
@@ -182,6 +186,8 @@ def encode_result(
     model: str,
     cached_tokens: int = 0,
     logprobs: Sequence[TokenLogprobs | None] = (),
+    end_s: float | None = None,
+    stolen_from: int | None = None,
 ) -> bytes:
     """The sealed line of a request that was answered.
 
@@ -213,6 +219,8 @@ def encode_result(
         output_tokens,
         _gravest([why for _, why, _ in answer_choices]) if several else answer_choices[0][1],
         cached_tokens,
+        end_s,
+        stolen_from,
     )
     usage = _Usage(prompt_tokens, output_tokens, prompt_tokens + output_tokens, _PromptDetails(cached_tokens))
     response = _Response(200, "req_" + ident, _Body(body_id, name, created, model, choices, usage))
@@ -230,6 +238,8 @@ def encode_embeddings(
     queue_s: float,
     e2e_s: float,
     model: str,
+    end_s: float | None = None,
+    stolen_from: int | None = None,
 ) -> bytes:
     """The sealed line of a request for embeddings that was answered. `vectors`: (inputs, dimensions)."""
     ident = str(index)
@@ -238,7 +248,9 @@ def encode_embeddings(
     else:
         data = [_Embedding("embedding", place, one) for place, one in enumerate(to_numbers(vectors))]
     body = _EmbeddingBody("list", data, model, _EmbeddingUsage(prompt_tokens, prompt_tokens))
-    timing = Timing(index, attempt, rank, session, queue_s, None, None, e2e_s, prompt_tokens, 0, "stop")
+    timing = Timing(
+        index, attempt, rank, session, queue_s, None, None, e2e_s, prompt_tokens, 0, "stop", 0, end_s, stolen_from
+    )  # fmt: skip
     response = _Response(200, "req_" + ident, body)
     return seal(_encode(_Line("batch_req_" + ident, request.custom_id, response, None, timing)))
 
@@ -277,11 +289,14 @@ def encode_failure(
     queue_s: float = 0.0,
     e2e_s: float = 0.0,
     cached_tokens: int = 0,
+    end_s: float | None = None,
+    stolen_from: int | None = None,
 ) -> bytes:
     """The sealed line of a request that failed. Its finish reason is `cancelled` for that code, else `error`."""
     reason = "cancelled" if code == "cancelled" else "error"
     timing = Timing(
-        index, attempt, rank, session, queue_s, None, None, e2e_s, prompt_tokens, 0, reason, cached_tokens
+        index, attempt, rank, session, queue_s, None, None, e2e_s, prompt_tokens, 0, reason, cached_tokens,
+        end_s, stolen_from,
     )  # fmt: skip
     ident = "batch_req_" + str(index)
     try:
@@ -322,7 +337,7 @@ def decode_row(line: bytes) -> Row:
         raise ValueError(str(error)) from error
 
 
-def request_row(row: Row) -> tuple[int, int, int, int, int, int, int, float, float, float, float, int, int]:
+def request_row(row: Row) -> tuple[float, ...]:
     """`row` as a tuple for `scheduling.tables.REQUEST`. Undefined times become NaN."""
     part = row.llmpi
     nan = float("nan")
@@ -338,6 +353,8 @@ def request_row(row: Row) -> tuple[int, int, int, int, int, int, int, float, flo
         nan if part.ttft_s is None else part.ttft_s,
         nan if part.tpot_s is None else part.tpot_s,
         part.e2e_s,
+        nan if part.end_s is None else part.end_s,
+        -1 if part.stolen_from is None else part.stolen_from,
         finish_number(part.finish_reason),
         1 if row.error is None else 0,
     )

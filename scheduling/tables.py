@@ -29,10 +29,14 @@ REQUEST = np.dtype(
         ("ttft_s", "<f8"),
         ("tpot_s", "<f8"),
         ("e2e_s", "<f8"),
+        ("end_s", "<f8"),
+        ("stolen_from", "<i4"),
         ("finish_reason", "u1"),
         ("ok", "u1"),
     ]
 )
+"""`end_s`: when it ended, since rank 0 welcomed its rank, on that rank's clock; NaN where no rank had it.
+`stolen_from`: the rank it was taken from, -1 if from none."""
 
 RANK = np.dtype(
     [

@@ -33,6 +33,7 @@ FORMULAS = {
     "ttft_s": "received by the engine to first output token, queue_s included; NaN without output",
     "tpot_s": "(e2e_s - ttft_s) / (output_tokens - 1); NaN for fewer than 2 tokens or several choices",
     "e2e_s": "received by the engine to finished, queue_s included",
+    "end_s": "ended, since rank 0 welcomed the rank, on the rank's clock; the engine received it at end_s - e2e_s",
     "itl_s": "gaps between consecutive output tokens of a sequence; 0 between those that come from one step",
     "busy_s": "time in which at least one slot was in use",
     "slot_s": "integral of slots in use over time",
@@ -41,7 +42,7 @@ FORMULAS = {
 }
 
 UNITS = {
-    "REQUEST": {"queue_s": "s", "ttft_s": "s", "tpot_s": "s", "e2e_s": "s"},
+    "REQUEST": {"queue_s": "s", "ttft_s": "s", "tpot_s": "s", "e2e_s": "s", "end_s": "s"},
     "RANK": {"busy_s": "s", "slot_s": "slot s", "starved_slot_s": "slot s", "open_slot_s": "slot s", "wall_s": "s"},
     "TELEMETRY": {
         "t_s": "s since the start of the session",

@@ -48,10 +48,11 @@ class WorkerOptions:
 class _Held:
     """One request with this worker. `started` once the engine has taken it into a slot."""
 
-    __slots__ = ("attempt", "request", "started")
+    __slots__ = ("attempt", "request", "started", "stolen_from")
 
-    def __init__(self, attempt: int, request: Request) -> None:
+    def __init__(self, attempt: int, request: Request, stolen_from: int | None) -> None:
         self.attempt = attempt
+        self.stolen_from = stolen_from
         self.request = request
         self.started = False
 
@@ -172,6 +173,8 @@ class Worker:
     def on_welcome(self, message: m.Welcome) -> None:
         self._placement = message.placement
         self._run_seed = message.run_seed
+        # All ranks count from here: a welcome reaches them at about the same time, however long each took to start.
+        self._born = self._clock()
         self.metrics.session = message.session
         self.metrics.device = message.placement.note
         self._start_engine()
@@ -185,9 +188,12 @@ class Worker:
             try:
                 request = parse_request(item.line, defaults, default_id=f"request-{item.index}")
             except RequestError as error:
-                self._finish_failed(item.index, item.attempt, f"request-{item.index}", "invalid_request", str(error))
+                self._finish_failed(
+                    item.index, item.attempt, f"request-{item.index}", "invalid_request", str(error),
+                    stolen_from=item.stolen_from,
+                )  # fmt: skip
                 continue
-            self._held[item.index] = _Held(item.attempt, request)
+            self._held[item.index] = _Held(item.attempt, request, item.stolen_from)
             seed = request.sampling.seed
             seed = derive_seed(self._run_seed, item.index) if seed is None else seed
             jobs.append(Job(item.index, seed, request.stream, request))
@@ -279,25 +285,26 @@ class Worker:
         if answer.error is not None:
             self._finish_failed(
                 answer.key, one.attempt, one.request.custom_id, "request_failed", answer.error,
-                answer.prompt_tokens, answer.queue_s, answer.e2e_s, answer.cached_tokens,
+                answer.prompt_tokens, answer.queue_s, answer.e2e_s, answer.cached_tokens, one.stolen_from,
             )  # fmt: skip
             return
         if one.request.inputs and any(choice.finish_reason == "cancelled" for choice in answer.choices):
             # Some vectors are worth nothing: unlike a text, this answer has no useful beginning.
             self._finish_failed(
                 answer.key, one.attempt, one.request.custom_id, "cancelled", "the request was cancelled",
-                answer.prompt_tokens, answer.queue_s, answer.e2e_s,
+                answer.prompt_tokens, answer.queue_s, answer.e2e_s, stolen_from=one.stolen_from,
             )  # fmt: skip
             return
         options, metrics = self._options, self.metrics
-        line = self._line(one, answer)
+        end_s = self._now_s()
+        line = self._line(one, answer, end_s)
         tokens = answer.output_tokens
         tpot_s = (answer.e2e_s - answer.ttft_s) / (tokens - 1) if tokens > 1 and len(answer.choices) == 1 else NAN
         metrics.requests.append(
             (
                 answer.key, options.rank, one.attempt, metrics.session, answer.prompt_tokens, answer.cached_tokens,
                 tokens, answer.queue_s, answer.ttft_s if tokens else NAN, tpot_s, answer.e2e_s,
-                finish_number(answer.choices[0].finish_reason), 1,
+                end_s, _number_of(one.stolen_from), finish_number(answer.choices[0].finish_reason), 1,
             )
         )  # fmt: skip
         metrics.finished += 1
@@ -306,34 +313,41 @@ class Worker:
         metrics.output_tokens += tokens
         self._finished.append(m.Finished(answer.key, one.attempt, True, answer.prompt_tokens, tokens, line))
 
-    def _line(self, one: _Held, answer: Answer) -> bytes:
+    def _now_s(self) -> float:
+        """Since the welcome; a ten thousandth of a second is finer than what a frame's way takes."""
+        return round(self._clock() - self._born, 4)
+
+    def _line(self, one: _Held, answer: Answer, end_s: float) -> bytes:
         """The record's line of a request that was answered."""
         options, request, session = self._options, one.request, self.metrics.session
         if request.inputs:
             return encode_embeddings(
                 request, answer.key, one.attempt, options.rank, session,
                 from_bytes(answer.vectors, len(request.inputs)), answer.prompt_tokens, answer.queue_s, answer.e2e_s,
-                options.model_name,
+                options.model_name, end_s, one.stolen_from,
             )  # fmt: skip
         choices = [(choice.text, choice.finish_reason, choice.output_tokens) for choice in answer.choices]
         return encode_result(
             request, answer.key, one.attempt, options.rank, session, choices, answer.prompt_tokens,
             answer.output_tokens, answer.queue_s, answer.ttft_s, answer.e2e_s, int(options.wall_clock()),
             options.model_name, answer.cached_tokens, [choice.logprobs for choice in answer.choices],
+            end_s, one.stolen_from,
         )  # fmt: skip
 
     def _finish_failed(
         self, index: int, attempt: int, custom_id: str, code: str, reason: str,
         prompt_tokens: int = 0, queue_s: float = 0.0, e2e_s: float = 0.0, cached_tokens: int = 0,
+        stolen_from: int | None = None,
     ) -> None:  # fmt: skip
-        rank, metrics = self._options.rank, self.metrics
+        rank, metrics, end_s = self._options.rank, self.metrics, self._now_s()
         line = encode_failure(
-            custom_id, index, attempt, rank, metrics.session, code, reason, prompt_tokens, queue_s, e2e_s, cached_tokens
-        )
+            custom_id, index, attempt, rank, metrics.session, code, reason, prompt_tokens, queue_s, e2e_s,
+            cached_tokens, end_s, stolen_from,
+        )  # fmt: skip
         metrics.requests.append(
             (
                 index, rank, attempt, metrics.session, prompt_tokens, cached_tokens, 0, queue_s, NAN, NAN, e2e_s,
-                finish_number("error"), 0,
+                end_s, _number_of(stolen_from), finish_number("error"), 0,
             )
         )  # fmt: skip
         metrics.finished += 1
@@ -401,3 +415,7 @@ class Worker:
         rank, session = self._options.rank, self.metrics.session
         for row in self._sample():
             self.metrics.telemetry.append((now - self._born, rank, session, *row))
+
+
+def _number_of(rank: int | None) -> int:
+    return -1 if rank is None else rank

@@ -21,7 +21,8 @@ def metrics_of(rank: int, latencies_s: list[float], failed: int = 0) -> RankMetr
     metrics.engine_ready(2, 0.0)
     for k, e2e_s in enumerate(latencies_s):
         ok = int(k >= failed)
-        metrics.requests.append((100 * rank + k, rank, 1, 0, 5, 2, 3 * ok, 0.0, 0.1, 0.01, e2e_s, 0 if ok else 2, ok))
+        times = (0.0, 0.1, 0.01, e2e_s, 9.0)
+        metrics.requests.append((100 * rank + k, rank, 1, 0, 5, 2, 3 * ok, *times, -1, 0 if ok else 2, ok))
         metrics.finished += 1
         metrics.failed += 1 - ok
         metrics.prompt_tokens += 5

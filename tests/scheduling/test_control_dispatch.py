@@ -143,7 +143,7 @@ def test_a_steal_moves_what_the_victim_confirms_and_counts_it() -> None:
     desk.policy.put_back(back)
     desk.dispatcher.note_room(one)
     out = desk.dispatch()
-    assert out[0] == Assign(2, [(2, 1)])
+    assert out[0] == Assign(2, [(2, 1)], stolen={2: 1})
     assert (one.stolen_out, two.stolen_in, desk.ledger.totals.stolen) == (1, 1, 1)
     assert desk.dispatcher.settle(one, 0, [2]) == []  # it came twice
 

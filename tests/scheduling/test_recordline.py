@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -70,6 +71,8 @@ def test_chat_answer_is_openai_batch_output_with_timings_and_checksum_last() -> 
         "output_tokens": 5,
         "finish_reason": "stop",
         "cached_tokens": 4,
+        "end_s": None,
+        "stolen_from": None,
     }
 
 
@@ -210,9 +213,25 @@ def test_rows_become_numbers_with_nan_for_what_is_undefined() -> None:
     ]
 
 
+def test_when_it_ended_and_from_whom_it_was_taken_are_kept_and_missing_in_older_lines() -> None:
+    times: dict[str, Any] = {"end_s": 12.5, "stolen_from": 0}
+    vectors = np.zeros((1, 2), np.float32)
+    lines = [
+        encode_result(TEXT, 7, 1, 3, 1, [("hi", "stop", 1)], 11, 1, 0.25, 0.5, 2.5, 1, "m", **times),
+        encode_failure("c", 8, 1, 2, 0, "engine", "died", **times),
+        encode_embeddings(msgspec.structs.replace(TEXT, inputs=("a",)), 9, 1, 3, 1, vectors, 1, 0.1, 0.2, "m", **times),
+        result(),
+        seal(result().replace(b',"end_s":null,"stolen_from":null', b"").partition(b',"crc32"')[0] + b"}"),
+    ]
+    table = np.array([request_row(decode_row(line)) for line in lines], REQUEST)
+    assert table["stolen_from"].tolist() == [0, 0, 0, -1, -1]
+    assert table["end_s"].tolist()[:3] == [12.5] * 3
+    assert np.isnan(table["end_s"][3:]).all()
+
+
 def test_a_finish_reason_of_a_newer_writer_is_other() -> None:
     row = decode_row(result(choices=[("x", "tool_calls", 5)]))
-    assert request_row(row)[11] == FINISH_REASONS["other"]
+    assert request_row(row)[13] == FINISH_REASONS["other"]
 
 
 def test_seal_of_any_object_checks() -> None:

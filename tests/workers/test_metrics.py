@@ -13,7 +13,7 @@ NAN = float("nan")
 
 
 def row(index: int, *, ok: int = 1, e2e_s: float = 1.0, tpot_s: float = 0.1) -> tuple[float, ...]:
-    return (index, 1, 1, 0, 5, 0, 3, 0.01, 0.2, tpot_s, e2e_s, 0, ok)
+    return (index, 1, 1, 0, 5, 0, 3, 0.01, 0.2, tpot_s, e2e_s, 1.0, -1, 0, ok)
 
 
 def test_rows_come_back_in_order_however_many_there_are() -> None:

@@ -205,6 +205,28 @@ def test_seed_comes_from_run_and_index_unless_the_request_has_one() -> None:
     assert [job.seed for job in bench.engine.jobs] == [77, derive_seed(SEED, 6), derive_seed(SEED, 7)]
 
 
+def test_ends_are_told_since_the_welcome_and_from_whom_work_was_taken() -> None:
+    bench = Bench()
+    bench.clock.pass_(100.0)  # however long this rank took to start
+    bench.ready(slots=4)
+    lines = {index: text_line("good", f"id-{index}") for index in (5, 6)} | {7: b"{bad"}
+    items = [
+        m.WorkItem(index, 1, line, victim) for (index, line), victim in zip(lines.items(), (2, None, 0), strict=True)
+    ]
+    [report] = bench.hear(m.Assign(1, items))
+    bench.clock.pass_(1.5)
+    bench.engine.say(Frame(finished=[answer(5), answer(6, error="no")]))
+    told = [line_of(one)["llmpi"] for one in (*report.finished, *bench.step()[0].finished)]
+    assert [(one["index"], one["end_s"], one["stolen_from"]) for one in told] == [
+        (7, 0.0, 0),
+        (5, 1.5, 2),
+        (6, 1.5, None),
+    ]
+    rows = bench.worker.metrics.requests.rows()
+    assert rows["end_s"].tolist() == [0.0, 1.5, 1.5]
+    assert rows["stolen_from"].tolist() == [0, 2, -1]
+
+
 def test_bad_line_fails_alone_and_is_never_given_to_the_engine() -> None:
     bench = Bench().ready()
     lines = [b"{bad", text_line("good", "id-1"), b'{"prompt": 3.5}']
