@@ -127,6 +127,10 @@ def batch(
     lease: Annotated[float, typer.Option(help="Seconds of silence after which a rank is lost.")] = 60.0,
     commit_interval: Annotated[float, typer.Option(help="Seconds between commits of the record to disk.")] = 0.05,
     commit_bytes: Annotated[int, typer.Option(help="Bytes after which the record is committed earlier.")] = 16 << 20,
+    metrics_interval: Annotated[
+        float,
+        typer.Option(help="Seconds after which telemetry and counters go to disk: a killed run has them up to then."),
+    ] = 10.0,
     engine: Annotated[
         EngineKind,
         typer.Option(
@@ -155,7 +159,8 @@ def batch(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, **held_to(json_schema, grammar_file)
         ),
         max_tokens=max_tokens, seed=seed, prefetch=prefetch, lease_s=lease, commit_interval_s=commit_interval,
-        commit_bytes=commit_bytes, precheck=precheck, chat_template=read_text("--chat-template", chat_template),
+        commit_bytes=commit_bytes, metrics_interval_s=metrics_interval, precheck=precheck,
+        chat_template=read_text("--chat-template", chat_template),
         engine=engine.value, service_times=None if service_times is None else str(service_times), time_scale=time_scale,
         pooling=None if pooling is None else pooling.value, **chosen.job(),
     )  # fmt: skip
@@ -257,11 +262,15 @@ def stop(run_dir: RunDirectory) -> None:
 
 
 @app.command()
-def report(run_dir: RunDirectory, as_json: AsJson = False) -> None:
-    """Print the tables of a run; make metrics.h5 from the record where it is missing."""
+def report(
+    run_dir: RunDirectory,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Make metrics.h5 anew, whatever is there.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print the tables of a run; make metrics.h5 from the record and the segments where it is missing or older."""
     from coordinator.rundirs import show_report
 
-    raise typer.Exit(show_report(run_dir, as_json) if detect(os.environ).speaks else EXIT_OK)
+    raise typer.Exit(show_report(run_dir, as_json, rebuild=rebuild) if detect(os.environ).speaks else EXIT_OK)
 
 
 @app.command()

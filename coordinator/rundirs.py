@@ -8,8 +8,9 @@ from pathlib import Path
 
 from scheduling.errors import EXIT_OK, ConfigError
 from storage.recovery import RECORD_NAME, export_ordered
-from storage.rundir import METRICS_NAME, Status, read_run, request_stop
+from storage.rundir import METRICS_NAME, SEGMENTS_NAME, Status, read_run, request_stop
 from storage.rundir import status as run_status
+from storage.segments import segment_files
 
 
 def show_status(run_dir: Path, as_json: bool) -> int:
@@ -46,15 +47,18 @@ def stop_run(run_dir: Path) -> int:
     return EXIT_OK
 
 
-def show_report(run_dir: Path, as_json: bool) -> int:
-    """Print the tables of a run. metrics.h5 is made anew where a job died before it could write it."""
+def show_report(run_dir: Path, as_json: bool, *, rebuild: bool = False) -> int:
+    """Print the tables of a run. metrics.h5 is made anew if `rebuild`, or where it is missing or out of date."""
     from coordinator.report import print_report, report_data
-    from coordinator.rundata import rebuild_metrics
+    from coordinator.rundata import make_metrics
 
     found = run_status(run_dir)
-    metrics, record = run_dir / METRICS_NAME, run_dir / RECORD_NAME
-    if not metrics.exists() or (record.exists() and record.stat().st_mtime_ns > metrics.stat().st_mtime_ns):
-        rebuild_metrics(run_dir)
+    if rebuild or _outdated(run_dir):
+        before = read_run(run_dir)
+        make_metrics(run_dir)
+        if read_run(run_dir) != before:
+            # The job ended meanwhile, and has made its own: this one may have taken that one's place.
+            make_metrics(run_dir)
     data = report_data(run_dir)
     if as_json:
         from coordinator.values import print_json
@@ -65,6 +69,15 @@ def show_report(run_dir: Path, as_json: bool) -> int:
         print(_state(found))
     print_report(data, sys.stdout, run_dir)
     return EXIT_OK
+
+
+def _outdated(run_dir: Path) -> bool:
+    """Whether metrics.h5 is missing, or something that it is made of was written later."""
+    metrics = run_dir / METRICS_NAME
+    if not metrics.exists():
+        return True
+    sources = [path for path in (run_dir / RECORD_NAME, *segment_files(run_dir / SEGMENTS_NAME)) if path.exists()]
+    return any(path.stat().st_mtime_ns > metrics.stat().st_mtime_ns for path in sources)
 
 
 def export_answers(run_dir: Path, order: str, output: Path | None) -> int:

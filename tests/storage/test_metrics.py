@@ -15,7 +15,7 @@ from scheduling.errors import RecordError, RunDirError
 from scheduling.histogram import BUCKETS, LogHistogram
 from scheduling.recordline import encode_failure
 from scheduling.tables import FINISH_REASONS, RANK, REQUEST, TELEMETRY
-from storage import metrics
+from storage.files import OsDisk
 from storage.metrics import read_requests, read_summary, read_telemetry, write_metrics
 from storage.recovery import rows as record_rows
 from storage.summary import Rows
@@ -130,10 +130,10 @@ def test_a_disk_that_refuses_is_a_record_error(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(RecordError, match="answers are safe"):
         write(tmp_path / "no such folder" / "metrics.h5")
 
-    def full(path: Path) -> None:
+    def full(disk: OsDisk, *paths: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(metrics, "_sync", full)
+    monkeypatch.setattr(OsDisk, "rename", full)
     with pytest.raises(RecordError, match="No space left"):
         write(tmp_path / "metrics.h5")
     assert list(tmp_path.iterdir()) == []

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduling.errors import RunDirError
+from scheduling.errors import RecordError, RunDirError
 from scheduling.recordline import line_checks, seal
 from storage import recovery
 from storage.files import OsDisk
@@ -110,7 +110,7 @@ def test_scan_changes_nothing() -> None:
 def test_unreadable_and_unrepairable_records_are_clear_errors() -> None:
     disk = disk_with(ok_line(0) + b"torn")
     disk.fail["truncate"] = 5
-    with pytest.raises(RunDirError, match="cannot repair"):
+    with pytest.raises(RecordError, match="cannot repair"):
         recover(disk, PATH)
     disk.fail["read"] = 13
     with pytest.raises(RunDirError, match="Permission denied"):
