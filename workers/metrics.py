@@ -32,8 +32,13 @@ class RowBuffer:
         if len(self._recent) >= _BLOCK_ROWS:
             self._pack()
 
+    def extend(self, rows: npt.NDArray[Any]) -> None:
+        """Append rows that are packed already; they are kept, not copied."""
+        self._pack()
+        self._blocks.append(rows)
+
     def __len__(self) -> int:
-        return _BLOCK_ROWS * len(self._blocks) + len(self._recent)
+        return sum(map(len, self._blocks)) + len(self._recent)
 
     def blocks(self) -> list[npt.NDArray[Any]]:
         """All rows so far, in order, each block of shape (n,)."""
@@ -48,8 +53,9 @@ class RowBuffer:
         self._blocks, self._recent = [], []
 
     def _pack(self) -> None:
-        self._blocks.append(np.array(self._recent, self._dtype))
-        self._recent = []
+        if self._recent:
+            self._blocks.append(np.array(self._recent, self._dtype))
+            self._recent = []
 
 
 class RankMetrics:

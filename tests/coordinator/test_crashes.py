@@ -7,27 +7,31 @@ operations come in the same order each time.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import random
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import h5py
 import pytest
 
-from coordinator import batch, intervals, loop
+from coordinator import batch, config, intervals, loop, serve, setup
 from coordinator.batch import BatchOptions, _Lead
 from coordinator.config import JobConfig
 from coordinator.launch import detect
 from coordinator.rundata import make_metrics
 from coordinator.setup import Setup, prepare
 from scheduling.errors import EXIT_OK, EXIT_RESUMABLE, LlmpiError, RunDirError
+from storage import metrics
 from storage.files import Disk
 from storage.record import GroupCommit, open_mark, open_record
 from storage.rundir import status
@@ -165,6 +169,12 @@ def in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch, "RecordWriter", Writer)
     monkeypatch.setattr(intervals, "ThreadPoolExecutor", lambda *arguments: InTurn())
     monkeypatch.setattr(Writer, "acknowledged_lines", [])
+    # Hundreds of sessions: what takes long in each and is nothing to these tests is left out.
+    monkeypatch.setattr(metrics, "CHUNK_ROWS", 16)
+    monkeypatch.setattr(serve, "calm_collector", contextlib.nullcontext)
+    versions = cache(config.package_versions)
+    for module in (config, setup, batch):
+        monkeypatch.setattr(module, "package_versions", versions)
 
 
 @pytest.fixture
@@ -188,15 +198,19 @@ def test_an_undisturbed_run_reaches_every_kind_of_operation(job: Job) -> None:
 
 
 def everywhere(job: Job) -> list[tuple[int, bool]]:
-    """Every place at which the world can end: before an operation, and in the middle of it if it has one."""
+    """Every place at which the world can end: before an operation, and in the middle of it where that tells.
+
+    Half a file that is renamed only when it is whole tells nothing.
+    """
     fresh(job)
     calls = job.cut().calls
     places = [(place, False) for place in range(len(calls))]
-    places += [(place, True) for place, call in enumerate(calls) if call.split()[0] in ("write", "fill")]
+    places += [(place, True) for place, call in enumerate(calls) if call.startswith("write") and ".tmp" not in call]
     return sorted(places)
 
 
 def test_wherever_the_world_ends_the_run_resumes_with_each_request_exactly_once(job: Job) -> None:
+    seen: set[int] = set()
     for place, half in everywhere(job):
         fresh(job)
         disk = job.cut(cut_at=place, half=half)
@@ -206,12 +220,22 @@ def test_wherever_the_world_ends_the_run_resumes_with_each_request_exactly_once(
             Writer.acknowledged_lines[:] = acknowledged
             disk.survive(model, seed=place)
             job.check_between()
-            job.finish()
+            if (left := fingerprint(job)) not in seen:
+                job.finish()
+                seen.add(left)
+    assert len(seen) > 50
+
+
+def fingerprint(job: Job) -> int:
+    """Of all names and contents. What differs between two runs that end alike is times."""
+    files = [path for path in sorted(job.root.rglob("*")) if path.is_file()]
+    times = re.compile(rb'"[a-z0-9]+_(s|at)":\s*[^,}]+|"since": [^,]+|"created":\s*\d+|"crc32":"[0-9a-f]*')
+    return hash(tuple((str(path), times.sub(b"", path.read_bytes())) for path in files if path.suffix != ".h5"))
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_a_run_that_is_ended_again_and_again_is_done_at_last(job: Job, model: Model) -> None:
-    for seed in range(8):
+    for seed in range(4):
         dice = random.Random(seed)
         fresh(job)
         for _ in range(100):
@@ -231,24 +255,30 @@ def test_a_world_that_ends_while_intervals_are_written_loses_none_that_was(
     fresh(job)
     calls = job.cut().calls
     written = [place for place, call in enumerate(calls) if "metrics.d" in call]
-    assert sum("rename" in calls[place] for place in written) > 3
-    for place in written[::3]:
+    assert sum("rename" in calls[place] for place in written) >= 3
+    for place in written:
+        fresh(job)
+        disk = job.cut(cut_at=place, half=True)
+        renames = [k for k, call in enumerate(disk.calls) if call.startswith("rename run/metrics.d")]
+        durable = bool(renames) and any("sync_dir run/metrics.d" in call for call in disk.calls[renames[0] : place])
+        acknowledged = list(Writer.acknowledged_lines)
         for model in MODELS:
-            fresh(job)
-            disk = job.cut(cut_at=place, half=True)
+            Writer.acknowledged_lines[:] = acknowledged
             disk.survive(model, seed=place)
             job.check_between()
-            if any(call.startswith("sync_dir run/metrics.d") for call in disk.calls[1 + written[2] :]):
-                [ranks] = latest(job.run_dir / "metrics.d", "ranks")
-                assert len(ranks.array) == 1
-            job.finish()
+            found = latest(job.run_dir / "metrics.d", "ranks")
+            if durable:
+                assert [len(ranks.array) for ranks in found] == [1]
+            if place % 5 == 0:
+                job.finish()
 
 
-@pytest.mark.parametrize("number", NUMBERS)
-def test_a_disk_that_fails_ends_the_job_with_status_3_and_one_line(job: Job, number: int) -> None:
+def test_a_disk_that_fails_ends_the_job_with_status_3_and_one_line(job: Job) -> None:
+    dice = random.Random(1)
     for place, half in everywhere(job):
         fresh(job)
-        disk = CrashDisk(job.root, fail_at=place, number=number, for_good=place % 2 == 0, half=half)
+        number = dice.choice(NUMBERS)
+        disk = CrashDisk(job.root, fail_at=place, number=number, for_good=dice.random() < 0.5, half=half)
         check_refusal(job, disk, number)
         disk.let_go()
         job.check_between()
@@ -273,18 +303,18 @@ def check_refusal(job: Job, disk: CrashDisk, number: int) -> None:
 
 def test_metrics_made_anew_are_the_same_bytes(job: Job) -> None:
     """After a run that was not disturbed, one that was resumed, and one that was killed and has no end."""
-    metrics = job.run_dir / "metrics.h5"
+    made = job.run_dir / "metrics.h5"
     for place in (None, 41, 60):
         fresh(job)
         if place is not None:
             job.cut(cut_at=place).survive("killed")
             make_metrics(job.run_dir)
-            killed = metrics.read_bytes()
+            killed = made.read_bytes()
             make_metrics(job.run_dir)
-            assert metrics.read_bytes() == killed
+            assert made.read_bytes() == killed
         assert job.session() == 0
-        written = metrics.read_bytes()
-        metrics.unlink()
+        written = made.read_bytes()
+        made.unlink()
         make_metrics(job.run_dir)
-        assert metrics.read_bytes() == written
+        assert made.read_bytes() == written
         job.check_whole()
