@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 
 from scheduling.errors import EXIT_OK, ConfigError
-from storage.recovery import RECORD_NAME, export_ordered
+from storage.recovery import RECORD_NAME, export_ordered, whole_lines
 from storage.rundir import METRICS_NAME, SEGMENTS_NAME, Status, read_run, request_stop
 from storage.rundir import status as run_status
 from storage.segments import segment_files
@@ -91,8 +90,7 @@ def export_answers(run_dir: Path, order: str, output: Path | None) -> int:
         if order == "input":
             export_ordered(run_dir, target)
         else:
-            with (run_dir / RECORD_NAME).open("rb") as record:
-                shutil.copyfileobj(record, target)
+            target.writelines(whole_lines(run_dir / RECORD_NAME))
         target.flush()
     except OSError as error:
         if output is None:

@@ -225,6 +225,22 @@ def rows(path: Path, disk: Disk | None = None, session: int | None = None) -> It
         yield np.array(pending, REQUEST)
 
 
+def whole_lines(path: Path, disk: Disk | None = None) -> Iterator[bytes]:
+    """The record's lines as they are, newlines included, also while a job appends to it; none if it is not there.
+
+    A torn tail is left out. Raises like `scan` for damage.
+    """
+    disk = disk or OsDisk()
+    try:
+        with disk.open_read(path) as file:
+            for line in _Lines(file, path, synced_bytes(disk, path)):
+                yield line + b"\n"
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise RunDirError(f"cannot read the record {path}: {error.strerror or error}") from error
+
+
 def export_ordered(run_dir: Path, out: BinaryIO, disk: Disk | None = None) -> int:
     """Write the record's lines to `out` in the order of the input; returns how many.
 
