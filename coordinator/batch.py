@@ -344,6 +344,7 @@ class _Lead:
         self._view.close(snapshot)
         outcome = coordinator.outcome
         if outcome is None:
+            self._intervals.close()
             self._session.close("stopped")
             self._say(f"stopped now; the same command resumes {run.path}")
             return EXIT_RESUMABLE

@@ -11,6 +11,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from tests.system.runs import Run, check_one_clear_line, prompts, until, wait_go
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 
+ONE_MPI = pytest.mark.parametrize("mpirun", ["openmpi"], indirect=True)
+"""What these tests are about is above MPI, and each job takes seconds."""
 REQUESTS = 400
 IDS = [f"r{k}" for k in range(REQUESTS)]
 
@@ -37,13 +40,21 @@ def answers(run: Run) -> dict[str, Any]:
     return {name: line["response"]["body"]["choices"] for name, line in run.by_id().items()}
 
 
+@dataclass(frozen=True)
+class Timed(Run):
+    """A run, and how long it took, so that moments within another one can be chosen on any machine."""
+
+    took_s: float
+
+
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Timed:
+    began = time.monotonic()
     folder = tmp_path_factory.mktemp("undisturbed")
     run = Run(folder / "run")
     done = run_alone(*words(folder, run, "0.0"))
     assert done.rc == 0, done.output
-    return run
+    return Timed(run.path, time.monotonic() - began)
 
 
 def killed_once(job: tuple[Argument, ...], after_s: float) -> bool:
@@ -62,16 +73,13 @@ def killed_once(job: tuple[Argument, ...], after_s: float) -> bool:
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_killed_again_and_again_at_any_moment_it_ends_like_an_undisturbed_run(
-    tmp_path: Path, undisturbed: Run, seed: int
+    tmp_path: Path, undisturbed: Timed, seed: int
 ) -> None:
     dice, run = random.Random(seed), Run(tmp_path / "run")
     job = words(tmp_path, run, "0.02", "--metrics-interval", "0.2", "--commit-interval", "0.005")
-    began = time.monotonic()
-    run_alone("--help")
-    start_s = time.monotonic() - began  # what a process takes on this machine before it does anything
     before: dict[str, Any] = {}
-    for _ in range(2):
-        ended = not killed_once(job, start_s + dice.uniform(0.0, 1.5))
+    for _ in range(seed):
+        ended = not killed_once(job, undisturbed.took_s * dice.uniform(0.4, 1.4))
         lines = run.by_id()
         assert all(lines[name] == line for name, line in before.items()), "a recorded answer is gone or another"
         before = lines
@@ -84,6 +92,8 @@ def test_killed_again_and_again_at_any_moment_it_ends_like_an_undisturbed_run(
     assert answers(run) == answers(undisturbed)
 
 
+@pytest.mark.mpi
+@ONE_MPI
 def test_a_killed_job_has_every_ranks_counters_and_telemetry_up_to_its_last_interval(
     mpirun: Launcher, tmp_path: Path
 ) -> None:
@@ -134,14 +144,16 @@ def check_full(stopped: Finished, run: Run, *said: str) -> None:
     assert json.loads(status.stdout)["done"] == len(run.by_id())
 
 
+@pytest.mark.mpi
+@ONE_MPI
 def test_a_full_disk_ends_the_job_in_order_and_it_goes_on_when_there_is_space(
-    small_disk: Path, tmp_path: Path, undisturbed: Run
+    mpirun: Launcher, small_disk: Path, tmp_path: Path, undisturbed: Timed
 ) -> None:
     run = Run(small_disk / "run")
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(820_000))
     job = words(tmp_path, run, "0.0")
-    check_full(run_alone(*job), run, "No space left on device")
+    check_full(mpirun(3, *job), run, "No space left on device")
     ballast.unlink()
     done = run_alone(*job)
     assert done.rc == 0, done.output
@@ -149,7 +161,7 @@ def test_a_full_disk_ends_the_job_in_order_and_it_goes_on_when_there_is_space(
     assert answers(run) == answers(undisturbed)
 
 
-def test_files_that_may_not_grow_end_the_job_in_order(tmp_path: Path, undisturbed: Run) -> None:
+def test_files_that_may_not_grow_end_the_job_in_order(tmp_path: Path, undisturbed: Timed) -> None:
     run = Run(tmp_path / "run")
     job = words(tmp_path, run, "0.0")
     # The limit is taken over by what is started; every file of a job that is left to itself grows beyond it.

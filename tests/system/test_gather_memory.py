@@ -16,6 +16,7 @@ RANK_0_BYTES_MAX = 150_000_000
 OTHERS_BYTES_MAX = 60_000_000
 
 
+@pytest.mark.parametrize("mpirun", ["openmpi"], indirect=True)
 def test_memory_of_a_gather_is_bounded_at_every_rank(mpirun: Launcher) -> None:
     done = mpirun(3, "--rank", "--rows", ROWS, program=[ROOT / "benchmarks" / "gather_memory.py"])
     assert done.rc == 0, done.output
