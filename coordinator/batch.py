@@ -18,18 +18,20 @@ from typing import Any, cast
 
 import msgspec
 
+from coordinator.collect import Rows
 from coordinator.compressed import STDIN, STDIN_VARIABLE, stdin_for_ranks
 from coordinator.config import JobConfig, package_versions
 from coordinator.convert import source_of
 from coordinator.inputfile import Format, ends_identity, only_embeddings, sniff_format
+from coordinator.intervals import Intervals
 from coordinator.launch import Launch, check_singleton, detect, find_mpirun, own_mpirun, run_own_mpirun
-from coordinator.loop import Callbacks, Coordinator
+from coordinator.loop import Callbacks, Coordinator, Snapshot
 from coordinator.mpi import Collectives, World
 from coordinator.prepared import Prepared, prepare_input, tell_row
 from coordinator.progress import ProgressView
 from coordinator.replay import Replay, read_recorded
 from coordinator.rows import Columns
-from coordinator.rundata import store_session, write_run_metrics
+from coordinator.rundata import NO_COLLECTIVES, OwnRows, check_gathered, make_metrics, rank_rows
 from coordinator.serve import serve
 from coordinator.session import Session
 from coordinator.setup import Setup, build_worker, prepare
@@ -50,7 +52,7 @@ from scheduling.errors import (
     StoppedError,
 )
 from scheduling.link import Spoke
-from storage.files import OsDisk
+from storage.files import Disk, OsDisk
 from storage.record import RecordWriter
 from storage.recovery import Recovery, recover
 from storage.rundir import RUN_NAME, RunDir, holds_answers, read_run
@@ -143,7 +145,7 @@ def open_world(launch: Launch, thread_level: str = "funneled") -> World:
     return world
 
 
-def refuse_edited_input(output: Path, source: FileSource) -> dict[str, Any]:
+def refuse_edited_input(output: Path, source: FileSource, disk: Disk) -> dict[str, Any]:
     """Refuse to resume where the input was changed in a way that its size and ends do not show.
 
     Returns what is known of the input's content, from earlier sessions too.
@@ -151,9 +153,9 @@ def refuse_edited_input(output: Path, source: FileSource) -> dict[str, Any]:
     Raises:
         RunDirError: the run was started with another content of the same input file.
     """
-    if not (output / RUN_NAME).exists() or not holds_answers(output):
+    if not disk.exists(output / RUN_NAME) or not holds_answers(output, disk):
         return dict(source.identity())
-    before = read_run(output)["details"].get("input_identity")
+    before = read_run(output, disk)["details"].get("input_identity")
     if isinstance(before, dict) and not same_input(before, source.identity()):
         raise RunDirError(
             f"{output} was started with another content of the input: give another run directory, or restore the file"
@@ -183,7 +185,10 @@ def serve_rank(setup: Setup, world: World, log_dir: Path | None) -> None:
 class _Lead:
     """Rank 0 of one job."""
 
-    def __init__(self, setup: Setup, options: BatchOptions, launch: Launch, world: World | None) -> None:
+    def __init__(
+        self, setup: Setup, options: BatchOptions, launch: Launch, world: World | None, disk: Disk | None = None
+    ) -> None:
+        self._disk = disk or OsDisk()
         self._setup = setup
         self._config = setup.config
         self._options = options
@@ -210,12 +215,14 @@ class _Lead:
                     undo.callback(given.held.release)
                 form = "jsonl" if given.source else cast("Format", self._options.format) or sniff_format(given.path)
                 source = self._open(form)
-                identity = refuse_edited_input(self._options.output, source)
+                identity = refuse_edited_input(self._options.output, source, self._disk)
                 if self._options.replay is not None:
                     self._options.replay.check_content(identity)
                 details = self._details() | {"input_identity": identity}
                 undo.pop_all()  # the lock is the run directory's from here on
-            with RunDir.create_or_resume(self._options.output, self._identity(form), details, held=given.held) as run:
+            with RunDir.create_or_resume(
+                self._options.output, self._identity(form), details, held=given.held, disk=self._disk
+            ) as run:
                 return self._run_in(run, source)
         except BaseException as error:
             self._view.close()
@@ -255,7 +262,7 @@ class _Lead:
     def _run_in(self, run: RunDir, source: FileSource) -> int:
         for note in run.notes:
             self._view.note(note)
-        disk = OsDisk()
+        disk = self._disk
         found = recover(disk, run.record_path)
         if source.total is not None:
             run.set_total(source.total)
@@ -277,6 +284,7 @@ class _Lead:
         for note in self._session.start():
             self._view.note(note)
         run.add_session_facts(self._facts())
+        self._intervals = Intervals(disk, run.segments_path, run.session, self._filled, time.monotonic)
         record = RecordWriter(
             disk, run.record_path, time.monotonic, self._config.commit_interval_s, self._config.commit_bytes
         )
@@ -288,6 +296,7 @@ class _Lead:
         except BaseException:
             with contextlib.suppress(RecordError):  # said already, or less important than what is on its way
                 record.close()
+            self._intervals.close()
             raise
         record.close()
         return self._finish(run, coordinator, source, found, record.fsyncs)
@@ -381,7 +390,18 @@ class _Lead:
                 )
             return reason
 
-        return Callbacks(on_tick=self._view.show, on_note=self._view.note, stop_requested=stop_once)
+        def on_tick(snapshot: Snapshot) -> None:
+            self._view.show(snapshot)
+            self._intervals.tick()
+
+        return Callbacks(
+            on_counters=self._intervals.hear, on_tick=on_tick, on_note=self._view.note, stop_requested=stop_once
+        )
+
+    def _filled(self, ranks: Rows) -> Rows:
+        """Rows of the rank table with what only rank 0 knows."""
+        coordinator = self._session.coordinator
+        return ranks if coordinator is None else rank_rows(ranks, coordinator)
 
     # ------------------------------------------------------------ the end
 
@@ -390,12 +410,22 @@ class _Lead:
         self._view.close(snapshot)
         outcome = coordinator.outcome
         if outcome is None:
+            self._intervals.close()
             self._session.close("stopped")
             self._say(f"stopped now; the same command resumes {run.path}")
             return EXIT_RESUMABLE
         if source.total is not None:
             run.set_total(source.total)
-        gathered = self._session.collect()
+        own = OwnRows(coordinator)
+        gathered = self._session.collect(own)
+        self._intervals.finish(gathered)
+        doubt = ""
+        if gathered is not None:
+            try:
+                check_gathered(run, gathered, own, coordinator, self._disk)
+            except BugError as error:
+                # The answers are whole: the run is complete. Only what the ranks counted is not to be trusted.
+                doubt = str(error)
         attributes = {
             "wall_s": snapshot.elapsed_s, "session": run.session, "schedule": self._config.schedule, "fsyncs": fsyncs,
             "engine": self._config.engine,
@@ -403,17 +433,12 @@ class _Lead:
             "prompt_tokens": snapshot.prompt_tokens, "output_tokens": snapshot.output_tokens,
             "late_answers_dropped": coordinator.plane.totals.late, "recalls": coordinator.plane.totals.recalls,
             "stolen": coordinator.plane.totals.stolen, "retried": coordinator.plane.totals.retried,
+            "collectives": NO_COLLECTIVES if gathered is None else f"{gathered.ranks_in} ranks",
         }  # fmt: skip
+        if doubt:
+            attributes["sums_differ"] = doubt
         run.add_session_facts({"outcome": outcome.outcome, "reason": outcome.reason, **attributes})
-        if gathered is not None:
-            store_session(run, gathered, coordinator)
-        doubt = ""
-        try:
-            write_run_metrics(run, gathered, coordinator, attributes)
-        except BugError as error:
-            # The answers are whole: the run is complete. Only what the ranks counted is not to be trusted.
-            doubt = str(error)
-            write_run_metrics(run, None, None, attributes | {"sums_differ": doubt})
+        make_metrics(run.path, self._disk)
         failed = found.failed + snapshot.failed
         ended = found.done + snapshot.done + snapshot.failed
         if outcome.outcome == "done" and ended != run.total:

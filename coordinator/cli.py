@@ -166,6 +166,10 @@ def batch(
     lease: Annotated[float, typer.Option(help="Seconds of silence after which a rank is lost.")] = 60.0,
     commit_interval: Annotated[float, typer.Option(help="Seconds between commits of the record to disk.")] = 0.05,
     commit_bytes: Annotated[int, typer.Option(help="Bytes after which the record is committed earlier.")] = 16 << 20,
+    metrics_interval: Annotated[
+        float,
+        typer.Option(help="Seconds after which telemetry and counters go to disk: a killed run has them up to then."),
+    ] = 10.0,
     engine: Annotated[
         EngineKind,
         typer.Option(
@@ -195,7 +199,8 @@ def batch(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, **held_to(json_schema, grammar_file)
         ),
         max_tokens=max_tokens, seed=seed, prefetch=prefetch, lease_s=lease, commit_interval_s=commit_interval,
-        commit_bytes=commit_bytes, precheck=precheck, chat_template=read_text("--chat-template", chat_template),
+        commit_bytes=commit_bytes, metrics_interval_s=metrics_interval, precheck=precheck,
+        chat_template=read_text("--chat-template", chat_template),
         engine=engine.value, service_times=None if service_times is None else str(service_times), time_scale=time_scale,
         pooling=None if pooling is None else pooling.value, **chosen.job(),
     )  # fmt: skip
@@ -316,7 +321,7 @@ def report(
 ) -> None:
     """Print the tables of a run, or of several side by side, and write a page with pictures.
 
-    metrics.h5 is made from the record where it is missing.
+    metrics.h5 is made from the record and the segments where it is missing or older.
     """
     from coordinator.reporting import ReportOptions, show_report
 

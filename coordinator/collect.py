@@ -7,7 +7,7 @@ many. Sums are over everything the workers counted, the answers that rank 0 drop
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
@@ -22,6 +22,30 @@ from workers.metrics import HISTOGRAMS, RankMetrics
 Rows = npt.NDArray[Any]
 
 
+class Blocks:
+    """Rows that lie in several arrays of one type, as one long array of which only slices are ever made."""
+
+    def __init__(self, dtype: np.dtype[Any], blocks: Sequence[Rows]) -> None:
+        self.dtype = dtype
+        self._blocks = blocks
+        self._ends = np.cumsum([len(block) for block in blocks], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, part: slice) -> Rows:
+        start, stop, _ = part.indices(len(self))
+        found = [np.zeros(0, self.dtype)]
+        place = int(np.searchsorted(self._ends, start, side="right"))
+        while start < stop:
+            block = self._blocks[place]
+            first = start - int(self._ends[place] - len(block))
+            found.append(block[first : first + stop - start])
+            start += len(found[-1])
+            place += 1
+        return np.concatenate(found)
+
+
 class Collecting(Protocol):
     """`coordinator.mpi.Collectives`, or the one for a process that is alone."""
 
@@ -31,7 +55,7 @@ class Collecting(Protocol):
     def sum(self, values: Rows) -> Rows: ...
     def minimum(self, values: Rows) -> Rows: ...
     def maximum(self, values: Rows) -> Rows: ...
-    def gather_rows(self, rows: Rows, take: Callable[[Rows], None]) -> None: ...
+    def gather_rows(self, rows: Rows | Blocks, take: Callable[[Rows], None]) -> None: ...
 
 
 @dataclass(slots=True)
@@ -39,19 +63,25 @@ class Gathered:
     """What rank 0 has afterwards.
 
     reduced: sums, extremes and histograms over all ranks, as their workers counted them. itl: gaps between tokens.
+    rows: the same of the rows that came, of which none is kept. telemetry: what no interval has brought.
     """
 
     reduced: Summary
     itl: LogHistogram
     ranks_in: int
-    requests: list[Rows] = field(default_factory=list)
+    rows: Summary = field(default_factory=Summary)
     ranks: list[Rows] = field(default_factory=list)
     telemetry: list[Rows] = field(default_factory=list)
 
 
-def collect(collectives: Collecting, hosted: list[RankMetrics], now: float) -> Gathered:
-    """Take part with the metrics of the workers that this rank hosts. The result is meaningful on rank 0."""
-    requests = _joined([metrics.requests.rows() for metrics in hosted], REQUEST)
+def collect(
+    collectives: Collecting, hosted: list[RankMetrics], now: float, take: Callable[[Rows], None] = lambda rows: None
+) -> Gathered:
+    """Take part with the metrics of the workers that this rank hosts. The result is meaningful on rank 0.
+
+    `take` is given every chunk of request rows on rank 0. Takes memory for one chunk, whatever the number of rows.
+    """
+    requests = Blocks(REQUEST, [block for metrics in hosted for block in metrics.requests.blocks()])
     counts = np.zeros(len(fields(Sums)), np.int64)
     histograms = np.zeros((len(HISTOGRAMS), BUCKETS), np.int64)
     for metrics in hosted:
@@ -59,9 +89,9 @@ def collect(collectives: Collecting, hosted: list[RankMetrics], now: float) -> G
             metrics.finished, metrics.failed, metrics.prompt_tokens, metrics.cached_tokens, metrics.output_tokens,
         )  # fmt: skip
         histograms += metrics.histograms()
-    ended_well = requests["e2e_s"][requests["ok"] == 1]
-    shortest = np.array([ended_well.min() if ended_well.size else np.inf])
-    longest = np.array([ended_well.max() if ended_well.size else -np.inf])
+    extremes_s = [metrics.extremes_s() for metrics in hosted]
+    shortest = np.array([min((shortest_s for shortest_s, _ in extremes_s), default=np.inf)])
+    longest = np.array([max((longest_s for _, longest_s in extremes_s), default=-np.inf)])
 
     sums = Sums(*collectives.sum(counts).tolist())
     merged = {name: LogHistogram(counts) for name, counts in zip(HISTOGRAMS, collectives.sum(histograms), strict=True)}
@@ -76,7 +106,12 @@ def collect(collectives: Collecting, hosted: list[RankMetrics], now: float) -> G
         merged["itl"],
         collectives.size,
     )
-    collectives.gather_rows(requests, gathered.requests.append)
+
+    def count(rows: Rows) -> None:
+        gathered.rows.add(rows)
+        take(rows)
+
+    collectives.gather_rows(requests, count)
     collectives.gather_rows(_joined([metrics.rank_row(now) for metrics in hosted], RANK), gathered.ranks.append)
     collectives.gather_rows(_joined([m.telemetry.rows() for m in hosted], TELEMETRY), gathered.telemetry.append)
     return gathered

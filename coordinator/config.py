@@ -65,6 +65,7 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True):
     lease_s: float = 60.0
     commit_interval_s: float = 0.05
     commit_bytes: int = 16 << 20
+    metrics_interval_s: float = 10.0
     precheck: bool = True
     chat_template: str | None = None
     pooling: Literal["mean", "cls", "last"] | None = None
@@ -98,7 +99,11 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError("--draft-model is given with --no-speculate: leave out one of them")
         if self.prefetch is not None and self.prefetch < 0:
             raise ConfigError(f"--prefetch is {self.prefetch}: it must be 0 or more")
-        for flag, seconds in (("--lease", self.lease_s), ("--commit-interval", self.commit_interval_s)):
+        above_zero = {
+            "--lease": self.lease_s, "--commit-interval": self.commit_interval_s,
+            "--metrics-interval": self.metrics_interval_s,
+        }  # fmt: skip
+        for flag, seconds in above_zero.items():
             if not seconds > 0:
                 raise ConfigError(f"{flag} is {seconds}: it must be above 0 seconds")
         self._check_simulation()

@@ -66,6 +66,7 @@ class Callbacks:
 
     on_result: Callable[[bytes], None] | None = None
     on_delta: Callable[[m.Delta], None] | None = None
+    on_counters: Callable[[int, m.Counters], None] | None = None
     on_tick: Callable[[Snapshot], None] | None = None
     on_note: Callable[[str], None] | None = None
     stop_requested: Callable[[], str | None] | None = None
@@ -174,6 +175,10 @@ class Coordinator:
                 self._tell(ev.Reported(worker, message.started, message.finished, message.deltas))
             case m.Heartbeat():
                 self._tell(ev.Heard(worker))
+            case m.Counters():
+                self._tell(ev.Heard(worker))
+                if self._callbacks.on_counters is not None:
+                    self._callbacks.on_counters(worker, message)
             case m.Recalled():
                 self._tell(ev.RecallConfirmed(worker, message.recall, message.indexes))
             case m.Ready():

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
+from coordinator.collect import Blocks
 from scheduling.errors import RankLostError
 
 TAG = 7
@@ -132,7 +133,7 @@ class Collectives:
         self._finish(self._comm.Ireduce(values, result, op=operation, root=0))
         return result
 
-    def gather_rows(self, rows: npt.NDArray[Any], take: Callable[[npt.NDArray[Any]], None]) -> None:
+    def gather_rows(self, rows: npt.NDArray[Any] | Blocks, take: Callable[[npt.NDArray[Any]], None]) -> None:
         """Send all ranks' `rows` (1-D, one record type everywhere) to rank 0, which is given them in chunks.
 
         At most 64 MiB arrive at rank 0 at once, whatever the number of ranks and rows.
@@ -175,7 +176,7 @@ class SoloCollectives:
     minimum = sum
     maximum = sum
 
-    def gather_rows(self, rows: npt.NDArray[Any], take: Callable[[npt.NDArray[Any]], None]) -> None:
+    def gather_rows(self, rows: npt.NDArray[Any] | Blocks, take: Callable[[npt.NDArray[Any]], None]) -> None:
         share = max(1, GATHER_CHUNK_BYTES // rows.dtype.itemsize)
         for start in range(0, len(rows), share):
             take(rows[start : start + share])

@@ -27,6 +27,7 @@ _SAMPLING = {name: name for name in ("temperature", "top_k", "top_p", "min_p")} 
 """Options of `llmpi batch` by the field of `Sampling` that they decide."""
 _RENAMED = {
     "lease": ("lease_s",), "commit_interval": ("commit_interval_s",), "lora": ("loras",),
+    "metrics_interval": ("metrics_interval_s",),
     "cache_type": ("cache_type_k", "cache_type_v"),
 }  # fmt: skip
 """Options whose field of `JobConfig` has another name."""

@@ -18,7 +18,7 @@ from coordinator.terminal import NARROW_COLUMNS, console_for
 from scheduling.recordline import decode_row
 from scheduling.vectors import from_base64
 from storage.metrics import Metrics, read_summary, read_telemetry
-from storage.recovery import RECORD_NAME
+from storage.recovery import RECORD_NAME, whole_lines
 from storage.rundir import METRICS_NAME
 from storage.usage import energy
 
@@ -159,14 +159,11 @@ def failure_reasons(run_dir: Path) -> list[tuple[int, str, str]]:
         return []
     counts: Counter[str] = Counter()
     example: dict[str, str] = {}
-    with (run_dir / RECORD_NAME).open("rb") as record:
-        for line in record:
-            if not line.endswith(b"\n"):
-                break  # cut by a kill, or being written
-            row = decode_row(line)
-            if row.error is not None and (row.error.message in counts or len(counts) < REASONS_COUNTED):
-                counts[row.error.message] += 1
-                example.setdefault(row.error.message, row.custom_id)
+    for line in whole_lines(run_dir / RECORD_NAME):
+        row = decode_row(line)
+        if row.error is not None and (row.error.message in counts or len(counts) < REASONS_COUNTED):
+            counts[row.error.message] += 1
+            example.setdefault(row.error.message, row.custom_id)
     return [(count, example[reason], _cut(reason)) for reason, count in counts.most_common(REASONS)]
 
 
@@ -204,19 +201,18 @@ def energy_sentence(used: dict[str, Any]) -> str:
 
 
 def _print_answers(console: Console, run_dir: Path, count: int) -> None:
-    with (run_dir / RECORD_NAME).open(encoding="utf-8") as record:
-        for line in record:
-            if count == 0:
-                return
-            entry = json.loads(line)
-            if entry["error"] is not None:
-                continue
-            text = " ".join(_answer_text(entry["response"]["body"]).split())
-            if len(text) > ANSWER_CHARACTERS:
-                text = text[:ANSWER_CHARACTERS] + "…"
-            # As `Text`: answers are full of brackets and backslashes, which would be read as markup.
-            console.print(Text.assemble((entry["custom_id"], "bold"), "  ", text))
-            count -= 1
+    for line in whole_lines(run_dir / RECORD_NAME):
+        if count == 0:
+            return
+        entry = json.loads(line)
+        if entry["error"] is not None:
+            continue
+        text = " ".join(_answer_text(entry["response"]["body"]).split())
+        if len(text) > ANSWER_CHARACTERS:
+            text = text[:ANSWER_CHARACTERS] + "…"
+        # As `Text`: answers are full of brackets and backslashes, which would be read as markup.
+        console.print(Text.assemble((entry["custom_id"], "bold"), "  ", text))
+        count -= 1
 
 
 def _answer_text(body: dict[str, Any]) -> str:

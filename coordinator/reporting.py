@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from scheduling.errors import EXIT_OK, ConfigError
-from storage.recovery import RECORD_NAME
-from storage.rundir import METRICS_NAME, Status
+from storage.rundir import Status, read_run
 from storage.rundir import status as run_status
 
 PAGE_NAME = "report.html"
@@ -58,12 +57,15 @@ def show_report(run_dirs: Sequence[Path], options: ReportOptions) -> int:
 
 
 def _make_metrics(run_dir: Path, rebuild: bool) -> None:
-    from coordinator.rundata import rebuild_metrics
+    from coordinator.rundata import make_metrics
+    from coordinator.rundirs import outdated
 
-    metrics, record = run_dir / METRICS_NAME, run_dir / RECORD_NAME
-    older = metrics.exists() and record.exists() and record.stat().st_mtime_ns > metrics.stat().st_mtime_ns
-    if rebuild or older or not metrics.exists():
-        rebuild_metrics(run_dir)
+    if rebuild or outdated(run_dir):
+        before = read_run(run_dir)
+        make_metrics(run_dir)
+        if read_run(run_dir) != before:
+            # The job ended meanwhile, and has made its own: this one may have taken that one's place.
+            make_metrics(run_dir)
 
 
 def _print_tables(run_dirs: Sequence[Path], states: Sequence[Status], options: ReportOptions) -> None:

@@ -1,7 +1,8 @@
-"""From a session's gathered metrics to what the run directory keeps of them: segments, metrics.h5, checked sums.
+"""From a session's gathered metrics to what the run directory keeps of them: checked sums, metrics.h5.
 
-Rows of this session come from the collectives, those of earlier sessions from the record; rank counters and telemetry
-of earlier sessions from their segments. What was gathered must add up to what the record says.
+metrics.h5 is made of what is in the run directory and of nothing else: rows from the record, rank counters, telemetry
+and gaps between tokens from the segments, attributes from run.json. So whoever makes it, and whenever, gets the same.
+What the ranks gathered must add up to what the record says.
 """
 
 from __future__ import annotations
@@ -17,28 +18,32 @@ from coordinator.collect import Gathered
 from coordinator.loop import Coordinator
 from scheduling.histogram import LogHistogram
 from scheduling.tables import RANK, REQUEST, TELEMETRY, conformed, finish_number
-from storage.files import OsDisk
+from storage.files import Disk, OsDisk
 from storage.metrics import write_metrics
 from storage.recovery import RECORD_NAME
 from storage.recovery import rows as record_rows
 from storage.rundir import METRICS_NAME, SEGMENTS_NAME, RunDir, read_run
-from storage.segments import Segment, SegmentWriter, read_segments
+from storage.segments import latest, read_segments
 from storage.summary import Sums, check_reduced, check_sums, summarise, sums_of
 from workers.metrics import HISTOGRAMS
 
 Rows = npt.NDArray[Any]
 
+NO_COLLECTIVES = "none for the last session: made from the record and the segments"
 
-def own_rows(gathered: Gathered, coordinator: Coordinator, session: int) -> list[Rows]:
-    """This session's request rows: without those whose answers were dropped as late, with what rank 0 failed itself."""
-    dropped = coordinator.dropped
-    kept = gathered.requests
-    if dropped:
-        kept = []
-        for rows in gathered.requests:
+
+class OwnRows:
+    """Sums over a session's gathered rows, without those whose answers were dropped as late. Keeps no row."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self.sums = Sums()
+        self._dropped = coordinator.dropped
+
+    def __call__(self, rows: Rows) -> None:
+        if self._dropped:
             keys = zip(rows["rank"].tolist(), rows["index"].tolist(), rows["attempt"].tolist(), strict=True)
-            kept.append(rows[np.fromiter((key not in dropped for key in keys), np.bool_, len(rows))])
-    return [*kept, _failed_here(coordinator, session)]
+            rows = rows[np.fromiter((key not in self._dropped for key in keys), np.bool_, len(rows))]
+        self.sums += sums_of(rows)
 
 
 def _failed_here(coordinator: Coordinator, session: int) -> Rows:
@@ -51,10 +56,9 @@ def _failed_here(coordinator: Coordinator, session: int) -> Rows:
     return np.array(rows, REQUEST)
 
 
-def rank_rows(gathered: Gathered, coordinator: Coordinator) -> Rows:
+def rank_rows(ranks: Rows, coordinator: Coordinator) -> Rows:
     """One row for each worker, with what only rank 0 knows filled in."""
     views = {view.id: view for view in coordinator.plane.workers()}
-    ranks = np.concatenate(gathered.ranks) if gathered.ranks else np.zeros(0, RANK)
     ranks = ranks[np.isin(ranks["rank"], list(views))]
     for row in ranks:
         view = views[int(row["rank"])]
@@ -63,86 +67,51 @@ def rank_rows(gathered: Gathered, coordinator: Coordinator) -> Rows:
     return ranks
 
 
-def store_session(run: RunDir, gathered: Gathered, coordinator: Coordinator) -> None:
-    """Keep what is in no record: rank counters, telemetry and gaps between tokens of this session."""
-    writer = SegmentWriter(OsDisk(), run.segments_path, run.session)
-    try:
-        segments = [
-            Segment("ranks", rank_rows(gathered, coordinator), {}),
-            Segment("itl", gathered.itl.counts, {}),
-        ]
-        segments += [Segment("telemetry", rows, {}) for rows in gathered.telemetry if len(rows)]
-        writer.write(segments)
-    finally:
-        writer.close()
-
-
-def write_run_metrics(
-    run: RunDir, gathered: Gathered | None, coordinator: Coordinator | None, attributes: dict[str, Any]
-) -> None:
-    """Make metrics.h5 from everything that is known of the run.
+def check_gathered(run: RunDir, gathered: Gathered, own: OwnRows, coordinator: Coordinator, disk: Disk) -> None:
+    """Compare what was gathered with the record.
 
     Raises:
         BugError: reduced counters, gathered rows and the record do not say the same of this session.
-        RecordError: it cannot be written.
     """
-    if gathered is None or coordinator is None:
-        attributes = attributes | {"collectives": "none for the last session: made from the record and the segments"}
-        requests: Iterator[Rows] = record_rows(run.record_path)
-    else:
-        check_reduced(gathered.reduced, summarise(gathered.requests))
-        kept = own_rows(gathered, coordinator, run.session)
-        recorded = _sums(record_rows(run.record_path, session=run.session))
-        check_sums(recorded, _sums(iter(kept)))
-        attributes = attributes | {"collectives": f"{gathered.ranks_in} ranks"}
-        requests = _all_rows(run, kept)
-    _write(run.path, requests, attributes)
+    check_reduced(gathered.reduced, gathered.rows)
+    recorded = Sums()
+    for rows in record_rows(run.record_path, disk, session=run.session):
+        recorded += sums_of(rows)
+    check_sums(recorded, own.sums + sums_of(_failed_here(coordinator, run.session)))
 
 
-def rebuild_metrics(path: Path) -> None:
-    """Make metrics.h5 of a run from its record and segments, where it is missing or older than the record.
+def make_metrics(path: Path, disk: Disk | None = None) -> None:
+    """Make metrics.h5 of the run in `path` from its record, its segments and run.json.
 
     Raises:
         RunDirError: there is no run, or its record is damaged.
         RecordError: it cannot be written.
     """
-    sessions = [session for session in read_run(path)["sessions"] if "wall_s" in session]
-    facts = sessions[-1] if sessions else {}
-    attributes = {name: value for name, value in facts.items() if isinstance(value, int | float | str)}
-    attributes["collectives"] = "none: made from the record and the segments"
-    record = path / RECORD_NAME
-    _write(path, record_rows(record) if record.exists() else iter(()), attributes)
-
-
-def _write(path: Path, requests: Iterator[Rows], attributes: dict[str, Any]) -> None:
+    disk = disk or OsDisk()
     record, segments = path / RECORD_NAME, path / SEGMENTS_NAME
     histograms = {name: LogHistogram() for name in HISTOGRAMS}
-    for segment in read_segments(segments, "itl"):
+    for segment in latest(segments, "itl", disk):
         histograms["itl"].counts += segment.array
-    summary = summarise(record_rows(record) if record.exists() else iter(()))
+    summary = summarise(record_rows(record, disk))
     for name in HISTOGRAMS:
         if name != "itl":
             histograms[name] = summary.histograms[f"{name}_s"]
+    attributes = _attributes(read_run(path, disk))
     if summary.ok:
-        attributes = attributes | {"e2e_min_s": summary.shortest_s, "e2e_max_s": summary.longest_s}
-    ranks = [conformed(segment.array, RANK) for segment in read_segments(segments, "ranks")]
-    telemetry = (segment.array.astype(TELEMETRY) for segment in read_segments(segments, "telemetry"))
+        attributes |= {"e2e_min_s": summary.shortest_s, "e2e_max_s": summary.longest_s}
+    ranks = [conformed(segment.array, RANK) for segment in latest(segments, "ranks", disk)]
+    telemetry: Iterator[Rows] = (
+        segment.array.astype(TELEMETRY) for segment in read_segments(segments, "telemetry", disk)
+    )
     write_metrics(
-        path / METRICS_NAME, requests, np.concatenate(ranks) if ranks else np.zeros(0, RANK), histograms, telemetry,
-        attributes,
+        path / METRICS_NAME, record_rows(record, disk), np.concatenate([np.zeros(0, RANK), *ranks]), histograms,
+        telemetry, attributes, disk,
     )  # fmt: skip
 
 
-def _all_rows(run: RunDir, kept: list[Rows]) -> Iterator[Rows]:
-    for rows in record_rows(run.record_path):
-        earlier = rows[rows["session"] != run.session]
-        if len(earlier):
-            yield earlier
-    yield from kept
-
-
-def _sums(chunks: Iterator[Rows]) -> Sums:
-    total = Sums()
-    for rows in chunks:
-        total += sums_of(rows)
-    return total
+def _attributes(state: dict[str, Any]) -> dict[str, Any]:
+    """What run.json says of the last session that came to its end."""
+    ended = [session for session in state["sessions"] if "wall_s" in session]
+    facts = ended[-1] if ended else {}
+    plain = {name: value for name, value in facts.items() if isinstance(value, int | float | str)}
+    return {"collectives": NO_COLLECTIVES} | plain

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import cast
 
 from scheduling.errors import EXIT_OK, ConfigError
 from storage.export import Form, export_table
-from storage.recovery import RECORD_NAME, export_ordered
-from storage.rundir import Status, read_run, request_stop
+from storage.recovery import RECORD_NAME, export_ordered, whole_lines
+from storage.rundir import METRICS_NAME, SEGMENTS_NAME, Status, read_run, request_stop
 from storage.rundir import status as run_status
+from storage.segments import segment_files
 
 
 def show_status(run_dir: Path, as_json: bool) -> int:
@@ -50,6 +50,15 @@ def stop_run(run_dir: Path) -> int:
     return EXIT_OK
 
 
+def outdated(run_dir: Path) -> bool:
+    """Whether metrics.h5 is missing, or something that it is made of was written later."""
+    metrics = run_dir / METRICS_NAME
+    if not metrics.exists():
+        return True
+    sources = [path for path in (run_dir / RECORD_NAME, *segment_files(run_dir / SEGMENTS_NAME)) if path.exists()]
+    return any(path.stat().st_mtime_ns > metrics.stat().st_mtime_ns for path in sources)
+
+
 def export_answers(run_dir: Path, order: str, output: Path | None, table: str | None = None) -> int:
     """Write all answers to `output` or stdout; `table` says as which kind of table, None: the record's lines.
 
@@ -71,8 +80,7 @@ def export_answers(run_dir: Path, order: str, output: Path | None, table: str | 
         elif order == "input":
             export_ordered(run_dir, target)
         else:
-            with (run_dir / RECORD_NAME).open("rb") as record:
-                shutil.copyfileobj(record, target)
+            target.writelines(whole_lines(run_dir / RECORD_NAME))
         target.flush()
         if to is not None and to != output:
             os.fsync(target.fileno())

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from coordinator.collect import Collecting, Gathered, collect
+from coordinator.collect import Collecting, Gathered, Rows, collect
 from coordinator.engines import fitted_placements
 from coordinator.handshake import Handshake
 from coordinator.loop import Callbacks, Coordinator, Recorder
@@ -170,8 +170,8 @@ class Session:
 
     # ------------------------------------------------------------ end
 
-    def collect(self) -> Gathered | None:
-        """Fetch everybody's metrics by collectives.
+    def collect(self, take: Callable[[Rows], None] = lambda rows: None) -> Gathered | None:
+        """Fetch everybody's metrics by collectives; `take` is given the rows of requests, a chunk at a time.
 
         None if a rank is silent or was lost meanwhile: then only the record can be told of, and as a collective over
         all ranks may never end any more, `leave` ends the job.
@@ -191,7 +191,7 @@ class Session:
             worker.close()
         self._stuck = bool(self._remote)  # until it has gone well: an error in between leaves the others in it
         try:
-            gathered = collect(self._collectives(), [worker.metrics for worker in self.hosted], time.monotonic())
+            gathered = collect(self._collectives(), [worker.metrics for worker in self.hosted], time.monotonic(), take)
         except RankLostError:
             return None
         self._stuck = False

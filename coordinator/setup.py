@@ -102,6 +102,7 @@ def build_worker(setup: Setup, rank: int, spoke: Spoke, stderr_log: Path | None)
             rank=rank, hello=setup.hello(), model_name=setup.model_name, defaults=setup.config.sampling,
             engine_factory=engine_factory(setup.config, setup.model, stderr_log, setup.service_times),
             clock=time.monotonic, wall_clock=time.time, telemetry_factory=_telemetry,
+            metrics_interval_s=setup.config.metrics_interval_s,
         ),
     )  # fmt: skip
 

@@ -3,7 +3,8 @@
 Messages travel in envelopes of many (see `coordinator.transport`). A worker opens with `Hello`; rank 0 answers
 `Welcome` or `Refuse`. Then rank 0 sends `Assign`, `Recall`, `Cancel`, `Exhausted`, `Collect`, `Stop`; a worker
 sends `Ready` once its engine is loaded, `Report` for progress and ends of requests, `Recalled` for each `Recall`,
-`EngineDown` when its engine died, `Crashed` when it cannot go on, `Heartbeat` when it has had nothing to say.
+`EngineDown` when its engine died, `Crashed` when it cannot go on, `Counters` once an interval, `Heartbeat` when it
+has had nothing to say.
 
 What rank 0 sends as `Assign` a worker handles in `on_assign`, and so for every pair.
 """
@@ -14,7 +15,7 @@ import msgspec
 
 from scheduling.fitting import Fit
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Raised with every change to a message of this module. Compared in the handshake."""
 
 
@@ -148,11 +149,24 @@ class Crashed(msgspec.Struct, tag="crashed", frozen=True, kw_only=True):
     traceback: str = ""
 
 
+class Counters(msgspec.Struct, tag="counters", frozen=True, kw_only=True):
+    """What is in no record, once an interval, so that a job that is killed has it up to then.
+
+    `row`: bytes of one `scheduling.tables.RANK`; `itl_buckets` and `itl_counts` of a histogram: both are sums since the
+    session's start. `telemetry`: bytes of rows of `TELEMETRY`, those since the last time; the worker forgets them.
+    """
+
+    row: bytes
+    itl_buckets: list[int] = []
+    itl_counts: list[int] = []
+    telemetry: bytes = b""
+
+
 class Heartbeat(msgspec.Struct, tag="heartbeat", frozen=True):
     """Nothing to report, still here."""
 
 
-FromWorker = Hello | Ready | Report | Recalled | EngineDown | Crashed | Heartbeat
+FromWorker = Hello | Ready | Report | Recalled | EngineDown | Crashed | Counters | Heartbeat
 
 
 # ---------------------------------------------------------------- rank 0 -> worker

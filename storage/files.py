@@ -12,6 +12,7 @@ import errno
 import fcntl
 import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -72,6 +73,9 @@ class Disk(Protocol):
 
     def sync_dir(self, path: Path) -> None:
         """Make creations, renames and removals in a directory durable."""
+
+    def fill(self, path: Path, write: Callable[[Path], None]) -> None:
+        """Have `write` make the file `path`, for a library that opens files itself, and make its content durable."""
 
     def try_lock(self, path: Path) -> Lock | None:
         """Lock `path` (created if missing) exclusively; None if another holds it. Raises LocksUnsupportedError."""
@@ -158,6 +162,14 @@ class OsDisk:
         finally:
             os.close(fd)
 
+    def fill(self, path: Path, write: Callable[[Path], None]) -> None:
+        write(path)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
     def try_lock(self, path: Path) -> Lock | None:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
@@ -209,6 +221,10 @@ def replace_file(disk: Disk, path: Path, data: bytes) -> None:
         file.close()
     disk.rename(temporary, path)
     disk.sync_dir(path.parent)
+
+
+FAILS_OF_DISKS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.ESTALE})
+"""Errors of a disk that was right before, and may be again: not the fault of what was asked of it."""
 
 
 def read_all(disk: Disk, path: Path, limit_bytes: int = 1 << 26) -> bytes:

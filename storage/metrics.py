@@ -8,6 +8,7 @@ HDF5's own file locking is off: the run directory has a lock already, and parall
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import socket
@@ -22,6 +23,7 @@ import numpy as np
 from scheduling.errors import RecordError, RunDirError
 from scheduling.histogram import BUCKETS, LogHistogram, edges_s
 from scheduling.tables import FINISH_REASONS, RANK, REQUEST, TELEMETRY
+from storage.files import Disk, OsDisk
 from storage.summary import Rows, Summary, summarise
 
 FORMAT_VERSION = 1
@@ -66,6 +68,7 @@ def write_metrics(
     histograms: Mapping[str, LogHistogram],
     telemetry: Rows | Iterable[Rows],
     attributes: Mapping[str, Any],
+    disk: Disk | None = None,
 ) -> None:
     """Write metrics.h5 at `path`, replacing the old one only when the new one is whole and durable.
 
@@ -75,8 +78,10 @@ def write_metrics(
     """
     # A name of its own: a report may be made while the job that runs here makes one.
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
-    try:
-        with h5py.File(temporary, "w", locking=False) as file:
+    disk = disk or OsDisk()
+
+    def write(place: Path) -> None:
+        with h5py.File(place, "w", locking=False) as file:
             _root_attributes(file, attributes)
             _table(file, "requests", REQUEST, UNITS["REQUEST"], rows_iter)
             file["requests"].attrs["finish_reasons"] = [f"{n}={name}" for name, n in FINISH_REASONS.items()]
@@ -86,16 +91,19 @@ def write_metrics(
             _table(file, "telemetry", TELEMETRY, UNITS["TELEMETRY"], chunks)
             file["telemetry"].attrs["missing"] = "NaN, or -1 for integers; never 0"
             _histograms(file, histograms)
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
+
+    try:
+        disk.fill(temporary, write)
+        disk.rename(temporary, path)
+        disk.sync_dir(path.parent)
     except (OSError, RuntimeError) as error:  # RuntimeError is what h5py makes of a failed close
         raise RecordError(
             f"cannot write {path}: {_why(error)}. The answers are safe in the record; free space, then run the same "
             "command again."
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk that refuses everything does not hide why
+            disk.remove(temporary)
 
 
 def _why(error: Exception) -> str:
@@ -143,14 +151,6 @@ def _histograms(file: h5py.File, histograms: Mapping[str, LogHistogram]) -> None
         # Gaps between tokens come as counts alone: then there is no sum.
         counts.attrs["sum_s"] = histogram.sum_s if histogram.sum_s > 0.0 or not histogram.count else math.nan
         counts.attrs["formula"] = FORMULAS[f"{name}_s"]
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 # ---------------------------------------------------------------- reading

@@ -2,8 +2,10 @@
 
 All passes read results.jsonl once from the front in chunks, check every line's checksum and decode only its
 `llmpi` part and error. A last line that is incomplete or fails its checksum is a torn tail: a crash in the middle
-of a write, never acknowledged, so `recover` cuts it off. Any other damaged line is refused with its place, because
-an answer that was acknowledged is lost there and only a person can decide.
+of a write, never acknowledged, so `recover` cuts it off. So it does, from there on, where a line has zeros and lies
+behind what is known to have been synced: pages that a power cut kept from the disk, later ones of the same write being
+there. Any other damaged line is refused with its place, because an answer that was acknowledged is lost there and only
+a person can decide.
 
 Memory is one chunk, the longest line, and one byte (or eight, for `export_ordered`) per request.
 """
@@ -19,12 +21,14 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from scheduling.errors import RunDirError
+from scheduling.errors import RecordError, RunDirError
 from scheduling.recordline import SEAL_BYTES, SEAL_OPEN, Row, decode_row, request_row, text_checks
 from scheduling.tables import REQUEST
-from storage.files import Disk, OsDisk
+from storage.files import Disk, OsDisk, read_all
 
 RECORD_NAME = "results.jsonl"
+SYNCED_SUFFIX = ".synced"
+"""In the place of the record's own, for the file that says how much of it was synced."""
 CHUNK_BYTES = 1 << 18
 LINE_BYTES_MAX = 1 << 28
 INDEX_MAX = 1 << 34
@@ -59,9 +63,10 @@ class Recovery:
 class _Lines:
     """Whole, checked lines of a record. `offset` and `number` (from 1) are those of the line last yielded."""
 
-    def __init__(self, file: BinaryIO, path: Path) -> None:
+    def __init__(self, file: BinaryIO, path: Path, synced_bytes: int) -> None:
         self._file = file
         self._path = path
+        self._synced_bytes = synced_bytes
         self.size = file.seek(0, os.SEEK_END)
         self.good_bytes = 0
         self.offset = 0
@@ -85,6 +90,8 @@ class _Lines:
                 if not text_checks(text):
                     if self.offset + len(text) + 1 == self.size:
                         self._must_be_torn(text)
+                        return
+                    if self.offset >= self._synced_bytes and b"\0" in text:
                         return
                     raise self.damaged("its checksum is wrong")
                 self.good_bytes += len(text) + 1
@@ -124,6 +131,14 @@ class _Lines:
         )
 
 
+def synced_bytes(disk: Disk, path: Path) -> int:
+    """How much of the record at `path` is known to have been synced (`storage.record`). 0 where nothing is known."""
+    try:
+        return int(read_all(disk, path.with_suffix(SYNCED_SUFFIX), 64))
+    except (OSError, ValueError):
+        return 0
+
+
 def scan(disk: Disk, path: Path) -> Recovery:
     """Read a record without changing it; also while a job appends to it. A record that is not there is empty.
 
@@ -136,7 +151,7 @@ def scan(disk: Disk, path: Path) -> Recovery:
         if not disk.exists(path):
             return Recovery(np.zeros(0, np.uint8), 0, 0, 0, 0, 0)
         with disk.open_read(path) as file:
-            lines = _Lines(file, path)
+            lines = _Lines(file, path, synced_bytes(disk, path))
             for line in lines:
                 row = lines.row(line)
                 index = row.llmpi.index
@@ -161,7 +176,7 @@ def scan(disk: Disk, path: Path) -> Recovery:
 def recover(disk: Disk, path: Path) -> Recovery:
     """Scan a record, cut a torn tail off, and make durable what is left: only then may it count as done.
 
-    To be called with the run directory locked. Raises RunDirError like `scan`, and if it cannot be cut.
+    To be called with the run directory locked. Raises RunDirError like `scan`, and RecordError if it cannot be cut.
     """
     found = scan(disk, path)
     if found.durable_bytes + found.torn_bytes == 0:
@@ -176,7 +191,10 @@ def recover(disk: Disk, path: Path) -> Recovery:
         finally:
             file.close()
     except OSError as error:
-        raise RunDirError(f"cannot repair the record {path}: {error.strerror or error}") from error
+        raise RecordError(
+            f"cannot repair the record {path}: {error.strerror or error}. What is recorded is safe; mend that, then "
+            "run the same command again."
+        ) from error
     return found
 
 
@@ -187,9 +205,10 @@ def rows(path: Path, disk: Disk | None = None, session: int | None = None) -> It
     `scan`, but does not look for indexes that are there twice.
     """
     pending: list[tuple[object, ...]] = []
+    disk = disk or OsDisk()
     try:
-        with (disk or OsDisk()).open_read(path) as file:
-            lines = _Lines(file, path)
+        with disk.open_read(path) as file:
+            lines = _Lines(file, path, synced_bytes(disk, path))
             for line in lines:
                 row = lines.row(line)
                 if session is not None and row.llmpi.session != session:
@@ -204,6 +223,22 @@ def rows(path: Path, disk: Disk | None = None, session: int | None = None) -> It
         raise RunDirError(f"cannot read the record {path}: {error.strerror or error}") from error
     if pending:
         yield np.array(pending, REQUEST)
+
+
+def whole_lines(path: Path, disk: Disk | None = None) -> Iterator[bytes]:
+    """The record's lines as they are, newlines included, also while a job appends to it; none if it is not there.
+
+    A torn tail is left out. Raises like `scan` for damage.
+    """
+    disk = disk or OsDisk()
+    try:
+        with disk.open_read(path) as file:
+            for line in _Lines(file, path, synced_bytes(disk, path)):
+                yield line + b"\n"
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise RunDirError(f"cannot read the record {path}: {error.strerror or error}") from error
 
 
 def export_ordered(run_dir: Path, out: BinaryIO, disk: Disk | None = None) -> int:
@@ -221,8 +256,9 @@ def export_ordered(run_dir: Path, out: BinaryIO, disk: Disk | None = None) -> in
 
 def ordered_lines(path: Path, disk: Disk | None = None) -> Iterator[bytes]:
     """The lines of a record, newlines included, in the order of the input. Memory and errors: see `export_ordered`."""
+    disk = disk or OsDisk()
     with _opened(path, disk) as file:
-        starts = _starts(_Lines(file, path))
+        starts = _starts(_Lines(file, path, synced_bytes(disk, path)))
         for index in np.flatnonzero(starts >= 0):
             file.seek(int(starts[index]))
             yield file.readline()
@@ -233,15 +269,16 @@ def record_lines(path: Path, disk: Disk | None = None) -> Iterator[tuple[int, by
 
     A torn tail is left out. Raises RunDirError: there is no record, or a line before the last is damaged.
     """
+    disk = disk or OsDisk()
     with _opened(path, disk) as file:
-        lines = _Lines(file, path)
+        lines = _Lines(file, path, synced_bytes(disk, path))
         for line in lines:
             yield lines.offset, line
 
 
-def _opened(path: Path, disk: Disk | None) -> BinaryIO:
+def _opened(path: Path, disk: Disk) -> BinaryIO:
     try:
-        return (disk or OsDisk()).open_read(path)
+        return disk.open_read(path)
     except FileNotFoundError as error:
         raise RunDirError(f"{path.parent} holds no {path.name}: no answer has been recorded there") from error
 

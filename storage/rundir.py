@@ -3,6 +3,7 @@
     run.json        identity, configuration, sessions, `complete`: replaced as a whole, never edited in place
     requests.jsonl  the input, where it could not be read in place: written before the first session
     results.jsonl   the record of answers                       (storage.record, storage.recovery)
+    results.synced  how long that was after its last sync       (storage.record)
     metrics.d/      telemetry and counters, an interval each    (storage.segments)
     metrics.h5      made from the two above                     (storage.metrics)
     lock            held by the job that works here             (storage.joblock)
@@ -16,7 +17,6 @@ of the caller's and not looked into here. A run is complete when run.json says s
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import time
@@ -37,7 +37,7 @@ from scheduling.errors import (
     RecordError,
     RunDirError,
 )
-from storage.files import Disk, OsDisk, read_all, replace_file
+from storage.files import FAILS_OF_DISKS, Disk, OsDisk, read_all, replace_file
 from storage.joblock import Holder, JobLock, alive, holder_of, this_process, utc_text
 from storage.recovery import RECORD_NAME, scan
 
@@ -62,8 +62,8 @@ class RunDir:
     """A run directory that this process works on. Made by `create_or_resume`; locked until `close`.
 
     `resumed`: an earlier session was here. `complete`: there is nothing left to do. `session`: number of this
-    session, from 0. `notes`: what a person should be told (a lock taken over). Writing methods raise RunDirError,
-    or RecordError where there is no space left.
+    session, from 0. `notes`: what a person should be told (a lock taken over). Writing methods raise RecordError
+    where the disk fails (full, I/O error, read-only), else RunDirError.
     """
 
     def __init__(
@@ -100,8 +100,8 @@ class RunDir:
 
         `details` (configuration, versions, MPI library, seeds...) replace those of the last session; `session`
         (ranks, launcher, hosts, Slurm job...) is added to the list of sessions, unless the run is complete.
-        Raises RunDirError: not writable, locked, foreign content, another identity, run.json damaged. RecordError: no
-        space left.
+        Raises RunDirError: not writable, locked, foreign content, another identity, run.json damaged. RecordError: the
+        disk fails (full, I/O error, read-only).
         """
         disk = disk or OsDisk()
         path = Path(path)
@@ -407,10 +407,10 @@ def _why(error: OSError) -> str:
 
 def unusable(path: Path, error: OSError) -> LlmpiError:
     """What to raise where the operating system refused something in a run directory."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in FAILS_OF_DISKS:
         return RecordError(
-            f"cannot write to the run directory {path}: {_why(error)}. What is recorded is safe; free space, then run "
-            "the same command again."
+            f"cannot write to the run directory {path}: {_why(error)}. What is recorded is safe; free space or mend "
+            "the file system, then run the same command again."
         )
     advice = "Mend that, or give a run directory that can be written"
     return RunDirError(f"cannot use {path} as run directory: {_why(error)}. {advice}.")

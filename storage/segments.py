@@ -1,6 +1,7 @@
 """Segments: telemetry and counters written at every interval, so that a killed run still has them.
 
-A session appends to one file in metrics.d/. A frame is
+A session appends its telemetry to one file in metrics.d/; its counters, of which only the last ones count, are in
+another that is replaced as a whole. A frame is
 
     magic "LSG1" | header length u32 | payload length u64 | crc32 u32 | header JSON | payload
 
@@ -25,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scheduling.errors import RecordError, RunDirError
-from storage.files import Disk, OsDisk
+from storage.files import Disk, OsDisk, replace_file
 
 MAGIC = b"LSG1"
 HEADER_BYTES_MAX = 1 << 16
@@ -53,6 +54,7 @@ class SegmentWriter:
         self.path = directory / f"session-{session:04d}{_SUFFIX}"
         try:
             disk.make_dirs(directory)
+            disk.sync_dir(directory.parent)
             self._file = disk.open_append(self.path)
             disk.sync_dir(directory)
         except OSError as error:
@@ -69,6 +71,16 @@ class SegmentWriter:
 
     def close(self) -> None:
         self._file.close()
+
+
+def replace_counters(disk: Disk, directory: Path, session: int, segments: Sequence[Segment]) -> None:
+    """Make `segments` what the session's file of counters holds, durably and at once. Raises like `write`."""
+    path = directory / f"session-{session:04d}.counters{_SUFFIX}"
+    data = b"".join(encode(segment) for segment in segments)
+    try:
+        replace_file(disk, path, data)
+    except OSError as error:
+        raise _unwritable(path, error) from error
 
 
 def encode(segment: Segment) -> bytes:

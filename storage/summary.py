@@ -59,6 +59,18 @@ class Summary:
     longest_s: float = math.nan
     histograms: dict[str, LogHistogram] = field(default_factory=lambda: {name: LogHistogram() for name in LATENCIES})
 
+    def add(self, rows: Rows) -> None:
+        """Count one chunk of `scheduling.tables.REQUEST` rows."""
+        self.sums += sums_of(rows)
+        answered = rows[rows["ok"] == 1]
+        for name, histogram in self.histograms.items():
+            values = answered[name]
+            histogram.add(values[~np.isnan(values)])
+        if len(answered):
+            # fmin and fmax: a number against NaN is the number.
+            self.shortest_s = float(np.fmin(self.shortest_s, answered["e2e_s"].min()))
+            self.longest_s = float(np.fmax(self.longest_s, answered["e2e_s"].max()))
+
     @property
     def failed(self) -> int:
         return self.sums.failed
@@ -97,15 +109,7 @@ def summarise(rows_iter: Iterable[Rows]) -> Summary:
     """The summary of chunks of `scheduling.tables.REQUEST` rows. Takes one chunk of memory."""
     summary = Summary()
     for rows in rows_iter:
-        summary.sums += sums_of(rows)
-        answered = rows[rows["ok"] == 1]
-        for name, histogram in summary.histograms.items():
-            values = answered[name]
-            histogram.add(values[~np.isnan(values)])
-        if len(answered):
-            # fmin and fmax: a number against NaN is the number.
-            summary.shortest_s = float(np.fmin(summary.shortest_s, answered["e2e_s"].min()))
-            summary.longest_s = float(np.fmax(summary.longest_s, answered["e2e_s"].max()))
+        summary.add(rows)
     return summary
 
 

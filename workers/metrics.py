@@ -20,7 +20,7 @@ _BLOCK_ROWS = 4096
 
 
 class RowBuffer:
-    """Rows of one record type, appended as tuples and kept packed."""
+    """Rows of one record type, appended as tuples and kept packed, in blocks: they are never copied as a whole."""
 
     def __init__(self, dtype: np.dtype[Any]) -> None:
         self._dtype = dtype
@@ -32,12 +32,25 @@ class RowBuffer:
         if len(self._recent) >= _BLOCK_ROWS:
             self._pack()
 
-    def rows(self) -> npt.NDArray[Any]:
-        """All rows so far, shape (n,)."""
+    def extend(self, rows: npt.NDArray[Any]) -> None:
+        """Append rows that are packed already; they are kept, not copied."""
         self._pack()
-        if len(self._blocks) > 1:
-            self._blocks = [np.concatenate(self._blocks)]
-        return self._blocks[0] if self._blocks else np.zeros(0, self._dtype)
+        self._blocks.append(rows)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._blocks)) + len(self._recent)
+
+    def blocks(self) -> list[npt.NDArray[Any]]:
+        """All rows so far, in order, each block of shape (n,)."""
+        recent = [np.array(self._recent, self._dtype)] if self._recent else []
+        return self._blocks + recent
+
+    def rows(self) -> npt.NDArray[Any]:
+        """All rows so far, copied, shape (n,)."""
+        return np.concatenate([np.zeros(0, self._dtype), *self.blocks()])
+
+    def clear(self) -> None:
+        self._blocks, self._recent = [], []
 
     def _pack(self) -> None:
         if self._recent:
@@ -113,18 +126,22 @@ class RankMetrics:
 
     def histograms(self) -> npt.NDArray[np.int64]:
         """Counts of this rank, shape (len(HISTOGRAMS), BUCKETS), in the order of HISTOGRAMS. Ended well only."""
-        rows = self.requests.rows()
-        rows = rows[rows["ok"] == 1]
-        counts = []
-        for name in HISTOGRAMS:
-            if name == "itl":
-                counts.append(self.itl.counts)
-                continue
-            histogram = LogHistogram()
-            values = rows[f"{name}_s"]
-            histogram.add(values[~np.isnan(values)])
-            counts.append(histogram.counts)
-        return np.stack(counts)
+        merged = {name: LogHistogram() for name in HISTOGRAMS if name != "itl"}
+        for rows in self.requests.blocks():
+            for name, histogram in merged.items():
+                values = rows[f"{name}_s"]
+                histogram.add(values[(rows["ok"] == 1) & ~np.isnan(values)])
+        return np.stack([(merged.get(name) or self.itl).counts for name in HISTOGRAMS])
+
+    def extremes_s(self) -> tuple[float, float]:
+        """Smallest and largest end-to-end time of requests that ended well; inf and -inf without any."""
+        shortest_s, longest_s = np.inf, -np.inf
+        for rows in self.requests.blocks():
+            ended_well = rows["e2e_s"][rows["ok"] == 1]
+            if ended_well.size:
+                shortest_s = min(shortest_s, float(ended_well.min()))
+                longest_s = max(longest_s, float(ended_well.max()))
+        return shortest_s, longest_s
 
 
 def fitted(text: str, dtype: np.dtype[Any]) -> bytes:

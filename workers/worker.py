@@ -7,9 +7,12 @@ assigned until it has been reported or given back, so that when the engine dies 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from scheduling import messages as m
 from scheduling.errors import LlmpiError, RequestError, UserError
@@ -25,6 +28,8 @@ from workers.protocol import Answer, EngineFailed, EngineLoaded, Frame, FromEngi
 HEARTBEAT_S = 1.0
 RESTARTS_MAX = 3
 RESTART_BACKOFF_S = 0.5
+TELEMETRY_ROWS_MAX = 4096
+"""Rows of telemetry that a worker keeps: rank 0 gets them earlier than after an interval then."""
 NAN = float("nan")
 
 
@@ -43,6 +48,8 @@ class WorkerOptions:
     """From placement and the engine's pid to a sampler: each call gives rows of scheduling.tables.TELEMETRY without
     t_s, rank and session, one for each GPU."""
     telemetry_interval_s: float = 1.0
+    metrics_interval_s: float = 10.0
+    """How often rank 0 is told what a killed job would lose."""
 
 
 class _Held:
@@ -79,6 +86,7 @@ class Worker:
         self._work_exists = True
         self._sample: Callable[[], list[tuple[Any, ...]]] | None = None
         self._sample_at = 0.0
+        self._counters_at = math.inf
         self._born = self._last_said = self._clock()
         self.metrics = RankMetrics(options.rank, 0, options.hello.host.hostname)
         self.collect_epoch: int | None = None
@@ -105,6 +113,8 @@ class Worker:
             self._tell_progress()
         elif now - self._last_said > HEARTBEAT_S:
             self._spoke.send(m.Heartbeat())
+        if now >= self._counters_at or len(self.metrics.telemetry) >= TELEMETRY_ROWS_MAX:
+            self._tell_counters(now)
         if self._spoke.flush():
             self._last_said = now
         return bool(heard or said)
@@ -116,6 +126,18 @@ class Worker:
         )
         self._spoke.send(report)
         self._started, self._finished, self._deltas, self._made_tokens = [], [], [], 0
+
+    def _tell_counters(self, now: float) -> None:
+        metrics = self.metrics
+        self._counters_at = now + self._options.metrics_interval_s
+        buckets = np.flatnonzero(metrics.itl.counts)
+        self._spoke.send(
+            m.Counters(
+                row=metrics.rank_row(now).tobytes(), itl_buckets=buckets.tolist(),
+                itl_counts=metrics.itl.counts[buckets].tolist(), telemetry=metrics.telemetry.rows().tobytes(),
+            )
+        )  # fmt: skip
+        metrics.telemetry.clear()
 
     @property
     def in_flight(self) -> bool:
@@ -228,6 +250,7 @@ class Worker:
         now = self._clock()
         self._loaded = True
         self._generation += 1
+        self._counters_at = min(self._counters_at, now + self._options.metrics_interval_s)
         self.metrics.engine_ready(loaded.slots, now)
         engine = self._engine
         pid = engine.pid if engine is not None else None

@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from coordinator.collect import Blocks
 from coordinator.source import Arrival
 from scheduling import messages as m
 from scheduling.errors import RequestError
@@ -330,8 +331,8 @@ class FakeCollectives:
     def maximum(self, values: Rows) -> Rows:
         return self._reduce("maximum", values, lambda parts: np.max(parts, axis=0))
 
-    def gather_rows(self, rows: Rows, take: Callable[[Rows], None]) -> None:
-        together = self._reduce(f"gather {len(rows)}", rows, np.concatenate)
+    def gather_rows(self, rows: Rows | Blocks, take: Callable[[Rows], None]) -> None:
+        together = self._reduce(f"gather {len(rows)}", rows[:], np.concatenate)
         for start in range(0, len(together), self._chunk_rows):
             take(together[start : start + self._chunk_rows])
 
@@ -351,5 +352,5 @@ class Contribution:
 
     minimum = maximum = sum
 
-    def gather_rows(self, rows: Rows, take: Callable[[Rows], None]) -> None:
-        self.given.append(rows)
+    def gather_rows(self, rows: Rows | Blocks, take: Callable[[Rows], None]) -> None:
+        self.given.append(rows[:])

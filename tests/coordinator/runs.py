@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 
 from coordinator.config import JobConfig
-from coordinator.rundata import rebuild_metrics
+from coordinator.rundata import make_metrics
 from scheduling.histogram import LogHistogram
 from scheduling.recordline import encode_failure, encode_result
 from scheduling.requests import Request
@@ -93,6 +93,6 @@ def make_run(
                     "output_tokens": 20 * (requests - failed), "engine": job.engine, "outcome": "done",
                 }
             )  # fmt: skip
-            rebuild_metrics(path)
+            make_metrics(path)
             run.mark_complete({"ok": requests - failed, "failed": failed})
     return path

@@ -44,17 +44,18 @@ def contributions(*hosted: list[RankMetrics]) -> list[list[Any]]:
 
 def test_counters_histograms_and_rows_of_all_ranks_come_together() -> None:
     others = contributions([metrics_of(1, [1.0, 2.0])], [metrics_of(2, [9.0, 0.5, 3.0], failed=1)])
-    gathered = collect(FakeCollectives(others), [], 10.0)
+    came: list[Any] = []
+    gathered = collect(FakeCollectives(others), [], 10.0, came.append)
     assert gathered.reduced.sums == Sums(5, 1, 25, 10, 12)
     assert gathered.ranks_in == 3
-    assert sorted(np.concatenate(gathered.requests)["index"]) == [100, 101, 200, 201, 202]
+    assert sorted(np.concatenate(came)["index"]) == [100, 101, 200, 201, 202]
     assert sorted(np.concatenate(gathered.ranks)["rank"]) == [1, 2]
     assert sorted(np.concatenate(gathered.telemetry)["rank"]) == [1, 2]
     assert {name: histogram.count for name, histogram in gathered.reduced.histograms.items()} == {
         "queue_s": 4, "ttft_s": 4, "tpot_s": 4, "e2e_s": 4,
     }  # fmt: skip
     assert gathered.itl.count == 2
-    check_reduced(gathered.reduced, summarise(gathered.requests))
+    check_reduced(gathered.reduced, gathered.rows)
 
 
 def test_extremes_leave_failed_requests_out() -> None:
@@ -67,13 +68,14 @@ def test_without_a_request_extremes_are_missing_not_zero() -> None:
     gathered = collect(FakeCollectives(contributions([metrics_of(1, [])])), [], 10.0)
     assert np.isnan([gathered.reduced.shortest_s, gathered.reduced.longest_s]).all()
     assert gathered.reduced.sums == Sums()
-    check_reduced(gathered.reduced, summarise(gathered.requests))
-    assert sum(len(rows) for rows in gathered.requests) == 0
+    check_reduced(gathered.reduced, gathered.rows)
+    assert gathered.rows.sums.requests == 0
 
 
 def test_a_row_lost_between_a_rank_and_rank_0_is_found_out() -> None:
-    gathered = collect(FakeCollectives(contributions([metrics_of(1, [1.0, 2.0, 4.0])])), [], 10.0)
-    lost = np.concatenate(gathered.requests)[:-1]
+    came: list[Any] = []
+    gathered = collect(FakeCollectives(contributions([metrics_of(1, [1.0, 2.0, 4.0])])), [], 10.0, came.append)
+    lost = np.concatenate(came)[:-1]
     with pytest.raises(BugError, match=r"requests: 3 reduced, 2 gathered; .*longest_s: 4\.0 reduced, 2\.0 gathered"):
         check_reduced(gathered.reduced, summarise([lost]))
 

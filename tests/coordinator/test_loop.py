@@ -290,6 +290,19 @@ def test_when_rank_0_itself_has_slept_nobody_is_taken_for_silent() -> None:
     assert stage.coordinator.outcome is None
 
 
+def test_counters_are_handed_on_and_are_a_sign_of_life() -> None:
+    told: list[tuple[int, m.Counters]] = []
+    stage = Stage(["one"], on_counters=lambda worker, message: told.append((worker, message)))
+    stage.ready()
+    message = m.Counters(row=b"row", itl_buckets=[3], itl_counts=[4], telemetry=b"rows")
+    for _ in range(3):
+        stage.clock.pass_(50.0)  # of a lease of 60
+        stage.hear(1, message)
+    assert told == [(1, message)] * 3
+    assert stage.coordinator.outcome is None
+    Stage(["one"]).hear(1, message)
+
+
 def test_without_any_worker_left_it_ends_with_each_ones_reason() -> None:
     stage = Stage(["one"])
     stage.ready()

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from coordinator import report
 from coordinator.report import print_report, report_data
+from coordinator.rundirs import export_answers
 from scheduling.errors import RunDirError
 from scheduling.histogram import LogHistogram
 from scheduling.recordline import encode_embeddings, encode_failure, encode_result
@@ -140,6 +141,24 @@ def test_an_embedding_is_shown_by_its_first_numbers(run_dir: Path, encoding: Lit
     vectors = np.linspace(0.25, 0.75, 2 * 384, dtype=np.float32).reshape(2, 384)
     (run_dir / RECORD_NAME).write_bytes(encode_embeddings(asked, 0, 1, 1, 0, vectors, 5, 0.1, 0.4, "m"))
     assert "[0.2500, 0.2507, 0.2513, 0.2520, …] of 384 numbers and 1 more" in printed(run_dir, show=1)
+
+
+def test_a_line_that_is_being_written_is_no_answer_yet(
+    run_dir: Path, capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    record = run_dir / RECORD_NAME
+    whole = record.read_bytes()
+    record.write_bytes(whole + whole[:50])
+    assert "1 failed (bad): no" in printed(run_dir, show=10)
+    (run_dir / "run.json").write_text(
+        '{"format": "llmpi-run", "version": 1, "identity": {}, "details": {}, "sessions": [], "total": null, '
+        '"complete": false}'
+    )
+    assert export_answers(run_dir, "completion", None) == 0
+    assert capsysbinary.readouterr().out == whole
+    record.unlink()
+    assert export_answers(run_dir, "completion", None) == 0
+    assert capsysbinary.readouterr().out == b""
 
 
 def test_as_many_answers_as_asked_for(run_dir: Path) -> None:

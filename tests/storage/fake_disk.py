@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -95,6 +96,9 @@ class FakeDisk:
 
     def sync_dir(self, path: Path) -> None:
         self.check("sync_dir")
+
+    def fill(self, path: Path, write: Callable[[Path], None]) -> None:
+        raise NotImplementedError("a file that a library writes itself is on a real disk")
 
     def try_lock(self, path: Path) -> Lock | None:
         if not self.locks_work:

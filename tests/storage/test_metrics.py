@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import errno
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
+import pandas
 import pytest
 
 from scheduling.errors import RecordError, RunDirError
 from scheduling.histogram import BUCKETS, LogHistogram
 from scheduling.recordline import encode_failure
 from scheduling.tables import FINISH_REASONS, RANK, REQUEST, TELEMETRY
-from storage import metrics
+from storage.files import OsDisk
 from storage.metrics import read_requests, read_summary, read_telemetry, write_metrics
 from storage.recovery import rows as record_rows
 from storage.summary import Rows
+from tests.launch import ROOT
 from tests.storage.samples import ok_line, rows
 
 ATTRIBUTES = {"run_id": "r", "ranks": 3, "wall_s": 1.5, "hosts": ["n1", "n2"], "gpu": None, "seed": np.int64(7)}
@@ -94,6 +100,87 @@ def test_the_file_explains_itself_to_any_hdf5_reader(tmp_path: Path) -> None:
                 assert file[name].dtype[field].kind in "iufS", "plain numbers and fixed texts only"
 
 
+def types_of(file: h5py.File) -> dict[str, np.dtype[Any]]:
+    """Of all datasets, their fields, and all attributes, by name."""
+    found: dict[str, np.dtype[Any]] = {}
+
+    def look(name: str, item: Any) -> None:
+        for attribute in item.attrs:
+            found[f"{name}@{attribute}"] = item.attrs.get_id(attribute).dtype
+        if isinstance(item, h5py.Dataset):
+            for field in item.dtype.names or [""]:
+                found[f"{name}.{field}"] = item.dtype[field] if field else item.dtype
+
+    file.visititems(look)
+    look("", file)
+    return found
+
+
+def test_every_type_is_one_that_matlab_and_any_other_reader_knows(tmp_path: Path) -> None:
+    """Integers, floats, compounds of them and texts: no references, opaque bytes, enumerations, pickles."""
+    write(tmp_path / "m.h5")
+    with h5py.File(tmp_path / "m.h5", "r") as file:
+        types = types_of(file)
+        assert len(types) > 80
+        for name, dtype in types.items():
+            text = h5py.check_string_dtype(dtype)
+            assert text is not None or dtype.kind in "iuf", name
+            assert text is not None or dtype.itemsize in (1, 2, 4, 8), name
+            assert "@" in name or dtype.kind != "O", f"{name} is of no fixed length"
+        for name in ("requests", "ranks", "telemetry", "histograms/edges_s", "histograms/itl"):
+            dataset = file[name]
+            assert dataset.chunks is not None
+            assert (dataset.compression, dataset.shuffle) == ("gzip", True)
+            assert dataset.id.get_type().get_class() in (h5py.h5t.COMPOUND, h5py.h5t.INTEGER, h5py.h5t.FLOAT)
+
+
+def test_it_is_compressed(tmp_path: Path) -> None:
+    write(tmp_path / "m.h5", [rows(50_000)])
+    with h5py.File(tmp_path / "m.h5", "r") as file:
+        assert file["requests"].id.get_storage_size() < 0.8 * 50_000 * REQUEST.itemsize
+
+
+def test_pandas_reads_its_tables(tmp_path: Path) -> None:
+    write(tmp_path / "m.h5")
+    with h5py.File(tmp_path / "m.h5", "r") as file:
+        requests = pandas.DataFrame(file["requests"][:])
+        found = pandas.DataFrame(file["ranks"][:])
+    answered = requests[requests.ok == 1]
+    expected = np.concatenate([rows(600, 1), rows(400, 2)])
+    assert answered.e2e_s.quantile(0.5) == pytest.approx(np.median(expected["e2e_s"]))
+    assert requests.output_tokens.sum() == expected["output_tokens"].sum()
+    assert all(kind.kind in "iuf" for kind in requests.dtypes)
+    assert found.host.str.decode("utf-8").tolist() == ["n1", "n2"]
+
+
+LOCKED = """
+import sys, fcntl
+from pathlib import Path
+from tests.storage.test_metrics import write
+from storage.metrics import read_summary
+path = Path(sys.argv[1])
+write(path)
+with open(path, "r+b") as other:
+    fcntl.flock(other, fcntl.LOCK_EX)  # what another program whose HDF5 locks would hold
+    assert read_summary(path).summary.ok == 1000
+    write(path)
+print(read_summary(path).summary.ok)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.system
+@pytest.mark.parametrize("locking", [None, "FALSE"])
+def test_it_is_written_and_read_whatever_hdf5_is_told_of_locks(tmp_path: Path, locking: str | None) -> None:
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env.pop("HDF5_USE_FILE_LOCKING", None)
+    if locking is not None:
+        env["HDF5_USE_FILE_LOCKING"] = locking
+    command = [sys.executable, "-c", LOCKED, str(tmp_path / "m.h5")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.stdout == "1000\n", done.stderr
+
+
 def test_making_it_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     write(tmp_path / "a.h5")
     write(tmp_path / "b.h5")
@@ -130,10 +217,10 @@ def test_a_disk_that_refuses_is_a_record_error(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(RecordError, match="answers are safe"):
         write(tmp_path / "no such folder" / "metrics.h5")
 
-    def full(path: Path) -> None:
+    def full(disk: OsDisk, *paths: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(metrics, "_sync", full)
+    monkeypatch.setattr(OsDisk, "rename", full)
     with pytest.raises(RecordError, match="No space left"):
         write(tmp_path / "metrics.h5")
     assert list(tmp_path.iterdir()) == []

@@ -106,6 +106,21 @@ def test_full_disk_acknowledges_exactly_what_a_crash_leaves() -> None:
         assert len(disk.files[PATH].durable) == acknowledged * size
 
 
+def test_what_is_known_to_be_synced_follows_each_commit_and_is_never_ahead() -> None:
+    disk = fake()
+    mark = PATH.with_suffix(".synced")
+    with RecordWriter(disk, PATH, StoppedClock(), commit_bytes=1) as writer:
+        assert disk.files[mark].durable == b"0\n"
+        writer.append([line(0)])
+    assert disk.files[mark].now == b"%d\n" % len(line(0))
+    disk.fail["sync"] = errno.EIO
+    commit = GroupCommit(disk.open_append(PATH), PATH, mark=disk.open_append(mark))
+    commit.add([line(1)], 0.0)
+    with pytest.raises(RecordError):
+        commit.commit()
+    assert disk.files[mark].now == b"%d\n" % len(line(0))
+
+
 class StoppedClock:
     """Time that stands still: a commit then waits until its bytes or the closing make it due."""
 
@@ -159,7 +174,7 @@ def test_writer_reports_a_failure_after_the_lines_that_were_durable_before_it() 
 def test_writer_turns_an_unexpected_exception_into_a_record_error() -> None:
     class Broken(FakeDisk):
         def check(self, operation: str) -> None:
-            if operation == "write":
+            if operation == "sync" and self.files[PATH].now:
                 raise RuntimeError("no such thing")
 
     writer = RecordWriter(Broken(dirs={RUN}), PATH, StoppedClock())

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduling.errors import RunDirError
+from scheduling.errors import RecordError, RunDirError
 from scheduling.recordline import line_checks, seal
 from storage import recovery
 from storage.files import OsDisk
 from storage.recovery import ABSENT, FAILED, OK, export_ordered, recover, rows, scan
-from tests.storage.fake_disk import FakeDisk
+from tests.storage.fake_disk import Content, FakeDisk
 from tests.storage.samples import PATH, RUN, disk_with, failed_line, ok_line
 
 
@@ -77,6 +77,59 @@ def test_damage_at_every_byte_before_the_last_line_is_refused_with_its_place() -
         assert disk.files[PATH].now == first + bytes(damaged) + third, "nothing is cut when something is refused"
 
 
+@pytest.mark.slow
+def test_a_changed_byte_anywhere_is_cut_off_or_refused_and_never_read() -> None:
+    """Every byte of a record, each of its bits and all of them: whole lines before it stay, nothing else is taken."""
+    lines = [ok_line(0), failed_line(1), ok_line(2)]
+    content = b"".join(lines)
+    starts = np.cumsum([0] + [len(line) for line in lines])
+    for place in range(len(content)):
+        hit = int(np.searchsorted(starts, place, side="right")) - 1
+        for change in (1, 2, 4, 8, 16, 32, 64, 128, 255, content[place], content[place] ^ 10):
+            damaged = bytearray(content)
+            damaged[place] ^= change
+            if damaged == content:
+                continue
+            disk = disk_with(bytes(damaged))
+            # Its length is known to have been synced: zeros are no excuse.
+            disk.files[PATH.with_suffix(".synced")] = Content(b"%d" % len(content))
+            if hit < len(lines) - 1 or refused(disk):
+                with pytest.raises(RunDirError, match=f"at byte {starts[hit]}:"):
+                    recover(disk, PATH)
+                assert disk.files[PATH].now == damaged
+                continue
+            found = recover(disk, PATH)
+            assert found.states.tolist() == [OK, FAILED]
+            assert found.torn_bytes == len(lines[-1])
+            assert disk.files[PATH].durable == content[: starts[hit]]
+
+
+def refused(disk: FakeDisk) -> bool:
+    """The last line was made two, or something that no torn write leaves stands in the place of its newline."""
+    content = disk.files[PATH].now
+    return content.count(b"\n") > 3 or content[-1] not in b"\n\0"
+
+
+@pytest.mark.parametrize("mark", [None, b"", b"nonsense", b"0\n"])
+def test_pages_that_a_power_cut_kept_from_the_disk_are_cut_off_though_later_ones_are_there(mark: bytes | None) -> None:
+    content = ok_line(0) + ok_line(1)[:30] + bytes(64) + ok_line(1)[94:] + ok_line(2)
+    disk = disk_with(content)
+    if mark is not None:
+        disk.files[PATH.with_suffix(".synced")] = Content(mark, mark)
+    found = recover(disk, PATH)
+    assert found.states.tolist() == [OK]
+    assert found.torn_bytes == len(content) - len(ok_line(0))
+    assert disk.files[PATH].durable == ok_line(0)
+    assert [len(chunk) for chunk in rows(PATH, disk_with(content))] == [1]
+
+
+def test_zeros_in_what_was_synced_are_damage() -> None:
+    disk = disk_with(ok_line(0)[:30] + bytes(64) + ok_line(0)[94:] + ok_line(1))
+    disk.files[PATH.with_suffix(".synced")] = Content(b"%d\n" % len(ok_line(0)))
+    with pytest.raises(RunDirError, match="line 1 at byte 0"):
+        recover(disk, PATH)
+
+
 def test_an_index_recorded_twice_is_refused() -> None:
     with pytest.raises(RunDirError, match=r"line 3 .*request 1 .*second time"):
         recover(disk_with(ok_line(1) + ok_line(0) + failed_line(1)), PATH)
@@ -110,7 +163,7 @@ def test_scan_changes_nothing() -> None:
 def test_unreadable_and_unrepairable_records_are_clear_errors() -> None:
     disk = disk_with(ok_line(0) + b"torn")
     disk.fail["truncate"] = 5
-    with pytest.raises(RunDirError, match="cannot repair"):
+    with pytest.raises(RecordError, match="cannot repair"):
         recover(disk, PATH)
     disk.fail["read"] = 13
     with pytest.raises(RunDirError, match="Permission denied"):

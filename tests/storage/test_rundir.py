@@ -160,7 +160,11 @@ def test_a_file_in_its_place_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("operation", ["make_dirs", "open", "write", "sync", "rename", "sync_dir"])
 def test_a_directory_that_cannot_be_written_is_a_clear_error_and_leaves_no_lock(operation: str) -> None:
     disk = FakeDisk(fail={operation: errno.EROFS})
-    with pytest.raises(RunDirError, match=r"cannot use /run as run directory: Read-only file system\."):
+    with pytest.raises(RecordError, match=r"cannot write to the run directory /run: Read-only file system\."):
+        RunDir.create_or_resume(Path("/run"), IDENTITY, disk=disk)
+    assert not disk.held
+    disk = FakeDisk(fail={operation: errno.EACCES})
+    with pytest.raises(RunDirError, match=r"cannot use /run as run directory: Permission denied\."):
         RunDir.create_or_resume(Path("/run"), IDENTITY, disk=disk)
     assert not disk.held
     with pytest.raises(RecordError, match="free space"):
@@ -185,7 +189,7 @@ def test_a_crash_while_run_json_is_replaced_leaves_the_old_one() -> None:
     disk = FakeDisk()
     run = RunDir.create_or_resume(Path("/run"), IDENTITY, disk=disk)
     disk.fail["rename"] = errno.EIO
-    with pytest.raises(RunDirError):
+    with pytest.raises(RecordError):
         run.mark_complete()
     assert read_run(Path("/run"), disk.crash())["complete"] is False
 

@@ -23,6 +23,7 @@ from storage.segments import (
     encode,
     latest,
     read_segments,
+    replace_counters,
     segment_files,
 )
 from tests.storage.fake_disk import Content, FakeDisk
@@ -123,6 +124,20 @@ def test_python_objects_are_refused_both_ways() -> None:
         checksum = zlib.crc32(bytes(8), zlib.crc32(header))
         forged = struct.pack("<4sIQI", MAGIC, len(header), 8, checksum) + header + bytes(8)
         assert len(list(SegmentReader(FILE, disk_with(forged)))) == reads
+
+
+def test_counters_are_those_that_came_last_and_take_no_more_room_each_time(tmp_path: Path) -> None:
+    folder = tmp_path / "metrics.d"
+    writer = SegmentWriter(OsDisk(), folder, 0)
+    for interval in range(3):
+        writer.write([Segment("telemetry", telemetry(2), {})])
+        replace_counters(OsDisk(), folder, 0, [Segment("ranks", np.full(1, interval), {})])
+    writer.close()
+    assert [segment.array.tolist() for segment in latest(folder, "ranks")] == [[2]]
+    assert sum(len(segment.array) for segment in read_segments(folder, "telemetry")) == 6
+    assert sorted(file.name for file in folder.iterdir()) == ["session-0000.counters.seg", "session-0000.seg"]
+    with pytest.raises(RecordError, match="counters"):
+        replace_counters(FakeDisk(fail={"sync": errno.EIO}, dirs={FOLDER}), FOLDER, 0, SEGMENTS)
 
 
 def test_a_full_disk_is_a_record_error() -> None:

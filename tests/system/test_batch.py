@@ -180,12 +180,11 @@ def test_a_text_file_is_a_prompt_a_line(tiny_model: Path, tmp_path: Path) -> Non
 LOSE_A_ROW = """
 import sys
 import coordinator.session as session
-collect = session.collect
-def lossy(*arguments):
-    gathered = collect(*arguments)
-    gathered.requests[0] = gathered.requests[0][:-1]
-    return gathered
-session.collect = lossy
+from coordinator.mpi import SoloCollectives
+class Lossy(SoloCollectives):
+    def gather_rows(self, rows, take):
+        super().gather_rows(rows[1:] if "e2e_s" in rows.dtype.names else rows, take)
+session.SoloCollectives = Lossy
 from coordinator.cli import main
 main()
 """

@@ -13,12 +13,13 @@ from scheduling import messages as m
 from scheduling.errors import ConfigError
 from scheduling.link import Spoke
 from scheduling.requests import Sampling, derive_seed, text_line
+from scheduling.tables import RANK, TELEMETRY
 from scheduling.vectors import to_bytes
 from tests.coordinator.fakes import FakeClock, FakeEndpoint, FakeEngine, answer, fake_rank0, hello, loaded
 from workers.protocol import Answer, Choice, EngineFailed, Frame, Piece, Returned, Stats
 from workers.worker import HEARTBEAT_S, RESTART_BACKOFF_S, RESTARTS_MAX, Worker, WorkerOptions
 
-RANK = 3
+RANK_NUMBER = 3
 SEED = 11
 
 
@@ -32,7 +33,7 @@ class Bench:
         endpoint = FakeEndpoint()
         self.rank0 = fake_rank0(endpoint)
         fields: dict[str, Any] = {
-            "rank": RANK, "hello": hello(), "model_name": "m", "defaults": Sampling(max_tokens=9),
+            "rank": RANK_NUMBER, "hello": hello(), "model_name": "m", "defaults": Sampling(max_tokens=9),
             "engine_factory": self._start, "clock": self.clock, "wall_clock": lambda: 1_700_000_000.9,
         }  # fmt: skip
         self.worker = Worker(Spoke(endpoint), WorkerOptions(**(fields | options)))
@@ -155,7 +156,7 @@ def test_assigned_request_goes_to_the_engine_and_its_answer_to_rank_0() -> None:
     assert line["response"]["body"]["choices"][0]["text"] == "text"
     assert line["response"]["body"]["created"] == 1_700_000_000
     told = line["llmpi"]
-    assert (told["index"], told["attempt"], told["rank"], told["session"]) == (5, 1, RANK, 4)
+    assert (told["index"], told["attempt"], told["rank"], told["session"]) == (5, 1, RANK_NUMBER, 4)
     assert told["tpot_s"] == pytest.approx((0.6 - 0.2) / 2)
     assert not bench.worker.in_flight
 
@@ -528,3 +529,47 @@ def test_telemetry_is_sampled_once_an_interval_while_an_engine_lives() -> None:
     count = len(bench.worker.metrics.telemetry.rows())
     bench.pass_(0.05)
     assert len(bench.worker.metrics.telemetry.rows()) == count
+
+
+# ---------------------------------------------------------------- intervals
+
+
+def counters_of(messages: list[Any]) -> list[m.Counters]:
+    return [message for message in messages if isinstance(message, m.Counters)]
+
+
+def test_once_an_interval_rank_0_is_told_all_counters_and_the_new_telemetry() -> None:
+    bench = Bench(
+        telemetry_factory=lambda placement, pid: lambda: [(0, 50.0, 10, 100.0, 40.0, 5.0, 1.0, 77)],
+        telemetry_interval_s=1.0, metrics_interval_s=3.0,
+    ).ready()  # fmt: skip
+    stats = Stats(
+        interval_s=1.0, steps=5, prompt_tokens=0, output_tokens=9, busy_s=1.0, slot_s=1.5, decode_s=0.0, sample_s=0.0,
+        itl_buckets=[7, 9], itl_counts=[2, 1],
+    )  # fmt: skip
+    bench.engine.say(stats)
+    told = counters_of([message for _ in range(10) for message in bench.pass_(0.75)])
+    assert len(told) == 2
+    samples = [np.frombuffer(message.telemetry, TELEMETRY) for message in told]
+    assert len(np.unique(np.concatenate(samples)["t_s"])) == sum(map(len, samples)) > 4, "each sample is told once"
+    assert len(bench.worker.metrics.telemetry) < 3, "and forgotten then"
+    for message in told:
+        [row] = np.frombuffer(message.row, RANK)
+        assert (row["rank"], row["session"], row["steps"]) == (RANK_NUMBER, 4, 5), "sums since the session's start"
+        assert (message.itl_buckets, message.itl_counts) == ([7, 9], [2, 1])
+
+
+def test_telemetry_is_told_earlier_where_much_of_it_has_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.worker.TELEMETRY_ROWS_MAX", 5)
+    bench = Bench(
+        telemetry_factory=lambda placement, pid: lambda: [(gpu, 50.0, 1, 1.0, 1.0, 1.0, 1.0, 1) for gpu in range(2)],
+        telemetry_interval_s=1.0, metrics_interval_s=1e6,
+    ).ready()  # fmt: skip
+    told = counters_of([message for _ in range(9) for message in bench.pass_(1.0)])
+    assert [len(np.frombuffer(message.telemetry, TELEMETRY)) for message in told] == [6, 6, 6]
+
+
+def test_nothing_is_told_before_the_engine_is_ready() -> None:
+    bench = Bench(metrics_interval_s=1.0)
+    bench.hear(m.Welcome(placement=m.Placement(note="CPU"), run_seed=SEED, session=4))
+    assert not counters_of([message for _ in range(5) for message in bench.pass_(1.0)])
