@@ -65,6 +65,10 @@ def fetch(wanted: Wanted, partial: Partial, patience: Patience, grow: Callable[[
             failures.wait(error, partial.size)
             continue
         digest = partial.finish(wanted.shown)
+        if wanted.size not in (None, partial.size):
+            size = partial.size
+            partial.restart()
+            raise ModelSourceError(f"{wanted.shown} has {size:,} bytes, not {wanted.size:,} as promised: refused.")
         if wanted.sha256 in (None, digest):
             return digest
         partial.restart()
