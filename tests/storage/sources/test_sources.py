@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduling.errors import EXIT_USAGE, ModelSourceError
@@ -56,6 +56,7 @@ def test_control_characters_are_refused(letter: str, tmp_path: Path) -> None:
         pull(f"https://host/a{letter}b.gguf", tmp_path)
 
 
+@settings(max_examples=40)
 @given(st.text("abc:/?#[]@%&= \n\0é"))
 def test_any_text_is_a_source_or_none_and_can_be_shown(text: str) -> None:
     for source in (text, f"https://{text}", f"hf:{text}"):

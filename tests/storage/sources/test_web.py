@@ -202,11 +202,21 @@ def test_a_refused_connection_is_tried_a_few_times(scratch: Path) -> None:
     assert waits.seconds == [1, 2]
 
 
-def test_an_unknown_host_is_refused_at_once(scratch: Path) -> None:
+@pytest.mark.parametrize(
+    ("code", "words", "waited"),
+    [(socket.EAI_NONAME, "host is not known", []), (socket.EAI_AGAIN, "3 attempts", [1, 2])],
+)
+def test_an_unknown_host_is_refused_at_once_unless_the_name_service_is_down(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch, code: int, words: str, waited: list[float]
+) -> None:
+    def look_up(*args: object, **kwargs: object) -> None:
+        raise socket.gaierror(code, "no such luck")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
     waits = Waits()
-    with pytest.raises(ModelSourceError, match=r"no-such-host\.invalid"):
-        pull("https://no-such-host.invalid/m.gguf", scratch, patience=patience(waits, attempts=1))
-    assert waits.seconds == []
+    with pytest.raises(ModelSourceError, match=words):
+        pull("http://no-such-host.invalid/m.gguf", scratch, patience=patience(waits, attempts=3))
+    assert waits.seconds == waited
 
 
 def test_more_announced_than_sent_is_a_cut_and_never_a_whole_file(site: Site, scratch: Path) -> None:
@@ -333,8 +343,10 @@ def test_more_bytes_than_the_file_has_are_refused(site: Site, scratch: Path) -> 
         _pull(site, scratch)
 
 
-def test_a_whole_file_is_not_sent_twice(site: Site, scratch: Path) -> None:
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_whole_file_is_not_sent_twice(site: Site, scratch: Path, chunked: bool) -> None:
     site.files["/model.gguf"] = MODEL
+    site.script = [Answer(chunked=chunked)]
     _pull(site, scratch)
     assert _content(_pull(site, scratch)) == MODEL
     assert (site.ranges()[1] or "").startswith(f"bytes={len(MODEL) - 1}-")
