@@ -262,6 +262,12 @@ def test_a_truncated_file_of_the_cache_is_fetched_instead(hub: Hub, scratch: Pat
     assert file.path.read_bytes() == MODEL
 
 
+def test_a_file_of_the_cache_with_another_digest_is_fetched_instead(hub: Hub, scratch: Path, home: Path) -> None:
+    hub.hold(m=MODEL)
+    _cache(home, {"m.gguf": gguf(seed=2)})
+    assert _pull(scratch).files[0].path.read_bytes() == MODEL
+
+
 def test_a_commit_that_the_cache_has_needs_no_hub(hub: Hub, scratch: Path, home: Path) -> None:
     _cache(home, {"m.gguf": MODEL}, revision=None)
     pulled = _pull(scratch, f"hf:{REPO}@{COMMIT}:m.gguf")

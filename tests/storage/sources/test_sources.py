@@ -180,3 +180,13 @@ def test_a_version_is_noted_before_the_first_byte(tmp_path: Path) -> None:
         partial.expect('"v2"', None)
         assert json.loads((tmp_path / "x.json").read_text()) == {"validator": '"v2"', "total": None}
         assert (tmp_path / "x.partial").read_bytes() == b""
+
+
+def test_a_file_that_is_started_again_forgets_the_version_it_was_of(tmp_path: Path) -> None:
+    path = tmp_path / "x.partial"
+    _write(path, MODEL[:6000])
+    with Partial(path) as partial:
+        partial.restart()
+        partial.expect(None, None)
+        partial.write(MODEL[:10], "it")
+    assert json.loads((tmp_path / "x.json").read_text()) == {"validator": None, "total": None}
