@@ -18,7 +18,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from urllib.parse import urljoin, urlsplit
 
 from scheduling.errors import ModelSourceError
@@ -65,6 +65,10 @@ def fetch(wanted: Wanted, partial: Partial, patience: Patience, grow: Callable[[
             failures.wait(error, partial.size)
             continue
         digest = partial.finish(wanted.shown)
+        if wanted.size not in (None, partial.size):
+            size = partial.size
+            partial.restart()
+            raise ModelSourceError(f"{wanted.shown} has {size:,} bytes, not {wanted.size:,} as promised: refused.")
         if wanted.sha256 in (None, digest):
             return digest
         partial.restart()
@@ -93,6 +97,9 @@ def _attempt(wanted: Wanted, partial: Partial, patience: Patience, grow: Callabl
             partial.restart()
             raise TransientError("the file is shorter on the server than what is there of it")
         total = _agree(wanted, partial, start, response)
+        if total is None and wanted.room is None:
+            # A body without an announced end must not fill the disk for everybody else.
+            wanted = replace(wanted, room=partial.size + partial.space_bytes() * 9 // 10)
         _check_room(wanted, partial, total)
         partial.expect(_validator(response), total)
         grow(partial.size, total)
@@ -100,19 +107,16 @@ def _attempt(wanted: Wanted, partial: Partial, patience: Patience, grow: Callabl
         _copy(wanted, partial, min(start, partial.size), response, patience, lambda: grow(partial.size, total))
     finally:
         response.close()
-    if total is not None and response.status == 200 and partial.size != total:
-        raise TransientError(f"the connection ended after {partial.size:,} of {total:,} bytes")
     return total is None or partial.size == total
 
 
 def _agree(wanted: Wanted, partial: Partial, start: int, response: http.client.HTTPResponse) -> int | None:
     """See that the answer fits what is there already, or start again. Returns the whole file's length if it is told."""
-    length = response.headers.get("Content-Length", "").strip()
     if response.headers.get("Content-Encoding", "identity").strip().lower() != "identity":
         raise ModelSourceError(f"{wanted.shown} is sent compressed, though that was not asked for. Use another server.")
     if response.status == 200:
         partial.restart()
-        total = int(length) if re.fullmatch(r"\d{1,18}", length) else None
+        total = response.length
     else:
         match = _CONTENT_RANGE.match(response.headers.get("Content-Range", "").strip())
         total = int(match[3]) if match is not None and match[3] != "*" else None
@@ -144,7 +148,8 @@ def _check_room(wanted: Wanted, partial: Partial, total: int | None) -> None:
 
 def _too_large(wanted: Wanted, size: str) -> ModelSourceError:
     return ModelSourceError(
-        f"{wanted.shown} has {size}, over the limit of {wanted.room:,} that is left for it. Raise the limit to have it."
+        f"{wanted.shown} has {size}, over the limit of {wanted.room:,} that is left for it. Raise the limit, or "
+        "make room, to have it."
     )
 
 
@@ -158,7 +163,7 @@ def _copy(
 ) -> None:
     """Append the body as it comes. Raises TransientError for a cut or a stall; what came before it is kept."""
     shown, skip = wanted.shown, partial.size - start
-    before, since, since_size = partial.size, patience.clock(), partial.size
+    empty, since, since_size = True, patience.clock(), partial.size
     while True:
         try:
             block = response.read1(_BLOCK_BYTES)
@@ -166,6 +171,7 @@ def _copy(
             raise _broken(error, patience) from error
         if not block:
             break
+        empty = False
         block, skip = block[skip:], max(0, skip - len(block))
         if wanted.room is not None and partial.size + len(block) > wanted.room:
             partial.restart()
@@ -182,7 +188,7 @@ def _copy(
             since, since_size = now, partial.size
     if response.length:
         raise TransientError(f"the connection ended {response.length:,} bytes too early")
-    if partial.size == before and skip == partial.size - start and response.status == 206:
+    if empty and response.status == 206:
         raise TransientError("the server sent nothing")
 
 

@@ -171,6 +171,18 @@ def test_other_bytes_than_the_hub_lists_are_refused(hub: Hub, scratch: Path) -> 
         _pull(scratch)
 
 
+def test_a_small_file_without_a_listed_digest_must_have_the_listed_size(hub: Hub, scratch: Path) -> None:
+    hub.files["m.gguf"] = MODEL
+    hub.store.files["/m.gguf"] = MODEL[:-1]
+    hub.store.always = Answer(chunked=True)
+    hub.changes = {"siblings": [{"rfilename": "m.gguf", "size": len(MODEL)}]}
+    with pytest.raises(ModelSourceError, match=r"299,999 bytes, not 300,000 as promised"):
+        _pull(scratch)
+    hub.store.files["/m.gguf"] = MODEL
+    (file,) = _pull(scratch).files
+    assert (file.sha256, file.digest) == (None, sha256(MODEL))
+
+
 def test_a_model_over_the_limit_is_refused_before_it_comes(hub: Hub, scratch: Path) -> None:
     hub.hold(m=MODEL)
     with pytest.raises(ModelSourceError, match="over the limit"):
@@ -248,6 +260,12 @@ def test_a_truncated_file_of_the_cache_is_fetched_instead(hub: Hub, scratch: Pat
     (file,) = _pull(scratch).files
     assert not file.adopt
     assert file.path.read_bytes() == MODEL
+
+
+def test_a_file_of_the_cache_with_another_digest_is_fetched_instead(hub: Hub, scratch: Path, home: Path) -> None:
+    hub.hold(m=MODEL)
+    _cache(home, {"m.gguf": gguf(seed=2)})
+    assert _pull(scratch).files[0].path.read_bytes() == MODEL
 
 
 def test_a_commit_that_the_cache_has_needs_no_hub(hub: Hub, scratch: Path, home: Path) -> None:

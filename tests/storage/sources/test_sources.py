@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduling.errors import EXIT_USAGE, ModelSourceError
@@ -56,6 +56,7 @@ def test_control_characters_are_refused(letter: str, tmp_path: Path) -> None:
         pull(f"https://host/a{letter}b.gguf", tmp_path)
 
 
+@settings(max_examples=40)
 @given(st.text("abc:/?#[]@%&= \n\0é"))
 def test_any_text_is_a_source_or_none_and_can_be_shown(text: str) -> None:
     for source in (text, f"https://{text}", f"hf:{text}"):
@@ -179,3 +180,13 @@ def test_a_version_is_noted_before_the_first_byte(tmp_path: Path) -> None:
         partial.expect('"v2"', None)
         assert json.loads((tmp_path / "x.json").read_text()) == {"validator": '"v2"', "total": None}
         assert (tmp_path / "x.partial").read_bytes() == b""
+
+
+def test_a_file_that_is_started_again_forgets_the_version_it_was_of(tmp_path: Path) -> None:
+    path = tmp_path / "x.partial"
+    _write(path, MODEL[:6000])
+    with Partial(path) as partial:
+        partial.restart()
+        partial.expect(None, None)
+        partial.write(MODEL[:10], "it")
+    assert json.loads((tmp_path / "x.json").read_text()) == {"validator": None, "total": None}

@@ -202,11 +202,21 @@ def test_a_refused_connection_is_tried_a_few_times(scratch: Path) -> None:
     assert waits.seconds == [1, 2]
 
 
-def test_an_unknown_host_is_refused_at_once(scratch: Path) -> None:
+@pytest.mark.parametrize(
+    ("code", "words", "waited"),
+    [(socket.EAI_NONAME, "host is not known", []), (socket.EAI_AGAIN, "3 attempts", [1, 2])],
+)
+def test_an_unknown_host_is_refused_at_once_unless_the_name_service_is_down(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch, code: int, words: str, waited: list[float]
+) -> None:
+    def look_up(*args: object, **kwargs: object) -> None:
+        raise socket.gaierror(code, "no such luck")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
     waits = Waits()
-    with pytest.raises(ModelSourceError, match=r"no-such-host\.invalid"):
-        pull("https://no-such-host.invalid/m.gguf", scratch, patience=patience(waits, attempts=1))
-    assert waits.seconds == []
+    with pytest.raises(ModelSourceError, match=words):
+        pull("http://no-such-host.invalid/m.gguf", scratch, patience=patience(waits, attempts=3))
+    assert waits.seconds == waited
 
 
 def test_more_announced_than_sent_is_a_cut_and_never_a_whole_file(site: Site, scratch: Path) -> None:
@@ -242,6 +252,14 @@ def test_a_damaged_partial_file_is_fetched_again_from_its_start(site: Site, scra
     assert _content(_pull(site, scratch, source)) == MODEL
 
 
+def test_wrong_bytes_that_come_in_pieces_are_fetched_twice_at_most(site: Site, scratch: Path) -> None:
+    site.files["/model.gguf"] = gguf(seed=2)
+    site.script = [Answer(cut_after=50_000), Answer(), Answer(cut_after=50_000), Answer()]
+    with pytest.raises(ModelSourceError, match="as promised"):
+        _pull(site, scratch, f"/model.gguf#sha256={sha256(MODEL)}")
+    assert len(site.asked) == 4
+
+
 @pytest.mark.parametrize("fragment", ["sha256=12", "md5=0", "sha256=" + "g" * 64])
 def test_a_promise_that_is_no_sha256_is_refused(site: Site, scratch: Path, fragment: str) -> None:
     with pytest.raises(ModelSourceError, match="64 hexadecimal digits"):
@@ -259,6 +277,32 @@ def test_bytes_of_an_unnamed_version_are_not_continued(site: Site, scratch: Path
     site.script = [Answer(cut_after=100_000, etag=False)]
     assert _content(_pull(site, scratch)) == MODEL
     assert site.ranges()[1] is None
+
+
+def test_a_weak_etag_does_not_name_a_version(site: Site, scratch: Path) -> None:
+    site.files["/model.gguf"] = MODEL
+    site.script = [Answer(cut_after=100_000, etag=False, headers=(("ETag", 'W/"1"'),))]
+    assert _content(_pull(site, scratch)) == MODEL
+    assert site.ranges()[1] is None
+
+
+def test_a_date_names_a_version(site: Site, scratch: Path) -> None:
+    site.files["/model.gguf"] = MODEL
+    dated = ("Last-Modified", "Sun, 29 Nov 2026 08:00:00 GMT")
+    site.script = [Answer(cut_after=100_000, etag=False, headers=(dated,))]
+    site.always = Answer(if_range=False, etag=False, headers=(dated,))
+    assert _content(_pull(site, scratch)) == MODEL
+    assert (site.ranges()[1] or "").startswith("bytes=100000-")
+    assert site.asked[1][1]["if-range"] == dated[1]
+
+
+def test_empty_answers_are_not_asked_for_ever(site: Site, scratch: Path) -> None:
+    site.files["/model.gguf"] = MODEL
+    rest = (("ETag", f'"{sha256(MODEL)[:16]}"'), ("Content-Range", f"bytes 100000-{len(MODEL) - 1}/{len(MODEL)}"))
+    site.script = [Answer(cut_after=100_000)]
+    site.always = Answer(status=206, body=b"", headers=rest, chunked=True)
+    with pytest.raises(ModelSourceError, match=r"sent nothing \(3 attempts\)"):
+        pull(site.url(), scratch, patience=patience(attempts=3))
 
 
 @pytest.mark.parametrize("if_range", [True, False])
@@ -299,8 +343,10 @@ def test_more_bytes_than_the_file_has_are_refused(site: Site, scratch: Path) -> 
         _pull(site, scratch)
 
 
-def test_a_whole_file_is_not_sent_twice(site: Site, scratch: Path) -> None:
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_whole_file_is_not_sent_twice(site: Site, scratch: Path, chunked: bool) -> None:
     site.files["/model.gguf"] = MODEL
+    site.script = [Answer(chunked=chunked)]
     _pull(site, scratch)
     assert _content(_pull(site, scratch)) == MODEL
     assert (site.ranges()[1] or "").startswith(f"bytes={len(MODEL) - 1}-")
@@ -360,6 +406,13 @@ def test_an_endless_body_ends_at_the_limit(site: Site, scratch: Path) -> None:
     with pytest.raises(ModelSourceError, match="more than 1,000,000 bytes"):
         _pull(site, scratch, max_bytes=1_000_000)
     assert _kept(scratch) == 0
+
+
+def test_an_endless_body_leaves_room_on_the_disk(site: Site, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Partial, "space_bytes", lambda self: 1_000_000)
+    site.always = Answer(status=200, body=MODEL, endless=True)
+    with pytest.raises(ModelSourceError, match="more than 900,000 bytes"):
+        _pull(site, scratch)
 
 
 def test_what_does_not_fit_on_the_disk_is_refused_before_it_comes(
