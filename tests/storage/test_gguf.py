@@ -435,6 +435,12 @@ def test_parts_that_disagree_are_refused(tmp_path: Path, change: Part, said: str
         check_gguf(written())
 
 
+def test_tensors_are_counted_over_all_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("storage.ggufparts.TENSORS_MAX", 2)
+    with pytest.raises(ModelFileError, match="have more than 2 tensors"):
+        check_gguf(split(tmp_path)[0])
+
+
 def test_fingerprint_sees_size_head_tail_and_samples(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     content = bytearray(np.random.default_rng(1).bytes(4 << 20))
