@@ -12,6 +12,7 @@ from pathlib import Path
 from scheduling.errors import ModelFileError
 from storage.gguf import GgufInfo
 from storage.ggufheader import Header, read_header
+from storage.ggufreader import shown
 
 _A, _B = ".lora_a", ".lora_b"
 _NORMS = "_norm.weight"
@@ -28,8 +29,8 @@ def check_adapter(path: Path, model: GgufInfo) -> int:
     architecture = header.values.get("general.architecture")
     if architecture != model.architecture:
         raise ModelFileError(
-            f"the adapter {path} is for the architecture {architecture}, and {model.path} is {model.architecture}. "
-            "Give an adapter that was made from this model."
+            f"the adapter {path} is for the architecture {shown(str(architecture))}, and {model.path} is "
+            f"{model.architecture}. Give an adapter that was made from this model."
         )
     pairs = _pairs(path, header)
     for weight, (a, b) in pairs.items():

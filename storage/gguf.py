@@ -149,10 +149,12 @@ def _sampled(size: int) -> list[tuple[int, int]]:
 
 def _architecture(header: Header) -> str:
     """Raises ModelFileError if this is no model that llama.cpp could know by a name."""
-    architecture = _text(header, "general.architecture")
-    if not architecture:
+    architecture = header.values.get("general.architecture")
+    if not isinstance(architecture, str) or not architecture:
         raise ModelFileError(f"{header.path} does not say its architecture (general.architecture). Give another file.")
-    if _text(header, "general.type") == "adapter":
+    if not architecture.isprintable():
+        raise ModelFileError(f"{header.path} is damaged: its architecture is {shown(architecture)}. Fetch it again.")
+    if header.values.get("general.type") == "adapter":
         raise ModelFileError(f"{header.path} is an adapter, not a model. Give it with --lora, and its model with -m.")
     return architecture
 
@@ -167,13 +169,11 @@ def _quantization(header: Header) -> str | None:
 
 
 def _text(header: Header, key: str) -> str | None:
-    """A short text that may be shown. Raises ModelFileError if it would do something to a terminal."""
+    """A short text on one line, without what would do something to a terminal."""
     value = header.values.get(key)
     if not isinstance(value, str):
         return None
-    if not value.isprintable() and key != "general.name":
-        raise ModelFileError(f"{header.path} is damaged: its {key} is {shown(value)}. Fetch it again.")
-    return value
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in value).split()) or None
 
 
 def _int(header: Header, key: str) -> int | None:

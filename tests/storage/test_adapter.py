@@ -62,7 +62,7 @@ def test_what_is_no_adapter_of_this_model_is_refused_by_what_is_wrong(tmp_path: 
     assert "is no adapter" in refusal(model.path, model)
     assert "is no adapter" in refusal(write_adapter(path, {WEIGHT: pair}, general_type="model"), model)
     assert "of the type 'control'" in refusal(write_adapter(path, {WEIGHT: pair}, kind="control"), model)
-    assert "architecture gemma" in refusal(write_adapter(path, {WEIGHT: pair}, architecture="gemma"), model)
+    assert "architecture 'gemma'" in refusal(write_adapter(path, {WEIGHT: pair}, architecture="gemma"), model)
     assert "changes no weight" in refusal(write_adapter(path, {}), model)
     assert "lacks" in refusal(write_adapter(path, {"blk.7.attn_q.weight": pair}), model)
     assert f"does not fit {WEIGHT}" in refusal(write_adapter(path, {WEIGHT: random_pair(32, 32)}), model)

@@ -142,7 +142,6 @@ def test_file_types_are_called_what_their_makers_call_them(tmp_path: Path) -> No
         (lambda writer: writer.add_array("tokenizer.ggml.token_type", [1, 2]), "token_type has 2 entries for 4"),
         (lambda writer: writer.add_array("tokenizer.ggml.merges", [1, 2]), "tokenizer.ggml.merges is no list"),
         (lambda writer: writer.add_string("tokenizer.ggml.token_type", "x"), "tokenizer.ggml.token_type is no list"),
-        (lambda writer: writer.add_license("\x1b[2J"), r"its general.license is '\x1b[2J'"),
     ],
 )
 def test_what_llama_cpp_would_index_or_hold_wrongly_is_said(tmp_path: Path, tune: Tune, said: str) -> None:
@@ -190,6 +189,16 @@ def test_more_tokens_than_any_vocabulary_has_are_refused(tmp_path: Path) -> None
     path.write_bytes(content[:at] + struct.pack("<Q", (1 << 21) + 1) + content[at + 8 :])
     os.truncate(path, 1 << 25)
     assert "a vocabulary of 2097153 tokens, 2097152 at most" in refusal(path)
+
+
+def test_texts_are_told_on_one_line_and_an_architecture_must_be_one(tmp_path: Path) -> None:
+    info = check_gguf(
+        make_model(tmp_path / "m.gguf", lambda writer: writer.add_license("MIT\n\nDo\x1b[2J as  you like"))
+    )
+    assert info.license == "MIT Do [2J as you like"
+    path = tmp_path / "odd.gguf"
+    path.write_bytes(Draft([Pair(b"general.architecture", 8, text(b"ll\nama"))], model_tensors()).build())
+    assert r"its architecture is 'll\nama'" in refusal(path)
 
 
 def test_a_bool_is_no_size(tmp_path: Path) -> None:
@@ -424,6 +433,12 @@ def test_parts_that_disagree_are_refused(tmp_path: Path, change: Part, said: str
     change(parts)
     with pytest.raises(ModelFileError, match=re.escape(said)):
         check_gguf(written())
+
+
+def test_tensors_are_counted_over_all_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("storage.ggufparts.TENSORS_MAX", 2)
+    with pytest.raises(ModelFileError, match="have more than 2 tensors"):
+        check_gguf(split(tmp_path)[0])
 
 
 def test_fingerprint_sees_size_head_tail_and_samples(tmp_path: Path) -> None:

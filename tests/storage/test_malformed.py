@@ -13,6 +13,7 @@ import pytest
 from scheduling.errors import ModelFileError
 from storage.ggmltypes import TENSOR_TYPES
 from storage.ggufheader import read_header
+from storage.ggufreader import GgufReader
 from tests.storage.ggml import ask_ggml, ggml_library
 from tests.storage.malformed import (
     ARRAY,
@@ -97,9 +98,11 @@ def expected_of_ggml(case: Case) -> tuple[str, ...]:
 def test_ggml_knows_the_same_types_of_tensors_in_the_same_sizes(tmp_path: Path) -> None:
     paths = []
     for number in range(128):
-        draft = Draft([Pair(b"general.alignment", U32, struct.pack("<I", 1))], alignment=1)
-        # The second begins where the first ends, or ggml refuses.
-        draft.tensors = [Tensor(b"a", (512,), number), Tensor(b"b", (512,), number)]
+        draft = Draft([Pair(b"general.alignment", U32, struct.pack("<I", 1))], alignment=1, data_bytes=1 << 14)
+        draft.tensors = [Tensor(b"a", (512,), number)]
+        if number in TENSOR_TYPES:
+            # It begins where the first ends, or ggml refuses.
+            draft.tensors.append(Tensor(b"b", (512,), number))
         paths.append(tmp_path / f"{number}.gguf")
         paths[-1].write_bytes(draft.build())
     known = {number for number, verdict in enumerate(asked(paths)) if verdict == "model"}
@@ -153,6 +156,17 @@ def test_names_are_shown_on_one_line_and_cut(tmp_path: Path) -> None:
     said = str(refusal(path))
     assert said.isprintable()
     assert len(said) < len(str(path)) + 400
+
+
+@pytest.mark.parametrize("way", ["take", "skip_texts", "token_hashes"])
+def test_a_file_that_shrinks_while_it_is_read_is_truncated(tmp_path: Path, way: str) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(text(b"a" * 40) + text(b"b" * 40))
+    with open(path, "rb") as file:
+        reader = GgufReader(file, path)
+        os.truncate(path, 30)
+        with pytest.raises(ModelFileError, match="is truncated"):
+            getattr(reader, way)(50 if way == "take" else 2)
 
 
 def test_damage_is_said_with_its_place(tmp_path: Path) -> None:
