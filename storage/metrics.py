@@ -3,12 +3,13 @@
 Made once at the end, and again at any time from the record and the segments. Written to a temporary name and
 renamed, so that what is there is whole. Only plain numbers and fixed-length strings; units, formulas and the
 numbers that stand for words are attributes (docs/metrics.md lists all). Rows are streamed: memory is one chunk.
-HDF5's own file locking is off: the run directory has a lock already, and parallel file systems often have none.
+HDF5's own file locking is not used: the run directory has a lock already, and parallel file systems often have none.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import os
 import socket
@@ -81,14 +82,20 @@ def write_metrics(
     disk = disk or OsDisk()
 
     def write(place: Path) -> None:
-        with h5py.File(place, "w", locking=False) as file:
+        with place.open("w+b", buffering=0) as raw:
+            target = _Unfailing(raw)
+            fill(target)
+        target.check()
+
+    def fill(target: _Unfailing) -> None:
+        with h5py.File(target, "w") as file:
             _root_attributes(file, attributes)
-            _table(file, "requests", REQUEST, UNITS["REQUEST"], rows_iter)
+            _table(file, "requests", REQUEST, UNITS["REQUEST"], target.checked(rows_iter))
             file["requests"].attrs["finish_reasons"] = [f"{n}={name}" for name, n in FINISH_REASONS.items()]
             file["requests"].attrs["ok"] = ["0=failed", "1=answered"]
             _table(file, "ranks", RANK, UNITS["RANK"], [ranks])
             chunks = [telemetry] if isinstance(telemetry, np.ndarray) else telemetry
-            _table(file, "telemetry", TELEMETRY, UNITS["TELEMETRY"], chunks)
+            _table(file, "telemetry", TELEMETRY, UNITS["TELEMETRY"], target.checked(chunks))
             file["telemetry"].attrs["missing"] = "NaN, or -1 for integers; never 0"
             _histograms(file, histograms)
 
@@ -104,6 +111,68 @@ def write_metrics(
     finally:
         with contextlib.suppress(OSError):  # a disk that refuses everything does not hide why
             disk.remove(temporary)
+
+
+class _Unfailing:
+    """A file for HDF5 in which nothing fails, over one in which it may.
+
+    What HDF5 could not write it tries again whenever an object is let go, and once more when the process ends, with a
+    traceback each time and a crash at last. So the first error is kept, for `check` to raise, and what comes after it
+    is dropped.
+    """
+
+    def __init__(self, file: io.FileIO) -> None:
+        self._file = file
+        self._error: OSError | None = None
+
+    def check(self) -> None:
+        """Raise the error that there was, if any."""
+        if self._error is not None:
+            raise self._error
+
+    def checked(self, chunks: Iterable[Rows]) -> Iterator[Rows]:
+        """The same chunks, as long as there is no error."""
+        for rows in chunks:
+            self.check()
+            yield rows
+
+    def write(self, data: Any) -> int:
+        rest = memoryview(data).cast("B")
+        length = len(rest)
+        try:
+            while rest and self._error is None:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            self._error = error
+        return length
+
+    def read(self, size: int) -> bytes:
+        buffer = bytearray(size)
+        self.readinto(buffer)
+        return bytes(buffer)
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        count = self._file.readinto(view) or 0
+        view[count:] = bytes(len(view) - count)
+        return len(view)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            if self._error is None:
+                self._file.truncate(size)
+        except OSError as error:
+            self._error = error
+        return size or 0
+
+    def flush(self) -> None:
+        """Nothing is held back here."""
 
 
 def _why(error: Exception) -> str:
@@ -197,15 +266,18 @@ def read_telemetry(path: Path) -> Rows:
         return telemetry
 
 
-def _open(path: Path) -> h5py.File:
-    try:
-        file = h5py.File(path, "r", locking=False)
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    if file.attrs.get("format") != "llmpi-metrics" or file.attrs.get("format_version") != FORMAT_VERSION:
-        file.close()
-        raise RunDirError(f"{path} is no metrics file of this version of llmpi.")
-    return file
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[h5py.File]:
+    with contextlib.ExitStack() as stack:
+        try:
+            # Through a file of ours: HDF5 would lock one of its own if HDF5_USE_FILE_LOCKING says so, whatever we say.
+            raw = stack.enter_context(path.open("rb"))
+            file = stack.enter_context(h5py.File(raw, "r"))
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        if file.attrs.get("format") != "llmpi-metrics" or file.attrs.get("format_version") != FORMAT_VERSION:
+            raise RunDirError(f"{path} is no metrics file of this version of llmpi.")
+        yield file
 
 
 def _chunks(table: h5py.Dataset) -> Iterator[Rows]:
