@@ -121,6 +121,17 @@ class Blobs:
             raise unusable(folder, error) from error
         return fd, Path(name)
 
+    @contextlib.contextmanager
+    def scratch_folder(self, prefix: str) -> Iterator[Path]:
+        """A new folder of our own, removed with all that is in it. Raises ModelStoreError if it cannot be made."""
+        folder = self.folder("partial")
+        try:
+            made = tempfile.TemporaryDirectory(prefix=prefix, dir=folder)
+        except OSError as error:
+            raise unusable(folder, error) from error
+        with made as name:
+            yield Path(name)
+
     def ingest(
         self, source: Path, *, expected: Digest | None = None, link: bool = False, progress: Progress = _nothing
     ) -> Ingested:

@@ -487,7 +487,10 @@ def facts(info: GgufInfo) -> dict[str, Any]:
 
 def one_model_in(folder: Path) -> Path:
     """The only model in a folder, its first part if it is split. Raises ModelFileError."""
-    found = sorted(path for path in folder.iterdir() if path.suffix == ".gguf" and path.is_file())
+    try:
+        found = sorted(path for path in folder.iterdir() if path.suffix == ".gguf" and os.path.isfile(path))
+    except OSError as error:
+        raise ModelFileError(f"{folder} cannot be looked into: {error.strerror}") from error
     first = [path for path in found if "-of-" not in path.stem or path.stem.rsplit("-of-", 1)[0].endswith("-00001")]
     if len(first) == 1:
         return first[0]

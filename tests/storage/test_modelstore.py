@@ -19,7 +19,7 @@ from storage import blobs as blobs_module
 from storage.blobs import STALE_S, Blobs
 from storage.digest import Digest
 from storage.gguf import check_gguf
-from storage.manifest import Manifest, ModelName
+from storage.manifest import Manifest, ModelName, suggested_name
 from storage.modelstore import Damaged, ModelStore, default_root, one_model_in
 from tests.storage.small_models import small_model, split_model
 
@@ -536,6 +536,30 @@ def test_a_folder_that_another_removes_is_made_again(
     added = store.add(model)
     assert fired
     assert store.find("small-1") == added
+
+
+# ---------------------------------------------------------------- strange names
+
+
+@pytest.mark.parametrize("name", ["sha256", "sha256:q8", "m.gguf", "m:a.GGUF", "a/latest.used", "a:b.json"])
+def test_names_that_would_mean_something_else_are_refused(name: str) -> None:
+    with pytest.raises(ModelStoreError, match="no name of a model"):
+        ModelName.parse(name)
+
+
+@pytest.mark.parametrize(
+    ("stem", "name"), [("Model.gguf", "model"), ("a.used.json", "a"), (".gguf", "gguf"), ("sha256", "model")]
+)
+def test_a_name_is_suggested_that_can_be_used(stem: str, name: str) -> None:
+    assert str(suggested_name(stem)) == name
+
+
+def test_a_path_that_is_no_text_is_recorded_as_far_as_it_is(store: ModelStore, model: Path, tmp_path: Path) -> None:
+    strange = tmp_path / os.fsdecode(b"strange\xff.gguf")
+    model.rename(strange)
+    added = store.add(strange)
+    assert added.files[0].name == "strange?.gguf"
+    assert store.find("strange") == added
 
 
 # ---------------------------------------------------------------- who may do what
