@@ -420,7 +420,7 @@ def write_whole(scratch: tuple[int, Path], path: Path, data: bytes) -> None:
 def _moved(temporary: Path, path: Path) -> None:
     """Who removes another model may remove the folder just after it was made: then it is made again."""
     for _ in range(MOVES_MAX):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, FileExistsError):  # the latter if it goes while mkdir looks at it
             path.parent.mkdir(parents=True, exist_ok=True)
             os.replace(temporary, path)
             return

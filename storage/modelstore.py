@@ -443,7 +443,9 @@ class ModelStore:
         links = [folder / f"model-{place:05d}-of-{len(paths):05d}.gguf" for place in range(1, len(paths) + 1)]
         try:
             for _ in range(MOVES_MAX):
-                with contextlib.suppress(FileNotFoundError):  # a collection removes views of models just removed
+                with contextlib.suppress(
+                    FileNotFoundError, FileExistsError
+                ):  # a collection removes views of models just removed
                     self._link(links, paths)
                     return links[0]
             self._link(links, paths)

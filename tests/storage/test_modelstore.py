@@ -520,8 +520,9 @@ def test_a_verification_of_long_ago_is_not_gone_on_with(store: ModelStore, model
     assert store.verify([added]).hashed_bytes == added.size
 
 
+@pytest.mark.parametrize("while_it_is_made", [False, True])
 def test_a_folder_that_another_removes_is_made_again(
-    store: ModelStore, model: Path, monkeypatch: pytest.MonkeyPatch
+    store: ModelStore, model: Path, monkeypatch: pytest.MonkeyPatch, while_it_is_made: bool
 ) -> None:
     real = Path.mkdir
     fired: list[bool] = []
@@ -531,6 +532,8 @@ def test_a_folder_that_another_removes_is_made_again(
         if self.name == "small-1" and not fired:
             fired.append(True)
             self.rmdir()
+            if while_it_is_made:
+                raise FileExistsError(errno.EEXIST, "File exists", str(self))
 
     monkeypatch.setattr(Path, "mkdir", made_and_removed)
     added = store.add(model)
