@@ -35,7 +35,7 @@ def find_model(text: str, environment: Mapping[str, str] = os.environ) -> Named:
         ModelFileError: neither a file nor a model of the store. What is plainly a path is not looked at here.
     """
     path = Path(text)
-    if not is_digest(text) and (path.is_file() or path.is_absolute() or path.suffix.lower() == SUFFIX):
+    if not is_digest(text) and (os.path.isfile(text) or path.is_absolute() or path.suffix.lower() == SUFFIX):
         return Named(path, path.stem)
     store = open_store(environment)
     try:
@@ -44,7 +44,7 @@ def find_model(text: str, environment: Mapping[str, str] = os.environ) -> Named:
     except ModelStoreError as error:
         if is_digest(text):
             raise
-        if path.exists() or text.startswith("."):
+        if os.path.exists(text) or text.startswith("."):
             return Named(path, path.stem)  # a folder, say: whoever reads it says what is wrong
         raise ModelFileError(f"there is no file {text}, and {error}") from None
     store.use(model)

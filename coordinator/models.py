@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
+from rich.text import Text
 
 from coordinator.modelnames import open_store
 from coordinator.terminal import console_for
@@ -37,8 +38,8 @@ class BytesDone:
         self._bar: Progress | None = None
         if console.is_terminal:
             columns = (
-                TextColumn("{task.description}"), BarColumn(bar_width=24), DownloadColumn(), TransferSpeedColumn(),
-                TimeRemainingColumn(),
+                TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), DownloadColumn(),
+                TransferSpeedColumn(), TimeRemainingColumn(),
             )  # fmt: skip
             self._bar = Progress(*columns, console=console, transient=True)
             self._task = self._bar.add_task(what, total=total)
@@ -78,7 +79,7 @@ def add_model(
 ) -> int:
     """Raises UserError if it cannot be added."""
     store = open_store()
-    file = one_model_in(path) if path.is_dir() else path
+    file = one_model_in(path) if os.path.isdir(path) else path
     called = None if name is None else ModelName.parse(name)
     with BytesDone(f"adding {file.name}", None) as progress:
         model = store.add(
@@ -114,8 +115,8 @@ def _under_names_of_parts(store: ModelStore, paths: list[Path]) -> Iterator[Path
     if len(paths) == 1:
         yield paths[0]
         return
-    with tempfile.TemporaryDirectory(dir=store.blobs.folder("partial"), prefix="parts-") as folder:
-        links = [Path(folder) / f"model-{place:05d}-of-{len(paths):05d}.gguf" for place in range(1, len(paths) + 1)]
+    with store.blobs.scratch_folder("parts-") as folder:
+        links = [folder / f"model-{place:05d}-of-{len(paths):05d}.gguf" for place in range(1, len(paths) + 1)]
         for link, path in zip(links, paths, strict=True):
             link.symlink_to(path.absolute())
         yield links[0]
@@ -148,7 +149,7 @@ def list_models(as_json: bool) -> int:
             facts = model.gguf
             table.add_row(
                 f"{model.name}{' (pinned)' if model.pinned else ''}", size_text(model.size),
-                _count(facts.get("parameters")), str(facts.get("quantization") or ""),
+                _count(facts.get("parameters")), _plain(facts.get("quantization") or ""),
                 _count(facts.get("context_tokens")), model.digest.short, _when(store.used_at(model)),
             )  # fmt: skip
         console_for(sys.stdout).print(table)
@@ -170,11 +171,16 @@ def show_model(name: str, as_json: bool) -> int:
     table.add_column(overflow="fold")
     rows = {key: value for key, value in data.items() if key not in ("files", "gguf") and value is not None}
     for key, value in {**rows, **{f"gguf {key}": value for key, value in data["gguf"].items()}}.items():
-        table.add_row(key, size_text(value) if key == "size" else str(value))
+        table.add_row(key, _plain(size_text(value) if key == "size" else value))
     for file in data["files"]:
-        table.add_row("file", f"{file['name']}  {size_text(file['size'])}  {file['digest']}")
+        table.add_row("file", _plain(f"{file['name']}  {size_text(file['size'])}  {file['digest']}"))
     console_for(sys.stdout).print(table)
     return EXIT_OK
+
+
+def _plain(value: object) -> Text:
+    """What others have written, as it is: no markup, and nothing that a terminal obeys."""
+    return Text("".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in str(value)))
 
 
 def verify_models(names: list[str], as_json: bool) -> int:

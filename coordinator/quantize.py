@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tempfile
 import threading
 from collections import deque
 from pathlib import Path
@@ -35,8 +34,8 @@ def quantize_model(
     new_name = ModelName.parse(called) if called else _quantised_name(found.name, kind)
     store.blobs.need_room(info.file_bytes)
     parent = _digest(found.path, found.digest, store.blobs)
-    with tempfile.TemporaryDirectory(dir=store.blobs.folder("partial"), prefix="quantize-") as folder:
-        made = Path(folder) / f"{suggested_name(found.path.stem).name}-{kind}.gguf"
+    with store.blobs.scratch_folder("quantize-") as folder:
+        made = folder / f"{suggested_name(found.path.stem).name}-{kind}.gguf"
         _run(found.path, made, kind, threads or os.cpu_count() or 1)
         model = store.add(
             made, name=new_name, source=f"quantize {kind} of {found.name}", parent=parent, pinned=pin, link=True,

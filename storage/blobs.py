@@ -35,6 +35,9 @@ from storage.digest import ALGORITHM, Digest
 CHUNK_BYTES = 4 << 20
 STALE_S = 24 * 3600.0
 """Partial files and announcements that have not changed for so long are nobody's."""
+MOVES_MAX = 100
+PULL_CHARACTERS = 25
+"""With which the names of all files of one pull begin: 'pull-' and 20 digits."""
 SPARE_BYTES = 64 << 20
 """Of the disk, left free when a blob is copied in."""
 Progress = Callable[[int], None]
@@ -57,8 +60,9 @@ class Ingested:
 class Blobs:
     """The blobs below `root`. Folders are made when something is written."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, wall_clock: Callable[[], float] = time.time) -> None:
         self.root = root
+        self._clock = wall_clock
 
     def path(self, digest: Digest) -> Path:
         """Where the blob is, or would be. The only way from a digest to a path."""
@@ -85,6 +89,9 @@ class Blobs:
     def checked(self, digest: Digest, size: int) -> Path:
         """The path of a blob that is to be read. Raises ModelStoreError if it is missing or of another size."""
         found = self._size(digest)
+        if found is None:
+            self.rescue(digest)
+            found = self._size(digest)
         if found is None:
             raise ModelStoreError(f"the store has lost {digest}; add or pull the model again")
         if found != size:
@@ -114,6 +121,17 @@ class Blobs:
             raise unusable(folder, error) from error
         return fd, Path(name)
 
+    @contextlib.contextmanager
+    def scratch_folder(self, prefix: str) -> Iterator[Path]:
+        """A new folder of our own, removed with all that is in it. Raises ModelStoreError if it cannot be made."""
+        folder = self.folder("partial")
+        try:
+            made = tempfile.TemporaryDirectory(prefix=prefix, dir=folder)
+        except OSError as error:
+            raise unusable(folder, error) from error
+        with made as name:
+            yield Path(name)
+
     def ingest(
         self, source: Path, *, expected: Digest | None = None, link: bool = False, progress: Progress = _nothing
     ) -> Ingested:
@@ -122,6 +140,7 @@ class Blobs:
         Raises ModelStoreError: not readable, no room, changed meanwhile, or not what was `expected`: then what came is
         in quarantine.
         """
+        spare: Path | None = None
         try:
             with open(source, "rb", buffering=0) as file:
                 before = os.fstat(file.fileno())
@@ -131,8 +150,12 @@ class Blobs:
                 else:
                     digest, size = hash_file(file.fileno(), progress, before.st_size), before.st_size
                 after = os.fstat(file.fileno())
-        except OSError as error:
-            raise ModelStoreError(f"{source} cannot be read: {error.strerror or error}") from error
+        except BaseException as error:
+            if spare is not None:
+                spare.unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                raise ModelStoreError(f"{source} cannot be read: {error.strerror or error}") from error
+            raise
         if size != after.st_size or before.st_mtime_ns != after.st_mtime_ns:
             spare.unlink(missing_ok=True)
             raise ModelStoreError(f"{source} changed while it was read; add it again when nobody writes to it")
@@ -205,6 +228,8 @@ class Blobs:
             except OSError:
                 again = file.spare  # no links here: what is spare is the blob
             os.replace(again, path)
+            if again != file.spare:
+                again.unlink(missing_ok=True)  # it stays where it is another name of what is there already
             sync_folder(path.parent)
         except OSError as error:
             raise unusable(path, error) from error
@@ -226,23 +251,40 @@ class Blobs:
         fd, path = self.scratch()
         marker = path.with_name(path.name + ".adding")
         try:
-            with open(fd, "w", encoding="ascii") as file:
-                file.write("".join(f"{digest}\n" for digest in digests))
-            os.replace(path, marker)
+            try:
+                with open(fd, "w", encoding="ascii") as file:
+                    os.fchmod(fd, 0o644)  # for others who collect
+                    file.write("".join(f"{digest}\n" for digest in digests))
+                os.replace(path, marker)
+            except OSError as error:
+                raise unusable(marker, error) from error
             yield
         finally:
             path.unlink(missing_ok=True)
             marker.unlink(missing_ok=True)
 
     def announcements(self) -> set[Digest]:
+        """Raises ModelStoreError if one cannot be read: who knows what it is about."""
         found: set[Digest] = set()
         for entry in _entries(self.root / "partial"):
             if not entry.name.endswith(".adding"):
                 continue
-            with contextlib.suppress(FileNotFoundError, ModelStoreError, UnicodeDecodeError):
-                if time.time() - entry.stat().st_mtime < STALE_S:
-                    found.update(map(Digest.parse, Path(entry.path).read_text(encoding="ascii").splitlines()))
+            found.update(self._announced_in(Path(entry.path)))
         return found
+
+    def _announced_in(self, marker: Path) -> list[Digest]:
+        try:
+            stale = self._clock() - marker.stat().st_mtime >= STALE_S
+            text = "" if stale else marker.read_text(encoding="ascii")
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise unusable(marker, error) from error
+        except UnicodeDecodeError:
+            return []
+        with contextlib.suppress(ModelStoreError):
+            return [Digest.parse(line) for line in text.splitlines()]
+        return []
 
     # ------------------------------------------------ out
 
@@ -268,32 +310,50 @@ class Blobs:
             return 0
         except OSError as error:
             raise unusable(path, error) from error
-        if digest in self.announcements() or digest in wanted():
-            if self.has(digest):
-                aside.unlink()
-            else:
-                os.replace(aside, path)
+        try:
+            keep = digest in self.announcements() or digest in wanted()
+        except BaseException:
+            self._put_back(aside, digest)
+            raise
+        if keep:
+            self._put_back(aside, digest)
             return 0
-        aside.unlink()
+        try:
+            aside.unlink()
+        except FileNotFoundError:
+            return 0  # somebody has rescued it
         sync_folder(path.parent)
         return size
 
+    def _put_back(self, aside: Path, digest: Digest) -> None:
+        with contextlib.suppress(FileNotFoundError):  # somebody has rescued it
+            if self.has(digest):
+                aside.unlink()
+            else:
+                os.replace(aside, self.path(digest))
+
+    def rescue(self, digest: Digest) -> bool:
+        """Put back a blob that is needed, from where a collection has moved it. False if it is not there."""
+        for entry in _entries(self.root / "trash"):
+            if entry.name.startswith(f"{digest.file_name}."):
+                with contextlib.suppress(OSError):
+                    os.replace(entry.path, self.path(digest))
+                    return True
+        return False
+
     def sweep(self, *, dry_run: bool = False) -> int:
-        """Remove what interrupted work has left. Returns the bytes freed."""
+        """Remove what interrupted work has left, as far as that is allowed. Returns the bytes freed."""
         freed = 0
         for folder in ("partial", "pulls", "trash"):
-            for entry in _entries(self.root / folder):
-                with contextlib.suppress(FileNotFoundError):
-                    found = entry.stat(follow_symlinks=False)
-                    if time.time() - found.st_mtime < STALE_S:
-                        continue
-                    freed += found.st_size
-                    if dry_run:
-                        continue
-                    if entry.is_dir(follow_symlinks=False):
-                        shutil.rmtree(entry.path, ignore_errors=True)
-                    else:
-                        os.unlink(entry.path)
+            entries = _entries(self.root / folder)
+            changed_s: dict[str, float] = {}
+            for entry in entries:
+                key = _together(entry.name)
+                changed_s[key] = max(changed_s.get(key, 0.0), _changed_s(entry))
+            for entry in entries:
+                if self._clock() - changed_s[_together(entry.name)] >= STALE_S:
+                    with contextlib.suppress(OSError):  # gone meanwhile, or another user's
+                        freed += _removed(entry, dry_run)
         return freed
 
     def folder(self, name: str) -> Path:
@@ -349,12 +409,22 @@ def write_whole(scratch: tuple[int, Path], path: Path, data: bytes) -> None:
             file.flush()
             os.fchmod(file.fileno(), 0o644)
             os.fsync(file.fileno())
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+        _moved(temporary, path)
+        with contextlib.suppress(FileNotFoundError):  # removed at once
+            sync_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise unusable(path, error) from error
+
+
+def _moved(temporary: Path, path: Path) -> None:
+    """Who removes another model may remove the folder just after it was made: then it is made again."""
+    for _ in range(MOVES_MAX):
+        with contextlib.suppress(FileNotFoundError, FileExistsError):  # the latter if it goes while mkdir looks at it
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(temporary, path)
+            return
+    os.replace(temporary, path)
 
 
 def sync_folder(path: Path) -> None:
@@ -366,6 +436,45 @@ def sync_folder(path: Path) -> None:
             raise
     finally:
         os.close(fd)
+
+
+def _together(name: str) -> str:
+    """Files of one pull are as new as the newest of them."""
+    return name[:PULL_CHARACTERS] if name.startswith("pull-") else name
+
+
+def _changed_s(entry: os.DirEntry[str]) -> float:
+    """When it, or anything in it, was last written, renamed or given a second name, in seconds since 1970.
+
+    A second name has the time of what it is a name of, and so does a blob that was moved: hence the time of the last
+    change of status as well.
+    """
+    newest = 0.0
+    for path in (entry.path, *(inner.path for inner in _inside(entry))):
+        with contextlib.suppress(OSError):
+            found = os.lstat(path)
+            newest = max(newest, found.st_mtime, found.st_ctime)
+    return newest
+
+
+def _inside(entry: os.DirEntry[str]) -> list[os.DirEntry[str]]:
+    if not entry.is_dir(follow_symlinks=False):
+        return []
+    with contextlib.suppress(ModelStoreError):
+        return _entries(Path(entry.path))
+    return []
+
+
+def _removed(entry: os.DirEntry[str], dry_run: bool) -> int:
+    """Remove it. Returns its bytes. Raises OSError."""
+    size = sum(one.stat(follow_symlinks=False).st_size for one in (entry, *_inside(entry)))
+    if dry_run:
+        return size
+    if entry.is_dir(follow_symlinks=False):
+        shutil.rmtree(entry.path)
+    else:
+        os.unlink(entry.path)
+    return size
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from scheduling.errors import ModelStoreError
-from storage.digest import Digest
+from storage.digest import ALGORITHM, Digest
 
 SCHEMA = 1
 MEDIA_TYPE = "application/vnd.llmpi.model.manifest.v1+json"
@@ -23,22 +23,29 @@ NAME_CHARACTERS_MAX = 128
 MANIFEST_BYTES_MAX = 1 << 20
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*", re.ASCII)
 _PARTS_MAX = 3
+_ENDS = (".json", ".used", ".gguf")
+"""Of no part of a name: the first two are those of the store's own files, the last says that a path is meant."""
 
 
 @dataclass(frozen=True, order=True)
 class ModelName:
-    """NAME:TAG, well-formed: each part is a file name, none of them hidden."""
+    """NAME:TAG, well-formed: each part is a file name, none of them hidden. `sha256` is what digests begin with."""
 
     name: str
     tag: str = LATEST
 
     def __post_init__(self) -> None:
         parts = self.name.split("/")
-        whole = all(_PART.fullmatch(part) and not part.endswith(".json") for part in (*parts, self.tag))
-        if not whole or len(parts) > _PARTS_MAX or len(self.name) + len(self.tag) > NAME_CHARACTERS_MAX:
+        whole = all(_PART.fullmatch(part) and not part.lower().endswith(_ENDS) for part in (*parts, self.tag))
+        if (
+            not whole
+            or self.name == ALGORITHM
+            or len(parts) > _PARTS_MAX
+            or len(self.name) + len(self.tag) > NAME_CHARACTERS_MAX
+        ):
             raise ModelStoreError(
                 f"{f'{self.name}:{self.tag}'!r:.200} is no name of a model: use letters, digits, '.', '_' and '-', as "
-                "in llama-3.2-1b:q8_0"
+                f"in llama-3.2-1b:q8_0 (no part may end with {', '.join(_ENDS)}, and none is called {ALGORITHM})"
             )
 
     @classmethod
@@ -54,7 +61,9 @@ class ModelName:
 def suggested_name(stem: str) -> ModelName:
     """A name for a file: its own, in lower case, with what a name cannot have left out."""
     name = re.sub(r"[^a-z0-9._-]+", "-", stem.lower()).strip("-._")[: NAME_CHARACTERS_MAX - len(LATEST)]
-    return ModelName(name or "model")
+    while name.endswith(_ENDS):
+        name = name.rpartition(".")[0].rstrip("-._")
+    return ModelName("model" if name in ("", ALGORITHM) else name)
 
 
 @dataclass(frozen=True)
@@ -103,7 +112,8 @@ class Manifest:
             "files": [asdict(file) | {"digest": str(file.digest)} for file in self.files],
             "gguf": dict(self.gguf),
         }
-        return (json.dumps(state, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+        text = json.dumps(state, indent=1, sort_keys=True, ensure_ascii=False)
+        return (text + "\n").encode(errors="replace")  # a path need not be text
 
 
 def manifest_of(data: bytes, name: ModelName, where: object) -> Manifest:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from scheduling.errors import ModelFileError, ModelStoreError
-from storage.blobs import Blobs, Ingested, Progress, hash_file, unusable, write_whole
+from storage.blobs import MOVES_MAX, STALE_S, Blobs, Ingested, Progress, hash_file, unusable, write_whole
 from storage.digest import Digest, is_digest
 from storage.gguf import GgufInfo, check_gguf
 from storage.manifest import (
@@ -91,15 +91,18 @@ class ModelStore:
 
     def __init__(self, root: Path, wall_clock: Callable[[], float] = time.time) -> None:
         self.root = root
-        self.blobs = Blobs(root)
+        self.blobs = Blobs(root, wall_clock)
         self._clock = wall_clock
 
     # ------------------------------------------------ looking
 
     def names(self) -> Iterator[ModelName]:
-        """Of all manifests, by name."""
+        """Of all manifests, by name. Folders that nobody lets us look into are passed over."""
+        return self._names(lambda _: None)
+
+    def _names(self, refused: Callable[[OSError], object]) -> Iterator[ModelName]:
         top = self.root / "manifests"
-        for folder, folders, files in os.walk(top):
+        for folder, folders, files in os.walk(top, onerror=refused):
             folders.sort()
             name = Path(folder).relative_to(top).as_posix()
             for file in sorted(files):
@@ -108,23 +111,37 @@ class ModelStore:
                         yield ModelName(name, file[: -len(".json")])
 
     def models(self) -> list[Manifest | Damaged]:
-        """All models; a manifest that cannot be read is in the list as such."""
+        """All models; manifests that cannot be read, and folders of them, are in the list as such."""
         found: list[Manifest | Damaged] = []
-        for name in self.names():
+        refusals: list[OSError] = []
+        for name in self._names(refusals.append):
             try:
-                found.append(self.read(name))
+                model = self._read(name)
             except ModelStoreError as error:
                 found.append(Damaged(str(name), str(error)))
+                continue
+            if model is not None:  # else it was removed just now
+                found.append(model)
+        for refusal in refusals:
+            if not isinstance(refusal, FileNotFoundError):
+                found.append(Damaged(str(refusal.filename), str(unusable(Path(refusal.filename), refusal))))
         return found
 
     def read(self, name: ModelName) -> Manifest:
         """The manifest of `name`. Raises ModelStoreError: there is none, or it is damaged."""
+        found = self._read(name)
+        if found is None:
+            raise self._unknown(str(name))
+        return found
+
+    def _read(self, name: ModelName) -> Manifest | None:
+        """None if there is none. Raises ModelStoreError if it is damaged."""
         path = self._manifest_path(name)
         try:
             with open(path, "rb") as file:
                 data = file.read(MANIFEST_BYTES_MAX + 1)
         except FileNotFoundError:
-            raise self._unknown(str(name)) from None
+            return None
         except OSError as error:
             raise unusable(path, error) from error
         if len(data) > MANIFEST_BYTES_MAX:
@@ -217,7 +234,10 @@ class ModelStore:
             if there is None or (model.pinned and not there.pinned):
                 self._write(model if there is None else replace(there, pinned=True))
             self.blobs.settle(ingested)
-        return self.read(model.name)
+        if len(model.files) > 1:
+            with contextlib.suppress(ModelStoreError):  # removed again meanwhile
+                self.path(model)  # its view is there for those who may not write
+        return self._read(model.name) or model
 
     def _same_name(self, model: Manifest, replace_other: bool) -> Manifest | None:
         """The model that has this name already, if it is the same. Raises ModelStoreError if it is another one."""
@@ -294,6 +314,9 @@ class ModelStore:
             gone = size if dry_run else self.blobs.collect(digest, self._referenced)
             count, freed = count + bool(gone), freed + gone
         if not dry_run:
+            for digest in needed:
+                if not self.blobs.has(digest):
+                    self.blobs.rescue(digest)
             self._drop_views({model.digest for model in models})
         freed += self.blobs.sweep(dry_run=dry_run)
         return Collected(tuple(model.name for model in evicted), count, freed)
@@ -307,7 +330,12 @@ class ModelStore:
         return models
 
     def _referenced(self) -> set[Digest]:
+        """What any model needs. Raises ModelStoreError if a manifest is damaged."""
         return {file.digest for model in self._all() for file in model.files}
+
+    def _named(self) -> set[Digest]:
+        """What the models need whose manifests can be read."""
+        return {file.digest for model in self.models() if isinstance(model, Manifest) for file in model.files}
 
     # ------------------------------------------------ verifying
 
@@ -346,21 +374,36 @@ class ModelStore:
                 stopped.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-        self._verified_path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where nobody may write, there is none of ours
+            self._verified_path.unlink(missing_ok=True)
         return Verified(len(sizes), total, time.monotonic() - began_s, tuple(damaged))
 
     def _verify(self, digest: Digest, progress: Progress) -> tuple[int, Damaged | None]:
         path = self.blobs.path(digest)
         try:
             with open(path, "rb", buffering=0) as file:
-                size = os.fstat(file.fileno()).st_size
+                opened = os.fstat(file.fileno())
                 actual = hash_file(file.fileno(), progress)
+        except FileNotFoundError as error:
+            named = digest in self._named()
+            if self.blobs.rescue(digest) or (named and self.blobs.has(digest)):
+                return self._verify(digest, progress)
+            if not named:
+                return 0, None  # removed meanwhile
+            return 0, Damaged(str(digest), f"{path} cannot be read: {error.strerror}")
         except OSError as error:
             return 0, Damaged(str(digest), f"{path} cannot be read: {error.strerror}")
         if actual == digest:
-            return size, None
-        kept = self.blobs.quarantine(path, digest, actual)
-        return size, Damaged(str(digest), f"it is {actual} and lies in {kept} now; add or pull the model again")
+            return opened.st_size, None
+        try:
+            if not os.path.samestat(opened, path.lstat()):
+                return self._verify(digest, progress)  # somebody has put another one there meanwhile
+            kept = self.blobs.quarantine(path, digest, actual)
+        except (OSError, ModelStoreError) as error:
+            return opened.st_size, Damaged(str(digest), f"{path} is {actual}, and could not be put away: {error}")
+        return opened.st_size, Damaged(
+            str(digest), f"it is {actual} and lies in {kept} now; add or pull the model again"
+        )
 
     @property
     def _verified_path(self) -> Path:
@@ -368,8 +411,10 @@ class ModelStore:
 
     def _verified(self) -> set[Digest]:
         """What a verification that was interrupted had found to be right, and nobody has touched since."""
-        found = set()
+        found: set[Digest] = set()
         with contextlib.suppress(OSError, ValueError):
+            if self._clock() - self._verified_path.stat().st_mtime >= STALE_S:
+                return found  # much may have happened to a disk since
             for line in self._verified_path.read_text(encoding="ascii").splitlines():
                 text, _, when = line.partition(" ")
                 with contextlib.suppress(ModelStoreError, OSError, ValueError):
@@ -397,18 +442,27 @@ class ModelStore:
         folder = self.root / "views" / model.digest.hex
         links = [folder / f"model-{place:05d}-of-{len(paths):05d}.gguf" for place in range(1, len(paths) + 1)]
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for link, path in zip(links, paths, strict=True):
-                target = os.path.relpath(path, folder)
-                if not link.is_symlink() or os.readlink(link) != target:
-                    fd, temporary = self.blobs.scratch()
-                    os.close(fd)
-                    temporary.unlink()
-                    temporary.symlink_to(target)
-                    os.replace(temporary, link)
+            for _ in range(MOVES_MAX):
+                with contextlib.suppress(
+                    FileNotFoundError, FileExistsError
+                ):  # a collection removes views of models just removed
+                    self._link(links, paths)
+                    return links[0]
+            self._link(links, paths)
         except OSError as error:
             raise unusable(folder, error) from error
         return links[0]
+
+    def _link(self, links: Sequence[Path], paths: Sequence[Path]) -> None:
+        for link, path in zip(links, paths, strict=True):
+            target = os.path.relpath(path, link.parent)
+            if not link.is_symlink() or os.readlink(link) != target:
+                link.parent.mkdir(parents=True, exist_ok=True)
+                fd, temporary = self.blobs.scratch()
+                os.close(fd)
+                temporary.unlink()
+                temporary.symlink_to(target)
+                os.replace(temporary, link)
 
     def _drop_views(self, needed: set[Digest]) -> None:
         top, names = self.root / "views", {digest.hex for digest in needed}
@@ -435,7 +489,10 @@ def facts(info: GgufInfo) -> dict[str, Any]:
 
 def one_model_in(folder: Path) -> Path:
     """The only model in a folder, its first part if it is split. Raises ModelFileError."""
-    found = sorted(path for path in folder.iterdir() if path.suffix == ".gguf" and path.is_file())
+    try:
+        found = sorted(path for path in folder.iterdir() if path.suffix == ".gguf" and os.path.isfile(path))
+    except OSError as error:
+        raise ModelFileError(f"{folder} cannot be looked into: {error.strerror}") from error
     first = [path for path in found if "-of-" not in path.stem or path.stem.rsplit("-of-", 1)[0].endswith("-00001")]
     if len(first) == 1:
         return first[0]

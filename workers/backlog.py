@@ -155,7 +155,7 @@ class _Line:
         self._arrivals = self._started = 0
 
     def push(self, task: Task) -> None:
-        if len(self._by_limit) > 2 * self.choices + EXHAUSTED_MAX:
+        if max(len(self._by_limit), len(self._arrived)) > 2 * self.choices + EXHAUSTED_MAX:
             self._by_limit = [entry for entry in self._by_limit if not _exhausted(entry[2])]
             heapify(self._by_limit)
             self._arrived = deque(entry for entry in self._arrived if not _exhausted(entry[1]))

@@ -75,7 +75,12 @@ class Partial:
         self.size += len(block)
 
     def restart(self) -> None:
-        """Throw away what is there: it is of another version, or wrong."""
+        """Throw away what is there: it is of another version, or wrong. A store that has it under another name keeps it
+        as it is."""
+        if os.stat(self.path).st_nlink > 1:
+            self._file.close()
+            _DISK.remove(self.path)
+            self._file = _DISK.open_append(self.path)
         self._file.truncate(0)
         self.size, self.validator, self.total = 0, None, None
         self._digest, self._start = hashlib.sha256(), b""

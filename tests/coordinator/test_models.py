@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import http.server
 import json
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +20,7 @@ import typer
 from coordinator import cli, models
 from coordinator.config import JobConfig
 from coordinator.modelcli import byte_count
-from coordinator.modelnames import find_model
+from coordinator.modelnames import find_model, open_store
 from coordinator.quantize import _quantised_name
 from coordinator.setup import prepare
 from scheduling.errors import ModelFileError, ModelStoreError
@@ -188,6 +190,30 @@ def test_what_is_neither_is_said(llmpi: Llmpi, text: str) -> None:
     with pytest.raises((ModelFileError, ModelStoreError)):
         find_model(text)
     assert prepare(JobConfig(model=text)).problem is not None
+
+
+def test_what_is_much_too_long_for_a_path_is_no_model(llmpi: Llmpi) -> None:
+    llmpi("models", "add", "a" * 5000, code=2)
+    for text in ("a" * 5000, "/" + "a" * 5000):
+        assert prepare(JobConfig(model=text)).problem is not None
+
+
+def test_what_a_file_says_of_itself_is_printed_as_it_is(llmpi: Llmpi, tmp_path: Path) -> None:
+    path = small_model(tmp_path / "[b]" / "m.gguf")
+    llmpi("models", "add", str(path), "--licence", "[/red] \x1b[31m")
+    printed = llmpi("models", "show", "m")
+    assert "[/red] \N{REPLACEMENT CHARACTER}[31m" in printed
+    assert "[b]/m.gguf" in printed.replace("\n", "").replace(" ", "")
+    llmpi("models", "ls")
+
+
+def test_a_folder_that_cannot_be_made_is_said(llmpi: Llmpi, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    with pytest.raises(ModelStoreError, match="Read-only file system"), open_store().blobs.scratch_folder("a"):
+        pass
 
 
 def test_a_missing_file_is_a_missing_file(llmpi: Llmpi) -> None:

@@ -77,6 +77,18 @@ def test_what_was_taken_back_does_not_stay() -> None:
     assert keys(backlog.take(0, 5, 1.0)) == [0]
 
 
+def test_what_has_gone_does_not_stay_behind_one_that_waits_long() -> None:
+    backlog = with_limits(1)
+    line = backlog._line_of[0]
+    for key in range(1, 1000):
+        backlog.add([Task(job(key), 0.0)])
+        prepare_one(backlog, 100)
+        assert keys(backlog.take(0, 1, 1.0)) == [key]
+    assert len(line._by_limit) < 100
+    assert len(line._arrived) < 100
+    assert keys(backlog.take(0, 5, 1.0)) == [0]
+
+
 @given(st.lists(st.tuples(st.sampled_from(["add", "take", "recall", "cancel"]), st.integers(0, 40)), max_size=60))
 def test_every_choice_starts_once_or_is_taken_back(events: list[tuple[str, int]]) -> None:
     backlog = Backlog()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -173,6 +174,18 @@ def test_a_partial_file_longer_than_its_version_is_not_continued(tmp_path: Path)
     _write(path, MODEL, total=5000)
     with Partial(path) as partial:
         assert (partial.size, partial.total) == (0, None)
+
+
+def test_a_file_that_a_store_has_taken_over_is_not_cut_when_another_version_comes(tmp_path: Path) -> None:
+    path, blob = tmp_path / "x.partial", tmp_path / "blob"
+    _write(path, MODEL)
+    os.link(path, blob)
+    with Partial(path) as partial:
+        partial.restart()
+        partial.expect('"v2"', 10_000)
+        partial.write(MODEL[:100], "it")
+    assert blob.read_bytes() == MODEL
+    assert path.read_bytes() == MODEL[:100]
 
 
 def test_a_version_is_noted_before_the_first_byte(tmp_path: Path) -> None:
