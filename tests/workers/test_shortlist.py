@@ -74,6 +74,25 @@ def test_what_is_decided_is_what_all_logits_say(
         assert ends or scale < 30.0 or top_k > GROUPS or (top_p == 1.0 and log_min_p == -np.inf)
 
 
+@settings(max_examples=60, deadline=None)
+@given(filters, st.integers(0, 2**32), st.floats(0.0, 60.0))
+def test_an_end_of_a_listed_group_does_not_come_however_likely_it_is(
+    one: dict[str, float], seed: int, below: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    logits = (rng.standard_normal((2, VOCAB)) * 8).astype(np.float32)
+    logits[:, 7 + 1] = logits.max(axis=1) + 1
+    logits[:, 7] = logits[:, 8] - below
+    sampler = RowSampler(Sampling(**one), int(rng.integers(1 << 60)), 0, VOCAB)  # type: ignore[arg-type]
+    assume(sampler.filtered)
+    rows, parameters = np.arange(2), Parameters([sampler, sampler], [3, 4], VOCAB)
+    # One row may end: it is as if the other were not there.
+    tokens, undecided = listed(logits, GROUPS).choose(rows, parameters, np.array([True, False]), EOG[:1])
+    logits[0, 7] = -np.inf
+    expected = choose(logits, rows, parameters, lambda place: np.empty(0, np.int32))
+    assert (tokens[~undecided] == expected[~undecided]).all()
+
+
 @pytest.mark.parametrize(
     ("sampling", "decided"),
     [
