@@ -200,6 +200,9 @@ class Step:
         """Z, where a row was weighed."""
         self.total_min: Doubles = np.zeros(self.count)
         """What Z is at least, for rows with top_p and min_p."""
+        self.slack: Doubles | None = None
+        """How much less than `total` Z may be, where that is not known exactly: then `doubt` hears of rows for which it
+        matters."""
         self.chosen = np.full(self.count, NOT_FINITE, np.int32)
 
     def choose(self) -> Tokens:
@@ -339,11 +342,19 @@ class Step:
             self._weigh_all(lines[open_ & np.isnan(self.total[lines])])
             total = np.where(by_p, self.total[lines], mass[every, size - 1])
             target = np.where(needed, top_p * total, np.inf)
+            before_cut = count
             count = np.minimum(count, np.count_nonzero(mass < target[:, None], axis=1) + 1)
+            if self.slack is not None:
+                low = np.where(needed & by_p, target - top_p * self.slack[lines], target)
+                least = np.minimum(before_cut, np.count_nonzero(mass < low[:, None], axis=1) + 1)
+                self.doubt(lines[least != count])
         edges = np.cumsum(np.exp(below / of.temperature[lines, None]), axis=1)
         # A number of 53 bits under 1 times x is less than x: never past the last kept, nor on what weighs nothing.
         target = of.number[lines] * edges[every, count - 1]
         self.chosen[lines] = ids[every, np.count_nonzero(edges <= target[:, None], axis=1)]
+
+    def doubt(self, places: Ids) -> None:
+        """What is chosen for these rows may be wrong."""
 
     def _weigh_all(self, places: Ids, scales: Doubles | None = None) -> None:
         def part(first: int, last: int) -> None:

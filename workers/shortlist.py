@@ -5,8 +5,9 @@ no token of another group has a logit over the *bound*, the smallest of the list
 sum of exp(logit - top) over all tokens, this says which tokens top_k, top_p and min_p keep, if the last one kept is not
 under the bound. Where it is, as with flat logits, the row is *undecided* and needs all its logits.
 
-So the choice is the one that is made from all logits (`workers.choosing`); Z is summed in another order, however, and
-with tokens that may not come (`ignore_eos`) and are not listed.
+Z is known nearly: a GPU sums with 32 bits, and tokens that may not come (`ignore_eos`) and are not listed are in it. A
+row for which that could matter is undecided, too. So the choice is the one that is made from all logits
+(`workers.choosing`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ GROUPS = 64
 """Groups that are listed. So many tokens are certainly among the largest: enough for the usual top_k of 40."""
 LEFT_MIN = 0.01
 """Of the sum over all tokens, what must be left without those that may not come."""
+ROUNDING = 1e-5
+"""Of Z, what its sum may be wrong by."""
 COUNTS = (range(1024, 4 * GROUPS - 1, -1), range(1025, 4097))
 """Numbers of groups, best first. Up to 1,024 a GPU sorts in one go; with few groups lists are long."""
 
@@ -87,10 +90,13 @@ class _ListedStep(Step):
         self.above_bound = np.full(self.count, self.width)
         """... and so many that are there have no smaller one."""
         self.undecided: Flags = np.zeros(self.count, np.bool_)
+        self.hidden = np.zeros(self.count)
+        """Tokens that may not come and are not listed."""
 
     def silence(self, places: Ids, eog_ids: Ids) -> None:
         """Take `eog_ids` out of the rows at `places`, and out of what is known of them."""
         size, lines = self.short.tokens, self.rows[places]
+        self.hidden[places] = eog_ids.size
         group, offset = np.divmod(eog_ids, size)
         touched: Flags = np.zeros(self.vocab // size, np.bool_)
         touched[group] = True
@@ -102,6 +108,7 @@ class _ListedStep(Step):
         which, column, end = np.nonzero(listed[some][:, :, None] == group)
         line, start = lines[which], column * size
         gone = self.logits[line, start + offset[end]]
+        self.hidden[places] -= np.bincount(which, minlength=places.size)
         weights = np.bincount(which, np.exp((gone - self.short.top[line]).astype(np.float64)))
         if (gone < self.bound[places[which]]).all():
             # What is under the bound is not chosen in any case, nor is it the largest of its group.
@@ -120,6 +127,8 @@ class _ListedStep(Step):
         """They are known."""
 
     def find_floors(self) -> Flags:
+        top = self.peaks.max(axis=1).astype(np.float64)
+        self.slack = ROUNDING * self.total + self.hidden * np.exp(np.minimum(0.0, self.bound - top))
         finite = super().find_floors()
         certain = self.of.by_k & (self.of.top_k <= self.above_bound) & np.isfinite(self.bound)
         self.floor[certain] = np.maximum(self.floor, self.bound)[certain]
@@ -128,7 +137,11 @@ class _ListedStep(Step):
         return finite & ~self.undecided
 
     def _total_at_least(self, places: Ids) -> Doubles:
-        return self.total[places]
+        assert self.slack is not None
+        return self.total[places] - self.slack[places]
+
+    def doubt(self, places: Ids) -> None:
+        self.undecided[places] = True
 
     def _reaching(self, place: Ids, column: Ids) -> tuple[Ids, Ids, Floats]:
         size, row = self.short.tokens, self.rows[place]

@@ -93,6 +93,27 @@ def test_an_end_of_a_listed_group_does_not_come_however_likely_it_is(
     assert (tokens[~undecided] == expected[~undecided]).all()
 
 
+@pytest.mark.parametrize("silenced", [False, True])
+@pytest.mark.parametrize("cut", [3, 10, 25])
+def test_a_cut_that_hangs_on_what_is_not_listed_is_left_open(cut: int, silenced: bool) -> None:
+    """The end weighs something and is in no listed group: with it and without it, top_p keeps another number."""
+    rng = np.random.default_rng(cut)
+    logits = rng.uniform(-8.0, -6.0, (1, VOCAB)).astype(np.float32)
+    logits[0, rng.permutation(VOCAB)[:200]] = rng.uniform(-0.5, 0.0, 200)
+    by_group = np.argsort(-logits.reshape(-1, TOKENS).max(axis=1))
+    end = int(by_group[GROUPS + 5]) * TOKENS
+    logits[0, end] = logits.reshape(-1, TOKENS)[by_group[GROUPS - 1]].max() - 1e-3
+    ordered = np.sort(np.exp(logits[0].astype(np.float64) - float(logits.max())))[::-1]
+    total, mass = ordered.sum(), np.cumsum(ordered)[cut]
+    without = total - float(np.exp(logits[0, end] - logits.max()))
+    sampler = RowSampler(Sampling(temperature=1.0, top_p=float(2 * mass / (total + without))), 3, 0, VOCAB)
+    one = np.arange(1)
+    found = listed(logits, GROUPS).choose(
+        one, Parameters([sampler], one, VOCAB), np.array([silenced]), np.array([end])
+    )  # fmt: skip
+    assert found[1].tolist() == [silenced]
+
+
 @pytest.mark.parametrize(
     ("sampling", "decided"),
     [
