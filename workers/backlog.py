@@ -151,7 +151,8 @@ class _Line:
         self._by_limit: list[tuple[int, int, Task]] = []
         """A heap. Tasks that have gone, or have all their choices running, stay in it for a time."""
         self._arrived: deque[tuple[int, Task]] = deque()
-        """The same tasks in order of arrival, each with how many had started before."""
+        """The same tasks in order of arrival, each with how many choices had come before: what starts beyond that has
+        overtaken it. (If some of those are taken back, it may be overtaken by as many more.)"""
         self._arrivals = self._started = 0
 
     def push(self, task: Task) -> None:
@@ -159,10 +160,10 @@ class _Line:
             self._by_limit = [entry for entry in self._by_limit if not _exhausted(entry[2])]
             heapify(self._by_limit)
             self._arrived = deque(entry for entry in self._arrived if not _exhausted(entry[1]))
+        self._arrived.append((self._started + self.choices, task))
         self.choices += len(task.choices)
         self._arrivals += 1
         heappush(self._by_limit, (-_limit_class(task.limit), self._arrivals, task))
-        self._arrived.append((self._started, task))
 
     def first(self) -> Task | None:
         """The request that has the next choice to start."""
@@ -172,8 +173,8 @@ class _Line:
             heappop(self._by_limit)
         if not self._by_limit:
             return None
-        since, oldest = self._arrived[0]
-        return oldest if self._started - since > OVERTAKEN_MAX else self._by_limit[0][2]
+        ahead, oldest = self._arrived[0]
+        return oldest if self._started - ahead >= OVERTAKEN_MAX else self._by_limit[0][2]
 
     def start(self, task: Task) -> int:
         """Start its next choice. Returns which one that is."""

@@ -62,7 +62,13 @@ def test_nobody_is_overtaken_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
         backlog.add([Task(job(key), 0.0)])
         prepare_one(backlog, 100)
         started += keys(backlog.take(0, 1, 1.0))
-    assert started == [1, 2, 3, 4, 0, 5]
+    assert started == [1, 2, 3, 0, 4, 5]
+
+
+def test_a_long_line_is_no_reason_to_start_in_order_of_arrival(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.backlog.OVERTAKEN_MAX", 3)
+    backlog = with_limits(*[100] * 8, 1, 1, 100, 100)
+    assert keys(backlog.take(0, 12, 1.0)) == [0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 8, 9]
 
 
 def test_what_was_taken_back_does_not_stay() -> None:
