@@ -117,18 +117,20 @@ class StageDir:
 
 
 class Writing:
-    """Copies that are being written: a `storage.relay.Sink`. Their room is taken at once, where the system can.
+    """Copies that are being written: a `storage.relay.Sink`. `reserve`: take their room at once, which costs nothing on
+    a disk, but in memory as much as writing them.
 
     Raises StagingError: there is no room.
     """
 
-    def __init__(self, into: StageDir, files: Sequence[StageFile]) -> None:
+    def __init__(self, into: StageDir, files: Sequence[StageFile], *, reserve: bool) -> None:
         self._into, self._files = into, files
         self._open: list[tuple[int, Path]] = []
         try:
             for file in files:
                 self._open.append(into.blobs.scratch())
-                _reserve(self._open[-1][0], file.size)
+                if reserve:
+                    _reserve(self._open[-1][0], file.size)
         except (OSError, ModelStoreError) as error:
             self.drop()
             raise StagingError(_unwritable(into.root, error)) from None

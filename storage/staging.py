@@ -327,7 +327,8 @@ class _Work:
             if self._group.rank == 0:
                 source = _Files(model.files)
             if keeps and self._dir is not None:
-                self._writing = Writing(self._dir, model.files)
+                on_disk = not mount_of(self._dir.root, self._node.mounts).memory
+                self._writing = Writing(self._dir, model.files, reserve=on_disk)
         except (StagingError, ModelStoreError) as error:
             problem = error
         first = self._group.rank == 0
