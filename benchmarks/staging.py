@@ -45,16 +45,15 @@ def main() -> None:
         print(json.dumps(found))
         return
     print(f"{options.mb} MB, links of {options.rate}, medians of {options.repeats}; MB/s is of the file's bytes")
-    print(
-        f"{'hosts':>5} {'broadcast':>16} {'staging':>16} {'ratio':>6} {'each reads':>16} {'times':>6} {'read':>9} {'sent by rank 0':>15}"
-    )
+    titles = ("hosts", "broadcast", "staging", "ratio", "each reads", "times", "read", "rank 0 sent")
+    print("{:>5} {:>17} {:>17} {:>6} {:>17} {:>6} {:>9} {:>12}".format(*titles))
     for one in found:
-        cells = [
-            f"{one[name]:6.2f} s {options.mb / one[name]:4.0f} MB/s" for name in ("broadcast_s", "stage_s", "each_s")
-        ]
+        size = one["bytes"] / 1e6
+        cells = [f"{one[name]:.2f} s {size / one[name]:4.0f} MB/s" for name in ("broadcast_s", "stage_s", "each_s")]
         print(
-            f"{one['hosts']:5} {cells[0]:>16} {cells[1]:>16} {one['ratio']:6.2f} {cells[2]:>16} "
-            f"{one['each_s'] / one['stage_s']:6.2f} {one['source_bytes_read'] / 1e6:6.0f} MB {one['sent_bytes'] / 1e6:12.0f} MB"
+            f"{one['hosts']:5} {cells[0]:>17} {cells[1]:>17} {one['ratio']:6.2f} {cells[2]:>17} "
+            f"{one['each_s'] / one['stage_s']:6.2f} {one['source_bytes_read'] / 1e6:6.0f} MB "
+            f"{one['sent_bytes'] / 1e6:9.0f} MB"
         )
 
 
@@ -166,7 +165,8 @@ def be_rank(model: str, folder: str, server: str, repeats: int) -> None:
         middle = {name: statistics.median(all_s) for name, all_s in times.items()}
         told |= {
             "broadcast_s": min(middle["whole"], middle["pieces"]), "broadcast_whole_s": middle["whole"],
-            "broadcast_pieces_s": middle["pieces"], "stage_s": middle["stage"], "each_s": middle["each"], "all_s": times,
+            "broadcast_pieces_s": middle["pieces"], "stage_s": middle["stage"], "each_s": middle["each"],
+            "all_s": times,
         }  # fmt: skip
         print(json.dumps(told))
 
