@@ -63,6 +63,7 @@ def contents(count: int) -> bytes:
     return (hashlib.sha256(str(count).encode()).digest() * (count // 32 + 1))[:count]
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(sizes=st.lists(st.integers(1, 40 * PIECE), min_size=1, max_size=3), size=st.integers(1, 5))
 def test_everything_arrives_everywhere_and_is_read_and_sent_once(sizes: list[int], size: int) -> None:
@@ -77,6 +78,7 @@ def test_everything_arrives_everywhere_and_is_read_and_sent_once(sizes: list[int
     assert ranks.sent == {(rank, rank + 1): sum(sizes) for rank in range(size - 1)}
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(
     size=st.integers(1, 4), pieces=st.integers(1, 60), at=st.integers(0, 59), who=st.integers(0, 4), data=st.data()
@@ -96,6 +98,7 @@ def test_a_failure_anywhere_ends_all(size: int, pieces: int, at: int, who: int, 
         assert not any(relayed.whole for relayed in came)
 
 
+@pytest.mark.slow
 def test_a_failure_ends_the_reading_early() -> None:
     files = [contents(100_000 * PIECE)]
     sinks = {2: Memory([bytes(len(files[0]))], 3)}
@@ -104,6 +107,7 @@ def test_a_failure_ends_the_reading_early() -> None:
     assert not any(relayed.whole for relayed in came)
 
 
+@pytest.mark.slow
 def test_the_first_can_be_stopped() -> None:
     asked = [0]
 

@@ -197,6 +197,7 @@ def test_a_source_that_is_not_what_its_manifest_says_ends_all(tmp_path: Path) ->
     assert nodes.blobs("a") == nodes.blobs("b") == nodes.blobs("c") == {}
 
 
+@pytest.mark.slow
 def test_a_node_that_fills_up_in_the_middle_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = model([written(tmp_path / "far" / "m.gguf", bytes(2 * CHUNK_BYTES + 5))])
     nodes, real = Nodes(tmp_path, "abc"), os.pwrite
@@ -231,6 +232,7 @@ def test_stopping_ends_all(tmp_path: Path) -> None:
     assert [type(one) for one in came] == [StoppedError] * 3
 
 
+@pytest.mark.slow
 def test_two_jobs_at_once_on_one_node_both_work(tmp_path: Path) -> None:
     one = model([written(tmp_path / "far" / "m.gguf", bytes(3 * CHUNK_BYTES))])
     nodes = [Nodes(tmp_path, "ab"), Nodes(tmp_path, "ba")]
