@@ -154,6 +154,7 @@ def test_auto_without_room_reads_it_where_it_is_and_says_why(tmp_path: Path, mon
         return 10 if self.folder != full.scratch("a") and self.folder != full.scratch("c") else whole(self, table, free)
 
     monkeypatch.setattr(StageDir, "room_bytes", room)
+    monkeypatch.setattr("storage.stagedir.MEMORY_FOLDER", "")
     nfs = f"1 0 0:1 / / rw - ext4 x rw\n2 1 0:2 / {(tmp_path / 'far').resolve()} rw - nfs x rw\n"
     came = full.staged([one], mode="auto", mounts=nfs)
     assert all(not one.models for one in came)
