@@ -38,6 +38,7 @@ from coordinator.setup import Setup, build_worker, prepare
 from coordinator.signals import StopSignals, ignore_stop_signals
 from coordinator.simulated import WARNING
 from coordinator.source import FileSource, same_input
+from coordinator.staging import stage_models
 from scheduling.errors import (
     EXIT_INFRASTRUCTURE,
     EXIT_OK,
@@ -47,6 +48,7 @@ from scheduling.errors import (
     ConfigError,
     HandshakeError,
     InputError,
+    LlmpiError,
     RecordError,
     RunDirError,
     StoppedError,
@@ -56,6 +58,7 @@ from storage.files import Disk, OsDisk
 from storage.record import RecordWriter
 from storage.recovery import Recovery, recover
 from storage.rundir import RUN_NAME, RunDir, holds_answers, read_run
+from storage.staging import Staged
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,12 +98,20 @@ def run_batch(config: JobConfig, options: BatchOptions, argv: list[str]) -> int:
         world = None
     else:
         world = open_world(launch)
-    setup = prepare(config)
     if world is not None and world.rank > 0:
-        with contextlib.suppress(HandshakeError):  # rank 0 tells why, once
-            serve_rank(setup, world, options.output / "logs")
+        ignore_stop_signals()
+        with contextlib.suppress(LlmpiError):  # rank 0 tells why, once
+            staged = stage_models(config, world)
+            serve_rank(prepare(config, staged), world, options.output / "logs")
         return EXIT_OK
-    return _Lead(setup, options, launch, world).run()
+    with StopSignals() as signals:
+        staged = stage_models(config, world, stopped=lambda: _stop_staging(signals), quiet=options.quiet)
+        return _Lead(prepare(config, staged), options, launch, world, staged, signals).run()
+
+
+def _stop_staging(signals: StopSignals) -> None:
+    if signals.count:
+        raise StoppedError(f"{signals.name} received while the model was staged: nothing was started")
 
 
 def replayed(
@@ -186,10 +197,13 @@ class _Lead:
     """Rank 0 of one job."""
 
     def __init__(
-        self, setup: Setup, options: BatchOptions, launch: Launch, world: World | None, disk: Disk | None = None
-    ) -> None:
+        self, setup: Setup, options: BatchOptions, launch: Launch, world: World | None, staged: Staged,
+        signals: StopSignals, disk: Disk | None = None,
+    ) -> None:  # fmt: skip
         self._disk = disk or OsDisk()
         self._setup = setup
+        self._staged = staged
+        self._signals = signals
         self._config = setup.config
         self._options = options
         self._launch = launch
@@ -200,13 +214,11 @@ class _Lead:
         self._given = Prepared(options.input)
 
     def run(self) -> int:
-        with StopSignals() as self._signals:
-            return self._run()
-
-    def _run(self) -> int:
         try:
             if self._setup.problem is not None:
                 raise self._setup.problem
+            for note in self._staged.notes:
+                self._view.note(note)
             if self._options.replay is not None:
                 self._options.replay.check(self._setup.fingerprint, self._setup.adapters)
             with contextlib.ExitStack() as undo:
@@ -335,6 +347,7 @@ class _Lead:
         return {
             "ranks": 1 if self._world is None else self._world.size,
             "launcher": self._launch.launcher,
+            "staging": list(self._staged.facts),
             "mpi": None if self._world is None else self._world.library(),
             "slurm_job": os.environ.get("SLURM_JOB_ID"),
             "workers": [

@@ -44,6 +44,12 @@ class EngineKind(str, Enum):
     simulated = "simulated"
 
 
+class Staging(str, Enum):
+    never = "never"
+    auto = "auto"
+    always = "always"
+
+
 class Pooling(str, Enum):
     mean = "mean"
     cls = "cls"
@@ -91,6 +97,14 @@ ChatTemplate = Annotated[Path | None, typer.Option(help="File with a Jinja chat 
 PoolingOption = Annotated[
     Pooling | None,
     typer.Option(help="How an embedding is made of those of its tokens. [default: as the model says, else mean]"),
+]
+Stage = Annotated[
+    Staging,
+    typer.Option(help="Give every node a copy of the model, read once. auto: if it is on a network file system."),
+]
+StageDir = Annotated[
+    str | None,
+    typer.Option(help="Folder of every node for copies. [default: $SLURM_TMPDIR, $TMPDIR or /dev/shm]"),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON on stdout.")]
 
@@ -152,6 +166,8 @@ def batch(
     grammar_file: GrammarFile = None,
     chat_template: ChatTemplate = None,
     pooling: PoolingOption = None,
+    stage: Stage = Staging.auto,
+    stage_dir: StageDir = None,
     input_format: Annotated[
         InputFormat | None,
         typer.Option("--format", help="How the input is written. [default: by its name, else by its content]"),
@@ -202,7 +218,7 @@ def batch(
         commit_bytes=commit_bytes, metrics_interval_s=metrics_interval, precheck=precheck,
         chat_template=read_text("--chat-template", chat_template),
         engine=engine.value, service_times=None if service_times is None else str(service_times), time_scale=time_scale,
-        pooling=None if pooling is None else pooling.value, **chosen.job(),
+        pooling=None if pooling is None else pooling.value, stage=stage.value, stage_dir=stage_dir, **chosen.job(),
     )  # fmt: skip
     needed: dict[str, Path | str | None] = {"-m/--model": model, "-i/--input": requests, "-o/--output": output}
     refuse_missing(needed if replay is None else {"-o/--output": output})
@@ -241,6 +257,8 @@ def infer(
     json_schema: JsonSchema = None,
     grammar_file: GrammarFile = None,
     chat_template: ChatTemplate = None,
+    stage: Stage = Staging.auto,
+    stage_dir: StageDir = None,
     as_json: AsJson = False,
 ) -> None:
     """Answer one prompt and print the answer."""
@@ -248,7 +266,7 @@ def infer(
     from coordinator.infer import run_infer, run_score
 
     config = JobConfig(
-        model=model, slots=1, max_tokens=max_tokens, seed=seed,
+        model=model, slots=1, max_tokens=max_tokens, seed=seed, stage=stage.value, stage_dir=stage_dir,
         chat_template=read_text("--chat-template", chat_template),
         sampling=checked_sampling(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, **held_to(json_schema, grammar_file)
@@ -276,6 +294,8 @@ def embed(
         int | None, typer.Option(help="First numbers to keep, of models trained for it. [default: all]")
     ] = None,
     pooling: PoolingOption = None,
+    stage: Stage = Staging.auto,
+    stage_dir: StageDir = None,
     as_json: AsJson = False,
 ) -> None:
     """Print the embedding of each text, a JSON list a line."""
@@ -283,7 +303,8 @@ def embed(
     from coordinator.embed import run_embed
 
     config = JobConfig(
-        model=model, slots=1, pooling=None if pooling is None else pooling.value, embeddings=True, **chosen.job(),
+        model=model, slots=1, pooling=None if pooling is None else pooling.value, embeddings=True, stage=stage.value,
+        stage_dir=stage_dir, **chosen.job(),
     )  # fmt: skip
     texts = sys.stdin.read().splitlines() if prompt == ["-"] else prompt
     raise typer.Exit(run_embed(config, texts, dimensions=dimensions, as_json=as_json))

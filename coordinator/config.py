@@ -71,6 +71,10 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True):
     pooling: Literal["mean", "cls", "last"] | None = None
     embeddings: bool = False
     """Nothing is made ready for generating text before a request asks for some."""
+    stage: Literal["never", "auto", "always"] = "auto"
+    """Whether nodes load copies of their own of the model; auto: where it lies on a network file system."""
+    stage_dir: str | None = None
+    """Folder on every node for those copies; None: the node's own scratch space."""
     engine: Literal["llama", "null", "simulated"] = "llama"
     null_answer_bytes: int = 200
     service_times: str | None = None

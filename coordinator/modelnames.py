@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scheduling.errors import ModelFileError, ModelStoreError
-from storage.digest import is_digest
+from storage.digest import Digest, is_digest
+from storage.ggufparts import named_part, part_names
 from storage.modelstore import ModelStore, default_root
 
 SUFFIX = ".gguf"
@@ -16,11 +17,22 @@ SUFFIX = ".gguf"
 
 @dataclass(frozen=True)
 class Named:
-    """A model's file, what to call the model, and its digest if it is of the store."""
+    """A model's file, what to call the model, and its digest if it is of the store.
+
+    `blobs`: of a model of the store, each file with its digest.
+    """
 
     path: Path
     name: str
     digest: str | None = None
+    blobs: tuple[tuple[Path, Digest], ...] = ()
+
+    def files(self) -> tuple[tuple[Path, Digest | None], ...]:
+        """All files of the model, with their digests where the store knows them. Nothing is opened."""
+        if self.blobs:
+            return self.blobs
+        named = named_part(self.path)
+        return tuple((path, None) for path in (part_names(self.path, named[1]) if named else (self.path,)))
 
 
 def open_store(environment: Mapping[str, str] = os.environ) -> ModelStore:
@@ -40,7 +52,8 @@ def find_model(text: str, environment: Mapping[str, str] = os.environ) -> Named:
     store = open_store(environment)
     try:
         model = store.find(text)
-        found = Named(store.path(model), str(model.name), str(model.digest))
+        blobs = tuple((store.blobs.path(file.digest), file.digest) for file in model.files)
+        found = Named(store.path(model), str(model.name), str(model.digest), blobs)
     except ModelStoreError as error:
         if is_digest(text):
             raise

@@ -24,8 +24,9 @@ from coordinator.memory import MemoryRecord
 from coordinator.session import Session
 from coordinator.setup import prepare
 from coordinator.source import IterableSource
+from coordinator.staging import stage_models
 from coordinator.transport import Backoff
-from scheduling.errors import EXIT_OK, ConfigError, HandshakeError, RequestError
+from scheduling.errors import EXIT_OK, ConfigError, HandshakeError, RequestError, StagingError
 from scheduling.logprobs import Score
 from scheduling.messages import Delta
 from scheduling.requests import Request, Sampling, parse_request, request_line, text_line
@@ -116,7 +117,8 @@ class Pool:
         on_note: called with a line of text when something worth telling happens (an engine was lost, say).
         **options: fields of `coordinator.config.JobConfig`: schedule, slots, ctx, contexts, threads, gpu_layers,
             device, gpus_per_rank, ranks_per_gpu, coordinator_works, max_tokens, seed, chat_template, pooling,
-            embeddings (True where only `embed` will be called: nothing is kept ready for generating text), …
+            stage, stage_dir, embeddings (True where only `embed` will be called: nothing is kept ready for generating
+            text), …
 
     Raises:
         ConfigError: an option is unknown or out of range.
@@ -153,20 +155,21 @@ class Pool:
     def __enter__(self) -> Pool:
         world = None if self._launch.launcher == "none" else open_world(self._launch)
         self.is_root = world is None or world.rank == 0
-        setup = prepare(self._config)
         if world is not None and not self.is_root:
             try:
-                serve_rank(setup, world, None)
-            except HandshakeError as error:
+                serve_rank(prepare(self._config, stage_models(self._config, world)), world, None)
+            except (HandshakeError, StagingError) as error:
                 # Rank 0 raises and says why. A script that went on here would wait for it in its next Pool.
                 # Status 0: mpirun ends the job at the first other one, and would cut off what rank 0 has to say.
                 raise SystemExit(EXIT_OK) from error
             return self
+        staged = stage_models(self._config, world)
+        setup = prepare(self._config, staged)
         session = Session(setup, world)
         if setup.problem is not None:
             session.refuse(str(setup.problem))
             raise setup.problem
-        for note in session.start():
+        for note in (*staged.notes, *session.start()):
             self._note(note)
         self._session = session
         return self

@@ -20,6 +20,7 @@ from scheduling.link import Spoke
 from scheduling.servicetime import ServiceTimes, service_times_json
 from storage.adapter import check_adapter
 from storage.gguf import check_gguf, fingerprint
+from storage.staging import Staged
 from workers.gpus import load_nvml
 from workers.hosts import describe_host
 from workers.protocol import Adapter
@@ -54,8 +55,11 @@ class Setup:
         )  # fmt: skip
 
 
-def prepare(config: JobConfig) -> Setup:
-    """Look at this rank's model file and host. Raises nothing that the user can mend: see `Setup.problem`."""
+def prepare(config: JobConfig, staged: Staged | None = None) -> Setup:
+    """Look at this rank's model file and host; at this node's copy, where the model was `staged`.
+
+    Raises nothing that the user can mend: see `Setup.problem`.
+    """
     host = describe_host(os.environ)
     if config.engine == "null":
         return Setup(config, ModelFacts(""), "null", "none", host)
@@ -63,9 +67,12 @@ def prepare(config: JobConfig) -> Setup:
         return _prepare_simulated(config, Path(config.model).stem, host)
     path, name = Path(config.model), Path(config.model).stem
     try:
-        named = find_model(config.model)
+        copies = {} if staged is None else staged.models
+        named = copies.get("model") or find_model(config.model)
         path, name = named.path, named.name
-        draft = None if config.draft_model is None else model_facts(config.draft_model)
+        draft = None
+        if config.draft_model is not None:
+            draft = model_facts(str(copies["draft"].path) if "draft" in copies else config.draft_model)
         info = check_gguf(path)
         wanted = config.adapters()
         sizes = [check_adapter(Path(adapter.path), info) for adapter in wanted]

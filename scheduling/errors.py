@@ -16,6 +16,7 @@
     ├── InfrastructureError      what the run stands on failed: exit 4
     │   ├── EngineError          an engine cannot start, died too often, or lost its GPU
     │   ├── RankLostError        a rank is gone
+    │   ├── StagingError         a model cannot be brought to a node: no room, other bytes than were sent
     │   └── RecordError          the record cannot be written: exit 3, nothing acknowledged is lost
     └── BugError                 an invariant of ours does not hold; carries the story of the object
 
@@ -106,6 +107,10 @@ class EngineError(InfrastructureError):
 
 class RankLostError(InfrastructureError):
     """A rank is gone and the job cannot go on without it."""
+
+
+class StagingError(InfrastructureError):
+    """A model cannot be brought to a node. Says which node."""
 
 
 class RecordError(InfrastructureError):

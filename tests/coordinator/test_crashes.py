@@ -30,12 +30,14 @@ from coordinator.config import JobConfig
 from coordinator.launch import detect
 from coordinator.rundata import make_metrics
 from coordinator.setup import Setup, prepare
+from coordinator.signals import StopSignals
 from scheduling.errors import EXIT_OK, EXIT_RESUMABLE, LlmpiError, RunDirError
 from storage import metrics
 from storage.files import Disk
 from storage.record import GroupCommit, open_mark, open_record
 from storage.rundir import status
 from storage.segments import latest
+from storage.staging import Staged
 from tests.storage.crash_disk import MODELS, CrashDisk, Model
 from tests.storage.fake_disk import PowerCutError
 
@@ -109,7 +111,7 @@ class Job:
     def session(self, disk: Disk | None = None) -> int:
         """Once, to whatever end. Returns the exit status, or raises."""
         options = BatchOptions(input=self.input, output=self.run_dir, quiet=True)
-        lead = _Lead(self.setup, options, detect({}), None, disk)
+        lead = _Lead(self.setup, options, detect({}), None, Staged(), StopSignals(), disk)
         try:
             return lead.run()
         finally:

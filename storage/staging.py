@@ -1,0 +1,481 @@
+"""Bring models to every node of a job: read once, sent down a chain of nodes, checked on each before anyone opens it.
+
+All ranks call `stage` together, before they open a model. Rank 0 knows the models and reads them. The first rank of
+each node leads it: it finds a folder of the node and says what is there already. Nodes that have a model take no part.
+The others form a chain behind rank 0 (`storage.relay`), hash what arrives, and give the copy its name if the digest is
+that of the manifest, or what rank 0 has found where the model is in no store.
+
+What one rank finds wrong is told to all in the next exchange, so that all end with the same words, and nobody waits.
+Messages between ranks come by way of a `Group`: nothing here knows MPI.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from scheduling.errors import LlmpiError, ModelStoreError, StagingError, StoppedError
+from storage.digest import Digest
+from storage.filesystems import mount_of, read_mounts
+from storage.relay import Channel, Relay, Relayed
+from storage.stagedir import StageDir, StageFile, Writing, candidates
+
+MODES = ("never", "auto", "always")
+EXCHANGE_S = 120.0
+"""How long the others may take to come to an exchange."""
+SLOWEST_BYTES_PER_S = 5e6
+"""A transfer slower than that is taken for one that never ends."""
+
+
+class Group(Protocol):
+    """All ranks of the job."""
+
+    rank: int
+    size: int
+
+    def exchange(self, said: bytes, patience_s: float) -> list[bytes]:
+        """What every rank says, in their order. Raises RankLostError if one says nothing in time."""
+
+    def chain(self, ranks: Sequence[int]) -> Channel:
+        """Of `ranks`, this one among them."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that rank 0 can read. `key` names it where no store does: path, size and time of change of its files."""
+
+    role: str
+    name: str
+    files: tuple[StageFile, ...]
+    digest: str | None = None
+    key: str = ""
+
+    @property
+    def size(self) -> int:
+        return sum(file.size for file in self.files)
+
+
+@dataclass(frozen=True)
+class Node:
+    """Where this rank runs."""
+
+    host: str
+    environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
+    mounts: str = field(default_factory=read_mounts)
+    free_memory_bytes: int = 1 << 62
+
+
+@dataclass(frozen=True)
+class StagedModel:
+    """Where this rank finds a model: the copy on its node. `name`, `digest` as rank 0 knows them."""
+
+    path: Path
+    name: str
+    digest: str | None
+
+
+@dataclass(frozen=True)
+class Staged:
+    """What came of it. `models`: by role, those that were staged. `notes`: for people. `facts`: for the record."""
+
+    models: Mapping[str, StagedModel] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    facts: tuple[dict[str, Any], ...] = ()
+
+
+def model_of(role: str, name: str, files: Sequence[tuple[Path, Digest | None]], digest: str | None) -> Model:
+    """Raises OSError if a file cannot be looked at."""
+    hashed, found = hashlib.sha256(), []
+    for path, known in files:
+        real = os.path.realpath(path)
+        stat = os.stat(real)
+        hashed.update(f"{real}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode("utf-8", "surrogateescape"))
+        found.append(StageFile(real, stat.st_size, known))
+    return Model(role, name, tuple(found), digest, hashed.hexdigest())
+
+
+def stage(
+    group: Group,
+    mode: str,
+    stage_dir: str | None,
+    find: Callable[[], list[Model]],
+    node: Node,
+    *,
+    stopped: Callable[[], None] = lambda: None,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Staged:
+    """Called by all ranks together. `find` is called on rank 0, and names the models of the job.
+
+    Raises on all ranks alike:
+        StagingError: a node has no room, or other bytes arrived than were sent or should have been; it is named.
+        StoppedError: `stopped`, which rank 0 asks now and then, raised it.
+        RankLostError: a rank does not answer. Only this is not told to all: end the job.
+    """
+    here = _exchange(group, {"host": node.host, "mode": mode, "stage_dir": stage_dir})
+    if any((one["mode"], one["stage_dir"]) != (mode, stage_dir) for one in here) or mode == "never":
+        return Staged()  # if they differ, the handshake refuses the job, and names who it is
+    models = _plan(group, mode, find, node)
+    if not models:
+        return Staged()
+    hosts = [one["host"] for one in here]
+    work = _Work(group, mode, stage_dir, node, hosts, models)
+    try:
+        return work.run(stopped, progress)
+    finally:
+        work.close()
+
+
+def _plan(group: Group, mode: str, find: Callable[[], list[Model]], node: Node) -> list[Model]:
+    """Those models that are to be staged, on all ranks."""
+    said: list[Any] = []
+    if group.rank == 0:
+        try:
+            said = [_plain(model) for model in find() if mode == "always" or _is_remote(model, node)]
+        except (LlmpiError, OSError):
+            said = []  # whoever opens the model says what is wrong with it
+    return [_model(one) for one in _exchange(group, said)[0]]
+
+
+def _is_remote(model: Model, node: Node) -> bool:
+    return any(mount_of(Path(file.path), node.mounts).network for file in model.files)
+
+
+class _Work:
+    """One call of `stage`, on one rank."""
+
+    def __init__(
+        self, group: Group, mode: str, stage_dir: str | None, node: Node, hosts: list[str], models: list[Model]
+    ) -> None:
+        self._group, self._mode, self._stage_dir, self._node = group, mode, stage_dir, node
+        self._hosts, self._models = hosts, models
+        self._leaders = [rank for rank, host in enumerate(hosts) if hosts.index(host) == rank]
+        self._leads = group.rank in self._leaders
+        self._dir: StageDir | None = None
+        self._writing: Writing | None = None
+
+    def close(self) -> None:
+        if self._writing is not None:
+            self._writing.drop()
+            self._writing = None
+
+    def run(self, stopped: Callable[[], None], progress: Callable[[int], None]) -> Staged:
+        places = self._places()
+        unable = [f"{self._hosts[rank]}: {place['problem']}" for rank, place in places.items() if place["problem"]]
+        if unable:
+            text = f"the model cannot be staged on {'; '.join(unable[:4])}"
+            if self._mode == "always":
+                raise StagingError(text)
+            return Staged(notes=(f"{text}: it is read where it is",))
+        staged, notes, facts = {}, [], []
+        own = places[self._leaders[self._leader_of(self._group.rank)]]
+        for number, model in enumerate(self._models):
+            digests = self._digests(number, places)
+            lacking = [rank for rank, place in places.items() if not place["direct"] and not place["has"][number]]
+            began_s, read = time.monotonic(), _Reading()
+            if lacking:
+                digests, read = self._send(model, digests, lacking, stopped, progress)
+            path = Path(model.files[0].path) if own["direct"] else _copy(Path(own["folder"]), model, digests)
+            staged[model.role] = StagedModel(path, model.name, model.digest)
+            told = facts_of(model, places, len(lacking), time.monotonic() - began_s, read)
+            facts.append(told)
+            notes.append(told_as_line(told))
+        return Staged(staged, tuple(notes), tuple(facts))
+
+    def _leader_of(self, rank: int) -> int:
+        return self._leaders.index(self._hosts.index(self._hosts[rank]))
+
+    # ------------------------------------------------ what each node has
+
+    def _places(self) -> dict[int, dict[str, Any]]:
+        """Of each leader: its folder, which models it has, and what hinders it."""
+        said: dict[str, Any] = {}
+        if self._leads:
+            try:
+                said = self._look()
+            except (LlmpiError, OSError) as error:
+                said = _place(problem=str(error))
+        heard = _exchange(self._group, said)
+        return {rank: heard[rank] for rank in self._leaders}
+
+    def _look(self) -> dict[str, Any]:
+        """Find a folder of this node that has the models already, or has room for them."""
+        problems = []
+        for folder in candidates(self._stage_dir, self._node.environ):
+            if mount_of(folder, self._node.mounts).network and self._stage_dir is None:
+                problems.append(f"{folder} is on a network file system")
+                continue
+            try:
+                found = StageDir(folder)
+                found.blobs.sweep()
+            except LlmpiError as error:
+                problems.append(str(error))
+                continue
+            if self._group.rank == 0 and self._lies_there(found):
+                return _place(folder=str(folder), direct=True, has=[True] * len(self._models))
+            digests = [self._known(found, model) for model in self._models]
+            lacks = [found.lacks(model.files, known) for model, known in zip(self._models, digests, strict=True)]
+            room = found.room_bytes(self._node.mounts, self._node.free_memory_bytes)
+            if sum(lacks) and sum(lacks) > room:
+                problems.append(
+                    f"{folder} has room for {room / 1e9:,.1f} GB, and {sum(lacks) / 1e9:,.1f} GB are needed"
+                )
+                continue
+            self._dir = found
+            known = [[None if one is None else str(one) for one in row] for row in digests]
+            return _place(folder=str(folder), has=[not count for count in lacks], known=known)
+        return _place(problem="; ".join(problems) or "there is no folder for copies: name one with --stage-dir")
+
+    def _lies_there(self, found: StageDir) -> bool:
+        """Whether the models are on that very file system of rank 0's node: a copy would be of no use."""
+        try:
+            return all(os.stat(file.path).st_dev == found.device for model in self._models for file in model.files)
+        except OSError:
+            return False  # who reads it says why
+
+    @staticmethod
+    def _known(found: StageDir, model: Model) -> list[Digest | None]:
+        told = [file.digest for file in model.files]
+        if None not in told:
+            return told
+        noted = found.known(model.key)
+        return list(noted) if len(noted) == len(model.files) else told
+
+    def _digests(self, number: int, places: Mapping[int, dict[str, Any]]) -> Sequence[Digest | None]:
+        """What the model's files should be: by its manifest, or by the note of a node that has them."""
+        told = [file.digest for file in self._models[number].files]
+        if None not in told:
+            return told
+        noted = {tuple(place["known"][number]) for place in places.values() if place["known"] and place["has"][number]}
+        if len(noted) == 1:
+            return [Digest.parse(text) for text in noted.pop()]
+        if noted:  # nodes disagree: the file says who is right
+            for place in places.values():
+                place["has"][number] = place["direct"]
+        return told
+
+    # ------------------------------------------------ sending
+
+    def _send(
+        self, model: Model, digests: Sequence[Digest | None], lacking: Sequence[int], stopped: Callable[[], None],
+        progress: Callable[[int], None],
+    ) -> tuple[list[Digest], _Reading]:  # fmt: skip
+        """Bring `model` to the nodes of `lacking`. Returns its digests, and what rank 0 has read."""
+        rank = self._group.rank
+        chain = [0, *(one for one in lacking if one != 0)]
+        said: dict[str, Any] = {"digests": [], "problem": "", "stopped": False, "read": [0, 0.0]}
+        if rank in chain:
+            relayed, count = self._relay(model, chain, rank in lacking, stopped, progress)
+            said["digests"] = [str(one) for one in relayed.digests]
+            said["problem"] = "" if relayed.problem is None else _words(relayed.problem)
+            said["stopped"] = isinstance(relayed.problem, StoppedError)
+            said["read"] = [count, relayed.read_s]
+        heard = _exchange(self._group, said, EXCHANGE_S + model.size / SLOWEST_BYTES_PER_S)
+        if heard[0]["stopped"]:
+            raise StoppedError(heard[0]["problem"])
+        problems = [self._named(one, heard[one]["problem"]) for one in chain if heard[one]["problem"]]
+        right = heard[0]["digests"]
+        if not problems and None not in digests and right != [str(one) for one in digests]:
+            what = f"what is read from {model.files[0].path} is {', '.join(right)} and should be {_of(digests)}"
+            problems.append(self._named(0, f"{what}: the file is damaged, `llmpi models verify` tells more"))
+        elif not problems:
+            problems += [
+                self._named(one, f"other bytes arrived than rank 0 has read ({', '.join(heard[one]['digests'])}, not "
+                            f"{', '.join(right)})")
+                for one in chain if heard[one]["digests"] != right
+            ]  # fmt: skip
+        final = [Digest.parse(text) for text in right]
+        # A node can have hashed all that arrived and not have written it.
+        well = (
+            bool(right)
+            and not said["problem"]
+            and said["digests"] == right
+            and (None in digests or list(digests) == final)
+        )
+        self._finish(model, final, well and rank in lacking, problems)
+        return final, _Reading(*heard[0]["read"])
+
+    def _finish(self, model: Model, final: list[Digest], keep: bool, problems: list[str]) -> None:
+        """Name the copy here, if it is right, and end on all ranks alike. Raises StagingError."""
+        own = ""
+        try:
+            if keep and self._writing is not None and self._dir is not None:
+                self._writing.name(final)
+                self._dir.note(model.key, final)
+        except StagingError as error:
+            own = str(error)
+        finally:
+            self.close()
+        heard = _exchange(self._group, own)
+        problems = problems + [self._named(rank, one) for rank, one in enumerate(heard) if one]
+        if problems:
+            more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
+            raise StagingError(f"{model.name} was not staged: {'; '.join(problems[:4])}{more}")
+
+    def _relay(
+        self, model: Model, chain: list[int], keeps: bool, stopped: Callable[[], None], progress: Callable[[int], None]
+    ) -> tuple[Relayed, int]:
+        """This node's part, and the bytes that were read here."""
+        problem: Exception | None = None
+        source: _Files | None = None
+        try:
+            if self._group.rank == 0:
+                source = _Files(model.files)
+            if keeps and self._dir is not None:
+                on_disk = not mount_of(self._dir.root, self._node.mounts).memory
+                self._writing = Writing(self._dir, model.files, reserve=on_disk)
+        except (StagingError, ModelStoreError) as error:
+            problem = error
+        first = self._group.rank == 0
+        relay = Relay(
+            self._group.chain(chain), [file.size for file in model.files],
+            source=(source or _Nothing()) if first else None, sink=self._writing, problem=problem,
+            stopped=stopped, progress=progress if first else lambda _: None,
+        )  # fmt: skip
+        try:
+            return relay.run(), 0 if source is None else source.bytes_read
+        finally:
+            if source is not None:
+                source.close()
+
+    def _named(self, rank: int, problem: str) -> str:
+        return f"on {self._hosts[rank]} (rank {rank}): {problem}"
+
+
+def _copy(folder: Path, model: Model, digests: Sequence[Digest | None]) -> Path:
+    """Where a copy that is on this node is loaded from. If it has gone meanwhile, whoever opens it says so."""
+    whole = [one for one in digests if one is not None]
+    found = StageDir(folder)
+    try:
+        return found.path(model.files, whole)
+    except ModelStoreError:
+        return found.blobs.path(whole[0])
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What rank 0 has read of the source, and how long the calls took that read it."""
+
+    bytes: int = 0
+    seconds: float = 0.0
+
+
+class _Nothing:
+    """The source of files that could not be opened; never read."""
+
+    def read(self, file: int, place: int, into: memoryview) -> None:
+        raise StagingError("nothing can be read")
+
+
+class _Files:
+    """Files that rank 0 reads, each byte once. Raises StagingError."""
+
+    def __init__(self, files: Sequence[StageFile]) -> None:
+        self._files = files
+        self._open: list[int] = []
+        self.bytes_read = 0
+        try:
+            for file in files:
+                self._open.append(os.open(file.path, os.O_RDONLY | os.O_CLOEXEC))
+        except OSError as error:
+            self.close()
+            raise StagingError(f"{error.filename} cannot be read: {error.strerror}") from None
+
+    def read(self, file: int, place: int, into: memoryview) -> None:
+        path = self._files[file].path
+        while into:
+            try:
+                count = os.preadv(self._open[file], [into], place)
+            except OSError as error:
+                raise StagingError(f"{path} cannot be read at byte {place:,}: {error.strerror}") from None
+            if not count:
+                raise StagingError(f"{path} ends at byte {place:,} now: it was changed while it was read")
+            self.bytes_read += count
+            into, place = into[count:], place + count
+
+    def close(self) -> None:
+        for fd in self._open:
+            os.close(fd)
+        self._open.clear()
+
+
+# ---------------------------------------------------------------- what is told
+
+
+def facts_of(
+    model: Model, places: Mapping[int, Mapping[str, Any]], received: int, seconds: float, read: _Reading
+) -> dict[str, Any]:
+    """Figures of one model. `saved_s`: what it would take all nodes to read the file from the source, if that gave them
+    together what it gave one reader, less what staging took."""
+    nodes = len(places)
+    return {
+        "role": model.role, "model": model.name, "digest": model.digest, "source": model.files[0].path,
+        "bytes": model.size, "source_bytes_read": read.bytes, "read_s": round(read.seconds, 3),
+        "nodes": nodes, "nodes_staged": received,
+        "nodes_direct": sum(bool(place["direct"]) for place in places.values()),
+        "seconds": round(seconds, 3), "bytes_per_s": round(read.bytes / seconds) if read.bytes else None,
+        "reads_saved": max(0, nodes - (1 if received else 0)),
+        "saved_s": round(max(0.0, nodes * read.seconds - seconds), 1) if received else None,
+        "folders": sorted({str(place["folder"]) for place in places.values() if not place["direct"]}),
+    }  # fmt: skip
+
+
+def told_as_line(facts: Mapping[str, Any]) -> str:
+    """The same for people."""
+    nodes, had = facts["nodes_staged"], facts["nodes"] - facts["nodes_staged"] - facts["nodes_direct"]
+    size = f"{facts['bytes'] / 1e9:.1f} GB" if facts["bytes"] >= 1e8 else f"{facts['bytes'] / 1e6:.1f} MB"
+    if not nodes:
+        return f"{facts['model']} ({size}) is on {_nodes(facts['nodes'])} already: nothing was read"
+    saved = f", {facts['reads_saved']} reads saved" if facts["reads_saved"] != 1 else ", 1 read saved"
+    saved += f", about {facts['saved_s']:.1f} s" if facts["saved_s"] else ""
+    there = f"; {_nodes(had)} had it" if had else ""
+    rate = (facts["bytes_per_s"] or 0) / 1e9
+    return f"staged {size} to {_nodes(nodes)} in {facts['seconds']:.1f} s ({rate:.2f} GB/s; read once{saved}){there}"
+
+
+def _nodes(count: int) -> str:
+    return f"{count} node{'' if count == 1 else 's'}"
+
+
+# ---------------------------------------------------------------- messages
+
+
+def _exchange(group: Group, said: Any, patience_s: float = EXCHANGE_S) -> list[Any]:
+    return [json.loads(one) for one in group.exchange(json.dumps(said).encode(), patience_s)]
+
+
+def _place(
+    *,
+    folder: str = "",
+    direct: bool = False,
+    has: Sequence[bool] = (),
+    known: Sequence[Sequence[str | None]] = (),
+    problem: str = "",
+) -> dict[str, Any]:
+    """What a leader says of its node. `direct`: rank 0's, which loads the model from where it is."""
+    return {"folder": folder, "direct": direct, "has": list(has), "known": list(known), "problem": problem}
+
+
+def _plain(model: Model) -> dict[str, Any]:
+    files = [[file.path, file.size, None if file.digest is None else str(file.digest)] for file in model.files]
+    return {"role": model.role, "name": model.name, "files": files, "digest": model.digest, "key": model.key}
+
+
+def _model(said: Mapping[str, Any]) -> Model:
+    files = tuple(
+        StageFile(path, size, None if text is None else Digest.parse(text)) for path, size, text in said["files"]
+    )
+    return Model(said["role"], said["name"], files, said["digest"], said["key"])
+
+
+def _of(digests: Sequence[Digest | None]) -> str:
+    return ", ".join(str(one) for one in digests)
+
+
+def _words(error: Exception) -> str:
+    return str(error) if isinstance(error, LlmpiError) else f"{type(error).__name__}: {error}"

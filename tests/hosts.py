@@ -1,0 +1,139 @@
+"""Several hosts on one machine: network namespaces behind a bridge, each with a name and a /local of its own.
+
+A host's processes run in its network namespace, a UTS namespace (its name) and a mount namespace (its scratch folder,
+and what it cannot see). `tc` limits each host's link. Open MPI's mpirun reaches them by a script in ssh's place.
+Root is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+NETWORK = "10.231.{job}.{host}"
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """Names and addresses, and what mpirun is to be given. mpirun itself runs on the first one: see `command`."""
+
+    names: tuple[str, ...]
+    addresses: tuple[str, ...]
+    scratch: Path
+    agent: Path
+
+    def options(self, slots: int = 1, count: int | None = None) -> tuple[str, ...]:
+        """Of mpirun, for `slots` ranks on each of the first `count` hosts."""
+        hostfile = self.scratch / "hostfile"
+        hostfile.write_text("".join(f"{address} slots={slots}\n" for address in self.addresses[:count]))
+        network = self.addresses[0].rsplit(".", 1)[0] + ".0/24"
+        return (
+            "--hostfile", str(hostfile), "--map-by", "slot", "--bind-to", "none",
+            "--prtemca", "plm_ssh_agent", str(self.agent), "--prtemca", "prte_if_include", network,
+            "--mca", "pml", "ob1", "--mca", "btl", "tcp,self", "--mca", "btl_tcp_if_include", network,
+        )  # fmt: skip
+
+    def local(self, name: str) -> Path:
+        """What the host `name` sees as its scratch folder, `self.scratch / 'local'`."""
+        return self.scratch / f"local-{name}"
+
+    def command(self, words: Sequence[str], host: int = 0) -> list[str]:
+        """`words`, as a process of that host."""
+        return [str(self.agent), self.addresses[host], f"exec {shlex.join(words)}"]
+
+    def sent_bytes(self, name: str) -> int:
+        """What the host `name` has sent over its link so far."""
+        shown = _run("ip", "-j", "-s", "-n", name, "link", "show", "eth0")
+        return int(json.loads(shown)[0]["stats64"]["tx"]["bytes"])
+
+
+def cannot() -> str:
+    """Why hosts cannot be made here; '' if they can."""
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    for program in ("ip", "tc", "unshare"):
+        if shutil.which(program) is None:
+            return f"there is no {program} (Debian: iproute2, util-linux)"
+    done = subprocess.run(["unshare", "-n", "-m", "-u", "true"], capture_output=True, text=True, check=False)
+    return f"namespaces are not permitted: {done.stderr.strip()}" if done.returncode else ""
+
+
+@contextmanager
+def hosts(
+    count: int,
+    scratch: Path,
+    *,
+    rate: str | None = None,
+    hidden: Mapping[int, Path] | None = None,
+    job: int | None = None,
+) -> Iterator[Hosts]:
+    """`count` hosts. `rate`: of each one's link both ways, as tc writes it ('1gbit'). `hidden`: a folder that the
+    host of that number sees empty."""
+    job = os.getpid() % 250 + 1 if job is None else job
+    tag = f"llm{job}"
+    names = tuple(f"{tag}h{number}" for number in range(count))
+    addresses = tuple(NETWORK.format(job=job, host=number + 1) for number in range(count))
+    made = Hosts(names, addresses, scratch, scratch / "agent")
+    (scratch / "local").mkdir(parents=True, exist_ok=True)
+    for name in names:
+        made.local(name).mkdir(exist_ok=True)
+    _write_agent(made, hidden or {})
+    try:
+        _run("ip", "link", "add", f"{tag}br", "type", "bridge")
+        _run("ip", "link", "set", f"{tag}br", "up")
+        for number, (name, address) in enumerate(zip(names, addresses, strict=True)):
+            outside = f"{tag}v{number}"
+            _run("ip", "netns", "add", name)
+            _run("ip", "link", "add", outside, "type", "veth", "peer", "name", "eth0", "netns", name)
+            _run("ip", "link", "set", outside, "master", f"{tag}br", "up")
+            for words in (("addr", "add", f"{address}/24", "dev", "eth0"), ("link", "set", "eth0", "up"),
+                          ("link", "set", "lo", "up")):  # fmt: skip
+                _run("ip", "-n", name, *words)
+            if rate is not None:
+                limit = ("root", "tbf", "rate", rate, "burst", "256kb", "latency", "50ms")
+                _run("tc", "qdisc", "add", "dev", outside, *limit)
+                _run("tc", "-n", name, "qdisc", "add", "dev", "eth0", *limit)
+        yield made
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+        for number in range(count):
+            subprocess.run(["ip", "link", "del", f"{tag}v{number}"], capture_output=True, check=False)
+        subprocess.run(["ip", "link", "del", f"{tag}br"], capture_output=True, check=False)
+
+
+def _write_agent(made: Hosts, hidden: Mapping[int, Path]) -> None:
+    """What mpirun calls as it would call ssh: options, a host, a command."""
+    cases = []
+    for number, (name, address) in enumerate(zip(made.names, made.addresses, strict=True)):
+        hide = f"mount -t tmpfs tmpfs {hidden[number]} && " if number in hidden else ""
+        cases.append(
+            f"{address}|{name}) exec ip netns exec {name} unshare -m -u sh -c 'hostname {name} && "
+            f'mount --bind {made.local(name)} {made.scratch / "local"} && {hide}eval "$1"\' sh "$*" ;;'
+        )
+    text = "\n".join(cases)
+    made.agent.write_text(
+        f"""#!/bin/sh
+while [ "${{1#-}}" != "$1" ]; do shift; done
+host=$1; shift
+case $host in
+{text}
+esac
+echo "no host $host" >&2; exit 1
+"""
+    )
+    made.agent.chmod(0o755)
+
+
+def _run(*words: str) -> str:
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(words)}: {done.stderr.strip()}")
+    return done.stdout
