@@ -111,7 +111,7 @@ class Pool:
     """Engines for one model. Use as a context manager; see `llmpi` for an example.
 
     Args:
-        model: path of a GGUF file.
+        model: path of a GGUF file, or name or digest of a model of the store.
         on_result: called with each `Result`, before `generate` yields it.
         on_tick: called four times a second with a `Snapshot` while `generate` runs.
         on_note: called with a line of text when something worth telling happens (an engine was lost, say).
