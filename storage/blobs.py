@@ -234,6 +234,11 @@ class Blobs:
         except OSError as error:
             raise unusable(path, error) from error
 
+    def name(self, path: Path, digest: Digest) -> None:
+        """Give a file of the store's, which is whole, its name. Raises OSError."""
+        self.folder("blobs")
+        os.replace(path, self.path(digest))
+
     def settle(self, files: tuple[Ingested, ...]) -> None:
         """After the manifest was written: put back what was collected meanwhile, and drop the spare copies."""
         for file in files:

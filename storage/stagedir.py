@@ -147,10 +147,9 @@ class Writing:
     def name(self, digests: Sequence[Digest]) -> None:
         """Give the copies their names. Raises StagingError."""
         try:
-            self._into.blobs.folder("blobs")
             for (fd, path), digest in zip(self._open, digests, strict=True):
                 os.fchmod(fd, 0o600)
-                os.replace(path, self._into.blobs.path(digest))
+                self._into.blobs.name(path, digest)
         except (OSError, ModelStoreError) as error:
             raise StagingError(_unwritable(self._into.root, error)) from None
 

@@ -213,7 +213,8 @@ def test_verify_goes_on_where_it_was_interrupted(
     again: list[int] = []
     result = store.verify(added, again.append)
     assert result.blobs == 4
-    assert len(again) == 2, "two were done"
+    # Two were done, and perhaps the one after that before the thread heard of it.
+    assert 1 <= len(again) <= 2
     assert store.verify(added).hashed_bytes == sum(model.size for model in added), "a whole one begins anew"
 
 

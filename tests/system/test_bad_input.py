@@ -280,7 +280,7 @@ def test_chat_template_that_cannot_be_compiled_ends_all_ranks(
         (("--top-p", "1.5"), "--top-p"),
         (("--lease", "0"), "--lease"),
         (("--lease", "nan"), "--lease"),
-        (("--format", "csv"), "csv"),
+        (("--format", "yaml"), "yaml"),
         (("--ranks", "0"), "--ranks"),
         (("--ranks", "-3"), "--ranks"),
         (("--show", "-1"), "--show"),
