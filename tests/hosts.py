@@ -63,7 +63,8 @@ def cannot() -> str:
         if shutil.which(program) is None:
             return f"there is no {program} (Debian: iproute2, util-linux)"
     # All that hosts are made of, where it leaves no trace.
-    tried = "ip link add a type veth peer name b && ip link add c type bridge && tc qdisc add dev a root " + TBF
+    veth, bridge = "ip link add veth8 type veth peer name veth9", "ip link add bridge9 type bridge"
+    tried = f"{veth} && {bridge} && tc qdisc add dev veth8 root {TBF}"
     command = ["unshare", "-n", "-m", "-u", "sh", "-c", tried]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return f"namespaces are not permitted: {done.stderr.strip()}" if done.returncode else ""
