@@ -31,6 +31,7 @@ from pathlib import Path
 
 from scheduling.errors import ModelStoreError
 from storage.digest import ALGORITHM, Digest
+from storage.files import OsDisk
 
 CHUNK_BYTES = 4 << 20
 STALE_S = 24 * 3600.0
@@ -230,7 +231,7 @@ class Blobs:
             os.replace(again, path)
             if again != file.spare:
                 again.unlink(missing_ok=True)  # it stays where it is another name of what is there already
-            sync_folder(path.parent)
+            OsDisk().sync_dir(path.parent)
         except OSError as error:
             raise unusable(path, error) from error
 
@@ -327,7 +328,7 @@ class Blobs:
             aside.unlink()
         except FileNotFoundError:
             return 0  # somebody has rescued it
-        sync_folder(path.parent)
+        OsDisk().sync_dir(path.parent)
         return size
 
     def _put_back(self, aside: Path, digest: Digest) -> None:
@@ -416,7 +417,7 @@ def write_whole(scratch: tuple[int, Path], path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         _moved(temporary, path)
         with contextlib.suppress(FileNotFoundError):  # removed at once
-            sync_folder(path.parent)
+            OsDisk().sync_dir(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise unusable(path, error) from error
@@ -430,17 +431,6 @@ def _moved(temporary: Path, path: Path) -> None:
             os.replace(temporary, path)
             return
     os.replace(temporary, path)
-
-
-def sync_folder(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise
-    finally:
-        os.close(fd)
 
 
 def _together(name: str) -> str:
