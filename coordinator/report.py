@@ -144,7 +144,11 @@ def print_report(data: dict[str, Any], stream: IO[str], run_dir: Path, *, show: 
     if data["ranks"]:
         console.print()
         ranks = [rank for rank in data["ranks"] if last.get("session") in (None, rank["session"])]
-        console.print(_rank_table(ranks, narrow=console.width < NARROW_COLUMNS))
+        narrow = console.width < NARROW_COLUMNS
+        console.print(_rank_table(ranks, narrow=narrow))
+        # No caption: that would be cut to the width of the table.
+        note = "busy: time with a slot in use · starved: free slots, of the slot time in which work waited to start"
+        console.print(Text(f"{'in, out: stolen · ' if narrow else ''}{note}", style="dim italic"))
         _print_speculation(console, ranks)
     if data["energy"]:
         console.print(f"\n{energy_sentence(data['energy'])}", soft_wrap=True)
@@ -255,11 +259,6 @@ def _rank_table(ranks: list[dict[str, Any]], *, narrow: bool) -> Table:
     titles = ("requests", "failed", "output tokens", "busy", "starved", "stolen in", "out")
     for title in (*titles[:2], "tokens", *titles[3:5], "in", "out") if narrow else titles:
         table.add_column(title, justify="right", no_wrap=True)
-    table.caption = (
-        f"{'in, out: stolen · ' if narrow else ''}busy: time with a slot in use · "
-        "starved: free slots, of the slot time in which work waited to start"
-    )
-    table.caption_justify = "left"
     for row in ranks:
         table.add_row(
             str(row["rank"]), *([row["host"]] if with_host else []), row["device"], str(row["requests"]),
