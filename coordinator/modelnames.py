@@ -59,6 +59,8 @@ def find_model(text: str, environment: Mapping[str, str] = os.environ) -> Named:
             raise
         if os.path.exists(text) or text.startswith("."):
             return Named(path, path.stem)  # a folder, say: whoever reads it says what is wrong
-        raise ModelFileError(f"there is no file {text}, and {error}") from None
+        # Of a name that cannot be one, the store says other things.
+        said = str(error).removeprefix("there is ")
+        raise ModelFileError(f"there is no file {text}, and {said}") from None
     store.use(model)
     return found
