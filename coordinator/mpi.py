@@ -52,9 +52,6 @@ class World:
         """The MPI library's own one-line description."""
         return str(self.MPI.Get_library_version()).strip("\x00 \n").splitlines()[0]
 
-    def processor_name(self) -> str:
-        return str(self.MPI.Get_processor_name())
-
     def endpoint(self) -> MpiEndpoint:
         return MpiEndpoint(self)
 
