@@ -223,9 +223,13 @@ class Ledger:
             load = 0.0
             for phase in (Phase.QUEUED, Phase.RECALLED, Phase.RUNNING):
                 for index, request in worker.holder(phase).items():
-                    must(self.live.get(index) is request, f"{request} is owned but does not live")
-                    must(request.phase is phase and request.owner == worker.id, f"{request} is misfiled")
-                    must(index not in seen, f"{request} is owned twice")
+                    # Called after every event of a simulation: the stories are told only when they are needed.
+                    if self.live.get(index) is not request:
+                        raise BugError(f"{request} is owned but does not live")
+                    if request.phase is not phase or request.owner != worker.id:
+                        raise BugError(f"{request} is misfiled")
+                    if index in seen:
+                        raise BugError(f"{request} is owned twice")
                     seen.add(index)
                     load += request.cost
                     unstarted += phase is not Phase.RUNNING
