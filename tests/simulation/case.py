@@ -106,7 +106,7 @@ class Case:
         }
         simulated = Setup(config, ModelFacts(""), "simulated", "simulated", Host(hostname="node", cpus=(0, 1)))
         return Shape(
-            self.seed, size, simulated, self.folder / "in.jsonl", self.folder / "run", tempers,
+            self.seed, size, simulated, self.folder / "in.jsonl", self.folder / "disk" / "run", tempers,
             dice.choice(("openmpi", "mpich")),
         )  # fmt: skip
 
@@ -229,5 +229,5 @@ def in_simulation(folder: Path) -> Iterator[None]:
         patches.enter_context(
             mock.patch.object(rundir, "this_process", return_value=Holder("node", 1, "2026-01-01T00:00:00Z", 1))
         )
-        (folder / "run").mkdir(parents=True)
+        (folder / "disk" / "run").mkdir(parents=True)
         yield

@@ -214,12 +214,14 @@ class Faults:
         if not self.world.storage.content(run_dir / "run.json"):
             return False
         replace_file(SimulatedDisk(self.world.storage, Outside()), run_dir / "stop", b"stop\n")
+        self.world.asked_to_stop = True
         return True
 
     def signalled(self, dice: Random) -> bool:
         """The first, the second, and what Open MPI does some time after a SIGTERM."""
         number = dice.choice((signal.SIGINT, signal.SIGTERM, signal.SIGUSR2))
         self.world.signals._note(number, None)
+        self.world.asked_to_stop = True
         if self.world.shape.launcher == "openmpi" and self.world.shape.size > 1 and number == signal.SIGTERM:
             self.world.agenda.after(OPEN_MPI_PATIENCE_S, lambda: self._end(power=False))
         return True

@@ -82,7 +82,7 @@ class Network:
         if envelope.target in self._dead or self._cut.intersection((envelope.source, envelope.target)):
             return  # of a duplicate: the first one still comes
         pair = (envelope.source, envelope.target)
-        self._trace.note(self._agenda.now_s, "message", *pair, len(envelope.payload))
+        self._trace.note(self._agenda.now_s, "message", *pair)
         self._inboxes[envelope.target].append((envelope.source, envelope.payload))
         self._arrived(envelope.target)
 

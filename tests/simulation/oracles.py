@@ -11,15 +11,15 @@ import io
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import h5py
 import msgspec
 import numpy as np
 
-from scheduling.control import ControlPlane, Limits
+from scheduling.control import ControlPlane, Limits, Mode
 from scheduling.errors import BugError, PeerError, RunDirError
-from scheduling.events import Committed, Event, Instruction
+from scheduling.events import Committed, Event, Instruction, Tick
 from scheduling.recordline import Row, decode_row
 from storage.record import RecordWriter
 from storage.recovery import scan
@@ -208,29 +208,58 @@ class _PlaneOracle(Oracle):
             known.heard = now
 
 
-class WatchedPlane(ControlPlane):
-    """The control plane, with the oracle of tests.scheduling beside it. `note` is told every event and instruction."""
+class Watched(Protocol):
+    """What an oracle wants to know of the session. `asked_to_stop`: somebody has asked, and the loop runs."""
 
-    def __init__(self, note: Any, books: Books, workers: Any, schedule: str, now: float, **options: Any) -> None:
+    books: Books
+    asked_to_stop: bool
+
+    def note(self, *what: object) -> None: ...
+
+    def must_be_heard(self, rank: int) -> bool:
+        """Whether a rank lives, and nothing has kept its messages back for longer than its lease."""
+
+
+class WatchedPlane(ControlPlane):
+    """The control plane, with the oracle of tests.scheduling beside it."""
+
+    def __init__(self, watched: Watched, workers: Any, schedule: str, now: float, **options: Any) -> None:
         super().__init__(workers, schedule, now, **options)
-        self._trace, self._books = note, books
-        self._before = len(books.promised)
+        self._watched = watched
+        self._before = len(watched.books.promised)
         self._durable = 0
         self._oracle = _PlaneOracle(self, list(workers), schedule, options["limits"], now)
+        self._ticks_asked = 0
+        watched.asked_to_stop = False
 
     def handle(self, event: Event, now: float) -> list[Instruction]:
-        self._trace(type(event).__name__, *_facts(event))
+        self._watched.note(type(event).__name__, *_facts(event))
+        silent = self._silent() if isinstance(event, Tick) else set()
         if isinstance(event, Committed):
             self._durable += event.count
-            if self._durable > len(self._books.promised) - self._before:
+            if self._durable > len(self._watched.books.promised) - self._before:
                 raise ViolationError("the control plane is told of more durable answers than the record has promised")
         try:
             out = self._oracle.handle(event, now)
         except (AssertionError, BugError, PeerError) as error:
             raise ViolationError(f"{type(event).__name__}: {type(error).__name__}: {error}") from error
         for instruction in out:
-            self._trace("->", type(instruction).__name__, *_facts(instruction))
+            self._watched.note("->", type(instruction).__name__, *_facts(instruction))
+        if isinstance(event, Tick):
+            self._judge_tick(silent)
         return out
+
+    def _silent(self) -> set[int]:
+        return {view.id for view in self.workers() if view.silent}
+
+    def _judge_tick(self, silent_before: set[int]) -> None:
+        for rank in self._silent() - silent_before:
+            if self._watched.must_be_heard(rank):
+                raise ViolationError(f"rank {rank} is taken for lost; it lives and nothing holds its messages up")
+        if self._watched.asked_to_stop and self.mode is Mode.OPEN:
+            self._ticks_asked += 1
+            if self._ticks_asked > 1:
+                raise ViolationError("the job was asked to stop, and does not drain")
 
 
 def _facts(what: Any) -> list[object]:

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from storage.rundir import METRICS_NAME
 from tests.simulation.agenda import Agenda, Trace, ViolationError
 
 IDLE_S = 0.2
@@ -144,11 +145,12 @@ class Rank0:
             self._live(until_s, until_s)
         place = self.operations
         self.operations += 1
-        self._trace.note(self._agenda.now_s, "disk", what, path.name)
+        name = METRICS_NAME if path.name.startswith(f".{METRICS_NAME}") else path.name  # that one says who writes it
+        self._trace.note(self._agenda.now_s, "disk", what, name)
         if place == self._cut_at:
             if self._half and half is not None:
                 half()
-            self._trace.fault(self._agenda.now_s, "crash at a write", what, path.name)
+            self._trace.fault(self._agenda.now_s, "crash at a write", what, name)
             self._cut()
             self._must_live()
         number = self._fail_at.pop(place, self.failing)
@@ -156,7 +158,7 @@ class Rank0:
             if self._half and half is not None:
                 half()
                 self._half = False
-            self._trace.fault(self._agenda.now_s, "disk error", what, path.name, number)
+            self._trace.fault(self._agenda.now_s, "disk error", what, name, number)
             raise OSError(number, os.strerror(number))
 
     def look(self) -> None:

@@ -12,6 +12,8 @@ from random import Random
 from typing import Any, NoReturn
 from unittest import mock
 
+import msgspec
+
 from coordinator import session as session_module
 from coordinator.config import JobConfig
 from coordinator.launch import detect
@@ -77,9 +79,10 @@ class World:
         self.storage, self.books = storage, books
         self.agenda = Agenda(now_s)
         self.signals = StopSignals()
-        self.calm = now_s >= weather.calm_at_s
+        self.calm = False
         self.deaths = Deaths()
         self.aborted: int | None = None
+        self.asked_to_stop = False
         self.lead: Lead | None = None
         self._number = number
         self._dice = self.dice("world")
@@ -96,10 +99,19 @@ class World:
                 partial(self._make_worker, rank),
             )  # fmt: skip
         self._ranks = SimulatedRanks(endpoint, self.board, partial(self.rank0.sleep, []), self.rank0.clock, self._abort)
+        if now_s >= weather.calm_at_s:
+            self.calm_down()
 
     def dice(self, of: str) -> Random:
         """A stream of random numbers for one thing of this session."""
         return Random(f"{self.shape.seed} {self._number} {of}")
+
+    def note(self, *what: object) -> None:
+        self.trace.note(self.agenda.now_s, *what)
+
+    def must_be_heard(self, rank: int) -> bool:
+        calm_s = self.agenda.now_s - self.weather.calm_at_s
+        return calm_s > self.shape.config.lease_s + 1.0 and (rank not in self.workers or self.workers[rank].alive)
 
     # ------------------------------------------------------------ who is woken
 
@@ -133,7 +145,8 @@ class World:
         return Worker(
             spoke,
             WorkerOptions(
-                rank=rank, hello=setup.hello(), model_name=setup.model_name, defaults=setup.config.sampling,
+                rank=rank, hello=msgspec.structs.replace(setup.hello(), pid=1), model_name=setup.model_name,
+                defaults=setup.config.sampling,
                 engine_factory=partial(self._make_engine, rank),
                 clock=clock or (lambda: self.agenda.now_s + offset_s), wall_clock=wall_clock or self.rank0.wall_clock,
                 metrics_interval_s=setup.config.metrics_interval_s,
@@ -241,7 +254,7 @@ class World:
                 code = self.aborted
             else:
                 self._wait_for_all()
-        self.trace.note(self.agenda.now_s, "session ends", code, failure)
+        self.trace.note(self.agenda.now_s, "session ends", code, failure.replace(str(shape.run_dir.parent), ""))
         return Ended(code, failure, said.getvalue())
 
     def _recorder(self, *arguments: Any) -> WatchedWriter:
@@ -255,12 +268,8 @@ class World:
     @contextlib.contextmanager
     def _in_place(self) -> Iterator[None]:
         """What the product takes from modules, in this session's place."""
-
-        def note(*what: object) -> None:
-            self.trace.note(self.agenda.now_s, *what)
-
         with (
-            mock.patch.object(session_module, "ControlPlane", partial(WatchedPlane, note, self.books)),
+            mock.patch.object(session_module, "ControlPlane", partial(WatchedPlane, self)),
             mock.patch.object(session_module, "build_worker", self._build_hosted),
             mock.patch.object(record_module, "threading", Threads(self.agenda, self.rank0.stir)),
         ):
