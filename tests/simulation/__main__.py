@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 from tests.simulation.agenda import ViolationError
+from tests.simulation.bugs import BUGS, planted
 from tests.simulation.case import Outcome, folder_in_memory, in_simulation, simulate
 
 SEEDS_TOLD_MAX = 5
@@ -30,11 +31,13 @@ _inside = contextlib.ExitStack()
 _folder = Path()
 
 
-def _enter(parent: Path) -> None:
+def _enter(parent: Path, bug: str | None) -> None:
     """Make this process ready for many seeds, until it ends."""
     global _folder
     _folder = parent / f"{os.getpid():08}"
     _inside.enter_context(in_simulation(_folder))
+    if bug is not None:
+        _inside.enter_context(planted(bug))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, _hangs)
 
@@ -51,10 +54,13 @@ def _simulate(seed: int) -> Outcome:
         signal.alarm(0)
 
 
-def outcomes(seeds: Sequence[int], jobs: int) -> Iterator[Outcome]:
-    """What came of each seed, in order."""
+def outcomes(seeds: Sequence[int], jobs: int, bug: str | None = None) -> Iterator[Outcome]:
+    """What came of each seed, in order. `bug`: one of `bugs.BUGS` to be planted."""
     chunk = max(1, min(16, len(seeds) // (4 * jobs)))
-    with folder_in_memory() as folder, ProcessPoolExecutor(jobs, initializer=_enter, initargs=(folder,)) as pool:
+    with (
+        folder_in_memory() as folder,
+        ProcessPoolExecutor(jobs, initializer=_enter, initargs=(folder, bug)) as pool,
+    ):
         yield from pool.map(_simulate, seeds, chunksize=chunk)
 
 
@@ -65,11 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--first-seed", type=int, default=0, help="the first of them (default: 0)")
     parser.add_argument("--jobs", type=int, default=processors, help="processes (default: one a processor)")
     parser.add_argument("--digests", action="store_true", help="print the digest of each seed's trace")
+    parser.add_argument("--bug", choices=BUGS, help="plant this one, to see it found")
     options = parser.parse_args(arguments)
     since_s = time.monotonic()
     faults: Counter[str] = Counter()
     seeds = sessions = requests = failures = 0
-    for outcome in outcomes(range(options.first_seed, options.first_seed + options.seeds), options.jobs):
+    for outcome in outcomes(range(options.first_seed, options.first_seed + options.seeds), options.jobs, options.bug):
         seeds += 1
         sessions += outcome.sessions
         requests += outcome.requests

@@ -11,10 +11,13 @@ import errno
 import signal
 from collections.abc import Callable
 from random import Random
+from typing import Any
 
 from storage.files import replace_file
+from storage.recovery import RECORD_NAME
 from tests.simulation.disk import Outside, SimulatedDisk
 from tests.simulation.engines import SimulatedEngine
+from tests.simulation.rank0 import Incident
 from tests.simulation.ranks import WorkerRank
 from tests.simulation.world import World
 
@@ -60,17 +63,21 @@ class Faults:
             return
         if dice.random() < world.weather.chance("crash at a write"):
             power = dice.random() < 0.5
-            world.rank0.cut_at(self._some_operation(), dice.random() < 0.5, lambda: self._end(power))
+            world.rank0.incidents.append(self._incident(do=lambda: self._end(power)))
         if dice.random() < world.weather.chance("disk error at a write"):
-            count = dice.choice((1, 1, 3, 1000))
-            world.rank0.fail_at(self._some_operation(), count, dice.choice(NUMBERS), dice.random() < 0.5)
+            incident = self._incident(number=dice.choice(NUMBERS), count=dice.choice((1, 1, 3, 1000)))
+            world.rank0.incidents.append(incident)
         if dice.random() < world.weather.chance("rank dies in a collective") and world.workers:
             victim = dice.choice(sorted(world.workers))
             noticed = dice.random() < 0.7
             world.workers[victim].dies_in_collective = lambda: self._die_in_collective(victim, noticed)
 
-    def _some_operation(self) -> int:
-        return int(2 ** self._dice.uniform(0.0, 7.0))
+    def _incident(self, **options: Any) -> Incident:
+        """At some operation, or at some operation on the record."""
+        dice = self._dice
+        if dice.random() < 0.5:
+            return Incident(int(2 ** dice.uniform(0.0, 7.0)), None, dice.random() < 0.5, **options)
+        return Incident(int(2 ** dice.uniform(0.0, 5.0)), RECORD_NAME, dice.random() < 0.7, **options)
 
     def _die_in_collective(self, victim: int, noticed: bool) -> None:
         self.world.trace.fault(self.world.agenda.now_s, "rank dies in a collective", victim)

@@ -90,10 +90,6 @@ class Network:
         arrived, self._inboxes[rank] = self._inboxes[rank], []
         return [] if rank in self._dead else arrived
 
-    def waits(self, rank: int) -> bool:
-        """Whether something lies in this rank's inbox."""
-        return bool(self._inboxes[rank])
-
     def unsent_bytes(self, rank: int) -> int:
         return sum(
             len(envelope.payload)

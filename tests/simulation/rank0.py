@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from storage.rundir import METRICS_NAME
 from tests.simulation.agenda import Agenda, Trace, ViolationError
@@ -21,6 +23,29 @@ TURNS_MAX = 20_000
 """Looks at the clock without sleeping, after which rank 0 is taken to spin."""
 
 
+@dataclass(slots=True)
+class Incident:
+    """What happens at an operation on disk: the `left`-th from now on, of those on the file `name` if it is given.
+
+    `do` ends the process; without it the operation fails with errno `number`, and so do the `count` - 1 after it.
+    `half`: it is half done if it can be.
+    """
+
+    left: int
+    name: str | None
+    half: bool
+    do: Callable[[], None] | None = None
+    number: int = 0
+    count: int = 1
+
+    def strikes(self, name: str) -> bool:
+        """Whether it is due, given the name of the file that is operated on."""
+        if self.name is not None and self.name != name:
+            return False
+        self.left -= 1
+        return self.left <= 0
+
+
 class Rank0DiedError(BaseException):
     """The process has ended. Not an Exception: nothing may handle it."""
 
@@ -28,22 +53,18 @@ class Rank0DiedError(BaseException):
 class Rank0:
     """See the module's text. `deadline_s`: by then it must have ended, whatever happens."""
 
-    def __init__(self, agenda: Agenda, trace: Trace, inbox_waits: Callable[[], bool], clock_s: float) -> None:
-        self._agenda, self._trace, self._inbox_waits = agenda, trace, inbox_waits
+    def __init__(self, agenda: Agenda, trace: Trace, clock_s: float) -> None:
+        self._agenda, self._trace = agenda, trace
         self._clock_s = clock_s
         self._stirred = False
         self._in_agenda = False
         self._looks = 0
         self._stopped_until_s = 0.0
-        self._cut_at: int | None = None
-        self._fail_at: dict[int, int] = {}
-        self._half = False
-        self._cut: Callable[[], None] = lambda: None
+        self.incidents: list[Incident] = []
         self._violation: ViolationError | None = None
         self.dead = False
         self.deadline_s = float("inf")
         self.why_deadline = ""
-        self.operations = 0
         self.failing: int | None = None
         """The errno of all operations that change something."""
         self.latency_s = 1e-4
@@ -73,7 +94,7 @@ class Rank0:
         self._in_agenda = True
         try:
             while True:
-                end_s = until_s if self._stirred or self._inbox_waits() else idle_s
+                end_s = until_s if self._stirred else idle_s
                 end_s = max(end_s, self._stopped_until_s)
                 if agenda.next_s() > end_s:
                     break
@@ -119,22 +140,10 @@ class Rank0:
 
     # ------------------------------------------------------------ disk
 
-    def cut_at(self, operation: int, half: bool, cut: Callable[[], None]) -> None:
-        """At this operation from now on call `cut`, which ends the process, and have done the half or nothing of it."""
-        self._cut_at, self._half, self._cut = self.operations + operation, half, cut
-
-    def fail_at(self, operation: int, count: int, number: int, half: bool) -> None:
-        """That operation from now on and those after it, `count` in all, fail with errno `number`."""
-        self._half = half
-        self._fail_at.update(
-            dict.fromkeys(range(self.operations + operation, self.operations + operation + count), number)
-        )
-
     def heal(self) -> None:
         """The disk is right again, and goes on being so."""
         self.failing = None
-        self._fail_at.clear()
-        self._cut_at = None
+        self.incidents.clear()
         self.latency_s = 1e-4
 
     def operate(self, what: str, path: Path, half: Callable[[], None] | None = None) -> None:
@@ -143,23 +152,30 @@ class Rank0:
             self._looks = 0
             until_s = self._agenda.now_s + self.latency_s
             self._live(until_s, until_s)
-        place = self.operations
-        self.operations += 1
         name = METRICS_NAME if path.name.startswith(f".{METRICS_NAME}") else path.name  # that one says who writes it
         self._trace.note(self._agenda.now_s, "disk", what, name)
-        if place == self._cut_at:
-            if self._half and half is not None:
-                half()
+        for incident in list(self.incidents):
+            if incident.strikes(path.name):
+                self._strike(incident, what, name, half)
+        if self.failing is not None:
+            self._refuse(self.failing, what, name)
+
+    def _strike(self, incident: Incident, what: str, name: str, half: Callable[[], None] | None) -> None:
+        if incident.half and half is not None:
+            incident.half = False
+            half()
+        if incident.do is not None:
             self._trace.fault(self._agenda.now_s, "crash at a write", what, name)
-            self._cut()
+            incident.do()
             self._must_live()
-        number = self._fail_at.pop(place, self.failing)
-        if number is not None:
-            if self._half and half is not None:
-                half()
-                self._half = False
-            self._trace.fault(self._agenda.now_s, "disk error", what, name, number)
-            raise OSError(number, os.strerror(number))
+        incident.count -= 1
+        if incident.count <= 0:
+            self.incidents.remove(incident)
+        self._refuse(incident.number, what, name)
+
+    def _refuse(self, number: int, what: str, name: str) -> NoReturn:
+        self._trace.fault(self._agenda.now_s, "disk error", what, name, number)
+        raise OSError(number, os.strerror(number))
 
     def look(self) -> None:
         self._must_live()

@@ -60,15 +60,31 @@ class Weather:
         return self.chances.get(kind, 0.0)
 
 
-def draw(dice: Random, ranks: int) -> Weather:
-    """The weather of a job of `ranks` ranks."""
-    stormy = dice.choice((0.0, 0.1, 0.25, 0.4, 0.6))
+def _a_few_often(dice: Random) -> tuple[dict[str, float], dict[str, float]]:
+    kinds = dice.sample([*RATES_PER_S, *CHANCES], dice.randint(1, 4))
+    rates = {kind: RATES_PER_S[kind][1] for kind in kinds if kind in RATES_PER_S}
+    return rates, {kind: CHANCES[kind] for kind in kinds if kind in CHANCES}
+
+
+def _many_now_and_then(dice: Random) -> tuple[dict[str, float], dict[str, float]]:
+    stormy = dice.choice((0.1, 0.25, 0.4, 0.6))
     rates = {
         kind: math.exp(dice.uniform(math.log(least), math.log(most)))
         for kind, (least, most) in RATES_PER_S.items()
         if dice.random() < stormy
     }
-    chances = {kind: most * dice.random() for kind, most in CHANCES.items() if dice.random() < stormy}
+    return rates, {kind: most * dice.random() for kind, most in CHANCES.items() if dice.random() < stormy}
+
+
+def draw(dice: Random, ranks: int) -> Weather:
+    """The weather of a job of `ranks` ranks."""
+    style = dice.random()
+    if style < 0.1:
+        rates, chances = {}, {}
+    elif style < 0.55:
+        rates, chances = _a_few_often(dice)
+    else:
+        rates, chances = _many_now_and_then(dice)
     return Weather(
         calm_at_s=dice.uniform(2.0, 25.0),
         rates_per_s=rates,

@@ -89,7 +89,7 @@ class World:
         self.network = Network(self.agenda, trace, weather, self.dice("network"), self._arrived)
         self.board = Board(self.agenda, self.dice("board"), shape.size, self._stir_rank0)
         endpoint = self.network.endpoint(0)
-        self.rank0 = Rank0(self.agenda, trace, partial(self.network.waits, 0), 1e3 * self._dice.random())
+        self.rank0 = Rank0(self.agenda, trace, 1e3 * self._dice.random())
         self.disk = SimulatedDisk(storage, self.rank0, self._completes)
         self.hosted: dict[int, SimulatedEngine] = {}
         self.workers: dict[int, WorkerRank] = {}
@@ -118,6 +118,8 @@ class World:
     def _arrived(self, rank: int) -> None:
         if rank in self.workers:
             self.workers[rank].stir(self.agenda.now_s)
+        else:
+            self._stir_rank0()
 
     def _stir_rank0(self) -> None:
         self.rank0.stir()
