@@ -78,12 +78,12 @@ def _many_now_and_then(dice: Random) -> tuple[dict[str, float], dict[str, float]
 
 def draw(dice: Random, ranks: int) -> Weather:
     """The weather of a job of `ranks` ranks."""
+    rates: dict[str, float] = {}
+    chances: dict[str, float] = {}
     style = dice.random()
-    if style < 0.1:
-        rates, chances = {}, {}
-    elif style < 0.55:
+    if 0.1 < style < 0.55:
         rates, chances = _a_few_often(dice)
-    else:
+    elif style >= 0.55:
         rates, chances = _many_now_and_then(dice)
     return Weather(
         calm_at_s=dice.uniform(2.0, 25.0),
