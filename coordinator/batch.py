@@ -31,7 +31,7 @@ from coordinator.prepared import Prepared, prepare_input, tell_row
 from coordinator.progress import ProgressView
 from coordinator.replay import Replay, read_recorded
 from coordinator.rows import Columns
-from coordinator.rundata import NO_COLLECTIVES, OwnRows, check_gathered, make_metrics, rank_rows
+from coordinator.rundata import NO_COLLECTIVES, OwnRows, check_gathered, make_metrics, rank_rows, workers_lost
 from coordinator.serve import serve
 from coordinator.session import Session
 from coordinator.setup import Setup, build_worker, prepare
@@ -448,6 +448,8 @@ class _Lead:
             "stolen": coordinator.plane.totals.stolen, "retried": coordinator.plane.totals.retried,
             "collectives": NO_COLLECTIVES if gathered is None else f"{gathered.ranks_in} ranks",
         }  # fmt: skip
+        if lost := workers_lost(coordinator, self._session.names()):
+            attributes["workers_lost"] = lost
         if doubt:
             attributes["sums_differ"] = doubt
         run.add_session_facts({"outcome": outcome.outcome, "reason": outcome.reason, **attributes})

@@ -2,8 +2,9 @@
 
 Each frame is a 4-byte little-endian length and a msgpack body, one of the tagged structs below. The rank sends
 `EngineStart` once, then `Submit`, `Recall`, `Cancel` as it likes; end of file on the pipe ends the engine. The
-engine answers `EngineLoaded` or `EngineFailed` once, then sends at most one `Frame` per decode step of a context,
-`Returned` for each `Recall`, and `Stats` about once a second. Keys are the requests' indexes.
+engine answers `EngineLoaded` or `EngineFailed` once, then sends at most two `Frame`s per decode step of a context (what
+starts with it before, what ends with it after), `Returned` for each `Recall`, and `Stats` about once a second. Keys are
+the requests' indexes.
 
 The same structs are spoken by the null and the simulated engine, so that a worker cannot tell them apart.
 All times are seconds measured on the engine's own monotonic clock.
