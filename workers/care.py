@@ -24,6 +24,8 @@ OVERSLEPT_S = 5.0
 
 RESTARTS_MAX = 5
 RESTART_BACKOFF_S = 0.5
+LOADING_PRICE = 2
+"""A death while loading counts for so many: it has less to do with chance."""
 ANSWERS_A_RESTART = 10
 SECONDS_A_RESTART = 3600.0
 """So many answers earn a restart; so does so much time with an engine that has answered anything."""
@@ -79,11 +81,12 @@ class Restarts:
         """An engine has died: seconds until another may be started, or None if none is left."""
         if self._answered and self._loaded_at is not None:
             self._earn((now - self._loaded_at) / SECONDS_A_RESTART)
+        price = 1 if self._loaded_at is not None else LOADING_PRICE
         self._loaded_at, self._answered = None, False
         self.deaths += 1
-        if self._left < 1:
+        if self._left < price:
             return None
-        self._left -= 1
+        self._left -= price
         spent = RESTARTS_MAX - int(self._left)
         return float(RESTART_BACKOFF_S * 2.0 ** (spent - 1))
 

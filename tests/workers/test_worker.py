@@ -358,12 +358,14 @@ def test_restart_waits_longer_each_time() -> None:
 
 def test_it_gives_up_after_restarts_without_a_single_answer() -> None:
     bench = Bench().ready()
-    downs = []
+    told = []
     for _ in range(RESTARTS_MAX + 1):
         bench.engine.die("it was killed by signal 11")
-        downs += [message for message in bench.step() if isinstance(message, m.EngineDown)]
+        told += downs(bench.step())
         bench.pass_(60.0)
-    assert [down.restarting for down in downs] == [True] * RESTARTS_MAX + [False]
+        bench.engine.say(loaded())
+        bench.step()
+    assert [down.restarting for down in told] == [True] * RESTARTS_MAX + [False]
     started = len(bench.engines)
     bench.pass_(1000.0)
     assert len(bench.engines) == started
@@ -402,6 +404,17 @@ def test_a_death_now_and_then_is_forgiven_for_ever(answers: int, lived_s: float)
 def test_an_engine_that_dies_after_each_answer_is_not_restarted_for_ever() -> None:
     deaths = deaths_until_it_leaves(Bench().ready(), 1, 1.0, 10 * RESTARTS_MAX)
     assert RESTARTS_MAX + 1 <= deaths <= 2 * RESTARTS_MAX
+
+
+def test_an_engine_that_dies_while_it_loads_is_tried_less_often() -> None:
+    bench = Bench()
+    bench.hear(m.Welcome(placement=m.Placement(), run_seed=0, session=0))
+    told = []
+    for _ in range(RESTARTS_MAX + 1):
+        bench.engine.die("it was killed by signal 6")
+        told += downs(bench.step())
+        bench.pass_(RESTART_BACKOFF_S * 2**RESTARTS_MAX)
+    assert [down.restarting for down in told] == [True, True, False]
 
 
 def test_time_in_which_nothing_was_answered_earns_no_restart() -> None:
