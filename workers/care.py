@@ -1,9 +1,10 @@
 """How a worker looks after its engine: how long it waits for a word, how often it starts another, and when it does not.
 
 What is known of an engine from outside is what it says: whenever something starts or ends, and its counters about once
-a second while it makes steps. One that has work and says nothing for a *lease* is taken to hang. It may be stopped, or
-wait for a GPU that never answers: nobody can tell from outside, so it is killed. No word comes out of one long pass
-either, so a lease has to be longer than the longest pass; loading is granted more.
+a second while it makes steps, with how long one of its contexts has made none. One that has work and says nothing for a
+*lease*, or has a context that makes no step for so long, is taken to hang. It may be stopped, or wait for a GPU that
+never answers: nobody can tell from outside, so it is killed. No word comes out of one long pass either, so a lease has
+to be longer than the longest pass; loading is granted more.
 
 An engine that dies is started again, but not for ever. A worker may lose `RESTARTS_MAX` of them; work done earns
 restarts back. So a run of days survives a death now and then, and an engine that dies all the time comes to its end.

@@ -228,6 +228,7 @@ class Stats(msgspec.Struct, tag="stats", frozen=True, kw_only=True):
     prompt_tokens: those that were computed, for each choice of a request. cached_tokens: those that were in the cache.
     busy_s: time in which at least one slot was in use. slot_s: integral of used slots over time.
     drafted_tokens, accepted_tokens: by speculation; tokens that were checked, and those of them that were put out.
+    stalled_s: since the last step of the context that has work and has made none for longest.
     itl_buckets / itl_counts: a sparse `scheduling.histogram` of gaps between tokens of a sequence, in seconds.
     """
 
@@ -247,6 +248,7 @@ class Stats(msgspec.Struct, tag="stats", frozen=True, kw_only=True):
     accepted_tokens: int = 0
     itl_buckets: list[int] = []
     itl_counts: list[int] = []
+    stalled_s: float = 0.0
 
 
 FromEngine = EngineLoaded | EngineFailed | Frame | Returned | Stats

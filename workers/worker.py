@@ -72,6 +72,8 @@ class Worker:
         self._loaded = False
         self._generation = 0
         self._lease = Lease(options.engine_lease_s, self._clock())
+        self._stalled = False
+        """One of the engine's contexts has had work for a lease and made no step, while others did."""
         self._restarts = Restarts()
         self._restart_at: float | None = None
         self._health: GpuHealth | None = None
@@ -284,6 +286,7 @@ class Worker:
 
     def _on_stats(self, stats: Stats) -> None:
         metrics = self.metrics
+        self._stalled = stats.stalled_s > self._options.engine_lease_s
         self._made_tokens += stats.output_tokens
         metrics.steps += stats.steps
         metrics.busy_s += stats.busy_s
@@ -312,6 +315,7 @@ class Worker:
     def _start_engine(self) -> None:
         self._loaded = False
         self._restart_at = None
+        self._stalled = False
         self._lease.start(self._clock())
         try:
             self._engine = self._options.engine_factory(self._placement)
@@ -329,8 +333,8 @@ class Worker:
             return
         if not engine.alive:
             self._engine_died(engine.exit_reason())
-        elif over:
-            what = "did not load" if loading else "had work and said nothing"
+        elif over or self._stalled:
+            what = "did not load" if loading else "had work and made no step"
             self._engine_died(f"it {what} for longer than its lease and was killed", hangs=True)
 
     def _on_engine_failed(self, frame: EngineFailed) -> None:

@@ -515,7 +515,7 @@ def test_an_engine_that_has_work_and_says_nothing_for_its_lease_is_killed_and_re
     assert turns(bench, LEASE_S) == [m.Report(started=[(5, 1)])]
     [down] = downs(turns(bench, 2))
     assert down == m.EngineDown(
-        reason="it had work and said nothing for longer than its lease and was killed", started=[(5, 1)],
+        reason="it had work and made no step for longer than its lease and was killed", started=[(5, 1)],
         unstarted=[(6, 1)],
     )  # fmt: skip
     assert bench.engines[0].closed
@@ -541,6 +541,24 @@ def test_an_engine_that_counts_its_steps_keeps_its_lease() -> None:
     for _ in range(4):
         bench.engine.say(stats)
         assert turns(bench, LEASE_S - 1) == []
+
+
+def test_an_engine_in_which_one_context_stands_still_while_another_goes_on_is_replaced() -> None:
+    bench = Bench(engine_lease_s=LEASE_S).ready()
+    bench.assign(5, 6)
+    bench.engine.start(5, 6)
+    turns(bench, 1)
+    for stalled_s, told in ((LEASE_S - 1, 0), (LEASE_S + 1, 1)):
+        bench.engine.say(
+            Stats(
+                interval_s=1.0, steps=1, prompt_tokens=0, output_tokens=0, busy_s=1.0, slot_s=1.0, decode_s=0.0,
+                sample_s=0.0, stalled_s=stalled_s,
+            )
+        )  # fmt: skip
+        assert len(downs(turns(bench, 1))) == told
+    bench.pass_(RESTART_BACKOFF_S)
+    bench.engine.say(loaded())
+    assert downs(turns(bench, 5)) == [], "the next one has done nothing wrong"
 
 
 def test_loading_is_granted_a_longer_lease() -> None:
