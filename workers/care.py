@@ -59,6 +59,13 @@ class Lease:
             self._since = min(now, self._since + overslept_s)
         return now - self._since > self.lease_s * (LOADING_LEASES if loading else 1)
 
+    def story(self, loading: bool) -> str:
+        """Why an engine was killed whose lease was over."""
+        if loading:
+            times = f"{LOADING_LEASES} times --engine-lease"
+            return f"it did not load within {self.lease_s * LOADING_LEASES:g} s ({times}), and was killed"
+        return f"it had work and made no step for {self.lease_s:g} s (--engine-lease), and was killed"
+
 
 class Restarts:
     """How many more engines a worker may lose."""

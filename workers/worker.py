@@ -334,8 +334,7 @@ class Worker:
         if not engine.alive:
             self._engine_died(engine.exit_reason())
         elif over or self._stalled:
-            what = "did not load" if loading else "had work and made no step"
-            self._engine_died(f"it {what} for longer than its lease and was killed", hangs=True)
+            self._engine_died(self._lease.story(loading), hangs=True)
 
     def _on_engine_failed(self, frame: EngineFailed) -> None:
         if self._loaded and not frame.user_error:
