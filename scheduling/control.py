@@ -284,6 +284,8 @@ class ControlPlane:
         # One that had started nothing died of what it was handed (of a prompt it read, say), nobody knows of which.
         ran = event.started or event.unstarted
         died_with = {index for index, attempt in ran if self._ledger.owned(worker, index, attempt) is not None}
+        if died_with:
+            self._dispatcher.note_death()
         self._disown(worker, died_with, event.reason, out)
         if event.restarting:
             worker.state = WorkerState.JOINING

@@ -16,6 +16,7 @@ from scheduling.events import (
     Drop,
     EngineLost,
     Event,
+    Exhausted,
     Fail,
     Heard,
     InputEnded,
@@ -327,6 +328,43 @@ def test_requests_that_died_together_are_run_one_at_a_time_before_one_is_failed(
     assert plane.handle(report(OWNER, [], (5, 1)), 1.0)[-1] == Assign(OWNER, [(1, 3)])
     assert plane.handle(report(OWNER, [], (1, 3)), 1.0)[-1] == Assign(OWNER, [(IT, 3)])
     plane.check()
+
+
+def die_together(plane: ControlPlane, worker: int, *requests: tuple[int, int]) -> list[object]:
+    """The worker's engine dies while it runs `requests`, and the next one is ready."""
+    out = plane.handle(EngineLost(worker, "x", list(requests), [], True), 1.0)
+    out += plane.handle(WorkerReady(worker, 2), 1.0)
+    plane.check()
+    return [each for each in out if not isinstance(each, Exhausted)]
+
+
+def test_where_engines_die_and_nothing_is_answered_a_few_suspects_come_first() -> None:
+    """Else a worker would lose all the engines that it may, and the next start of the run would do the same again."""
+    plane = ControlPlane([OWNER], "work-stealing", 0.0, limits=Limits(prefetch=0))
+    plane.handle(WorkerReady(OWNER, 2), 0.0)
+    plane.handle(new(*range(8)), 0.0)
+    assert die_together(plane, OWNER, (0, 1), (1, 1)) == [Assign(OWNER, [(0, 2), (1, 2)])]
+    assert die_together(plane, OWNER, (0, 2), (1, 2)) == [Assign(OWNER, [(2, 1), (3, 1)])]
+    assert die_together(plane, OWNER, (2, 1), (3, 1)) == [Assign(OWNER, [(2, 2), (3, 2)])]
+    assert die_together(plane, OWNER, (2, 2), (3, 2)) == [Assign(OWNER, [(0, 3)])]
+    [failed, assigned] = die_together(plane, OWNER, (0, 3))
+    assert (isinstance(failed, Fail), assigned) == (True, Assign(OWNER, [(1, 3)]))
+    [failed, assigned] = die_together(plane, OWNER, (1, 3))
+    assert (isinstance(failed, Fail), assigned) == (True, Assign(OWNER, [(4, 1), (5, 1)])), "the engine may be broken"
+
+
+def test_suspects_come_first_until_none_is_left_where_engines_are_known_to_work() -> None:
+    plane = ControlPlane([OWNER], "work-stealing", 0.0, limits=Limits(prefetch=0))
+    plane.handle(WorkerReady(OWNER, 2), 0.0)
+    plane.handle(new(*range(9)), 0.0)
+    plane.handle(report(OWNER, [], (0, 1), (1, 1)), 0.0)
+    for first in (2, 4):
+        for attempt in (1, 2):
+            out = die_together(plane, OWNER, (first, attempt), (first + 1, attempt))
+    assert out == [Assign(OWNER, [(2, 3)])]
+    for index in (2, 3, 4):
+        assert plane.handle(report(OWNER, [], (index, 3)), 1.0)[-1] == Assign(OWNER, [(index + 1, 3)])
+    assert plane.handle(report(OWNER, [], (5, 3)), 1.0)[-1] == Assign(OWNER, [(6, 1), (7, 1)])
 
 
 def test_an_engine_that_had_started_nothing_died_of_what_it_was_handed() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from scheduling.dispatch import UNPROVEN_TRIES
 from tests.launch import ROOT, Argument, Launcher, run_alone, start_alone
 from tests.system.runs import (
     PATIENCE_S,
@@ -209,12 +210,12 @@ def test_without_any_engine_the_job_ends_at_once_with_each_ones_reason(mpirun: L
     check_one_clear_line(done, 4, "rank 1 on ", "rank 2 on ", "cudaMalloc failed: out of memory")
 
 
-def test_an_engine_that_always_dies_at_work_ends_the_job_and_fails_no_request(tmp_path: Path) -> None:
-    """What is broken is not the requests: they are there for the next start of the run."""
+def test_an_engine_that_always_dies_at_work_ends_the_job_and_not_its_requests(tmp_path: Path) -> None:
+    """What is broken is not the requests. They are there for the next start of the run, but for very few."""
     run = Run(tmp_path / "run")
     env = in_engines(tmp_path / "hook", POISONOUS["while it runs"].replace(f"{POISON} in ", ""))
     done = run_alone(*words(tmp_path, run), env=env, timeout_s=PATIENCE_S)
     check_one_clear_line(done, 4, "rank 0: killed by SIGABRT", "6 of its engines have died")
-    assert run.record() == []
+    assert len(run.record()) <= UNPROVEN_TRIES
     status = run_alone("status", run.path, "--json")
-    assert (status.rc, json.loads(status.stdout)["done"]) == (3, 0)
+    assert (status.rc, json.loads(status.stdout)["ok"]) == (3, 0)
