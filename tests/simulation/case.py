@@ -78,7 +78,7 @@ class Case:
         self.shape = self._shape(dice, size)
         self.shape.input.write_bytes(self.work.content)
         self.storage = Storage(self.shape.run_dir.parent)
-        self.books = Books(self.work, self.storage, self.shape.run_dir)
+        self.books = Books(self.work, self.storage, self.shape.run_dir, self.shape.config)
         self.now_s = 0.0
         self.sessions = 0
         self.calm_sessions = 0
@@ -90,6 +90,9 @@ class Case:
             precheck=self.work.precheck,
             prefetch=dice.choice((None, None, 0, 1, 4)),
             lease_s=dice.choice((2.5, 5.0, 10.0)),
+            engine_lease_s=dice.choice((1.5, 4.0, 12.0)),
+            request_timeout_s=2.0 if dice.random() < 0.1 else None,
+            max_deaths=dice.choice((2, 3, 3)),
             commit_interval_s=dice.choice((0.001, 0.05, 0.05, 0.5)),
             commit_bytes=dice.choice((1, 2_000, 16 << 20)),
             metrics_interval_s=dice.choice((0.3, 2.0, 10.0)),

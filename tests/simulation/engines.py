@@ -37,7 +37,7 @@ class Running:
 
 @dataclass
 class Deaths:
-    """How often an engine died with a request in one of its slots, by index, over one session."""
+    """How often an engine died that had been given a request and had not ended it, by index, over one session."""
 
     counts: Counter[int] = field(default_factory=Counter)
 
@@ -69,6 +69,8 @@ class SimulatedEngine:
         self._said: list[FromEngine] = []
         self._queue: deque[tuple[Job, float]] = deque()
         self._running: dict[int, Running] = {}
+        self._had: set[int] = set()
+        """What it was given and has neither answered nor given back."""
         self._asked: list[Callable[[], None]] = []
         self._loads_s = clock() + temper.load_s
         self._loaded = False
@@ -76,6 +78,9 @@ class SimulatedEngine:
         self._told_tokens = self._steps = 0
         self._dies_s = math.inf
         self._hangs_since: float | None = None
+        self._stalls_since: float | None = None
+        self.for_good = False
+        """It does not go on when it is calm again: somebody has to find that out."""
         self._reason = ""
         self._closed = False
         self.slowness = 1.0
@@ -86,10 +91,10 @@ class SimulatedEngine:
     # ------------------------------------------------------------ the port
 
     def submit(self, jobs: list[Job]) -> None:
-        known = {job.key for job, _ in self._queue} | self._running.keys()
         for job in jobs:
-            if job.key in known:
+            if job.key in self._had:
                 raise ViolationError(f"request {job.key} is given to an engine that has it")
+            self._had.add(job.key)
         self._ask(lambda: self._take(jobs))
 
     def recall(self, recall_id: int, keys: list[int]) -> None:
@@ -126,9 +131,9 @@ class SimulatedEngine:
         self._advance()
         if not self._reason:
             self._tell_stats()
+            self._deaths.counts.update(self._had)
         self._closed = True
-        self._queue.clear()
-        self._running.clear()
+        self._forget()
 
     @property
     def closed(self) -> bool:
@@ -152,11 +157,21 @@ class SimulatedEngine:
                 del self._said[self._dice.randrange(len(self._said)) :]
             self._die(reason)
 
-    def hang(self) -> None:
+    def hang(self, for_good: bool = False) -> None:
         """It does nothing any more, and reads nothing, until `go_on`."""
         self._advance()
         if self.lives and self._hangs_since is None:
             self._hangs_since = self._clock()
+            self.for_good = for_good
+
+    def stall(self) -> bool:
+        """One of what it runs makes no step any more, while the rest does. False if it runs nothing."""
+        self._advance()
+        if not self._running or self._stalls_since is not None:
+            return False
+        self._dice.choice(list(self._running.values())).ends_s = math.inf
+        self._stalls_since = self._clock()
+        return True
 
     def go_on(self) -> None:
         """Everything comes later by as long as it hung."""
@@ -268,6 +283,7 @@ class SimulatedEngine:
 
     def _answer(self, running: Running, at_s: float, why: str) -> Answer:
         job, self._steps = running.job, self._steps + running.tokens
+        self._had.discard(job.key)
         prompt = prompt_of(job)
         queue_s, e2e_s = running.started_s - running.received_s, at_s - running.received_s
         prompt_tokens = 1 + len(prompt) // 4
@@ -279,6 +295,7 @@ class SimulatedEngine:
 
     def _give_back(self, recall_id: int, asked: set[int]) -> None:
         returned = [job.key for job, _ in self._queue if job.key in asked]
+        self._had.difference_update(returned)
         self._queue = deque((job, at_s) for job, at_s in self._queue if job.key not in asked)
         self._said.append(Returned(recall_id, returned))
 
@@ -295,17 +312,22 @@ class SimulatedEngine:
 
     def _tell_stats(self) -> None:
         tokens, self._told_tokens = self._steps - self._told_tokens, self._steps
-        if tokens:
+        if tokens or self._running:
             self._said.append(
                 Stats(
-                    interval_s=STATS_S, steps=tokens, prompt_tokens=0, output_tokens=tokens, busy_s=0.0, slot_s=0.0,
+                    interval_s=STATS_S, steps=1 + tokens, prompt_tokens=0, output_tokens=tokens, busy_s=0.0, slot_s=0.0,
                     decode_s=0.0, sample_s=0.0, itl_buckets=[7], itl_counts=[tokens],
+                    stalled_s=0.0 if self._stalls_since is None else self._clock() - self._stalls_since,
                 )
             )  # fmt: skip
 
-    def _die(self, reason: str) -> None:
-        self._reason = reason
-        self._deaths.counts.update(self._running.keys())
+    def _forget(self) -> None:
         self._queue.clear()
         self._running.clear()
+        self._had.clear()
+
+    def _die(self, reason: str) -> None:
+        self._reason = reason
+        self._deaths.counts.update(self._had)
+        self._forget()
         self._stir(self._clock())

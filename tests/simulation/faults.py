@@ -123,10 +123,14 @@ class Faults:
         engine = self._engine()
         if engine is None or engine.hangs:
             return False
-        engine.hang()
-        if dice.random() < 0.8:
+        engine.hang(for_good=dice.random() < 0.3)
+        if not engine.for_good:
             self._after(0.1, 15.0, engine.go_on)
         return True
+
+    def engine_stalls_in_part(self, dice: Random) -> bool:
+        engine = self._engine()
+        return engine is not None and not engine.hangs and engine.stall()
 
     def engine_slows_down(self, dice: Random) -> bool:
         engine = self._engine()
@@ -237,6 +241,7 @@ class Faults:
 AT_ANY_TIME: dict[str, Callable[[Faults, Random], bool]] = {
     "engine killed": Faults.engine_killed,
     "engine hangs": Faults.engine_hangs,
+    "engine stalls in part": Faults.engine_stalls_in_part,
     "engine slows down": Faults.engine_slows_down,
     "rank killed, job ended": Faults.rank_killed,
     "rank vanishes": Faults.rank_vanishes,

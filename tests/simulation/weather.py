@@ -13,6 +13,7 @@ from random import Random
 RATES_PER_S: dict[str, tuple[float, float]] = {
     "engine killed": (0.03, 1.0),
     "engine hangs": (0.03, 0.5),
+    "engine stalls in part": (0.03, 0.5),
     "engine slows down": (0.03, 0.3),
     "rank killed, job ended": (0.01, 0.2),
     "rank vanishes": (0.01, 0.1),

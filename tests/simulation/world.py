@@ -151,7 +151,8 @@ class World:
                 defaults=setup.config.sampling,
                 engine_factory=partial(self._make_engine, rank),
                 clock=clock or (lambda: self.agenda.now_s + offset_s), wall_clock=wall_clock or self.rank0.wall_clock,
-                metrics_interval_s=setup.config.metrics_interval_s,
+                metrics_interval_s=setup.config.metrics_interval_s, engine_lease_s=setup.config.engine_lease_s,
+                request_timeout_s=setup.config.request_timeout_s,
             ),
         )  # fmt: skip
 
@@ -220,7 +221,8 @@ class World:
         self.rank0.go_on()
         self.network.calm()
         for engine in self.engines().values():
-            engine.go_on()
+            if not engine.for_good:
+                engine.go_on()
             engine.slowness = 1.0
         for worker in self.workers.values():
             worker.dies_in_collective = None
