@@ -31,6 +31,7 @@ from scheduling.events import (
     RequestRejected,
     RequestsArrived,
     Tick,
+    TimeLimited,
     WorkerLost,
     WorkerReady,
 )
@@ -83,6 +84,7 @@ class Scenario:
     prefetch: int | None = None
     faults: bool = True
     drain: bool = False
+    limit: bool = False
     steps: int = 250
 
 
@@ -98,6 +100,7 @@ def scenario_of(seed: int) -> Scenario:
         prefetch=rng.choice([None, 0, 1, 4, 8]),
         faults=rng.random() < 0.8,
         drain=rng.random() < 0.2,
+        limit=rng.random() < 0.25,
     )
 
 
@@ -231,7 +234,10 @@ class World:
         else:
             self.fault(worker)
         if self.scenario.drain and self.rng.random() < 0.01:
-            self.tell(DrainRequested("asked to"))
+            wait_s = self.rng.choice([None, 0.0, 0.3, 60.0])
+            self.tell(DrainRequested("asked to", None if wait_s is None else self.now + wait_s))
+        if self.scenario.limit and self.rng.random() < 0.02:
+            self.tell(TimeLimited(self.now + self.rng.choice([0.1, 0.5, 1.0, 3.0]), "time is up"))
 
     def work(self, worker: FakeWorker, dice: float) -> None:
         if dice < 0.45:
@@ -377,4 +383,6 @@ class World:
                 self.hear(worker)
             if not worker.alive:
                 self.tell(WorkerLost(worker.id, "dead"))
+        if self.scenario.drain or self.scenario.limit:
+            self.tell(Tick())
         self.commit(len(self.oracle.unacknowledged))
