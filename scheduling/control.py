@@ -327,17 +327,20 @@ class ControlPlane:
             self._acknowledged = 0
 
     def _tick(self, now: float, out: list[Instruction]) -> None:
-        lease_s = self.limits.lease_s
-        for worker in self._ledger.workers.values() if lease_s is not None else ():
+        if self.limits.lease_s is not None:
+            self._end_leases(self.limits.lease_s, now, out)
+        if self.mode is not Mode.STOPPED and (end_at := self._dispatcher.horizon.end_at) is not None:
+            self._keep_time(end_at, now, out)
+        give_up_at = self._give_up_at
+        if self.mode is Mode.DRAINING and give_up_at is not None and now >= give_up_at:
+            self._give_up_running(out)
+
+    def _end_leases(self, lease_s: float, now: float, out: list[Instruction]) -> None:
+        for worker in self._ledger.workers.values():
             silent_s = now - worker.heard
             if worker.state is not WorkerState.GONE and silent_s > lease_s:
                 worker.silent = True
                 self._worker_lost(worker, f"rank {worker.id} has been silent for {silent_s:.0f} s", out)
-        end_at = self._dispatcher.horizon.end_at
-        if end_at is not None and self.mode is not Mode.STOPPED:
-            self._keep_time(end_at, now, out)
-        if self.mode is Mode.DRAINING and self._give_up_at is not None and now >= self._give_up_at:
-            self._give_up_running(out)
 
     # ------------------------------------------------------------ drain and time limit
 

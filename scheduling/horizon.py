@@ -1,10 +1,10 @@
 """Before a time limit: how long a request is expected to take on each worker, and whether that is still in time.
 
-What is measured is the time from a request's start to its end, over the tokens that it was estimated to have: a worker's
-pace, in seconds a token of one sequence. Recent requests weigh more. Estimates that are all too high or too low cancel
-out, for the same estimates are multiplied by it again. A worker that has ended nothing yet is taken to be like the
-others together. While nobody has ended anything, a request is expected to take as long as the first one runs already: so
-new ones start until half of the time is over, and no longer.
+What is measured is the time from a request's start to its end, over the tokens that it was estimated to have: a
+worker's pace, in seconds a token of one sequence. Recent requests weigh more. Estimates that are all too high or too
+low cancel out, for the same estimates are multiplied by it again. A worker that has ended nothing yet is taken to be
+like the others together. While nobody has ended anything, a request is expected to take as long as the first one runs
+already: so new ones start until half of the time is over, and no longer.
 
 Pure: times are the caller's, in seconds on one clock. Who has the requests is not known here.
 """

@@ -84,6 +84,8 @@ class WorkerView:
     reason: str
     silent: bool
     """GONE without a word: its lease ran out. Nothing can be asked of it."""
+    heard: float
+    """When it last said something."""
 
 
 TARGET_UNKNOWN = 16
@@ -134,6 +136,7 @@ class WorkerEntry:
         return WorkerView(
             self.id, self.state, self.slots, len(self.queued), len(self.running), self.load_tokens, self.requests,
             self.failed, self.stolen_in, self.stolen_out, self.engine_losses, self.reason, self.silent,
+            self.heard,
         )  # fmt: skip
 
     def holdings(self) -> list[RequestEntry]:

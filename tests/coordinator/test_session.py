@@ -39,7 +39,7 @@ class FakeWorld:
     def endpoint(self) -> FakeEndpoint:
         return self.network
 
-    def collectives(self) -> FakeCollectives:
+    def collectives(self, patience_s: float = 600.0) -> FakeCollectives:
         return FakeCollectives([])
 
 

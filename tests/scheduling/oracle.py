@@ -120,7 +120,8 @@ class Oracle:
                 case GiveUp(None, items):
                     self._set_aside(items, now)
                 case GiveUp(worker, items):
-                    assert worker is not None and worker not in given_up, f"given up twice: {instruction}"
+                    assert worker is not None
+                    assert worker not in given_up, f"given up twice: {instruction}"
                     given_up[worker] = sorted(items)
                 case Exhausted():
                     self.exhausted = instruction.empty
@@ -306,7 +307,7 @@ class Oracle:
         assert self._open, "set aside after the plane has closed"
         ready = [worker for worker, known in self.workers.items() if known.state is WorkerState.READY]
         for index, attempt in items:
-            assert index in self.live and index not in self.owner, f"request {index} does not wait, and is set aside"
+            assert index in self.live - self.owner.keys(), f"request {index} does not wait, and is set aside"
             assert attempt == self.attempt[index]
             late = [not self._in_time(worker, index, now) for worker in ready]
             assert all(late) if self.steals else any(late), f"request {index} could end in time, and is set aside"

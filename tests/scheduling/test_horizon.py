@@ -143,9 +143,9 @@ def test_a_drain_without_a_deadline_waits() -> None:
 # ---------------------------------------------------------------- a time limit
 
 
-def measured(workers: int = 1, **shape: int) -> ControlPlane:
+def measured(prefetch: int = 1) -> ControlPlane:
     """Rank 1 takes 0.1 s a token, at t = 10."""
-    plane = plane_of(workers, **shape)
+    plane = plane_of(prefetch=prefetch)
     arrive(plane, 100, now=0.0, first=0)
     run_one(plane, 1, 0, 0.0, 10.0)
     return plane
