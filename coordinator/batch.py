@@ -27,6 +27,7 @@ from scheduling.errors import EXIT_OK, ConfigError, LlmpiError, RunDirError
 def run_batch(config: JobConfig, options: BatchOptions, argv: list[str]) -> int:
     """Run the job on this rank and return its exit code (see `scheduling.errors`)."""
     launch = detect(os.environ)
+    options.stopping.check(os.environ)
     if launch.launcher != "none" and options.ranks not in (None, launch.size_claimed):
         raise ConfigError(
             f"--ranks is for when llmpi starts its own mpirun; this job was started by {launch.launcher} with "

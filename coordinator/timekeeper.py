@@ -45,6 +45,11 @@ class StopOptions:
         if not 0 < self.drain_timeout_s < math.inf:
             raise ConfigError(f"--drain-timeout is {self.drain_timeout_s:g}: it must be above 0 seconds, and finite")
 
+    def check(self, environ: Mapping[str, str]) -> None:
+        """Raises ConfigError for what is not to be had in this environment."""
+        if self.on_limit == "requeue" and not environ.get("SLURM_JOB_ID"):
+            raise ConfigError("--on-limit requeue is for jobs of Slurm, and this is none (there is no SLURM_JOB_ID)")
+
 
 class Timekeeper:
     """See the module's text. `age_s`: how long this job had been running when this was made."""
@@ -70,8 +75,6 @@ class Timekeeper:
         self.job = environ.get("SLURM_JOB_ID") or None
         self._slurm_at: float | None = None
         self._slurm = SlurmEnd(environ if options.slurm_limit else {})
-        if options.on_limit == "requeue" and self.job is None:
-            raise ConfigError("--on-limit requeue is for jobs of Slurm, and this is none (there is no SLURM_JOB_ID)")
 
     # ------------------------------------------------------------ the time limit
 

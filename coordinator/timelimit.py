@@ -13,7 +13,7 @@ from datetime import datetime
 
 from scheduling.errors import ConfigError
 
-SQUEUE_TIMEOUT_S = 20.0
+SQUEUE_TIMEOUT_S = 60.0
 SCONTROL_TIMEOUT_S = 10.0
 
 _UNITS_S = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86_400.0}

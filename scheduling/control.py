@@ -53,6 +53,7 @@ from scheduling.events import (
     WorkerLost,
     WorkerReady,
 )
+from scheduling.horizon import steps_of
 from scheduling.ledger import Ledger, Phase, RequestEntry, WorkerEntry, WorkerState, WorkerView, must
 from scheduling.limits import Limits as Limits
 from scheduling.policies import Policy, policy_named
@@ -214,9 +215,10 @@ class ControlPlane:
         if self.mode is not Mode.OPEN:
             return  # read before the drain was known: the next start of the run reads it again
         for new in requests:
-            cost = new.prompt_tokens + self.estimator.output_tokens(new.output_limit)
-            request = RequestEntry(new.index, cost, new.output_limit)
-            self._dispatcher.horizon.arrived(cost)
+            output_tokens = self.estimator.output_tokens(new.output_limit)
+            steps = steps_of(new.prompt_tokens, output_tokens)
+            request = RequestEntry(new.index, new.prompt_tokens + output_tokens, new.output_limit, steps)
+            self._dispatcher.horizon.arrived(steps)
             self._ledger.add(request)
             self._policy.arrive(request)
         self.totals.accepted += len(requests)
@@ -260,7 +262,7 @@ class ControlPlane:
             if answer.ok and (request.started_at is not None or request.phase is Phase.QUEUED):
                 # One that was not said to have started has started and ended since the last report.
                 since = heard_before if request.started_at is None else request.started_at
-                self._dispatcher.horizon.ended(worker.id, now - since, request.cost)
+                self._dispatcher.horizon.ended(worker.id, now - since, request.steps)
             self._ledger.end(request, worker)
             self._unacknowledged.append(answer.ok)
             if answer.ok:

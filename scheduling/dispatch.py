@@ -206,7 +206,7 @@ class Dispatcher:
         aside = []
         while self._policy.available(worker.id):
             request = self._policy.peek(worker.id)
-            if horizon.in_time(worker.id, request.cost, now, self._wait_s(worker, now)):
+            if horizon.in_time(worker.id, request.steps, now, self._wait_s(worker, request, now)):
                 found = self._policy.take(worker.id)
                 horizon.set_aside_since = 0
                 break
@@ -220,17 +220,18 @@ class Dispatcher:
             out.append(GiveUp(None, [(request.index, request.attempt) for request in aside]))
         return found
 
-    def _wait_s(self, worker: WorkerEntry, now: float) -> float:
-        """How long another request would wait for a slot of the worker."""
+    def _wait_s(self, worker: WorkerEntry, request: RequestEntry, now: float) -> float:
+        """How long the request would wait for a slot of the worker. Others are taken to be as much prompt as it is."""
         before = len(worker.queued) + len(worker.recalled)
         if worker.owned < worker.slots or not before:
             return 0.0
-        return self.horizon.expected_s(worker.id, worker.load_tokens * before / worker.owned / worker.slots, now)
+        tokens = worker.load_tokens * before / worker.owned / worker.slots
+        return self.horizon.expected_s(worker.id, tokens * request.steps / request.cost, now)
 
     def _in_time_somewhere(self, worker: WorkerEntry, request: RequestEntry, now: float) -> bool:
         """Whether the request would end in time on a free slot of this worker, or of another one that may have it."""
         others = self._ledger.workers.values() if self._policy.steals else (worker,)
-        return any(w.state is WorkerState.READY and self.horizon.in_time(w.id, request.cost, now) for w in others)
+        return any(w.state is WorkerState.READY and self.horizon.in_time(w.id, request.steps, now) for w in others)
 
     def recall_late(self, now: float, out: list[Instruction]) -> None:
         """Recall what is queued and would not end in time any more, even if it started now."""
@@ -238,7 +239,7 @@ class Dispatcher:
         for worker in self._ledger.workers.values():
             if not worker.queued or horizon.in_time(worker.id, horizon.longest, now):
                 continue
-            late = [index for index, r in worker.queued.items() if not horizon.in_time(worker.id, r.cost, now)]
+            late = [index for index, r in worker.queued.items() if not horizon.in_time(worker.id, r.steps, now)]
             if late:
                 self.recall(worker, late, now, out)
 
@@ -288,7 +289,7 @@ class Dispatcher:
 
     def _thief_in_time(self, request: RequestEntry, now: float) -> bool:
         """Whether a worker with room would end it in time: else it would only come back."""
-        return any(self.horizon.in_time(worker, request.cost, now) for worker in self._hungry)
+        return any(self.horizon.in_time(worker, request.steps, now) for worker in self._hungry)
 
     def recall(self, victim: WorkerEntry, indexes: list[int], now: float, out: list[Instruction]) -> None:
         """Ask the victim to give back these of its queued requests, as far as it has not started them."""

@@ -34,26 +34,20 @@ class WorkerState(Enum):
 class RequestEntry:
     """One live request. `cost` is its estimated tokens; `stolen_from` the victim it was last taken from.
 
-    `started_at`: when its owner said that it runs; None while it does not, or where that was never said.
+    `steps`: how long it is estimated to run (`scheduling.horizon`). `started_at`: when its owner said that it runs;
+    None while it does not, or where that was never said.
     """
 
     __slots__ = (
-        "index",
-        "attempt",
-        "cost",
-        "limit",
-        "phase",
-        "owner",
-        "deaths",
-        "stolen_from",
-        "history",
+        "index", "attempt", "cost", "steps", "limit", "phase", "owner", "deaths", "stolen_from", "history",
         "started_at",
-    )
+    )  # fmt: skip
 
-    def __init__(self, index: int, cost: float, limit: int | None) -> None:
+    def __init__(self, index: int, cost: float, limit: int | None, steps: float = 0.0) -> None:
         self.index = index
         self.attempt = 1
         self.cost = cost
+        self.steps = steps
         self.limit = limit
         self.phase = Phase.WAITING
         self.owner: int | None = None

@@ -38,7 +38,7 @@ from scheduling.events import (
     WorkerLost,
     WorkerReady,
 )
-from scheduling.horizon import Horizon
+from scheduling.horizon import Horizon, steps_of
 from scheduling.ledger import WorkerState
 from scheduling.messages import Finished
 
@@ -76,7 +76,7 @@ class Oracle:
         self.give_up_at: float | None = None
         self.horizon = Horizon()
         self.estimator = LengthEstimator()
-        self.cost: dict[int, float] = {}
+        self.steps: dict[int, float] = {}
         self.limit_of: dict[int, int | None] = {}
         self.started_at: dict[int, float] = {}
         self.unfinished = self.set_aside = 0
@@ -149,8 +149,8 @@ class Oracle:
                 self.workers[event.worker] = Known(WorkerState.READY, event.slots, now)
             case RequestsArrived() if self._open:
                 for new in event.requests:
-                    self.cost[new.index] = new.prompt_tokens + self.estimator.output_tokens(new.output_limit)
-                    self.horizon.arrived(self.cost[new.index])
+                    self.steps[new.index] = steps_of(new.prompt_tokens, self.estimator.output_tokens(new.output_limit))
+                    self.horizon.arrived(self.steps[new.index])
                     self.limit_of[new.index] = new.output_limit
                     self.live.add(new.index)
                     self.attempt[new.index] = 1
@@ -212,9 +212,9 @@ class Oracle:
 
     def _nothing_in_time(self, now: float) -> bool:
         ready = [worker for worker, known in self.workers.items() if known.state is WorkerState.READY]
-        if not ready or not self.cost:
+        if not ready or not self.steps:
             return False
-        shortest = min(self.cost.values())
+        shortest = min(self.steps.values())
         return not any(self.horizon.in_time(worker, shortest, now) for worker in ready)
 
     def _expect_report(self, event: Reported, now: float) -> None:
@@ -233,7 +233,7 @@ class Oracle:
                     untold = answer.index not in self.started and answer.index not in asked
                     since = heard_before if untold else self.started_at.get(answer.index)
                     if since is not None:
-                        self.horizon.ended(event.worker, now - since, self.cost[answer.index])
+                        self.horizon.ended(event.worker, now - since, self.steps[answer.index])
                 self._end(answer.index)
             else:
                 self.late += 1
@@ -352,7 +352,7 @@ class Oracle:
         assert not times or now < min(times) or not self.live, f"{self.live} live when time is up"
 
     def _in_time(self, worker: int, index: int, now: float) -> bool:
-        return self.horizon.in_time(worker, self.cost[index], now)
+        return self.horizon.in_time(worker, self.steps[index], now)
 
     def _judge_work(self, now: float) -> None:
         empty = self.input_ended and not self.recalls and not self._movable()

@@ -24,7 +24,7 @@ from scheduling.events import (
     TimeLimited,
     WorkerReady,
 )
-from scheduling.horizon import MEMORY_REQUESTS, Horizon, Pace
+from scheduling.horizon import MEMORY_REQUESTS, PROMPT_STEPS, Horizon, Pace
 from tests.scheduling.fakes import answer
 
 OUTPUT = 4.8
@@ -39,9 +39,9 @@ def plane_of(workers: int = 1, slots: int = 1, prefetch: int = 1, schedule: str 
     return plane
 
 
-def arrive(plane: ControlPlane, *tokens: float, now: float, first: int) -> list[object]:
-    """Requests of about that many tokens, prompt and expected output together."""
-    news = [NewRequest(first + k, round(size - OUTPUT), 8) for k, size in enumerate(tokens)]
+def arrive(plane: ControlPlane, *steps: float, now: float, first: int) -> list[object]:
+    """Requests of about that many steps, prompt and expected output together."""
+    news = [NewRequest(first + k, round((size - OUTPUT) / PROMPT_STEPS), 8) for k, size in enumerate(steps)]
     return list(plane.handle(RequestsArrived(news), now))
 
 
@@ -55,16 +55,16 @@ def run_one(plane: ControlPlane, worker: int, index: int, start: float, end: flo
 # ---------------------------------------------------------------- paces
 
 
-def test_a_pace_is_time_over_tokens_and_recent_requests_weigh_more() -> None:
+def test_a_pace_is_time_over_steps_and_recent_requests_weigh_more() -> None:
     pace = Pace()
-    assert pace.token_s is None
+    assert pace.step_s is None
     pace.observe(10.0, 100.0)
-    assert pace.token_s == pytest.approx(0.1)
+    assert pace.step_s == pytest.approx(0.1)
     pace.observe(30.0, 100.0)
-    assert 0.2 < (pace.token_s or 0.0) < 0.202
+    assert 0.2 < (pace.step_s or 0.0) < 0.202
     for _ in range(8 * MEMORY_REQUESTS):
         pace.observe(1.0, 100.0)
-    assert pace.token_s == pytest.approx(0.01, rel=0.01)
+    assert pace.step_s == pytest.approx(0.01, rel=0.01)
 
 
 def test_a_worker_is_taken_to_be_like_the_others_until_it_has_ended_something() -> None:
@@ -144,7 +144,7 @@ def test_a_drain_without_a_deadline_waits() -> None:
 
 
 def measured(prefetch: int = 1) -> ControlPlane:
-    """Rank 1 takes 0.1 s a token, at t = 10."""
+    """Rank 1 takes 0.1 s a step, at t = 10."""
     plane = plane_of(prefetch=prefetch)
     arrive(plane, 100, now=0.0, first=0)
     run_one(plane, 1, 0, 0.0, 10.0)
