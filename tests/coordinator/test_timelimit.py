@@ -112,8 +112,8 @@ def test_the_earlier_of_both_limits_counts_and_none_switches_slurms_off() -> Non
     at, why = limit_of(IN_SLURM) or (0.0, "")
     assert at == slurms
     assert "Slurm ends job 7" in why
-    assert (limit_of(IN_SLURM, time_limit_s=1e6) or ())[0] == slurms
-    assert (limit_of(IN_SLURM, time_limit_s=60.0) or ())[0] == 1050.0
+    assert limit_of(IN_SLURM, time_limit_s=1e6) == (slurms, why)
+    assert limit_of(IN_SLURM, time_limit_s=60.0) == (1050.0, "the time limit of 1m00s")
     assert limit_of(IN_SLURM, slurm_limit=False) is None
 
 

@@ -40,7 +40,7 @@ def work(tmp_path: Path, run: Run) -> tuple[Argument, ...]:
     lines = [line | {"max_tokens": 10 + 7 * (k % 8)} for k, line in enumerate(prompts(REQUESTS, ignore_eos=True))]
     given = write_lines(tmp_path / "in.jsonl", lines)
     simulated = ("-m", "any-name", "--engine", "simulated", "--time-scale", "0.02", "--ctx", 256, "--slots", 4)
-    return ("batch", *simulated, "-i", given, "-o", run.path, "--drain-timeout", BOUND_S)
+    return ("batch", *simulated, "-i", given, "-o", run.path, "--drain-timeout", f"{BOUND_S:g}")
 
 
 def wait_for_answers(job: Job, run: Run) -> None:
