@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-GOODBYE_S = 3.0
+GOODBYE_S = 4.0
 """For all that does not depend on the run's size: engines end, ranks are let go, the launcher leaves."""
 ENGINE_S = 2.0
 """How long an engine may take to end when time is short; then it is killed."""

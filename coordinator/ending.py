@@ -15,7 +15,6 @@ from coordinator.setup import Setup
 from coordinator.simulated import WARNING
 from coordinator.source import Source
 from coordinator.timekeeper import Timekeeper
-from coordinator.timelimit import requeue
 from scheduling.errors import EXIT_INFRASTRUCTURE, EXIT_OK, EXIT_RESUMABLE, EXIT_SOME_FAILED, BugError
 from storage.files import Disk
 from storage.recovery import Recovery
@@ -47,7 +46,10 @@ class Ending:
     def finish(
         self, coordinator: Coordinator, source: Source, found: Recovery, intervals: Intervals, fsyncs: int
     ) -> int:
-        """After the loop, the record closed. Returns the exit code. `found`: what was done before this session."""
+        """After the loop, the record closed. Returns the exit code. `found`: what was done before this session.
+
+        Whoever calls it lets go of the run directory, and leaves the session.
+        """
         run, snapshot, outcome = self._run, coordinator.snapshot(), coordinator.outcome
         if outcome is None:
             intervals.close()
@@ -94,7 +96,7 @@ class Ending:
         if outcome.outcome == "done" and ended != run.total:
             self._session.close("the input changed")
             self._say(f"llmpi: the input had {run.total} requests and gave {ended}: it was changed while the job ran")
-            return self._session.leave(EXIT_RESUMABLE)
+            return EXIT_RESUMABLE
         if outcome.outcome == "done":
             run.mark_complete({"ok": found.ok + snapshot.done, "failed": failed})
         self._session.close(outcome.outcome)
@@ -106,7 +108,7 @@ class Ending:
         if doubt:
             self._say(f"llmpi: an error of its own (please report it): {doubt}")
             code = EXIT_INFRASTRUCTURE
-        return self._session.leave(code)
+        return code
 
     def report(self, failed: int) -> int:
         """Of a run that was complete before: print the table. Returns the exit code."""
@@ -161,21 +163,11 @@ class Ending:
             unfinished = coordinator.plane.totals.unfinished
             cut = f", {unfinished} that ran cut off" if unfinished else ""
             self._say(f"drained ({reason}){cut}; the same command resumes {path}")
-            self._requeue()
             return EXIT_RESUMABLE
         if outcome == "no workers":
             self._say(f"llmpi: no worker is left: {reason}. The same command resumes {path}")
             return EXIT_INFRASTRUCTURE
         return EXIT_SOME_FAILED if failed else EXIT_OK
-
-    def _requeue(self) -> None:
-        """The last act: Slurm ends the job that it puts back into its queue."""
-        job = self._keeper.job
-        if job is None or not self._keeper.requeues():
-            return
-        self._say(f"asking Slurm to requeue job {job}, which goes on with this run")
-        if (problem := requeue(job)) is not None:
-            self._say(f"llmpi: Slurm does not requeue job {job}: {problem}")
 
     @staticmethod
     def _say(text: str) -> None:

@@ -34,6 +34,7 @@ from coordinator.signals import StopSignals
 from coordinator.source import FileSource, same_input
 from coordinator.surroundings import Surroundings
 from coordinator.timekeeper import StopOptions, Timekeeper
+from coordinator.timelimit import requeue
 from coordinator.world import Ranks
 from scheduling import events as ev
 from scheduling.errors import EXIT_INFRASTRUCTURE, InputError, RecordError, RunDirError
@@ -123,7 +124,9 @@ class Lead:
             with RunDir.create_or_resume(
                 self._options.output, self._identity(form), details, held=given.held, disk=self._disk
             ) as run:
-                return self._run_in(run, source)
+                code = self._run_in(run, source)
+            self._requeue()
+            return self.session.leave(code)
         except BaseException as error:
             self._view.close()
             self.session.refuse(str(error))
@@ -257,6 +260,16 @@ class Lead:
                 for rank, placement in sorted(placements.items())
             ],
         }
+
+    def _requeue(self) -> None:
+        """The last act, for Slurm ends the job that it puts back into its queue."""
+        outcome = None if self.session.coordinator is None else self.session.coordinator.outcome
+        job = self._keeper.job
+        if job is None or outcome is None or outcome.outcome != "drained" or not self._keeper.requeues():
+            return
+        self._view.note(f"asking Slurm to requeue job {job}, which goes on with this run")
+        if (problem := requeue(job)) is not None:
+            self._view.note(f"llmpi: Slurm does not requeue job {job}: {problem}")
 
     def _tell_resume(self, run: RunDir, found: Recovery) -> None:
         if found.torn_bytes:

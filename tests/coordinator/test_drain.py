@@ -163,7 +163,7 @@ def test_what_cannot_end_within_the_bound_is_cut_off_and_done_by_the_next_start(
     assert [line["custom_id"] for line in run.lines()] == ["r0"], "it ended within the bound; nothing more was started"
     facts = run.facts
     assert (facts["outcome"], facts["unfinished"], facts["requests"]) == ("drained", 1, 1)
-    assert facts["drain_s"] == pytest.approx(17.0, abs=0.7)
+    assert facts["drain_s"] == pytest.approx(20.0 - GOODBYE_S, abs=0.7)
     assert facts["collectives"] == "1 ranks"
     assert (run.run_dir / METRICS_NAME).exists()
     run.check_finished_exactly_once()
@@ -237,7 +237,12 @@ def test_metrics_that_do_not_fit_into_the_bound_are_left_to_report(
 def fake_scontrol(folder: Path, patch: pytest.MonkeyPatch, *, status: int = 0) -> Path:
     """A scontrol that notes what it is asked. Returns the file with its notes."""
     notes, tool = folder / "notes", folder / "scontrol"
-    tool.write_text(f'#!/bin/sh\necho "$@" >> {notes}\necho "Requested operation is disabled" >&2\nexit {status}\n')
+    run_json = folder / "run" / "run.json"
+    lock = folder / "run" / "lock"
+    tool.write_text(
+        f"#!/bin/sh\ntest -s {lock} && echo locked >> {notes}\ngrep -q drained {run_json} || echo early >> {notes}\n"
+        f'echo "$@" >> {notes}\necho "Requested operation is disabled" >&2\nexit {status}\n'
+    )
     tool.chmod(0o755)
     patch.setenv("PATH", f"{folder}:/usr/bin:/bin")
     return notes
