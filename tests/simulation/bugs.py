@@ -13,10 +13,10 @@ from typing import Any
 from unittest import mock
 
 from coordinator import lead
-from coordinator.loop import Coordinator
 from coordinator.rundata import OwnRows
 from coordinator.session import Session
 from coordinator.source import FileSource
+from coordinator.timekeeper import Timekeeper
 from scheduling import messages as m
 from scheduling.control import ControlPlane
 from scheduling.dispatch import Dispatcher
@@ -148,7 +148,7 @@ def a_lease_never_expires() -> list[Patch]:
 
 @bug
 def a_drain_is_forgotten() -> list[Patch]:
-    return [wrapped(Coordinator, "drain", lambda original, coordinator, reason: None)]
+    return [wrapped(Timekeeper, "stops", lambda original, keeper, asked, size: [])]
 
 
 @bug

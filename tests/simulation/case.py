@@ -110,7 +110,7 @@ class Case:
         simulated = Setup(config, ModelFacts(""), "simulated", "simulated", Host(hostname="node", cpus=(0, 1)))
         return Shape(
             self.seed, size, simulated, self.folder / "in.jsonl", self.folder / "disk" / "run", tempers,
-            dice.choice(("openmpi", "mpich")),
+            dice.choice(("openmpi", "mpich")), dice.choice((3.0, 8.0, 20.0)),
         )  # fmt: skip
 
     # ------------------------------------------------------------ sessions

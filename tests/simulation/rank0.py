@@ -69,6 +69,8 @@ class Rank0:
         """The errno of all operations that change something."""
         self.latency_s = 1e-4
         self.wall_jump_s = 0.0
+        self.held_up_s = 0.0
+        """How long it has been stopped, or its disk has taken: in so far it cannot keep to times."""
 
     # ------------------------------------------------------------ time
 
@@ -118,6 +120,7 @@ class Rank0:
     def stop_for(self, seconds: float) -> None:
         """It is stopped, and goes on after so long."""
         self._stopped_until_s = max(self._stopped_until_s, self._agenda.now_s + seconds)
+        self.held_up_s += seconds
 
     def go_on(self) -> None:
         self._stopped_until_s = 0.0
@@ -150,6 +153,7 @@ class Rank0:
         self._must_live()
         if not self._in_agenda:
             self._looks = 0
+            self.held_up_s += self.latency_s
             until_s = self._agenda.now_s + self.latency_s
             self._live(until_s, until_s)
         name = METRICS_NAME if path.name.startswith(f".{METRICS_NAME}") else path.name  # that one says who writes it

@@ -13,8 +13,7 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from coordinator.collect import Blocks, collect
-from coordinator.mpi import COLLECTIVE_PATIENCE_S
+from coordinator.collect import COLLECTIVE_PATIENCE_S, Blocks, collect
 from coordinator.serve import step
 from scheduling.errors import RankLostError
 from scheduling.link import Endpoint, Spoke
@@ -154,6 +153,7 @@ class Collectives:
         self._call = 0
         self.sleep: Callable[[float], None] | None = None
         self.clock: Callable[[], float] = lambda: 0.0
+        self.patience_s = COLLECTIVE_PATIENCE_S
 
     def sum(self, values: Rows) -> Rows:
         return self._together(values, lambda parts: np.sum(parts, axis=0))
@@ -175,10 +175,10 @@ class Collectives:
         call = self._board.give(self.rank, np.array(values))
         if self.sleep is None:
             return values
-        deadline_s = self.clock() + COLLECTIVE_PATIENCE_S
+        deadline_s = self.clock() + self.patience_s
         while (parts := self._board.all_of(call)) is None:
             if self.clock() > deadline_s:
-                raise RankLostError(f"a collective did not end within {COLLECTIVE_PATIENCE_S:.0f} s")
+                raise RankLostError(f"a collective did not end within {self.patience_s:.0f} s")
             self.sleep(5e-4)
         return operation(parts)
 
@@ -201,9 +201,9 @@ class SimulatedRanks:
     def endpoint(self) -> Endpoint:
         return self._endpoint
 
-    def collectives(self) -> Collectives:
+    def collectives(self, patience_s: float = COLLECTIVE_PATIENCE_S) -> Collectives:
         own = self._board.of(0)
-        own.sleep, own.clock = self._sleep, self._clock
+        own.sleep, own.clock, own.patience_s = self._sleep, self._clock, patience_s
         return own
 
     def abort(self, code: int) -> NoReturn:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from random import Random
 
 RATES_PER_S: dict[str, tuple[float, float]] = {
-    "engine killed": (0.03, 1.0),
+    "engine killed": (0.03, 0.6),
     "engine hangs": (0.03, 0.5),
     "engine stalls in part": (0.03, 0.5),
     "engine slows down": (0.03, 0.3),
@@ -33,13 +33,14 @@ RATES_PER_S: dict[str, tuple[float, float]] = {
 """Of each kind of fault that comes at any time: how often, at least and at most, in a seed that has it."""
 
 CHANCES: dict[str, float] = {
-    "message delayed": 0.2,
+    "message delayed": 0.3,
     "message duplicated": 0.2,
     "engine refuses to start": 0.3,
     "engine fails while it loads": 0.5,
     "crash at a write": 0.8,
     "disk error at a write": 0.8,
     "rank dies in a collective": 0.6,
+    "time limit": 0.4,
 }
 """Of each kind of fault that comes with something else: most that its chance can be, each time."""
 
@@ -62,7 +63,7 @@ class Weather:
 
 
 def _a_few_often(dice: Random) -> tuple[dict[str, float], dict[str, float]]:
-    kinds = dice.sample([*RATES_PER_S, *CHANCES], dice.randint(1, 4))
+    kinds = dice.sample([*RATES_PER_S, *CHANCES], dice.randint(1, 6))
     rates = {kind: RATES_PER_S[kind][1] for kind in kinds if kind in RATES_PER_S}
     return rates, {kind: CHANCES[kind] for kind in kinds if kind in CHANCES}
 
@@ -91,6 +92,6 @@ def draw(dice: Random, ranks: int) -> Weather:
         rates_per_s=rates,
         chances=chances,
         latency_s=math.exp(dice.uniform(math.log(1e-4), math.log(2e-2))),
-        late_s=dice.choice((0.05, 0.5, 3.0)),
+        late_s=dice.choice((0.2, 1.0, 4.0, 4.0)),
         slow_ranks=frozenset(rank for rank in range(ranks) if dice.random() < 0.15),
     )

@@ -21,6 +21,7 @@ from coordinator.lead import BatchOptions, Lead
 from coordinator.setup import Setup
 from coordinator.signals import StopSignals
 from coordinator.surroundings import Surroundings
+from coordinator.timekeeper import StopOptions, Timekeeper
 from scheduling import messages as m
 from scheduling.errors import EngineError, LlmpiError
 from scheduling.link import Spoke
@@ -38,6 +39,7 @@ from tests.simulation.weather import Weather
 from workers.port import Engine
 from workers.worker import Worker, WorkerOptions
 
+PUNCTUAL_S = 1.0
 LEAVE_S = 30.0
 """How long the ranks have to end after rank 0 has returned."""
 
@@ -54,6 +56,7 @@ class Shape:
     run_dir: Path
     tempers: dict[int, Temper]
     launcher: str
+    drain_timeout_s: float
 
     @property
     def config(self) -> JobConfig:
@@ -241,19 +244,24 @@ class World:
             clock=rank0.clock, wall_clock=rank0.wall_clock, sleep=rank0.sleep, disk=self.disk, recorder=self._recorder,
             executor=partial(InTurn, self.agenda, rank0.stir),
         )  # fmt: skip
-        options = BatchOptions(input=shape.input, output=shape.run_dir, quiet=True)
+        limit_s = self._dice.uniform(2.0, 15.0) if self._happens("time limit", 1.0) else None
+        stopping = StopOptions(drain_timeout_s=shape.drain_timeout_s, time_limit_s=limit_s)
+        self.keeper = Timekeeper(stopping, self.signals, rank0.clock, rank0.wall_clock, environ={})
+        options = BatchOptions(input=shape.input, output=shape.run_dir, stopping=stopping, quiet=True)
         code, failure, said = None, "", io.StringIO()
         with self._in_place(), contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
             try:
                 lead = self.lead = Lead(
                     shape.setup, options, detect(variables if shape.size > 1 else {}),
-                    self._ranks if shape.size > 1 else None, Staged(), self.signals, around,
+                    self._ranks if shape.size > 1 else None, Staged(), self.signals, around, self.keeper,
                 )  # fmt: skip
                 code = lead.run()
             except Rank0DiedError:
                 code = self.aborted
             except LlmpiError as error:
                 code, failure = error.exit_code, f"{type(error).__name__}: {error}"
+            if self.aborted is not None or not rank0.dead:
+                self._judge_time()
             if rank0.dead:
                 code = self.aborted
             else:
@@ -278,6 +286,17 @@ class World:
             mock.patch.object(record_module, "threading", Threads(self.agenda, self.rank0.stir)),
         ):
             yield
+
+    def _judge_time(self) -> None:
+        """Where somebody has said until when, the job is gone by then, but for what held rank 0 up."""
+        coordinator = None if self.lead is None else self.lead.session.coordinator
+        outcome = None if coordinator is None else coordinator.outcome
+        exit_by = self.keeper.exit_by
+        if exit_by is None or (outcome is not None and outcome.outcome == "done"):
+            return
+        late_s = self.rank0.clock() - exit_by - self.rank0.held_up_s
+        if late_s > PUNCTUAL_S:
+            raise ViolationError(f"the job ended {late_s:.1f} s later than it was to, {outcome}")
 
     def _wait_for_all(self) -> None:
         """Rank 0 has returned: every rank that it can reach ends, its engine closed."""
