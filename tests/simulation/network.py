@@ -58,11 +58,12 @@ class Network:
         due_s = self._agenda.now_s + delay_s
         if line:
             due_s = max(due_s, line[-1].due_s)
-        self._send(line, _Envelope(source, target, payload, due_s))
+        envelope = _Envelope(source, target, payload, due_s)
+        self._send(line, envelope)
         if not self._calm and self._dice.random() < self._weather.chance("message duplicated"):
             self._trace.fault(self._agenda.now_s, "message duplicated", source, target)
             due_s += self._dice.uniform(0.0, self._weather.late_s)
-            self._agenda.at(due_s, lambda: self._deliver(_Envelope(source, target, payload, due_s)))
+            self._agenda.at(due_s, lambda: self._deliver(envelope))
 
     def _send(self, line: list[_Envelope], envelope: _Envelope) -> None:
         line.append(envelope)
@@ -79,7 +80,7 @@ class Network:
         self._deliver(envelope)
 
     def _deliver(self, envelope: _Envelope) -> None:
-        if envelope.target in self._dead or self._cut.intersection((envelope.source, envelope.target)):
+        if envelope.lost or envelope.target in self._dead or self._cut.intersection((envelope.source, envelope.target)):
             return  # of a duplicate: the first one still comes
         pair = (envelope.source, envelope.target)
         self._trace.note(self._agenda.now_s, "message", *pair)
