@@ -20,6 +20,7 @@ import numpy as np
 from coordinator.config import JobConfig
 from scheduling.control import ControlPlane, Limits, Mode
 from scheduling.errors import BugError, PeerError, RunDirError
+from scheduling.estimates import LengthEstimator
 from scheduling.events import Committed, Event, Instruction, Tick
 from scheduling.recordline import Row, decode_row
 from storage.record import RecordWriter
@@ -201,8 +202,11 @@ class _Bare:
 
 
 class _PlaneOracle(Oracle):
-    def __init__(self, plane: ControlPlane, workers: list[int], schedule: str, limits: Limits, now: float) -> None:
+    def __init__(
+        self, plane: ControlPlane, workers: list[int], schedule: str, limits: Limits, output_limit: int, now: float
+    ) -> None:
         super().__init__(workers, schedule, limits)
+        self.estimator = LengthEstimator(output_limit)
         self.plane = _Bare(plane)  # type: ignore[assignment]
         for known in self.workers.values():
             known.heard = now
@@ -228,7 +232,9 @@ class WatchedPlane(ControlPlane):
         self._watched = watched
         self._before = len(watched.books.promised)
         self._durable = 0
-        self._oracle = _PlaneOracle(self, list(workers), schedule, options["limits"], now)
+        self._oracle = _PlaneOracle(
+            self, list(workers), schedule, options["limits"], options["output_limit_default"], now
+        )  # fmt: skip
         self._ticks_asked = 0
         watched.asked_to_stop = False
 
