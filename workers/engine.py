@@ -26,7 +26,6 @@ import numpy as np
 
 from scheduling.errors import ConfigError, EngineError, ModelFileError, RequestError
 from workers.backlog import Backlog, Lane, Task
-from workers.chat import ChatTemplate
 from workers.constraints import Constraints
 from workers.continuations import ContinuationReader
 from workers.draft_model import check_same_tokenizer
@@ -48,6 +47,7 @@ from workers.protocol import (
     Submit,
     decode_to_engine,
 )
+from workers.rendering import ConfinedTemplate, TemplateSource
 from workers.shares import slots_of_contexts
 from workers.stepper import Vocabulary
 from workers.text import PieceTable
@@ -157,11 +157,13 @@ class BatchingEngine:
 
     @staticmethod
     def _prompt_reader(config: EngineConfig, model: Model, template: str | None, piece_bytes_max: int) -> PromptReader:
-        chat = ChatTemplate(
-            template,
-            bos=model.token_text(model.bos),
-            eos=model.token_text(model.eos),
-            control_texts=model.control_texts(),
+        chat = ConfinedTemplate(
+            TemplateSource(
+                template,
+                bos=model.token_text(model.bos),
+                eos=model.token_text(model.eos),
+                control_texts=tuple(model.control_texts()),
+            )
         )
         if config.chat_template is not None:
             chat.check()
