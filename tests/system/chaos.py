@@ -1,13 +1,13 @@
 """Real jobs under random faults, drawn from a seed, with what must hold after each of them.
 
-A schedule says which processes of a job meet what, and how many answers are recorded by then: it does not depend on how
-fast the machine is. A job that was ended is started again, until the run is whole or its turns are used up. `play` raises
-AssertionError for the first thing that does not hold; afterwards the answers are those of an undisturbed run.
+A schedule says which processes of a job meet what, and how many answers are recorded by then: it does not depend on
+how fast the machine is. A job that was ended is started again, until the run is whole or its turns are used up. `play`
+raises AssertionError for the first thing that does not hold; afterwards the answers are those of an undisturbed run.
 
     python -m tests.system.chaos --seeds N [--first K] [--mpirun PATH] [--without-ulfm]
 
-plays N schedules and ends with a line that counts faults by kind. Exit status 0 if everything held; a schedule that did not
-hold prints a line that plays it again.
+plays N schedules and ends with a line that counts faults by kind. Exit status 0 if everything held; a schedule that did
+not hold prints a line that plays it again.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ TIME_SCALE = 0.035
 """Of the simulated engine, for each worker: all schedules take equally long."""
 TURNS_MAX = 8
 GONE_S = 90.0
-"""Within this time a job that lost a process has ended, or goes on; on a loaded machine starting one takes half of it."""
+"""Within this time a job that was killed is gone, and one that starts has its engines; a loaded machine takes half."""
 WHOLE_S = 240.0
 """Bounds a job that nothing disturbs any more."""
 

@@ -79,9 +79,9 @@ def test_only_the_request_that_a_template_cannot_render_fails(confine: Confine) 
 def test_a_template_that_never_ends_is_given_up(confine: Confine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendering, "DEATHS_MAX", 1)
     template = confine(LOOPS)
-    with pytest.raises(RequestError, match="more than 2 seconds$"):
+    with pytest.raises(RequestError, match=r"more than 2 seconds$"):
         template.parts(HELLO)
-    with pytest.raises(RequestError, match="more than 2 seconds, .* it is not tried again"):
+    with pytest.raises(RequestError, match=r"more than 2 seconds, .* it is not tried again"):
         template.parts(HELLO)
 
 
