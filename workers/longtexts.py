@@ -13,6 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from scheduling.errors import RequestError
+from scheduling.requests import Request
 from workers.confined import Confined, on_stack, serve, tie_to_engine, why_died
 from workers.frames import read_frame
 
@@ -31,6 +32,13 @@ _NO_GPU = {
     "ROCR_VISIBLE_DEVICES": "-1",
     "GGML_VK_VISIBLE_DEVICES": "",
 }
+
+
+def longest_text(request: Request) -> int:
+    """Characters of the longest of a request's texts, about: what a chat's template puts around them is not counted."""
+    texts: list[str | tuple[int, ...]] = [request.prompt, *request.inputs, *request.continuations]
+    chat = sum(len(message.content) for message in request.messages)
+    return max(chat, *(len(text) for text in texts if isinstance(text, str)), 0)
 
 
 class LongTexts:
