@@ -1,4 +1,4 @@
-"""Texts that llama.cpp takes long to tokenise, or dies of: each is at most its request's error, and nobody waits for it."""
+"""Texts that llama.cpp takes long to tokenise, or dies of: each fails its request at most, and nobody waits for it."""
 
 from __future__ import annotations
 
