@@ -298,8 +298,9 @@ class _Lead:
         run.add_session_facts(self._facts())
         self._intervals = Intervals(disk, run.segments_path, run.session, self._filled, time.monotonic)
         record = RecordWriter(
-            disk, run.record_path, time.monotonic, self._config.commit_interval_s, self._config.commit_bytes
-        )
+            disk, run.record_path, time.monotonic, self._config.commit_interval_s, self._config.commit_bytes,
+            run.check_held,
+        )  # fmt: skip
         try:
             coordinator = self._session.begin(
                 source, record, self._callbacks(run), earlier=found.done

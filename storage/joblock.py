@@ -150,9 +150,12 @@ class JobLock:
         self._beating.start()
 
     def check(self) -> None:
-        """Raises RunDirError if another job has taken this one for dead, and the directory with it."""
-        other = None if self._beating is None else self._beating.taken_by
-        if other is not None:
+        """Raises RunDirError if another job has taken this one for dead, and the directory with it. To be asked before
+        anything is written that must not be written twice; costs nothing where locks reach every host."""
+        if self._beating is None:
+            return
+        self._beating.look()
+        if (other := self._beating.taken_by) is not None:
             raise RunDirError(
                 f"{self._path.parent} has been taken over by {other}, because this job had given no sign of life for "
                 f"{WATCH_S:g} s: it ends here, and the other one goes on"
@@ -188,15 +191,19 @@ class _Beat(threading.Thread):
         self.taken_by: Holder | None = None
         self.once()
 
+    def look(self) -> None:
+        """See whose name is in the lock."""
+        named = read_holder(self._disk, self._path)
+        if named is not None and named != self._me:
+            self.taken_by = named
+
     def once(self) -> None:
-        """Look who has the lock, and count on. A disk that fails is found by who writes what counts."""
-        with contextlib.suppress(OSError):
-            named = read_holder(self._disk, self._path)
-            if named is not None and named != self._me:
-                self.taken_by = named
-                return
+        """Look, and count on. A disk that fails is found by who writes what counts."""
+        self.look()
+        if self.taken_by is None:
             self._count += 1
-            rewrite(self._disk, beat_path(self._path), f"{self._me.host}:{self._me.pid}:{self._count}\n".encode())
+            with contextlib.suppress(OSError):
+                rewrite(self._disk, beat_path(self._path), f"{self._me.host}:{self._me.pid}:{self._count}\n".encode())
 
     def run(self) -> None:
         while self.taken_by is None and not self._ended.wait(BEAT_S):

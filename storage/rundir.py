@@ -166,10 +166,13 @@ class RunDir:
             self._store()
 
     def stop_requested(self) -> bool:
-        """Whether somebody asked this job to drain. To be polled about once a second. Raises RunDirError if another job
-        has taken the directory over."""
-        self._lock.check()
+        """Whether somebody asked this job to drain. To be polled about once a second. Raises like `check_held`."""
+        self.check_held()
         return self._disk.exists(self.path / STOP_NAME)
+
+    def check_held(self) -> None:
+        """Raises RunDirError if another job has taken the directory over, this one having given no sign of life."""
+        self._lock.check()
 
     def mark_complete(self, summary: Mapping[str, Json] | None = None) -> None:
         """Say that every request is recorded and the metrics are written: the last durable act of a run."""

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from scheduling.errors import RunDirError
+from scheduling.errors import RecordError, RunDirError
 from storage import joblock
 from storage.filesystems import mount_of
 from storage.joblock import SETTLE_S, WATCH_S, Holder, JobLock, Judge, beat_path, holder_of, read_beat, this_process
+from storage.record import GroupCommit, open_record
 from tests.storage.fake_disk import Content, FakeDisk
+from tests.storage.samples import PATH, RUN
 
 LOCK = Path("/run/lock")
 ELSEWHERE = Holder("node-7", 42, "2026-01-01T00:00:00Z", 5, "1234")
@@ -47,7 +49,7 @@ def put(disk: FakeDisk, path: Path, data: bytes) -> None:
 
 
 def disk_of(*, locks_work: bool, holder: Holder | None = ELSEWHERE, beat: bytes | None = b"7\n") -> FakeDisk:
-    disk = FakeDisk(locks_work=locks_work, dirs={LOCK.parent})
+    disk = FakeDisk(locks_work=locks_work, dirs={LOCK.parent, RUN})
     if holder is not None:
         put(disk, LOCK, json.dumps(asdict(holder)).encode())
     if beat is not None:
@@ -107,18 +109,43 @@ def test_it_beats_where_locks_do_not_reach_and_nowhere_else() -> None:
         lock.release()
 
 
-def test_a_job_that_was_taken_for_dead_ends_and_leaves_the_others_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joblock, "BEAT_S", 1e-3)
+def test_a_job_that_was_taken_for_dead_ends_and_leaves_the_others_name() -> None:
     disk = disk_of(locks_work=False, holder=None, beat=None)
     lock = JobLock(disk, LOCK, this_process(0.0), Others(disk).judge())
     lock.check()
     put(disk, LOCK, json.dumps(asdict(LATER)).encode())
-    beating = next(thread for thread in threading.enumerate() if thread.name == "run-directory-beat")
-    beating.join(10)
     with pytest.raises(RunDirError, match="taken over by process 43 on node-8"):
         lock.check()
     lock.release()
     assert json.loads(disk.files[LOCK].now)["host"] == "node-8"
+
+
+def test_a_job_that_was_taken_for_dead_writes_nothing_more_to_the_record() -> None:
+    disk = disk_of(locks_work=False, holder=None, beat=None)
+    lock = JobLock(disk, LOCK, this_process(0.0), Others(disk).judge())
+    commit = GroupCommit(open_record(disk, PATH), PATH, check_held=lock.check)
+    commit.add([b"first\n"], 0.0)
+    commit.commit()
+    put(disk, LOCK, json.dumps(asdict(LATER)).encode())
+    commit.add([b"second\n"], 0.0)
+    with pytest.raises(RecordError, match="taken over by process 43 on node-8"):
+        commit.commit()
+    assert disk.files[PATH].now == b"first\n", "nor is what the other job writes cut off"
+    lock.release()
+
+
+def test_the_beat_is_counted_as_time_goes_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joblock, "BEAT_S", 1e-3)
+    disk = disk_of(locks_work=False, holder=None, beat=None)
+    lock = JobLock(disk, LOCK, this_process(0.0), Others(disk).judge())
+    seen, pause = {read_beat(disk, LOCK)}, threading.Event()
+    for _ in range(10_000):
+        pause.wait(1e-3)
+        seen.add(read_beat(disk, LOCK))
+        if len(seen - {None}) > 2:
+            break
+    lock.release()
+    assert len(seen - {None}) > 2
 
 
 def test_who_holds_it_says_its_slurm_job() -> None:

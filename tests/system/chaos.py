@@ -115,7 +115,7 @@ def requests(engine: Engine) -> list[Line]:
     """Requests of many shapes and lengths; no two neighbours are equally long."""
     lines: list[Line] = []
     for k in range(REQUESTS[engine]):
-        line: Line = {"custom_id": f"r{k}", "max_tokens": 8 + 7 * (k % 11), "temperature": k % 2}
+        line: Line = {"custom_id": f"r{k}", "max_tokens": 8 + 7 * (k % 11), "temperature": int(k % 4 > 0)}
         if k % 5:
             line["prompt"] = f"Of copper and lamps, number {k}: " + "seven rivers " * (k % 7)
         else:
