@@ -12,6 +12,7 @@ WALL = {("time", "time"), ("time", "time_ns"), ("datetime", "now"), ("datetime",
 DATES = {
     "coordinator/bench_dispatch.py": "names a run",
     "coordinator/setup.py": "`created` of an answer",
+    "coordinator/surroundings.py": "the clock of dates, which tests replace",
     "storage/blobs.py": "age of files that were left behind, against the times that the file system gave them",
     "storage/modelstore.py": "when a model was added",
     "storage/rundir.py": "when a session started",
