@@ -7,7 +7,7 @@ import sys
 from coordinator.intervals import Intervals
 from coordinator.loop import Coordinator
 from coordinator.replay import Replay
-from coordinator.rundata import NO_COLLECTIVES, OwnRows, check_gathered, make_metrics
+from coordinator.rundata import NO_COLLECTIVES, OwnRows, check_gathered, make_metrics, workers_lost
 from coordinator.session import Session
 from coordinator.setup import Setup
 from coordinator.simulated import WARNING
@@ -65,6 +65,8 @@ class Ending:
             "stolen": coordinator.plane.totals.stolen, "retried": coordinator.plane.totals.retried,
             "collectives": NO_COLLECTIVES if gathered is None else f"{gathered.ranks_in} ranks",
         }  # fmt: skip
+        if lost := workers_lost(coordinator, self._session.names()):
+            attributes["workers_lost"] = lost
         if doubt:
             attributes["sums_differ"] = doubt
         run.add_session_facts({"outcome": outcome.outcome, "reason": outcome.reason, **attributes})
