@@ -58,6 +58,11 @@ WHOLE_S = 240.0
 """Bounds a job that nothing disturbs any more."""
 
 
+def ends(fault: Fault, ulfm: bool) -> bool:
+    """Whether a job that meets it is over; with ULFM one goes on when a rank dies, if it can."""
+    return fault in ENDS and not (ulfm and fault == "rank SIGKILL")
+
+
 @dataclass(frozen=True)
 class Act:
     """`fault` meets the process number `victim` (of those there are, modulo) once `lines` answers are recorded."""
@@ -98,7 +103,7 @@ def schedule_of(seed: int, *, ulfm: bool = True) -> Schedule:
         dying = ENGINE_DEATHS if deaths < DEATHS_MAX else STOPS
         kinds = (dying, dying, dying, STOPS, ENDS, ENDS)
         fault = dice.choice(dice.choice(kinds))
-        deaths = 0 if fault in ENDS else deaths + (fault in ENGINE_DEATHS)
+        deaths = 0 if ends(fault, with_ulfm) else deaths + (fault in ENGINE_DEATHS)
         faults.append(fault)
     places = sorted(dice.randint(1, REQUESTS[engine] * 4 // 5) for _ in faults)
     acts = tuple(
@@ -296,7 +301,7 @@ def strike(job: Job, act: Act) -> bool:
     return True
 
 
-def disturb(job: Job, run: Run, acts: list[Act], met: list[Fault], seen: dict[int, psutil.Process]) -> None:
+def disturb(job: Job, run: Run, acts: list[Act], ulfm: bool, met: list[Fault], seen: dict[int, psutil.Process]) -> None:
     """Carry out acts, taking them from `acts`, until one ends the job or none is left."""
     while acts:
         act = acts[0]
@@ -308,7 +313,7 @@ def disturb(job: Job, run: Run, acts: list[Act], met: list[Fault], seen: dict[in
         acts.pop(0)
         if strike(job, act):
             met.append(act.fault)
-            if act.fault in ENDS:
+            if ends(act.fault, ulfm):
                 return
 
 
@@ -327,7 +332,7 @@ def play(schedule: Schedule, world: World, folder: Path) -> Counter[str]:
         met: list[Fault] = []
         seen: dict[int, psutil.Process] = {}
         with world.launcher.start(schedule.ranks, *command, mpi_options=options) as job:
-            disturb(job, run, acts, met, seen)
+            disturb(job, run, acts, schedule.ulfm, met, seen)
             done = job.wait(WHOLE_S)
             check_gone(job, seen.values())
         counts.update([*met, "jobs"])
