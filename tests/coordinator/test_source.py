@@ -106,7 +106,12 @@ def test_a_read_gives_no_more_requests_or_bytes_than_asked_but_at_least_one(writ
 
 
 def test_without_a_check_a_bad_line_fails_alone_under_its_own_id(write: WriteFile) -> None:
-    path = write(b'{"prompt": "a"}\nnonsense\n{"id": "x", "prompt": 3}\n{"prompt": "\xff"}\n{"prompt": "b"}\n')
+    path = write(
+        b'{"prompt": "a"}\nnonsense\n{"id": "x", "prompt": 3}\n{"prompt": "\xff"}\n{"prompt": "b"}\n'
+        rb'{"custom_id": "half", "prompt": "\ud800"}'
+        b"\n"
+        rb'{"custom_id": "\ud800", "prompt": NaN}'
+    )
     arrivals = read_all(FileSource(path, precheck=False))
     assert [(a.custom_id, a.error is None) for a in arrivals] == [
         ("request-0", True),
@@ -114,6 +119,8 @@ def test_without_a_check_a_bad_line_fails_alone_under_its_own_id(write: WriteFil
         ("x", False),
         ("request-3", False),
         ("request-4", True),
+        ("half", False),
+        ("request-6", False),
     ]
     assert "UTF-8" in str(arrivals[3].error)
 
