@@ -17,6 +17,7 @@ from coordinator.config import JobConfig
 from coordinator.progress import duration
 from coordinator.report import (
     LATENCY_NAMES,
+    OVER_JOB,
     energy_sentence,
     figure_text,
     percent_text,
@@ -115,14 +116,15 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str =
 def _summary(runs: Sequence[RunView]) -> list[str]:
     out = []
     for run in runs if len(runs) == 1 else ():
-        data, last = run.data, run.data["last_session"]
+        data = run.data
         state = state_text(run.status.complete, run.status.running, data["failed"])
         out.append(f'<p class="state {"good" if run.status.exit_code == 0 else "bad"}">{_text(state)}</p>')
-        wall = duration(last["wall_s"]) if "wall_s" in last else "unknown"
+        wall = "unknown" if data["over_s"] is None else duration(data["over_s"])
+        jobs = "wall time" if len(run.state["sessions"]) < 2 else "last job's wall time"
         total = "" if run.status.total is None else f" of {run.status.total:,}"
         tiles = [
             (f"{data['ok']:,}", f"answered{total}"), (f"{data['failed']:,}", "failed"),
-            (wall, "wall time" if len(run.state["sessions"]) < 2 else "last job's wall time"),
+            (wall, jobs if data["over"] == OVER_JOB else data["over"]),
             (figure_text(data["output_tokens_per_s"]), "output tokens/s"),
             (figure_text(data["prompt_tokens_per_s"]), "prompt tokens/s"),
             (figure_text(data["requests_per_s"]), "requests/s"),
@@ -240,14 +242,14 @@ def _over_time(runs: Sequence[RunView]) -> list[str]:
     sentences = []
     for run in runs:
         if run.timeline is not None:
-            line, last = run.timeline, run.data["last_session"]
+            line = run.timeline
             rate, ran = figures.tokens_in(line, 10), figures.running_in(line, 10)
             average = figure_text(run.data["output_tokens_per_s"])
             sentences.append(
                 f"{_named(runs, run)}{time_text(line.length_s)} until the last request ended, at most "
                 f"{ran.max():,.0f} requests at once, {ran.mean():,.1f} on average; at most {rate.max():,.0f} output "
                 f"tokens/s, {average} over the last job's wall time."
-                if "wall_s" in last else
+                if run.data["over"] == OVER_JOB else
                 f"{_named(runs, run)}{time_text(line.length_s)} until the last recorded request ended, at most "
                 f"{ran.max():,.0f} requests at once, {ran.mean():,.1f} on average; at most {rate.max():,.0f} output "
                 "tokens/s. What ran when the job died is in no record."
@@ -267,11 +269,10 @@ def _time_finding(runs: Sequence[RunView]) -> str:
         return "Throughput over time: not measured"
     if not line.running.any():
         return "Throughput: no request ran in a slot"
-    if "wall_s" not in runs[0].data["last_session"]:
-        made = float(line.tokens.sum()) / line.length_s
-        return f"Throughput: {figure_text(made)} output tokens/s over the {time_text(line.length_s)} in the record"
-    tail = _tail_share(line)
     rate = f"{figure_text(runs[0].data['output_tokens_per_s'])} output tokens/s"
+    if runs[0].data["over"] != OVER_JOB:
+        return f"Throughput: {rate} over the {time_text(line.length_s)} in the record"
+    tail = _tail_share(line)
     if tail >= 0.1:
         return f"Throughput: {rate}; the last {100 * tail:.0f} % of the time ran with less than half the requests"
     return f"Throughput: {rate}, without a long tail at the end"
@@ -481,7 +482,9 @@ def _facts(run: RunView) -> dict[str, str]:
     said = {
         "state": state_text(run.status.complete, run.status.running, run.data["failed"]),
         "run directory": str(run.path),
-        "model": details.get("model"),
+        # A model of the store by the name it was given, not by its blob's path: the digest is in the next line.
+        "model": _config(run).get("model") if details.get("model_digest") else details.get("model"),
+        "model digest": details.get("model_digest"),
         "model fingerprint": identity.get("model"),
         "input": details.get("input"),
         "input SHA-256": (details.get("input_identity") or {}).get("sha256"),
