@@ -124,7 +124,8 @@ def be_rank(model: str, folder: str, server: str, repeats: int) -> None:
 
     from coordinator.mpi import World
     from coordinator.mpi_staging import MpiGroup
-    from storage.staging import Node, model_of, stage
+    from storage.stagemodel import model_of
+    from storage.staging import Node, stage
 
     world = World()
     comm = world.collectives_comm

@@ -20,7 +20,8 @@ from coordinator.mpi import World
 from coordinator.mpi_staging import MpiGroup
 from scheduling.errors import EXIT_INFRASTRUCTURE, LlmpiError, RankLostError
 from storage.relay import Channel
-from storage.staging import Group, Model, Node, Staged, model_of, stage
+from storage.stagemodel import Model, model_of
+from storage.staging import Group, Node, Staged, stage
 
 MAGIC = b"GGUF"
 
