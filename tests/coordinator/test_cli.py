@@ -232,6 +232,8 @@ def test_only_rank_0_speaks_and_carries_the_status(
         ((*BATCH, "--chat-template", "no-such-file"), "no-such-file"),
         ((*BATCH, "extra"), "extra"),
         (("infer", "-m", "m.gguf"), "--prompt"),
+        (("infer", "-m", "m.gguf", "-p", "x", "--stream", "--json"), "--stream"),
+        (("infer", "-m", "m.gguf", "-p", "x", "--logprobs", "2"), "--logprobs"),
         (("export", "run", "--order", "random"), "random"),
     ],
 )

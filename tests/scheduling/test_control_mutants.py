@@ -6,6 +6,7 @@ A mutant replaces a method of the real control plane, its ledger or a policy by 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from scheduling.events import (
     Record,
     Reported,
 )
+from scheduling.horizon import Horizon
 from scheduling.ledger import Ledger, Phase, RequestEntry, WorkerEntry
 from scheduling.policies import RoundRobin, WorkStealing
 from tests.scheduling.fakes import World, scenario_of
@@ -240,6 +242,67 @@ def deaths_are_not_counted(patch: pytest.MonkeyPatch) -> None:
 
 
 @mutant
+def engines_that_had_started_nothing_died_of_nothing(patch: pytest.MonkeyPatch) -> None:
+    def lost(original: Any, plane: ControlPlane, event: EngineLost, now: float, out: list[Instruction]) -> None:
+        original(plane, replace(event, unstarted=[]), now, out)
+
+    wrap(patch, ControlPlane, "_engine_lost", lost)
+
+
+@mutant
+def suspects_have_neighbours(patch: pytest.MonkeyPatch) -> None:
+    def put_back(original: Any, dispatcher: Dispatcher, requests: Iterable[RequestEntry]) -> None:
+        dispatcher._policy.put_back(requests)
+
+    wrap(patch, Dispatcher, "put_back", put_back)
+
+
+@mutant
+def a_suspect_is_given_neighbours_later(patch: pytest.MonkeyPatch) -> None:
+    def note_room(original: Any, dispatcher: Dispatcher, worker: WorkerEntry) -> None:
+        original(dispatcher, worker)
+        if worker.apart and worker.owned < worker.target:
+            dispatcher._hungry[worker.id] = None
+
+    wrap(patch, Dispatcher, "note_room", note_room)
+
+
+@mutant
+def suspects_wait_for_ever(patch: pytest.MonkeyPatch) -> None:
+    wrap(patch, Dispatcher, "_try_suspects", lambda original, dispatcher, now, out: None)
+
+
+@mutant
+def suspects_are_tried_where_nothing_ever_worked(patch: pytest.MonkeyPatch) -> None:
+    def try_suspects(original: Any, dispatcher: Dispatcher, now: float, out: list[Instruction]) -> None:
+        before = {worker: worker.requests for worker in dispatcher._ledger.workers.values()}
+        for worker in before:
+            worker.requests = 0
+        original(dispatcher, now, out)
+        for worker, requests in before.items():
+            worker.requests = requests
+
+    wrap(patch, Dispatcher, "_try_suspects", try_suspects)
+
+
+@mutant
+def a_worker_stays_apart(patch: pytest.MonkeyPatch) -> None:
+    def note_room(original: Any, dispatcher: Dispatcher, worker: WorkerEntry) -> None:
+        apart = worker.apart
+        original(dispatcher, worker)
+        worker.apart = worker.apart or apart
+        if worker.apart:
+            dispatcher._hungry.pop(worker.id, None)
+
+    wrap(patch, Dispatcher, "note_room", note_room)
+
+
+@mutant
+def a_drain_forgets_suspects(patch: pytest.MonkeyPatch) -> None:
+    wrap(patch, Dispatcher, "clear", lambda original, dispatcher: dispatcher._policy.clear())
+
+
+@mutant
 def a_restarting_worker_is_fed(patch: pytest.MonkeyPatch) -> None:
     def loading(original: Any, dispatcher: Dispatcher, worker: WorkerEntry) -> None:
         original(dispatcher, worker)
@@ -314,6 +377,77 @@ def the_last_commit_goes_unnoticed(patch: pytest.MonkeyPatch) -> None:
         return instructions
 
     wrap(patch, ControlPlane, "handle", handle)
+
+
+@mutant
+def nothing_is_given_up(patch: pytest.MonkeyPatch) -> None:
+    wrap(patch, ControlPlane, "_give_up_running", lambda original, plane, out: None)
+
+
+@mutant
+def what_is_recalled_is_waited_for_when_time_is_up(patch: pytest.MonkeyPatch) -> None:
+    def holdings(original: Any, worker: WorkerEntry) -> list[RequestEntry]:
+        found: list[RequestEntry] = original(worker)
+        return [request for request in found if request.phase is not Phase.RECALLED]
+
+    def give_up(original: Any, plane: ControlPlane, out: list[Instruction]) -> None:
+        with pytest.MonkeyPatch.context() as inner:
+            wrap(inner, WorkerEntry, "holdings", holdings)
+            original(plane, out)
+
+    wrap(patch, ControlPlane, "_give_up_running", give_up)
+
+
+@mutant
+def the_first_of_several_times_counts(patch: pytest.MonkeyPatch) -> None:
+    def close(original: Any, plane: ControlPlane, reason: str, give_up_at: float | None, out: Any) -> None:
+        original(plane, reason, give_up_at if plane._give_up_at is None else None, out)
+
+    wrap(patch, ControlPlane, "_close", close)
+
+
+@mutant
+def what_is_queued_may_be_late(patch: pytest.MonkeyPatch) -> None:
+    wrap(patch, Dispatcher, "recall_late", lambda original, dispatcher, now, out: None)
+
+
+@mutant
+def what_is_assigned_may_be_late(patch: pytest.MonkeyPatch) -> None:
+    def take(original: Any, dispatcher: Dispatcher, worker: WorkerEntry, now: float, out: Any) -> RequestEntry:
+        return dispatcher._policy.take(worker.id)
+
+    wrap(patch, Dispatcher, "_take", take)
+
+
+@mutant
+def what_is_late_here_is_late_everywhere(patch: pytest.MonkeyPatch) -> None:
+    wrap(patch, Dispatcher, "_in_time_somewhere", lambda original, dispatcher, worker, request, now: False)
+
+
+@mutant
+def a_time_limit_never_closes_early(patch: pytest.MonkeyPatch) -> None:
+    wrap(patch, Dispatcher, "nothing_in_time", lambda original, dispatcher, now: False)
+
+
+@mutant
+def requests_run_from_their_assignment(patch: pytest.MonkeyPatch) -> None:
+    def ended(original: Any, horizon: Horizon, worker: int, elapsed_s: float, tokens: float) -> None:
+        original(horizon, worker, elapsed_s + 0.1, tokens)
+
+    def reported(original: Any, plane: ControlPlane, *args: Any) -> None:
+        with pytest.MonkeyPatch.context() as inner:
+            wrap(inner, Horizon, "ended", ended)
+            original(plane, *args)
+
+    wrap(patch, ControlPlane, "_reported", reported)
+
+
+@mutant
+def what_was_set_aside_is_forgotten_at_the_end(patch: pytest.MonkeyPatch) -> None:
+    def stop(original: Any, plane: ControlPlane, outcome: str, reason: str, out: Any) -> None:
+        original(plane, "done" if plane.input_ended else outcome, reason, out)
+
+    wrap(patch, ControlPlane, "_stop", stop)
 
 
 def seeds_to_find(limit: int) -> int | None:
