@@ -100,8 +100,20 @@ class Committed:
 
 @dataclass(frozen=True, slots=True)
 class DrainRequested:
-    """Start nothing new, let what runs finish, then stop."""
+    """Start nothing new, let what runs finish, then stop. What still runs at `give_up_at` is given up; None: never.
 
+    Of several that come, the earliest time counts.
+    """
+
+    reason: str
+    give_up_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TimeLimited:
+    """Start nothing that is not expected to end by `end_at`. What still runs then is given up. It may come again."""
+
+    end_at: float
     reason: str
 
 
@@ -114,7 +126,7 @@ class Heard:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """Time has passed: leases are looked at."""
+    """Time has passed: leases and limits are looked at."""
 
 
 Event = (
@@ -128,6 +140,7 @@ Event = (
     | WorkerLost
     | Committed
     | DrainRequested
+    | TimeLimited
     | Heard
     | Tick
 )
@@ -179,6 +192,17 @@ class Fail:
 
 
 @dataclass(frozen=True, slots=True)
+class GiveUp:
+    """These (index, attempt) pairs stay unanswered in this session, and are forgotten: the next one answers them.
+
+    `worker` still runs them, or holds them: what it says of them is late. None: nobody has them.
+    """
+
+    worker: int | None
+    items: list[tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
 class Stream:
     """Pass new text on to whoever listens."""
 
@@ -200,4 +224,4 @@ class Stop:
     reason: str
 
 
-Instruction = Assign | Recall | Record | Drop | Fail | Stream | Exhausted | Stop
+Instruction = Assign | Recall | Record | Drop | Fail | GiveUp | Stream | Exhausted | Stop

@@ -32,20 +32,29 @@ class WorkerState(Enum):
 
 
 class RequestEntry:
-    """One live request. `cost` is its estimated tokens; `stolen_from` the victim it was last taken from."""
+    """One live request. `cost` is its estimated tokens; `stolen_from` the victim it was last taken from.
 
-    __slots__ = ("index", "attempt", "cost", "limit", "phase", "owner", "deaths", "stolen_from", "history")
+    `steps`: how long it is estimated to run (`scheduling.horizon`). `started_at`: when its owner said that it runs;
+    None while it does not, or where that was never said.
+    """
 
-    def __init__(self, index: int, cost: float, limit: int | None) -> None:
+    __slots__ = (
+        "index", "attempt", "cost", "steps", "limit", "phase", "owner", "deaths", "stolen_from", "history",
+        "started_at",
+    )  # fmt: skip
+
+    def __init__(self, index: int, cost: float, limit: int | None, steps: float = 0.0) -> None:
         self.index = index
         self.attempt = 1
         self.cost = cost
+        self.steps = steps
         self.limit = limit
         self.phase = Phase.WAITING
         self.owner: int | None = None
         self.deaths = 0
         self.stolen_from: int | None = None
         self.history: tuple[str, ...] = ()
+        self.started_at: float | None = None
 
     def __repr__(self) -> str:
         return f"request {self.index} (attempt {self.attempt}, {self.phase.value}, owner {self.owner})"
@@ -69,6 +78,8 @@ class WorkerView:
     reason: str
     silent: bool
     """GONE without a word: its lease ran out. Nothing can be asked of it."""
+    heard: float
+    """When it last said something."""
 
 
 TARGET_UNKNOWN = 16
@@ -121,6 +132,7 @@ class WorkerEntry:
         return WorkerView(
             self.id, self.state, self.slots, len(self.queued), len(self.running), self.load_tokens, self.requests,
             self.failed, self.stolen_in, self.stolen_out, self.engine_losses, self.reason, self.silent,
+            self.heard,
         )  # fmt: skip
 
     def holdings(self) -> list[RequestEntry]:
@@ -135,7 +147,11 @@ class WorkerEntry:
 
 @dataclass(slots=True)
 class Totals:
-    """Counts of requests since the start. `done` and `failed` are durable; `late` answers were dropped."""
+    """Counts of requests since the start. `done` and `failed` are durable; `late` answers were dropped.
+
+    Left for the next session: `unfinished`, given up while a worker had them, and `set_aside`, which were not started
+    because they would not have ended in time.
+    """
 
     accepted: int = 0
     rejected: int = 0
@@ -145,6 +161,8 @@ class Totals:
     retried: int = 0
     recalls: int = 0
     stolen: int = 0
+    unfinished: int = 0
+    set_aside: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
 
@@ -196,6 +214,7 @@ class Ledger:
         else:
             self.unstarted += request.phase is Phase.RUNNING
         request.phase = phase
+        request.started_at = None
         request.owner = None if worker is None else worker.id
         if worker is not None:
             worker.holder(phase)[request.index] = request
@@ -212,6 +231,11 @@ class Ledger:
         """A waiting request leaves the books."""
         del self.live[request.index]
         self.unstarted -= 1
+
+    def abandon(self, request: RequestEntry) -> None:
+        """A waiting request leaves without an end: the next start of the run takes it up."""
+        self.forget(request)
+        self.totals.accepted -= 1
 
     def check(self) -> None:
         """Verify the books, linear in what lives.

@@ -31,6 +31,7 @@ from scheduling.events import (
     RequestRejected,
     RequestsArrived,
     Tick,
+    TimeLimited,
     WorkerLost,
     WorkerReady,
 )
@@ -85,6 +86,7 @@ class Scenario:
     drain: bool = False
     killers: tuple[int, ...] = ()
     """Requests that kill every engine: those with even numbers while they run, the others when they are handed over."""
+    limit: bool = False
     steps: int = 250
 
 
@@ -101,6 +103,7 @@ def scenario_of(seed: int) -> Scenario:
         faults=rng.random() < 0.8,
         drain=rng.random() < 0.2,
         killers=tuple(rng.sample(range(40), rng.choice([0, 0, 1, 2]))),
+        limit=rng.random() < 0.25,
     )
 
 
@@ -235,7 +238,10 @@ class World:
         else:
             self.fault(worker)
         if self.scenario.drain and self.rng.random() < 0.01:
-            self.tell(DrainRequested("asked to"))
+            wait_s = self.rng.choice([None, 0.0, 0.3, 60.0])
+            self.tell(DrainRequested("asked to", None if wait_s is None else self.now + wait_s))
+        if self.scenario.limit and self.rng.random() < 0.02:
+            self.tell(TimeLimited(self.now + self.rng.choice([0.1, 0.5, 1.0, 3.0]), "time is up"))
 
     def work(self, worker: FakeWorker, dice: float) -> None:
         if dice < 0.45:
@@ -395,4 +401,6 @@ class World:
                 self.hear(worker)
             if not worker.alive:
                 self.tell(WorkerLost(worker.id, "dead"))
+        if self.scenario.drain or self.scenario.limit:
+            self.tell(Tick())
         self.commit(len(self.oracle.unacknowledged))

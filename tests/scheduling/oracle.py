@@ -12,6 +12,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from scheduling.control import ControlPlane, Limits
+from scheduling.estimates import LengthEstimator
 from scheduling.events import (
     Assign,
     Committed,
@@ -21,6 +22,7 @@ from scheduling.events import (
     Event,
     Exhausted,
     Fail,
+    GiveUp,
     Heard,
     InputEnded,
     Instruction,
@@ -32,9 +34,11 @@ from scheduling.events import (
     RequestsArrived,
     Stop,
     Tick,
+    TimeLimited,
     WorkerLost,
     WorkerReady,
 )
+from scheduling.horizon import Horizon, steps_of
 from scheduling.ledger import WorkerState
 from scheduling.messages import Finished
 
@@ -70,18 +74,27 @@ class Oracle:
         self.unacknowledged: deque[bool] = deque()
         self.accepted = self.rejected = self.done = self.failed = self.late = 0
         self.draining = False
+        self.queue_recalled = False
+        self.give_up_at: float | None = None
+        self.horizon = Horizon()
+        self.estimator = LengthEstimator()
+        self.steps: dict[int, float] = {}
+        self.limit_of: dict[int, int | None] = {}
+        self.started_at: dict[int, float] = {}
+        self.unfinished = self.set_aside = 0
         self.input_ended = False
         self.exhausted = False
         self.stops: list[Stop] = []
         self._records: list[Finished] = []
         self._fails: list[int] = []
         self._drops: list[tuple[int, int]] = []
+        self._given_up: dict[int, list[tuple[int, int]]] = {}
 
     # ------------------------------------------------------------ what an event must do
 
     def handle(self, event: Event, now: float) -> list[Instruction]:
         """Give the event to the plane and verify all that comes of it. Returns the plane's instructions."""
-        self._records, self._fails, self._drops = [], [], []
+        self._records, self._fails, self._drops, self._given_up = [], [], [], {}
         stopped = bool(self.stops)
         self._expect(event, now)
         out = self.plane.handle(event, now)
@@ -91,10 +104,11 @@ class Oracle:
         records: list[Finished] = []
         fails: list[int] = []
         drops: list[tuple[int, int]] = []
+        given_up: dict[int, list[tuple[int, int]]] = {}
         for place, instruction in enumerate(out):
             match instruction:
                 case Assign():
-                    self._assign(instruction)
+                    self._assign(instruction, now)
                 case Recall():
                     self._recall(instruction, now)
                 case Record():
@@ -105,6 +119,12 @@ class Oracle:
                     self.unacknowledged.append(False)
                 case Drop():
                     drops += instruction.answers
+                case GiveUp(None, items):
+                    self._set_aside(items, now)
+                case GiveUp(worker, items):
+                    assert worker is not None
+                    assert worker not in given_up, f"given up twice: {instruction}"
+                    given_up[worker] = sorted(items)
                 case Exhausted():
                     self.exhausted = instruction.empty
                 case Stop():
@@ -113,6 +133,7 @@ class Oracle:
         assert records == self._records, f"recorded {records}, not {self._records}"
         assert sorted(fails) == sorted(self._fails), f"failed {fails}, not {self._fails}"
         assert drops == self._drops, f"dropped {drops}, not {self._drops}"
+        assert given_up == self._given_up, f"given up {given_up}, not {self._given_up}"
         self._judge_totals()
         if not stopped:
             self._judge_end()
@@ -120,6 +141,8 @@ class Oracle:
             self._judge_work(now)
         elif not self.stops:
             self._judge_drain()
+        if isinstance(event, Tick) and not self.stops:
+            self._judge_lateness(now)
         return out
 
     def _expect(self, event: Event, now: float) -> None:
@@ -129,6 +152,9 @@ class Oracle:
                 self.workers[event.worker] = Known(WorkerState.READY, event.slots, now, answered)
             case RequestsArrived() if self._open:
                 for new in event.requests:
+                    self.steps[new.index] = steps_of(new.prompt_tokens, self.estimator.output_tokens(new.output_limit))
+                    self.horizon.arrived(self.steps[new.index])
+                    self.limit_of[new.index] = new.output_limit
                     self.live.add(new.index)
                     self.attempt[new.index] = 1
                 self.accepted += len(event.requests)
@@ -147,10 +173,13 @@ class Oracle:
                 self._expect_lost(event.worker)
             case Heard():
                 self.workers[event.worker].heard = now
-            case Tick() if self.limits.lease_s is not None:
+            case Tick():
                 for worker, known in self.workers.items():
-                    if now - known.heard > self.limits.lease_s:
+                    if self.limits.lease_s is not None and now - known.heard > self.limits.lease_s:
                         self._expect_lost(worker)
+                self._expect_limits(now)
+            case TimeLimited():
+                self.horizon.end_at = event.end_at
             case Committed():
                 for _ in range(event.count):
                     if self.unacknowledged.popleft():
@@ -159,19 +188,56 @@ class Oracle:
                         self.failed += 1
             case InputEnded():
                 self.input_ended = True
-            case DrainRequested() if self._open:
-                self.draining = True
-                self._abandon_waiting()
+            case DrainRequested() if not self.stops:
+                self._expect_drain(event.give_up_at)
+                self.queue_recalled = True
+
+    def _expect_drain(self, give_up_at: float | None) -> None:
+        self.draining = True
+        times = [at for at in (self.give_up_at, give_up_at) if at is not None]
+        self.give_up_at = min(times, default=None)
+        self._abandon_waiting()
+
+    def _expect_limits(self, now: float) -> None:
+        """At the time limit, or when nothing more could start before it, it is a drain. Its end is kept."""
+        end_at = self.horizon.end_at
+        if self.stops:
+            return
+        if end_at is not None and (self.draining or now >= end_at or self._nothing_in_time(now)):
+            self._expect_drain(end_at)
+        if not self.draining or self.give_up_at is None or now < self.give_up_at:
+            return
+        for index, owner in sorted(self.owner.items()):
+            self._given_up.setdefault(owner, []).append((index, self.attempt[index]))
+        self.unfinished += len(self.owner)
+        for worker in list(self.workers):
+            self._disown(worker)
+
+    def _nothing_in_time(self, now: float) -> bool:
+        ready = [worker for worker, known in self.workers.items() if known.state is WorkerState.READY]
+        if not ready or not self.steps:
+            return False
+        shortest = min(self.steps.values())
+        return not any(self.horizon.in_time(worker, shortest, now) for worker in ready)
 
     def _expect_report(self, event: Reported, now: float) -> None:
-        self.workers[event.worker].heard = now
+        heard_before, self.workers[event.worker].heard = self.workers[event.worker].heard, now
         for index, attempt in event.started:
-            if self._is_owner(event.worker, index, attempt):
+            if self._is_owner(event.worker, index, attempt) and index not in self.started:
                 self.started.add(index)
+                self.started_at[index] = now
+                self.horizon.started(now)
+        asked = {index for _, indexes, _ in self.recalls.values() for index in indexes}
         for answer in event.finished:
             if self._is_owner(event.worker, answer.index, answer.attempt):
                 self._records.append(answer)
                 self.workers[event.worker].answered += 1
+                if answer.ok:
+                    self.estimator.observe(self.limit_of[answer.index], answer.output_tokens)
+                    untold = answer.index not in self.started and answer.index not in asked
+                    since = heard_before if untold else self.started_at.get(answer.index)
+                    if since is not None:
+                        self.horizon.ended(event.worker, now - since, self.steps[answer.index])
                 self._end(answer.index)
             else:
                 self.late += 1
@@ -215,7 +281,7 @@ class Oracle:
 
     # ------------------------------------------------------------ what the plane may instruct
 
-    def _assign(self, assign: Assign) -> None:
+    def _assign(self, assign: Assign, now: float) -> None:
         known = self.workers[assign.worker]
         assert self._open, f"{assign} after the plane has closed"
         assert known.state is WorkerState.READY, f"{assign} to a worker that is {known.state}"
@@ -224,6 +290,7 @@ class Oracle:
             assert index in self.live, f"request {index} has ended or never was"
             assert index not in self.owner, f"request {index} is rank {self.owner.get(index)}'s, and assigned again"
             assert attempt == self.attempt[index], f"request {index} is assigned as attempt {attempt}"
+            assert self._in_time(assign.worker, index, now), f"request {index} is assigned and cannot end in time"
             self.owner[index] = assign.worker
             self.assigned.append((index, assign.worker))
         held = [index for index, owner in self.owner.items() if owner == assign.worker]
@@ -233,7 +300,8 @@ class Oracle:
         assert self.owned(assign.worker) <= known.slots + self.limits.prefetch_max, "a bottomless backlog"
 
     def _recall(self, recall: Recall, now: float) -> None:
-        assert self.steals or self.draining, "a recall without stealing"
+        limited = self.horizon.end_at is not None
+        assert self.steals or self.draining or limited, "a recall without stealing"
         assert recall.indexes, "an empty Recall"
         assert recall.recall >= self.recalls_seen, "a number of a recall that was used before"
         asked = {index for _, indexes, _ in self.recalls.values() for index in indexes}
@@ -244,10 +312,24 @@ class Oracle:
         self.recalls_seen = recall.recall + 1
         self.recalls[recall.recall] = (recall.worker, recall.indexes, now)
 
+    def _set_aside(self, items: list[tuple[int, int]], now: float) -> None:
+        """Only what waits, and what no worker that might get it would end in time."""
+        assert self._open, "set aside after the plane has closed"
+        ready = [worker for worker, known in self.workers.items() if known.state is WorkerState.READY]
+        for index, attempt in items:
+            assert index in self.live - self.owner.keys(), f"request {index} does not wait, and is set aside"
+            assert attempt == self.attempt[index]
+            late = [not self._in_time(worker, index, now) for worker in ready]
+            assert all(late) if self.steals else any(late), f"request {index} could end in time, and is set aside"
+            self.live.discard(index)
+        self.accepted -= len(items)
+        self.set_aside += len(items)
+
     # ------------------------------------------------------------ what must hold after every event
 
     def _judge_totals(self) -> None:
         plane, totals = self.plane, self.plane.totals
+        assert (totals.unfinished, totals.set_aside) == (self.unfinished, self.set_aside)
         assert (totals.accepted, totals.rejected) == (self.accepted, self.rejected)
         assert (totals.done, totals.failed, totals.late) == (self.done, self.failed, self.late)
         assert plane.unacknowledged == len(self.unacknowledged)
@@ -263,19 +345,36 @@ class Oracle:
         if self.unacknowledged or not (over or gone):
             assert not outcomes, f"stopped too early: {outcomes}"
         else:
-            outcome = "no workers" if not over else "drained" if self.draining else "done"
+            outcome = "no workers" if not over else "drained" if self.draining or self.set_aside else "done"
             assert outcomes == [outcome], f"it is over ({outcome}), and the plane says {outcomes}"
 
     def _judge_drain(self) -> None:
         asked = {index for _, indexes, _ in self.recalls.values() for index in indexes}
         kept = self.owner.keys() - self.started - asked
-        assert not kept, f"requests {kept} will start in spite of the drain"
+        assert not (kept and self.queue_recalled), f"requests {kept} will start in spite of the drain"
+
+    def _judge_lateness(self, now: float) -> None:
+        """After every tick: nothing is left in a queue that would be late, and nothing at all when time is up."""
+        asked = {index for _, indexes, _ in self.recalls.values() for index in indexes}
+        for index in self.owner.keys() - self.started - asked:
+            assert self._in_time(self.owner[index], index, now), f"request {index} starts and cannot end in time"
+        times = [at for at in (self.horizon.end_at, self.give_up_at) if at is not None]
+        assert not times or now < min(times) or not self.live, f"{self.live} live when time is up"
+
+    def _in_time(self, worker: int, index: int, now: float) -> bool:
+        return self.horizon.in_time(worker, self.steps[index], now)
 
     def _judge_work(self, now: float) -> None:
         empty = self.input_ended and not self.recalls and not self._movable()
         assert self.exhausted == empty, f"workers believe that work left is {not self.exhausted}"
-        if self.steals:
+        if self.steals and self._all_in_time(now):
             self._judge_idleness(now)
+
+    def _all_in_time(self, now: float) -> bool:
+        """Whether time keeps nobody from starting anything."""
+        ready = [worker for worker, known in self.workers.items() if known.state is WorkerState.READY]
+        unstarted = self.live - self.started
+        return all(self._in_time(worker, index, now) for worker in ready for index in unstarted)
 
     def _movable(self) -> int:
         """Unstarted requests that a free slot anywhere could have: nobody has a slot free for them."""
@@ -351,6 +450,7 @@ class Oracle:
         for index in [index for index, owner in self.owner.items() if owner == worker]:
             del self.owner[index]
             self.started.discard(index)
+            self.started_at.pop(index, None)
         self.recalls = {number: recall for number, recall in self.recalls.items() if recall[0] != worker}
         self._abandon_waiting()
 
