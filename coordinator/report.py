@@ -150,6 +150,8 @@ def print_report(data: dict[str, Any], stream: IO[str], run_dir: Path, *, show: 
         note = "busy: time with a slot in use · starved: free slots, of the slot time in which work waited to start"
         console.print(Text(f"{'in, out: stolen · ' if narrow else ''}{note}", style="dim italic"))
         _print_speculation(console, ranks)
+    if lost := last.get("workers_lost"):
+        console.print(Text.assemble("\n", ("left before the end", "bold"), f": {lost}"), soft_wrap=True)
     if data["energy"]:
         console.print(f"\n{energy_sentence(data['energy'])}", soft_wrap=True)
     if data["failed"]:

@@ -148,7 +148,7 @@ class Session:
     def begin(self, source: Source, record: Recorder, callbacks: Callbacks, *, earlier: int = 0) -> Coordinator:
         """A coordinator for one input over the workers of this session. Drive it with `turn` or `run`."""
         config = self.setup.config
-        limits = Limits(prefetch=config.prefetch, lease_s=config.lease_s)
+        limits = Limits(prefetch=config.prefetch, lease_s=config.lease_s, deaths=config.max_deaths)
         now = self._clock()
         before = self.coordinator
         # Answers to what an earlier input left behind may still come: their numbers must not be this one's.

@@ -162,7 +162,7 @@ class ControlPlane:
 
     @property
     def waiting(self) -> int:
-        return self._policy.waiting()
+        return self._dispatcher.waiting
 
     @property
     def unacknowledged(self) -> int:
@@ -297,8 +297,12 @@ class ControlPlane:
         worker.heard = now
         worker.engine_losses += 1
         worker.reason = event.reason
-        started = {index for index, attempt in event.started if self._ledger.owned(worker, index, attempt) is not None}
-        self._disown(worker, started, event.reason, out)
+        # One that had started nothing died of what it was handed (of a prompt it read, say), nobody knows of which.
+        ran = event.started or event.unstarted
+        died_with = {index for index, attempt in ran if self._ledger.owned(worker, index, attempt) is not None}
+        if died_with:
+            self._dispatcher.note_death()
+        self._disown(worker, died_with, event.reason, out)
         if event.restarting:
             worker.state = WorkerState.JOINING
             self._dispatcher.worker_loading(worker)
@@ -364,7 +368,7 @@ class ControlPlane:
         self.mode = Mode.DRAINING
         self._stop_reason = reason
         out.append(Exhausted(True))
-        for request in self._policy.clear():
+        for request in self._dispatcher.clear():
             self._ledger.abandon(request)
 
     def _keep_time(self, end_at: float, now: float, out: list[Instruction]) -> None:
@@ -392,7 +396,7 @@ class ControlPlane:
     def _requeue(self, requests: list[RequestEntry]) -> None:
         """Requests in phase WAITING wait again, unless the plane drains."""
         if self.mode is Mode.OPEN:
-            self._policy.put_back(requests)
+            self._dispatcher.put_back(requests)
         else:
             for request in requests:
                 self._ledger.abandon(request)
@@ -400,12 +404,13 @@ class ControlPlane:
     def _disown(self, worker: WorkerEntry, died_with: set[int], reason: str, out: list[Instruction]) -> None:
         """Take everything from a worker. Those in `died_with` ran when its engine died."""
         back = []
+        where = f"on rank {worker.id}" + (", alone" if worker.apart else "")
         for request in worker.holdings():
             self._ledger.move(request, None, Phase.WAITING)
             if request.index in died_with:
                 request.attempt += 1
                 request.deaths += 1
-                request.history += (f"attempt {request.attempt - 1} on rank {worker.id}: {reason}",)
+                request.history += (f"attempt {request.attempt - 1} {where}: {reason}",)
                 self.totals.retried += 1
                 if request.deaths >= self.limits.deaths:
                     self._give_up(request, out)

@@ -6,6 +6,7 @@ A mutant replaces a method of the real control plane, its ledger or a policy by 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -241,6 +242,67 @@ def deaths_are_not_counted(patch: pytest.MonkeyPatch) -> None:
 
 
 @mutant
+def engines_that_had_started_nothing_died_of_nothing(patch: pytest.MonkeyPatch) -> None:
+    def lost(original: Any, plane: ControlPlane, event: EngineLost, now: float, out: list[Instruction]) -> None:
+        original(plane, replace(event, unstarted=[]), now, out)
+
+    wrap(patch, ControlPlane, "_engine_lost", lost)
+
+
+@mutant
+def suspects_have_neighbours(patch: pytest.MonkeyPatch) -> None:
+    def put_back(original: Any, dispatcher: Dispatcher, requests: Iterable[RequestEntry]) -> None:
+        dispatcher._policy.put_back(requests)
+
+    wrap(patch, Dispatcher, "put_back", put_back)
+
+
+@mutant
+def a_suspect_is_given_neighbours_later(patch: pytest.MonkeyPatch) -> None:
+    def note_room(original: Any, dispatcher: Dispatcher, worker: WorkerEntry) -> None:
+        original(dispatcher, worker)
+        if worker.apart and worker.owned < worker.target:
+            dispatcher._hungry[worker.id] = None
+
+    wrap(patch, Dispatcher, "note_room", note_room)
+
+
+@mutant
+def suspects_wait_for_ever(patch: pytest.MonkeyPatch) -> None:
+    wrap(patch, Dispatcher, "_try_suspects", lambda original, dispatcher, now, out: None)
+
+
+@mutant
+def suspects_are_tried_where_nothing_ever_worked(patch: pytest.MonkeyPatch) -> None:
+    def try_suspects(original: Any, dispatcher: Dispatcher, now: float, out: list[Instruction]) -> None:
+        before = {worker: worker.requests for worker in dispatcher._ledger.workers.values()}
+        for worker in before:
+            worker.requests = 0
+        original(dispatcher, now, out)
+        for worker, requests in before.items():
+            worker.requests = requests
+
+    wrap(patch, Dispatcher, "_try_suspects", try_suspects)
+
+
+@mutant
+def a_worker_stays_apart(patch: pytest.MonkeyPatch) -> None:
+    def note_room(original: Any, dispatcher: Dispatcher, worker: WorkerEntry) -> None:
+        apart = worker.apart
+        original(dispatcher, worker)
+        worker.apart = worker.apart or apart
+        if worker.apart:
+            dispatcher._hungry.pop(worker.id, None)
+
+    wrap(patch, Dispatcher, "note_room", note_room)
+
+
+@mutant
+def a_drain_forgets_suspects(patch: pytest.MonkeyPatch) -> None:
+    wrap(patch, Dispatcher, "clear", lambda original, dispatcher: dispatcher._policy.clear())
+
+
+@mutant
 def a_restarting_worker_is_fed(patch: pytest.MonkeyPatch) -> None:
     def loading(original: Any, dispatcher: Dispatcher, worker: WorkerEntry) -> None:
         original(dispatcher, worker)
@@ -359,7 +421,7 @@ def what_is_assigned_may_be_late(patch: pytest.MonkeyPatch) -> None:
 
 @mutant
 def what_is_late_here_is_late_everywhere(patch: pytest.MonkeyPatch) -> None:
-    wrap(patch, Dispatcher, "_in_time_somewhere", lambda original, dispatcher, worker, request, now: False)
+    wrap(patch, Dispatcher, "_in_time_on", lambda original, dispatcher, workers, request, now: False)
 
 
 @mutant
@@ -386,6 +448,16 @@ def what_was_set_aside_is_forgotten_at_the_end(patch: pytest.MonkeyPatch) -> Non
         original(plane, "done" if plane.input_ended else outcome, reason, out)
 
     wrap(patch, ControlPlane, "_stop", stop)
+
+
+@mutant
+def suspects_may_be_late(patch: pytest.MonkeyPatch) -> None:
+    def try_suspects(original: Any, dispatcher: Dispatcher, now: float, out: list[Instruction]) -> None:
+        end_at, dispatcher.horizon.end_at = dispatcher.horizon.end_at, None
+        original(dispatcher, now, out)
+        dispatcher.horizon.end_at = end_at
+
+    wrap(patch, Dispatcher, "_try_suspects", try_suspects)
 
 
 def seeds_to_find(limit: int) -> int | None:
