@@ -253,10 +253,6 @@ class Dispatcher:
     def _try_suspects(self, now: float, out: list[Instruction]) -> None:
         """Give a suspect each to workers that own nothing and could be given nothing else, or should not."""
         workers = self._ledger.workers
-        aside = []
-        while self._suspects and not self._in_time_on(workers.values(), self._suspects[0], now):
-            aside.append(self._suspects.popleft())
-        self._set_aside(aside, out)
         proven = any(w.requests for w in workers.values() if w.state is not WorkerState.GONE)
         for worker in [workers[worker] for worker in self._hungry]:
             if not self._suspects:
@@ -269,14 +265,25 @@ class Dispatcher:
                 self._unproven_tries += not proven
             elif self._recalls:
                 continue  # what comes back may be for it
-            if not self.horizon.in_time(worker.id, self._suspects[0].steps, now):
+            request = self._suspect_in_time(worker, now, out)
+            if request is None:
                 continue
-            request = self._suspects.popleft()
             worker.apart = True
             self._ledger.move(request, worker, Phase.QUEUED)
             self.note_room(worker)
             out.append(Assign(worker.id, [(request.index, request.attempt)]))
         self._wary = self._wary and bool(self._suspects)
+
+    def _suspect_in_time(self, worker: WorkerEntry, now: float, out: list[Instruction]) -> RequestEntry | None:
+        """The first suspect; None if the worker would not end it in time. What nobody would is set aside."""
+        while self._suspects:
+            request = self._suspects[0]
+            if self.horizon.in_time(worker.id, request.steps, now):
+                return self._suspects.popleft()
+            if self._in_time_somewhere(worker, request, now):
+                return None
+            self._set_aside([self._suspects.popleft()], out)
+        return None
 
     # ------------------------------------------------------------ before a time limit
 
@@ -293,19 +300,18 @@ class Dispatcher:
                 found = self._policy.take(worker.id)
                 horizon.set_aside_since = 0
                 break
-            if self._in_time_on(self._ledger.workers.values() if self._policy.steals else (worker,), request, now):
+            if self._in_time_somewhere(worker, request, now):
                 break
             aside.append(self._policy.take(worker.id))
-        self._set_aside(aside, out)
+        if aside:
+            horizon.set_aside_since += len(aside)
+            self._set_aside(aside, out)
         return found
 
     def _set_aside(self, requests: list[RequestEntry], out: list[Instruction]) -> None:
-        """None of them would end in time: they are for the next session."""
-        if not requests:
-            return
+        """Waiting requests that nobody would end in time leave."""
         for request in requests:
             self._ledger.abandon(request)
-        self.horizon.set_aside_since += len(requests)
         self._ledger.totals.set_aside += len(requests)
         out.append(GiveUp(None, [(request.index, request.attempt) for request in requests]))
 
@@ -317,9 +323,10 @@ class Dispatcher:
         tokens = worker.load_tokens * before / worker.owned / worker.slots
         return self.horizon.expected_s(worker.id, tokens * request.steps / request.cost, now)
 
-    def _in_time_on(self, workers: Iterable[WorkerEntry], request: RequestEntry, now: float) -> bool:
-        """Whether the request would end in time on a free slot of one of these."""
-        return any(w.state is WorkerState.READY and self.horizon.in_time(w.id, request.steps, now) for w in workers)
+    def _in_time_somewhere(self, worker: WorkerEntry, request: RequestEntry, now: float) -> bool:
+        """Whether the request would end in time on a free slot of this worker, or of another one that may have it."""
+        others = self._ledger.workers.values() if self._policy.steals else (worker,)
+        return any(w.state is WorkerState.READY and self.horizon.in_time(w.id, request.steps, now) for w in others)
 
     def recall_late(self, now: float, out: list[Instruction]) -> None:
         """Recall what is queued and would not end in time any more, even if it started now."""

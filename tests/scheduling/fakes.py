@@ -84,9 +84,9 @@ class Scenario:
     prefetch: int | None = None
     faults: bool = True
     drain: bool = False
-    limit: bool = False
     killers: tuple[int, ...] = ()
     """Requests that kill every engine: those with even numbers while they run, the others when they are handed over."""
+    limit: bool = False
     steps: int = 250
 
 

@@ -421,7 +421,7 @@ def what_is_assigned_may_be_late(patch: pytest.MonkeyPatch) -> None:
 
 @mutant
 def what_is_late_here_is_late_everywhere(patch: pytest.MonkeyPatch) -> None:
-    wrap(patch, Dispatcher, "_in_time_on", lambda original, dispatcher, workers, request, now: False)
+    wrap(patch, Dispatcher, "_in_time_somewhere", lambda original, dispatcher, worker, request, now: False)
 
 
 @mutant
