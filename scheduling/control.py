@@ -13,9 +13,11 @@ A request's life (a request that has ended is simply no longer in `live`):
        └───give back── recalled ─keep──> running
        └─────────────────────────────────────┘
 
-Every request that is not waiting has exactly one owner. Answers are taken only from the owner and only for the
-current attempt; everything else is late, dropped and counted. Here is what events mean: attempts, deaths,
-acknowledgement, drain, stop. Who gets what next, stealing included, is `scheduling.dispatch`'s to decide.
+Every request that is not waiting has exactly one owner. Near the end one that runs may have one copy besides, with an
+owner and an attempt of its own: the first of the two that answers ends the request, and one that is lost leaves the
+other alone. Answers are taken only from an owner and only for its attempt; everything else is late, dropped and
+counted. Here is what events mean: attempts, deaths, acknowledgement, drain, stop. Who gets what next, stealing
+included, is `scheduling.dispatch`'s to decide, and what is copied `scheduling.copies`'.
 
 An illegal event raises `ProtocolError` and changes nothing. `check()` verifies all invariants.
 """
@@ -25,7 +27,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from enum import Enum
 
-from scheduling.dispatch import Dispatcher
+from scheduling.copies import Copier
+from scheduling.dispatch import Dispatcher, unstarted
 from scheduling.errors import ProtocolError
 from scheduling.estimates import LengthEstimator
 from scheduling.events import (
@@ -90,6 +93,7 @@ class ControlPlane:
         self.totals = self._ledger.totals
         self._policy: Policy[RequestEntry] = policy_named(schedule)  # type: ignore[assignment]
         self._dispatcher = Dispatcher(self._ledger, self._policy, self.limits, first_recall)
+        self._copies = Copier(self._ledger, self.estimator, self.limits, self._dispatcher.note_room)
         self._unacknowledged: list[bool] = []
         self._acknowledged = 0
         self._stop_reason = ""
@@ -132,6 +136,8 @@ class ControlPlane:
                 self._drain(event.reason, now, out)
         if self.mode is Mode.OPEN:
             self._dispatcher.dispatch(now, self.input_ended, out)
+            if self._dispatcher.exhausted and self._policy.steals and self.limits.copies:
+                self._copies.dispatch(now, out)
         if self.mode is not Mode.STOPPED:
             self._stop_if_over(out)
         return out
@@ -163,7 +169,8 @@ class ControlPlane:
 
     @property
     def running(self) -> int:
-        return sum(len(worker.running) for worker in self._ledger.workers.values())
+        """Requests of which an entry runs, copied or not."""
+        return len(self._ledger.live) - self._ledger.unstarted
 
     def workers(self) -> list[WorkerView]:
         return [worker.view() for worker in self._ledger.workers.values()]
@@ -233,11 +240,13 @@ class ControlPlane:
         for answer in event.finished:
             self._ledger.refuse_unseen(answer.index, worker)
         worker.heard = now
+        self._copies.note_report(worker, event.made_tokens, now)
         for index, attempt in event.started:
             request = self._ledger.owned(worker, index, attempt)
             if request is not None and request.phase is not Phase.RUNNING:
                 self._ledger.move(request, worker, Phase.RUNNING)
-        deltas = [delta for delta in event.deltas if self._ledger.owned(worker, delta.index, delta.attempt) is not None]
+                request.started_at = now
+        deltas = [delta for delta in event.deltas if self._ledger.streams(worker, delta.index, delta.attempt)]
         if deltas:
             out.append(Stream(deltas))
         accepted, late = [], []
@@ -245,8 +254,11 @@ class ControlPlane:
             request = self._ledger.owned(worker, answer.index, answer.attempt)
             if request is None:
                 late.append((answer.index, answer.attempt))
+                self._copies.note_late(worker, answer)
                 continue
             accepted.append(answer)
+            if request.twin is not None:
+                self._copies.answered(request, now, out)
             self._ledger.end(request, worker)
             self._unacknowledged.append(answer.ok)
             if answer.ok:
@@ -295,8 +307,9 @@ class ControlPlane:
         worker.reason = reason
         for request in worker.holdings():
             # It may have started any of them, and may still answer: a new attempt makes such answers late.
-            request.attempt += 1
-        self.totals.retried += worker.owned
+            if request.twin is None:
+                request.renew()
+                self.totals.retried += 1
         self._disown(worker, set(), reason, out)
         self._leave(worker)
 
@@ -331,8 +344,8 @@ class ControlPlane:
         for request in self._policy.clear():
             self._abandon(request)
         for worker in self._ledger.workers.values():
-            if worker.queued:
-                self._dispatcher.recall(worker, list(worker.queued), now, out)
+            if queued := unstarted(worker):
+                self._dispatcher.recall(worker, queued, now, out)
 
     # ------------------------------------------------------------ requests change hands
 
@@ -353,24 +366,34 @@ class ControlPlane:
         """Take everything from a worker. Those in `died_with` ran when its engine died."""
         back = []
         for request in worker.holdings():
-            self._ledger.move(request, None, Phase.WAITING)
+            attempt, runs_once = request.attempt, request.twin is None
+            if runs_once:
+                self._ledger.move(request, None, Phase.WAITING)
+            else:
+                request = self._ledger.part(request)  # it goes on elsewhere
             if request.index in died_with:
-                request.attempt += 1
                 request.deaths += 1
-                request.history += (f"attempt {request.attempt - 1} on rank {worker.id}: {reason}",)
-                self.totals.retried += 1
+                request.history += (f"attempt {attempt} on rank {worker.id}: {reason}",)
+                if runs_once:
+                    request.renew()
+                    self.totals.retried += 1
                 if request.deaths >= self.limits.deaths:
-                    self._give_up(request, out)
+                    self._give_up(request, attempt, out)
                     continue
-            back.append(request)
+            if runs_once:
+                back.append(request)
         self._requeue(back)
 
-    def _give_up(self, request: RequestEntry, out: list[Instruction]) -> None:
-        self._ledger.forget(request)
+    def _give_up(self, request: RequestEntry, attempt: int, out: list[Instruction]) -> None:
+        if request.owner is None:
+            self._ledger.forget(request)
+        else:
+            self._ledger.end(request, self._ledger.workers[request.owner])
+            self._copies.cancel(request, out)
         self._unacknowledged.append(False)
         story = "; ".join(request.history)
         reason = f"{request.deaths} engines died while running this request: {story}"
-        out.append(Fail(request.index, request.attempt - 1, "engine_died", reason))
+        out.append(Fail(request.index, attempt, "engine_died", reason))
 
     def _leave(self, worker: WorkerEntry) -> None:
         worker.state = WorkerState.GONE

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from scheduling.control import ControlPlane, Limits
 from scheduling.events import (
     Assign,
+    Cancel,
     Committed,
     DrainRequested,
     Drop,
@@ -61,6 +62,11 @@ class Oracle:
         self.owner: dict[int, int] = {}
         self.started: set[int] = set()
         self.attempt: dict[int, int] = {}
+        self.highest: dict[int, int] = {}
+        self.copy: dict[int, tuple[int, int]] = {}
+        self.copy_started: set[int] = set()
+        self.promoted: set[int] = set()
+        self.copies = self.copies_won = 0
         self.deaths: dict[int, int] = {}
         self.recalls: dict[int, tuple[int, list[int], float]] = {}
         self.recalls_seen = 0
@@ -74,12 +80,13 @@ class Oracle:
         self._records: list[Finished] = []
         self._fails: list[int] = []
         self._drops: list[tuple[int, int]] = []
+        self._cancels: list[tuple[int, int, int]] = []
 
     # ------------------------------------------------------------ what an event must do
 
     def handle(self, event: Event, now: float) -> list[Instruction]:
         """Give the event to the plane and verify all that comes of it. Returns the plane's instructions."""
-        self._records, self._fails, self._drops = [], [], []
+        self._records, self._fails, self._drops, self._cancels = [], [], [], []
         stopped = bool(self.stops)
         self._expect(event, now)
         out = self.plane.handle(event, now)
@@ -89,6 +96,7 @@ class Oracle:
         records: list[Finished] = []
         fails: list[int] = []
         drops: list[tuple[int, int]] = []
+        cancels: list[tuple[int, int, int]] = []
         for place, instruction in enumerate(out):
             match instruction:
                 case Assign():
@@ -103,6 +111,8 @@ class Oracle:
                     self.unacknowledged.append(False)
                 case Drop():
                     drops += instruction.answers
+                case Cancel():
+                    cancels += [(instruction.worker, index, attempt) for index, attempt in instruction.items]
                 case Exhausted():
                     self.exhausted = instruction.empty
                 case Stop():
@@ -111,6 +121,7 @@ class Oracle:
         assert records == self._records, f"recorded {records}, not {self._records}"
         assert sorted(fails) == sorted(self._fails), f"failed {fails}, not {self._fails}"
         assert drops == self._drops, f"dropped {drops}, not {self._drops}"
+        assert sorted(cancels) == sorted(self._cancels), f"cancelled {cancels}, not {self._cancels}"
         self._judge_totals()
         if not stopped:
             self._judge_end()
@@ -127,7 +138,7 @@ class Oracle:
             case RequestsArrived() if self._open:
                 for new in event.requests:
                     self.live.add(new.index)
-                    self.attempt[new.index] = 1
+                    self.attempt[new.index] = self.highest[new.index] = 1
                 self.accepted += len(event.requests)
             case RequestRejected() if self._open:
                 self.rejected += 1
@@ -165,9 +176,18 @@ class Oracle:
         for index, attempt in event.started:
             if self._is_owner(event.worker, index, attempt):
                 self.started.add(index)
+            elif self.copy.get(index) == (event.worker, attempt):
+                self.copy_started.add(index)
         for answer in event.finished:
             if self._is_owner(event.worker, answer.index, answer.attempt):
                 self._records.append(answer)
+                if answer.index in self.copy:
+                    self._cancel_copy(answer.index)
+                self._end(answer.index)
+            elif self.copy.get(answer.index) == (event.worker, answer.attempt):
+                self._records.append(answer)
+                self.copies_won += 1
+                self._cancel_original(answer.index)
                 self._end(answer.index)
             else:
                 self.late += 1
@@ -191,12 +211,19 @@ class Oracle:
         known.heard = now
         known.state = WorkerState.JOINING if event.restarting else WorkerState.GONE
         for index, attempt in event.started:
-            if self._is_owner(event.worker, index, attempt):
-                self.attempt[index] += 1
-                self.deaths[index] = self.deaths.get(index, 0) + 1
-                if self.deaths[index] >= self.limits.deaths:
-                    self._fails.append(index)
-                    self._end(index)
+            owns = self._is_owner(event.worker, index, attempt)
+            if not owns and self.copy.get(index) != (event.worker, attempt):
+                continue
+            self.deaths[index] = self.deaths.get(index, 0) + 1
+            if self.deaths[index] >= self.limits.deaths:
+                if owns and index in self.copy:
+                    self._cancel_copy(index)
+                elif not owns:
+                    self._cancel_original(index)
+                self._fails.append(index)
+                self._end(index)
+            elif index not in self.copy:
+                self._next_attempt(index)
         self._disown(event.worker)
 
     def _expect_lost(self, worker: int) -> None:
@@ -204,7 +231,8 @@ class Oracle:
             return
         self.workers[worker].state = WorkerState.GONE
         for index, owner in self.owner.items():
-            self.attempt[index] += owner == worker
+            if owner == worker and index not in self.copy:
+                self._next_attempt(index)
         self._disown(worker)
 
     # ------------------------------------------------------------ what the plane may instruct
@@ -216,11 +244,33 @@ class Oracle:
         assert assign.items, "an empty Assign"
         for index, attempt in assign.items:
             assert index in self.live, f"request {index} has ended or never was"
-            assert index not in self.owner, f"request {index} is rank {self.owner.get(index)}'s, and assigned again"
+            if index in self.owner:
+                self._copy(assign.worker, index, attempt)
+                continue
             assert attempt == self.attempt[index], f"request {index} is assigned as attempt {attempt}"
             self.owner[index] = assign.worker
             self.assigned.append((index, assign.worker))
         assert self.owned(assign.worker) <= known.slots + self.limits.prefetch_max, "a bottomless backlog"
+
+    def _copy(self, worker: int, index: int, attempt: int) -> None:
+        """One more attempt of what runs elsewhere: near the end, once, into a slot that is free."""
+        allowed = self.steals and self.limits.copies
+        assert allowed, f"request {index} is rank {self.owner[index]}'s, and assigned again"
+        near_end = self.exhausted and self.input_ended
+        assert near_end, f"request {index} is copied before the end"
+        unstarted = self._movable() + len(self.recalls)
+        assert not unstarted, f"request {index} is copied while unstarted work is left"
+        assert index in self.started, f"request {index} is copied and does not run"
+        assert index not in self.copy, f"request {index} is copied twice"
+        assert worker != self.owner[index], f"request {index} is copied to its owner"
+        assert self.owned(worker) < self.workers[worker].slots, (
+            f"request {index} is copied to rank {worker}, which is full"
+        )
+        assert not self.deaths.get(index), f"request {index} is copied although an engine has died of it"
+        self._next_attempt(index, of_copy=True)
+        assert attempt == self.highest[index], f"the copy of request {index} is attempt {attempt}"
+        self.copy[index] = (worker, attempt)
+        self.copies += 1
 
     def _recall(self, recall: Recall, now: float) -> None:
         assert self.steals or self.draining, "a recall without stealing"
@@ -240,6 +290,8 @@ class Oracle:
         plane, totals = self.plane, self.plane.totals
         assert (totals.accepted, totals.rejected) == (self.accepted, self.rejected)
         assert (totals.done, totals.failed, totals.late) == (self.done, self.failed, self.late)
+        assert (totals.copies, totals.copies_won) == (self.copies, self.copies_won)
+        assert totals.wasted_tokens >= 0
         assert plane.unacknowledged == len(self.unacknowledged)
         assert plane.running == len(self.started)
         assert plane.waiting == len(self.live) - len(self.owner)
@@ -258,7 +310,8 @@ class Oracle:
 
     def _judge_drain(self) -> None:
         asked = {index for _, indexes, _ in self.recalls.values() for index in indexes}
-        kept = self.owner.keys() - self.started - asked
+        # A copy that has not said that it started yet, and whose original was lost, goes on as that would have.
+        kept = self.owner.keys() - self.started - asked - self.promoted
         assert not kept, f"requests {kept} will start in spite of the drain"
 
     def _judge_work(self, now: float) -> None:
@@ -303,10 +356,35 @@ class Oracle:
         return not self.draining and not self.stops
 
     def owned(self, worker: int) -> int:
-        return sum(owner == worker for owner in self.owner.values())
+        copies = sum(copy == worker for copy, _ in self.copy.values())
+        return copies + sum(owner == worker for owner in self.owner.values())
 
     def _is_owner(self, worker: int, index: int, attempt: int) -> bool:
         return self.owner.get(index) == worker and self.attempt[index] == attempt
+
+    def _next_attempt(self, index: int, *, of_copy: bool = False) -> None:
+        self.highest[index] += 1
+        if not of_copy:
+            self.attempt[index] = self.highest[index]
+
+    def _cancel_copy(self, index: int) -> None:
+        worker, attempt = self.copy.pop(index)
+        self.copy_started.discard(index)
+        self._cancels.append((worker, index, attempt))
+
+    def _cancel_original(self, index: int) -> None:
+        """The copy has won, or fails with it: it is the request."""
+        self._cancels.append((self.owner[index], index, self.attempt[index]))
+        self._promote(index)
+
+    def _promote(self, index: int) -> None:
+        self.owner[index], self.attempt[index] = self.copy.pop(index)
+        self.started.discard(index)
+        if index in self.copy_started:
+            self.copy_started.discard(index)
+            self.started.add(index)
+        elif self.draining:
+            self.promoted.add(index)
 
     def _end(self, index: int) -> None:
         assert index not in self.ended, f"request {index} ended twice"
@@ -316,7 +394,13 @@ class Oracle:
         self.started.discard(index)
 
     def _disown(self, worker: int) -> None:
+        for index in [index for index, (copy, _) in self.copy.items() if copy == worker]:
+            del self.copy[index]
+            self.copy_started.discard(index)
         for index in [index for index, owner in self.owner.items() if owner == worker]:
+            if index in self.copy:
+                self._promote(index)
+                continue
             del self.owner[index]
             self.started.discard(index)
         self.recalls = {number: recall for number, recall in self.recalls.items() if recall[0] != worker}

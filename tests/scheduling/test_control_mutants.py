@@ -123,7 +123,7 @@ def a_lost_workers_requests_are_lost(patch: pytest.MonkeyPatch) -> None:
 def a_lost_workers_attempts_stay(patch: pytest.MonkeyPatch) -> None:
     def lost(original: Any, plane: ControlPlane, worker: WorkerEntry, reason: str, out: list[Instruction]) -> None:
         for request in (*worker.queued.values(), *worker.recalled.values(), *worker.running.values()):
-            request.attempt -= 1
+            request.attempts -= 1
         original(plane, worker, reason, out)
 
     wrap(patch, ControlPlane, "_worker_lost", lost)
