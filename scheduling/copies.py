@@ -136,9 +136,9 @@ class Copier:
         slow = self._stragglers(free[0][0], tail, now)
         given: dict[int, list[tuple[int, int]]] = {}
         for left_s, _, request, pace in heapq.nlargest(sum(slots for _, slots, _ in free), slow):
-            place = next((place for place, (_, slots, _) in enumerate(free) if slots), None)
-            if place is None:
-                break
+            others = (place for place, (_, slots, worker) in enumerate(free) if slots and worker.id != request.owner)
+            if (place := next(others, None)) is None:
+                continue
             there, slots, worker = free[place]
             if not self._is_worth(self._gain_s(request, pace, there, tail, now), left_s):
                 continue

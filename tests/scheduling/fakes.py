@@ -88,6 +88,8 @@ class Scenario:
     faults: bool = True
     drain: bool = False
     copies: bool = True
+    eager: bool = False
+    """What runs is copied whether or not that would help."""
     steps: int = 250
     last_steps: int = 0
     """With a reader that does not tarry: what follows the input's end happens, too."""
@@ -100,14 +102,15 @@ def scenario_of(seed: int) -> Scenario:
     return Scenario(
         seed=seed,
         schedule="round-robin" if rng.random() < 0.25 and not straggles else "work-stealing",
-        workers=rng.randint(1, 5),
+        workers=rng.randint(2, 3) if straggles else rng.randint(1, 5),
         slots=tuple(rng.choices([1, 2, 3, 5], k=3)),
-        requests=rng.randint(2, 12) if straggles else rng.randint(0, 40),
+        requests=rng.randint(3, 10) if straggles else rng.randint(0, 40),
         prefetch=rng.choice([None, 0, 1, 4, 8]),
         faults=rng.random() < 0.8,
         drain=rng.random() < 0.2,
+        eager=straggles,
         steps=30 if straggles else 250,
-        last_steps=300 if straggles else 0,
+        last_steps=600 if straggles else 0,
     )
 
 
@@ -225,12 +228,13 @@ class World:
         ids = list(range(1, scenario.workers + 1))
         self.limits = Limits(
             prefetch=scenario.prefetch, prefetch_max=8, lease_s=60.0, deaths=2, copies=scenario.copies,
-            copy_gain_s=0.05, copy_interval_s=0.03,
+            copy_gain_s=-1e9 if scenario.eager else 0.05, copy_gain_share=-1e9 if scenario.eager else 0.2,
+            copy_interval_s=0.03,
         )  # fmt: skip
         self.oracle = Oracle(ids, scenario.schedule, self.limits)
         self.workers = {i: FakeWorker(i, scenario.slots[i % len(scenario.slots)]) for i in ids}
         for worker in self.workers.values():
-            worker.slowness = self.rng.choice([1, 1, 3, 9, 27])
+            worker.slowness = self.rng.choice([1, 1, 4, 12])
         self.haste = [self.rng.random() ** 2 + 0.05 for _ in ids]
         self.generations: dict[int, int] = {}
         self.delivered: list[Event] = []
@@ -244,6 +248,8 @@ class World:
             for _ in range(self.scenario.steps):
                 self.step()
             for _ in range(self.scenario.last_steps):
+                if self.oracle.stops:
+                    break
                 self.read()
                 self.step()
             self.settle()
@@ -259,7 +265,9 @@ class World:
         self.elapse(0.01)
         [worker] = self.rng.choices(list(self.workers.values()), self.haste)
         dice = self.rng.random()
-        if dice < 0.30:
+        if self.scenario.faults and self.oracle.copy and self.rng.random() < 0.1:
+            self.strike()
+        elif dice < 0.30:
             self.hear(worker)
         elif dice < 0.85:
             self.work(worker, dice)
@@ -282,7 +290,7 @@ class World:
             worker.receive()
         elif dice < 0.55:
             worker.start()
-        elif dice < 0.66 and worker.running and worker.alive and self.rng.random() < 1.5 / worker.slowness:
+        elif dice < 0.66 and worker.running and worker.alive and self.rng.random() < 2 / worker.slowness:
             index = self.rng.choice(list(worker.running))
             worker.finish(index, ok=self.rng.random() < 0.9)
         elif dice < 0.74:
@@ -319,6 +327,16 @@ class World:
             stale = [each for each in self.delivered if isinstance(each, Reported)
                      and any(attempt[index] > number for index, number in each.started)]  # fmt: skip
             self.repeat(self.rng.choice(stale or self.delivered[-30:]))
+
+    def strike(self) -> None:
+        """A fault where something runs twice: at the copy, or at its original."""
+        index, (copy, _) = self.rng.choice(list(self.oracle.copy.items()))
+        worker = self.workers[self.rng.choice([copy, self.oracle.owner[index]])]
+        if self.rng.random() < 0.3:
+            self.tell(WorkerLost(worker.id, "silent"))
+            worker.start_process()
+        elif worker.alive and worker.engine_up:
+            worker.lose_engine(True, self.rng.random() < 0.7)
 
     def pass_time(self, elapsed_s: float) -> None:
         """Those alive have sent heartbeats meanwhile, but for one now and then whose link is slow."""
@@ -389,7 +407,7 @@ class World:
 
     def settle(self) -> None:
         """Without faults, and fairly: everything ends within a bounded number of rounds."""
-        rounds = 27 * (40 + 8 * (self.scenario.requests + len(self.workers)))
+        rounds = 12 * (40 + 8 * (self.scenario.requests + len(self.workers)))
         for _ in range(rounds):
             if self.oracle.stops:
                 break

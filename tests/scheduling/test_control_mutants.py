@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from scheduling.control import ControlPlane
+from scheduling.copies import Copier
 from scheduling.dispatch import Dispatcher
 from scheduling.events import (
+    Cancel,
     Committed,
     EngineLost,
     Exhausted,
@@ -314,6 +316,126 @@ def the_last_commit_goes_unnoticed(patch: pytest.MonkeyPatch) -> None:
         return instructions
 
     wrap(patch, ControlPlane, "handle", handle)
+
+
+@mutant
+def who_was_slower_is_not_cancelled(patch: pytest.MonkeyPatch) -> None:
+    wrap(patch, Copier, "cancel", lambda original, copier, request, out: copier._note_room(owner_of(copier, request)))
+
+
+@mutant
+def the_winner_is_cancelled(patch: pytest.MonkeyPatch) -> None:
+    def answered(original: Any, copier: Copier, request: RequestEntry, now: float, out: list[Instruction]) -> None:
+        original(copier, request, now, out)
+        out[-1] = Cancel(request.owner or 0, [(request.index, request.attempt)])
+
+    wrap(patch, Copier, "answered", answered)
+
+
+@mutant
+def room_where_one_was_cancelled_is_forgotten(patch: pytest.MonkeyPatch) -> None:
+    def cancel(original: Any, copier: Copier, request: RequestEntry, out: list[Instruction]) -> None:
+        copier._note_room, note_room = lambda worker: None, copier._note_room
+        original(copier, request, out)
+        copier._note_room = note_room
+
+    wrap(patch, Copier, "cancel", cancel)
+
+
+@mutant
+def a_copy_that_won_is_not_counted(patch: pytest.MonkeyPatch) -> None:
+    def answered(original: Any, copier: Copier, request: RequestEntry, now: float, out: list[Instruction]) -> None:
+        won = copier._ledger.totals.copies_won
+        original(copier, request, now, out)
+        copier._ledger.totals.copies_won = won
+
+    wrap(patch, Copier, "answered", answered)
+
+
+@mutant
+def a_copy_has_the_attempt_of_its_original(patch: pytest.MonkeyPatch) -> None:
+    def copy(original: Any, ledger: Ledger, request: RequestEntry, worker: WorkerEntry) -> RequestEntry:
+        twin: RequestEntry = original(ledger, request, worker)
+        twin.attempt = request.attempt
+        return twin
+
+    wrap(patch, Ledger, "copy", copy)
+
+
+@mutant
+def the_attempt_of_a_lost_copy_is_given_out_again(patch: pytest.MonkeyPatch) -> None:
+    def part(original: Any, ledger: Ledger, request: RequestEntry) -> RequestEntry:
+        other: RequestEntry = original(ledger, request)
+        other.attempts = other.attempt
+        return other
+
+    wrap(patch, Ledger, "part", part)
+
+
+@mutant
+def a_copy_is_lost_with_its_original(patch: pytest.MonkeyPatch) -> None:
+    def part(original: Any, ledger: Ledger, request: RequestEntry) -> RequestEntry:
+        other: RequestEntry = original(ledger, request)
+        if other.attempt > request.attempt and other.owner is not None:
+            ledger.move(other, None, Phase.WAITING)
+        return other
+
+    wrap(patch, Ledger, "part", part)
+
+
+@mutant
+def only_the_original_may_answer(patch: pytest.MonkeyPatch) -> None:
+    def owned(original: Any, ledger: Ledger, worker: WorkerEntry, index: int, attempt: int) -> RequestEntry | None:
+        request = ledger.live.get(index)
+        found: RequestEntry | None = original(ledger, worker, index, attempt)
+        return found if found is request else None
+
+    wrap(patch, Ledger, "owned", owned)
+
+
+@mutant
+def copies_are_made_while_there_is_other_work(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Dispatcher, "exhausted", True)
+
+
+@mutant
+def copies_go_where_no_slot_is_free(patch: pytest.MonkeyPatch) -> None:
+    def free(original: Any, copier: Copier, now: float) -> list[tuple[float, int, WorkerEntry]]:
+        return [(pace, slots + 1, worker) for pace, slots, worker in original(copier, now)]
+
+    wrap(patch, Copier, "_free", free)
+
+
+@mutant
+def what_kills_engines_is_copied(patch: pytest.MonkeyPatch) -> None:
+    def dispatch(original: Any, copier: Copier, now: float, out: list[Instruction]) -> None:
+        deaths = {request: request.deaths for request in copier._ledger.live.values()}
+        for request in deaths:
+            request.deaths = 0
+        original(copier, now, out)
+        for request, count in deaths.items():
+            request.deaths = count
+
+    wrap(patch, Copier, "dispatch", dispatch)
+
+
+@mutant
+def deaths_of_a_copy_are_forgiven(patch: pytest.MonkeyPatch) -> None:
+    def lost(original: Any, plane: ControlPlane, event: EngineLost, now: float, out: list[Instruction]) -> None:
+        live = plane._ledger.live
+        copied = [live[index] for index, _ in event.started if index in live and live[index].twin is not None]
+        original(plane, event, now, out)
+        for request in copied:
+            for one in (request, plane._ledger.live.get(request.index)):
+                if one is not None:
+                    one.deaths = 0
+
+    wrap(patch, ControlPlane, "_engine_lost", lost)
+
+
+def owner_of(copier: Copier, request: RequestEntry) -> WorkerEntry:
+    assert request.owner is not None
+    return copier._ledger.workers[request.owner]
 
 
 def seeds_to_find(limit: int) -> int | None:

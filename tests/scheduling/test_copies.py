@@ -123,8 +123,8 @@ def test_ranks_of_the_same_speed_never_copy_from_each_other() -> None:
 
 def test_no_copy_is_made_while_input_may_come_or_work_waits() -> None:
     plane = ControlPlane([FAST, SLOW], "work-stealing", 0.0, limits=Limits(prefetch=4))
-    for event in (WorkerReady(SLOW, 1), RequestsArrived([NewRequest(k, 10, LIMIT) for k in range(3)])):
-        plane.handle(event, 0.0)
+    plane.handle(WorkerReady(SLOW, 1), 0.0)
+    plane.handle(RequestsArrived([NewRequest(k, 10, LIMIT) for k in range(3)]), 0.0)
     plane.handle(report(SLOW, (0,)), 0.0)
     for event in (report(SLOW, made=20), report(SLOW, made=20)):
         plane.handle(event, 5.0)
