@@ -179,6 +179,14 @@ def batch(
         int | None,
         typer.Option(help="Unstarted requests a worker holds, at least. [default: a quarter of its slots]"),
     ] = None,
+    copies: Annotated[
+        bool | None,
+        typer.Option(
+            "--copies/--no-copies",
+            help="Near the end, start what runs on a slow rank again on an idle one, where that is expected to end "
+            "sooner; the first answer counts. [default: with work stealing]",
+        ),
+    ] = None,
     lease: Annotated[float, typer.Option(help="Seconds of silence after which a rank is lost.")] = 60.0,
     commit_interval: Annotated[float, typer.Option(help="Seconds between commits of the record to disk.")] = 0.05,
     commit_bytes: Annotated[int, typer.Option(help="Bytes after which the record is committed earlier.")] = 16 << 20,
@@ -214,8 +222,9 @@ def batch(
         sampling=checked_sampling(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, **held_to(json_schema, grammar_file)
         ),
-        max_tokens=max_tokens, seed=seed, prefetch=prefetch, lease_s=lease, commit_interval_s=commit_interval,
-        commit_bytes=commit_bytes, metrics_interval_s=metrics_interval, precheck=precheck,
+        max_tokens=max_tokens, seed=seed, copies=copies, prefetch=prefetch, lease_s=lease,
+        commit_interval_s=commit_interval, commit_bytes=commit_bytes, metrics_interval_s=metrics_interval,
+        precheck=precheck,
         chat_template=read_text("--chat-template", chat_template),
         engine=engine.value, service_times=None if service_times is None else str(service_times), time_scale=time_scale,
         pooling=None if pooling is None else pooling.value, stage=stage.value, stage_dir=stage_dir, **chosen.job(),

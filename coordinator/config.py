@@ -14,7 +14,7 @@ from typing import Any, Literal
 import msgspec
 
 from scheduling.errors import ConfigError, RequestError
-from scheduling.policies import POLICIES
+from scheduling.policies import POLICIES, policy_named
 from scheduling.requests import MAX_TOKENS_LIMIT, Request, Sampling, parse_request
 from workers.protocol import Adapter, CacheType, RopeScaling, Split
 
@@ -61,6 +61,8 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True):
     sampling: Sampling = Sampling()
     max_tokens: int = 512
     seed: int = 0
+    copies: bool | None = None
+    """Whether what runs on a slow worker near the end is started again on an idle one. None: with work stealing."""
     prefetch: int | None = None
     lease_s: float = 60.0
     commit_interval_s: float = 0.05
@@ -101,6 +103,10 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(f"--draft-max is {self.draft_max}: the most that is accepted is {DRAFT_TOKENS_LIMIT}")
         if self.draft_model is not None and not self.speculate:
             raise ConfigError("--draft-model is given with --no-speculate: leave out one of them")
+        if self.copies and not self.makes_copies:
+            raise ConfigError(
+                f"--copies needs --schedule work-stealing: under {self.schedule} a request stays where it was dealt"
+            )
         if self.prefetch is not None and self.prefetch < 0:
             raise ConfigError(f"--prefetch is {self.prefetch}: it must be 0 or more")
         above_zero = {
@@ -121,6 +127,10 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(f"--draft-model is not for --engine {self.engine}, which says nothing worth guessing")
         if not 0.0 <= self.time_scale < math.inf:
             raise ConfigError(f"--time-scale is {self.time_scale}: it must be 0 or more, and finite")
+
+    @property
+    def makes_copies(self) -> bool:
+        return policy_named(self.schedule).steals and self.copies is not False
 
     @property
     def want_gpu(self) -> bool | None:
