@@ -185,7 +185,7 @@ class _Cluster:
             messages=self._messages,
             copies=totals.copies,
             copies_won=totals.copies_won,
-            wasted_s=sum(worker.busy_s for worker in self._workers) - self._useful_s,
+            wasted_s=max(0.0, sum(worker.busy_s for worker in self._workers) - self._useful_s),
         )
 
     def _push(self, at: float, kind: int, worker: int, what: _What) -> None:
