@@ -126,7 +126,7 @@ def be_rank(model: str, folder: str, server: str, repeats: int) -> None:
     from storage.staging import Node, model_of, stage
 
     world = World()
-    comm = world.collectives
+    comm = world.collectives_comm
     size = Path(model).stat().st_size
     data = np.zeros(size, np.uint8)
     hosts = comm.allgather(socket.gethostname())

@@ -16,11 +16,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from coordinator.batch import open_world, serve_rank
 from coordinator.config import JobConfig
 from coordinator.launch import detect
 from coordinator.loop import Callbacks
 from coordinator.mpi import World
+from coordinator.ranks import open_world, serve_rank
 from coordinator.session import Session
 from coordinator.setup import prepare
 from coordinator.source import FileSource

@@ -213,8 +213,9 @@ def batch(
     as_json: AsJson = False,
 ) -> None:
     """Answer every request of a file exactly once, on all ranks."""
-    from coordinator.batch import BatchOptions, replayed, run_batch
+    from coordinator.batch import replayed, run_batch
     from coordinator.config import JobConfig, checked_sampling
+    from coordinator.lead import BatchOptions
     from coordinator.rows import Columns
 
     config = JobConfig(

@@ -25,8 +25,10 @@ def run_infer(
 ) -> int:
     """Print the answer; with `stream` as it is made, with `as_json` as one object with its timings.
 
-    Raises ConfigError for `logprobs` without `as_json`, which alone has room for them.
+    Raises ConfigError for `logprobs` without `as_json`, which alone has room for them, and for both ways of printing.
     """
+    if stream and as_json:
+        raise ConfigError("--stream prints a text as it is made, --json one object at the end: give one of them")
     if logprobs is not None and not as_json:
         raise ConfigError("--logprobs needs --json, which prints the numbers")
     request: dict[str, Any] = {"custom_id": "infer", **_sampling_fields(config)}
@@ -37,7 +39,7 @@ def run_infer(
         request["messages"] = [*messages, {"role": "user", "content": prompt}]
         request |= {"logprobs": True, "top_logprobs": logprobs} if logprobs is not None else {}
     with _pool(config) as pool:
-        if stream and not as_json:
+        if stream:
             for piece in pool.stream(request):
                 sys.stdout.write(piece)
                 sys.stdout.flush()

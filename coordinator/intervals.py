@@ -9,7 +9,7 @@ holds nobody up. Memory is one interval's telemetry and a row for each worker.
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +39,14 @@ class Intervals:
         session: int,
         filled: Callable[[Rows], Rows],
         clock: Callable[[], float],
-        executor: Executor | None = None,
+        executor: Executor,
     ) -> None:
         self._disk = disk
         self._directory = directory
         self._session = session
         self._filled = filled
         self._clock = clock
-        self._executor = executor or ThreadPoolExecutor(1, "intervals")
+        self._executor = executor
         self._writer: SegmentWriter | None = None
         self._writing: Future[None] | None = None
         self._told: dict[int, m.Counters] = {}

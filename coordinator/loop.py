@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from coordinator.source import Source
+from coordinator.surroundings import Recorder
 from scheduling import events as ev
 from scheduling import messages as m
 from scheduling.control import ControlPlane, Mode
@@ -27,15 +27,6 @@ READ_BYTES_MAX = 64 << 20
 PAYLOAD_BYTES_MAX = 256 << 20
 BACKLOG_BYTES_MAX = 256 << 20
 ASSIGN_BYTES_MAX = 8 << 20
-
-
-class Recorder(Protocol):
-    """Where answers go. `acknowledged` counts the lines that became durable since it was last asked."""
-
-    @property
-    def backlog_bytes(self) -> int: ...
-    def append(self, lines: list[bytes]) -> None: ...
-    def acknowledged(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ GATHER_CHUNK_BYTES = 64 << 20
 
 
 class World:
-    """The ranks started together, on communicators of our own.
+    """`coordinator.world.Ranks` over MPI, on communicators of our own.
 
     `messages` carries envelopes, `collectives` the metrics. Errors come back as exceptions instead of ending the
     job, so that a rank can say what happened before it leaves.
@@ -41,9 +41,9 @@ class World:
         self.MPI: Any = MPI
         world = MPI.COMM_WORLD
         world.Set_errhandler(MPI.ERRORS_RETURN)
-        self.messages = world.Dup()
-        self.collectives = world.Dup()
-        for comm in (self.messages, self.collectives):
+        self.messages_comm = world.Dup()
+        self.collectives_comm = world.Dup()
+        for comm in (self.messages_comm, self.collectives_comm):
             comm.Set_errhandler(MPI.ERRORS_RETURN)
         self.rank: int = world.Get_rank()
         self.size: int = world.Get_size()
@@ -54,6 +54,9 @@ class World:
 
     def endpoint(self) -> MpiEndpoint:
         return MpiEndpoint(self)
+
+    def collectives(self) -> Collectives:
+        return Collectives(self)
 
     def abort(self, code: int) -> NoReturn:
         """End all ranks now. Only for when some cannot be reached any more and everyone would wait for ever."""
@@ -68,7 +71,7 @@ class MpiEndpoint:
 
     def __init__(self, world: World) -> None:
         self._MPI = world.MPI
-        self._comm = world.messages
+        self._comm = world.messages_comm
         self._sends: deque[tuple[Any, bytes]] = deque()
         self._status = world.MPI.Status()
 
@@ -110,7 +113,7 @@ class Collectives:
 
     def __init__(self, world: World, idle: Callable[[], None] = lambda: time.sleep(5e-4)) -> None:
         self._MPI = world.MPI
-        self._comm = world.collectives
+        self._comm = world.collectives_comm
         self._idle = idle
         self.rank = world.rank
         self.size = world.size

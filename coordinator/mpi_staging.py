@@ -31,7 +31,7 @@ class MpiGroup:
         self.size = world.size
 
     def exchange(self, said: bytes, patience_s: float) -> list[bytes]:
-        comm, MPI = self._world.collectives, self._world.MPI
+        comm, MPI = self._world.collectives_comm, self._world.MPI
         sizes = np.zeros(self.size, np.int64)
         self._finish(comm.Iallgather(np.array([len(said)], np.int64), sizes), patience_s)
         everything = np.empty(int(sizes.sum()), np.uint8)
@@ -61,7 +61,7 @@ class MpiChannel:
     """This rank's place among `ranks`, and its neighbours."""
 
     def __init__(self, world: World, ranks: Sequence[int]) -> None:
-        self._MPI, self._comm = world.MPI, world.collectives
+        self._MPI, self._comm = world.MPI, world.collectives_comm
         self.place, self.size = list(ranks).index(world.rank), len(ranks)
         self._before = ranks[self.place - 1] if self.place else -1
         self._next = ranks[self.place + 1] if self.place + 1 < self.size else -1

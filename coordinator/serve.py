@@ -8,33 +8,34 @@ with its traceback, and the rank stays to be stopped in order.
 from __future__ import annotations
 
 import gc
-import select
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from coordinator.collect import Collecting, collect
 from coordinator.loop import Coordinator
+from coordinator.surroundings import Sleep, sleep
 from coordinator.transport import Backoff
 from scheduling.errors import HandshakeError
 from workers.worker import Worker
 
 
-def serve(worker: Worker, collectives: Callable[[], Collecting], clock: Callable[[], float]) -> None:
+def serve(
+    worker: Worker, collectives: Callable[[], Collecting], clock: Callable[[], float], sleep: Sleep = sleep
+) -> None:
     """Be a worker rank until rank 0 says stop.
 
     Raises:
         HandshakeError: rank 0 has refused this rank.
     """
     with calm_collector():
-        _serve(worker, collectives, clock)
+        _serve(worker, collectives, clock, sleep)
     worker.close()
     if worker.refused is not None:
         raise HandshakeError(worker.refused)
 
 
-def _serve(worker: Worker, collectives: Callable[[], Collecting], clock: Callable[[], float]) -> None:
+def _serve(worker: Worker, collectives: Callable[[], Collecting], clock: Callable[[], float], sleep: Sleep) -> None:
     backoff = Backoff()
     while not worker.stopped:
         busy = step(worker)
@@ -48,7 +49,7 @@ def _serve(worker: Worker, collectives: Callable[[], Collecting], clock: Callabl
             sleep([worker.fileno()], backoff.next_s(worker.in_flight))
 
 
-def drive(coordinator: Coordinator, hosted: list[Worker], keep_on: Callable[[], bool]) -> None:
+def drive(coordinator: Coordinator, hosted: list[Worker], keep_on: Callable[[], bool], sleep: Sleep = sleep) -> None:
     """Be rank 0 until there is an outcome, or `keep_on` says no."""
     backoff = Backoff()
     with calm_collector():
@@ -88,12 +89,3 @@ def turn(coordinator: Coordinator, hosted: list[Worker]) -> bool:
     for worker in hosted:
         busy = step(worker) or busy
     return busy
-
-
-def sleep(descriptors: list[int | None], delay_s: float) -> None:
-    """Sleep, or less if one of the descriptors has something to read."""
-    waiting = [descriptor for descriptor in descriptors if descriptor is not None]
-    if waiting:
-        select.select(waiting, [], [], delay_s)
-    else:
-        time.sleep(delay_s)

@@ -8,7 +8,6 @@ happens in between, `close` releases all ranks.
 from __future__ import annotations
 
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,12 +18,14 @@ import msgspec
 from coordinator.collect import Collecting, Gathered, Rows, collect
 from coordinator.engines import fitted_placements
 from coordinator.handshake import Handshake
-from coordinator.loop import Callbacks, Coordinator, Recorder
-from coordinator.mpi import Collectives, SoloCollectives, World
-from coordinator.serve import drive, sleep, turn
+from coordinator.loop import Callbacks, Coordinator
+from coordinator.mpi import SoloCollectives
+from coordinator.serve import drive, turn
 from coordinator.setup import Setup, build_worker
 from coordinator.source import Source
+from coordinator.surroundings import Recorder, Surroundings
 from coordinator.transport import Backoff, Loopback, Routed
+from coordinator.world import Ranks
 from scheduling import events as ev
 from scheduling import messages as m
 from scheduling.control import ControlPlane, Limits
@@ -41,7 +42,11 @@ CLOSE_S = 10.0
 class Session:
     """See the module's text. `world` None: this process is alone and hosts all workers itself."""
 
-    def __init__(self, setup: Setup, world: World | None, *, number: int = 0) -> None:
+    def __init__(
+        self, setup: Setup, world: Ranks | None, *, number: int = 0, around: Surroundings | None = None
+    ) -> None:
+        self._around = around or Surroundings()
+        self._clock = self._around.clock
         self.setup = setup
         self.world = world
         self.number = number
@@ -71,10 +76,10 @@ class Session:
         """
         setup = self.setup
         try:
-            handshake = Handshake(self.hub, setup.hello(), time.monotonic)
+            handshake = Handshake(self.hub, setup.hello(), self._clock)
             backoff = Backoff()
             while not handshake.step():
-                time.sleep(backoff.next_s(in_flight=True))
+                self._around.sleep([], backoff.next_s(in_flight=True))
             self.hosts.update({rank: hello.host for rank, hello in handshake.hellos.items()})
             self.plan = self._fit(self._place())
         except Exception as error:
@@ -88,7 +93,9 @@ class Session:
             self._endpoint.add(loopback.near)
             self.hub.add(worker)
             log = self.log_path(worker)
-            self.hosted.append(build_worker(setup, worker, Spoke(loopback.far), log))
+            self.hosted.append(
+                build_worker(setup, worker, Spoke(loopback.far), log, self._clock, self._around.wall_clock)
+            )
             self.hub.send(worker, self._welcome(self.plan.placements[worker]))
         self.hub.flush()
         return list(self.plan.notes)
@@ -137,7 +144,7 @@ class Session:
         # Who listens to text as it is made hears one attempt from its beginning to its end.
         copies = config.makes_copies and callbacks.on_delta is None
         limits = Limits(prefetch=config.prefetch, lease_s=config.lease_s, copies=copies)
-        now = time.monotonic()
+        now = self._clock()
         before = self.coordinator
         # Answers to what an earlier input left behind may still come: their numbers must not be this one's.
         first_index = 0 if before is None else before.plane.highest + 1
@@ -147,7 +154,7 @@ class Session:
             first_index=first_index, first_recall=first_recall,
         )  # fmt: skip
         self.coordinator = coordinator = Coordinator(
-            self.hub, plane, source, record, time.monotonic, names=self.names(), session=self.number,
+            self.hub, plane, source, record, self._clock, names=self.names(), session=self.number,
             earlier=earlier, callbacks=callbacks,
         )  # fmt: skip
         if before is not None:
@@ -162,12 +169,12 @@ class Session:
 
     def wait(self, delay_s: float) -> None:
         """Sleep, or less if an engine hosted here has something to say."""
-        sleep([worker.fileno() for worker in self.hosted], delay_s)
+        self._around.sleep([worker.fileno() for worker in self.hosted], delay_s)
 
     def run(self, keep_on: Callable[[], bool] = lambda: True) -> ev.Stop | None:
         """Until there is an outcome; None if `keep_on` said no before."""
         assert self.coordinator is not None
-        drive(self.coordinator, self.hosted, keep_on)
+        drive(self.coordinator, self.hosted, keep_on, self._around.sleep)
         return self.coordinator.outcome
 
     # ------------------------------------------------------------ end
@@ -193,14 +200,14 @@ class Session:
             worker.close()
         self._stuck = bool(self._remote)  # until it has gone well: an error in between leaves the others in it
         try:
-            gathered = collect(self._collectives(), [worker.metrics for worker in self.hosted], time.monotonic(), take)
+            gathered = collect(self._collectives(), [worker.metrics for worker in self.hosted], self._clock(), take)
         except RankLostError:
             return None
         self._stuck = False
         return gathered
 
     def _collectives(self) -> Collecting:
-        return SoloCollectives() if self.world is None else Collectives(self.world)
+        return SoloCollectives() if self.world is None else self.world.collectives()
 
     def refuse(self, reason: str) -> None:
         """Tell ranks that wait in the handshake to leave."""
@@ -227,6 +234,6 @@ class Session:
 
     def _flush_all(self) -> None:
         self.hub.flush()
-        deadline = time.monotonic() + CLOSE_S
-        while self._endpoint.unsent_bytes() and time.monotonic() < deadline:
-            sleep([], 1e-3)
+        deadline = self._clock() + CLOSE_S
+        while self._endpoint.unsent_bytes() and self._clock() < deadline:
+            self._around.sleep([], 1e-3)

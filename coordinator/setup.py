@@ -101,14 +101,17 @@ def model_facts(model: str) -> ModelFacts:
     return ModelFacts(str(path.absolute()), check_gguf(path).shape)
 
 
-def build_worker(setup: Setup, rank: int, spoke: Spoke, stderr_log: Path | None) -> Worker:
+def build_worker(
+    setup: Setup, rank: int, spoke: Spoke, stderr_log: Path | None, clock: Callable[[], float] = time.monotonic,
+    wall_clock: Callable[[], float] = time.time,
+) -> Worker:  # fmt: skip
     """A worker with the engine that the job asks for."""
     return Worker(
         spoke,
         WorkerOptions(
             rank=rank, hello=setup.hello(), model_name=setup.model_name, defaults=setup.config.sampling,
             engine_factory=engine_factory(setup.config, setup.model, stderr_log, setup.service_times),
-            clock=time.monotonic, wall_clock=time.time, telemetry_factory=_telemetry,
+            clock=clock, wall_clock=wall_clock, telemetry_factory=_telemetry,
             metrics_interval_s=setup.config.metrics_interval_s,
         ),
     )  # fmt: skip

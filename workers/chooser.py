@@ -62,7 +62,7 @@ class Turn:
         "_allowed",
         "_best",
         "_count",
-        "_filtered",
+        "_listable",
         "_hard",
         "_listed",
         "_logits",
@@ -79,14 +79,14 @@ class Turn:
         if chooser.seats.noting:
             seats = chooser.seats
             self._hard |= np.array([seats[slot].noted is not None for slot in rows.output_slots.tolist()], np.bool_)
-        self._filtered: Flags = self._hard & chooser.slots.filtered[rows.output_slots]
+        self._listable: Flags = self._hard & chooser.slots.listable[rows.output_slots]
         self._parameters = self._asked(rows.only(self._hard)) if self._hard.any() else None
         """Of the hard rows."""
         self._listed: Shortlist | None = None
         self._allowed: Allowed | None = None
-        """Of the hard rows that are not filtered."""
+        """Of the hard rows that are not listable."""
         if chooser.seats.constrained and chooser.constraints is not None:
-            slots = rows.output_slots[self._hard & ~self._filtered].tolist()
+            slots = rows.output_slots[self._hard & ~self._listable].tolist()
             self._allowed = chooser.constraints.allowed([chooser.seats[slot].matcher for slot in slots])
         self._best: Ints | None = None
         self._logits: npt.NDArray[np.float32] | None = None
@@ -97,7 +97,7 @@ class Turn:
         self._best = decoder.best(self._count)
         if self._best is None:
             self._logits = decoder.logits(self._count)
-        elif self._filtered.any():
+        elif self._listable.any():
             self._listed = decoder.shortlist(self._count)
 
     def tokens(self) -> Ints:
@@ -111,7 +111,7 @@ class Turn:
         if hard.any():
             allowed = self._allowed
             if allowed is not None:
-                strict = np.flatnonzero(~self._filtered[hard])
+                strict = np.flatnonzero(~self._listable[hard])
                 allowed = replace(allowed, places=strict[allowed.places])
             tokens[hard] = self._choose(rows.only(hard), allowed, self._parameters if hard is self._hard else None)
         if not easy.size:
@@ -131,7 +131,7 @@ class Turn:
         """Choose from shortlists, where they decide. Returns which rows need their logits."""
         rows = self._rows
         hard: Flags = self._hard.copy()
-        places = np.flatnonzero(self._filtered)
+        places = np.flatnonzero(self._listable)
         damaged = best[rows.output_rows[places]] == NOT_FINITE
         tokens[places[damaged]], hard[places[damaged]] = NOT_FINITE, False
         places = places[~damaged]

@@ -19,8 +19,10 @@ can be chosen reaches, and the few columns with a peak above the floor are all t
   that min_p keeps, without the last, weigh less than top_p of that, top_p keeps them all, and Z is not needed.
 
 Tokens that reach the floor (candidates) are laid in a table, a line for each row, sorted, cut and drawn from. Rows
-with thousands of candidates, and those with typical_p, are made to tables of one line. Temperature alone keeps every
-token: blocks of tokens are summed, a block is drawn, then a token of it.
+with thousands of candidates, and those with typical_p, are made to tables of one line.
+
+Temperature alone keeps every token. The number that is drawn with says then how much of Z, now of exp((logit - top) /
+temperature), the tokens before the chosen one weigh, the largest first: it takes the place of top_p.
 
 What happens to a row is a function of this row alone. Tables are cumulated, never summed, along their lines, so
 that neighbours that make a table wider change nothing.
@@ -41,8 +43,6 @@ from workers.sampling import NOT_FINITE, Doubles, Floats, Ids, RowSampler, Token
 
 PARALLEL_ELEMENTS_MIN = 1 << 20
 """Logits below which a second thread costs more than it brings."""
-BLOCK = 256
-"""Tokens that are summed together first when a token is drawn from the whole vocabulary."""
 STRIPS = 64
 """Tokens in a column."""
 COLUMNS_MIN = 256
@@ -168,13 +168,11 @@ class _Scratch(threading.local):
     def __init__(self) -> None:
         self._weights: Floats = np.zeros(0, np.float32)
 
-    def weights(self, tokens: int) -> tuple[Floats, Floats]:
-        """(tokens,) to be filled, and the same in (blocks, BLOCK), whose end is 0."""
-        blocks = -(-tokens // BLOCK)
-        if self._weights.size != blocks * BLOCK:
-            self._weights = np.zeros(blocks * BLOCK, np.float32)
-        self._weights[tokens:] = 0.0
-        return self._weights[:tokens], self._weights.reshape(blocks, BLOCK)
+    def weights(self, tokens: int) -> Floats:
+        """(tokens,) to be filled."""
+        if self._weights.size != tokens:
+            self._weights = np.zeros(tokens, np.float32)
+        return self._weights
 
 
 _scratch = _Scratch()
@@ -194,10 +192,8 @@ class Step:
         self.top: Floats = np.empty(self.count, np.float32)
         self.floor: Floats = np.empty(self.count, np.float32)
         """NaN where there are no candidates to be found: nothing reaches it."""
-        self.blocks: Floats = np.empty((self.count, -(-self.vocab // BLOCK)), np.float32)
-        """Sums of weights of each BLOCK tokens, where a row was weighed."""
         self.total: Doubles = np.full(self.count, np.nan)
-        """Z, where a row was weighed."""
+        """Z, where a row was weighed; with temperature alone at that temperature."""
         self.total_min: Doubles = np.zeros(self.count)
         """What Z is at least, for rows with top_p and min_p."""
         self.slack: Doubles | None = None
@@ -215,9 +211,6 @@ class Step:
             self._draw(lines, *_table(np.searchsorted(lines, place), ids, logits))
         singly = np.flatnonzero(alone)
         self.threads.spread(lambda first, last: self._draw_singly(singly[first:last]), singly.size)
-        whole = np.flatnonzero(finite & self.of.whole)
-        if whole.size:
-            self._draw_from_all(whole)
         return self.chosen
 
     # ------------------------------------------------ over the vocabulary
@@ -226,7 +219,7 @@ class Step:
         """Floors, and Z of the rows that certainly need it. Returns which rows' largest logit is finite."""
         self.top = self.peaks.max(axis=1)
         finite: Flags = np.isfinite(self.top)
-        here = finite & ~self.of.whole & ~self.of.by_typical
+        here = finite & ~self.of.by_typical
         best_alone = self.of.by_k & (self.of.top_k == 1)
         floor = np.where(best_alone, self.top, self.top + self.of.log_min_p - MARGIN)
         self.floor[:] = np.where(here, floor, np.nan)
@@ -237,7 +230,10 @@ class Step:
         if places.size:
             self._floor_by_p(places)
         places = np.flatnonzero(finite & self.of.whole)
-        self._weigh_all(places, 1.0 / self.of.temperature[places])
+        if places.size:
+            scale = 1.0 / self.of.temperature[places]
+            self._weigh_all(places, scale)
+            self.floor[places] = self._floor_by_mass(places, self.of.number[places], scale)
         return finite
 
     def find_peaks(self, first: int, last: int) -> None:
@@ -267,30 +263,48 @@ class Step:
             self.total_min[hopeful] = self._total_at_least(hopeful)
         if not places.size:
             return
-        self._weigh_all(places[np.isnan(self.total[places])])
-        top, top_p, total = self.top[places].astype(np.float64), self.of.top_p[places], self.total[places]
-        ordered = np.sort(self.peaks[places], axis=1)[:, ::-1]
-        mass = np.cumsum(np.exp(ordered - self.top[places, None]), axis=1, dtype=np.float64)
-        short = np.count_nonzero(mass < (top_p * total * (1.0 + MARGIN_SUM))[:, None], axis=1)
-        reached = ordered[np.arange(places.size), np.minimum(short, self.width - 1)]
-        certain = top + np.log((1.0 - top_p) * total / self.vocab) - MARGIN
-        floor = np.where(short < self.width, reached, certain)
+        self._weigh_all(places)
+        floor = self._floor_by_mass(places, self.of.top_p[places], np.ones(places.size))
         self.floor[places] = np.maximum(self.floor[places], floor)
+
+    def _floor_by_mass(self, places: Ids, share: Doubles, scale: Doubles) -> Doubles:
+        """What the largest tokens that weigh `share` of Z together reach. Weights are exp((logit - top) * scale)."""
+        top, total = self.top[places].astype(np.float64), self.total[places]
+        ordered = np.sort(self.peaks[places], axis=1)[:, ::-1]
+        weights = np.exp((ordered - self.top[places, None]) * scale[:, None])
+        short = np.count_nonzero(
+            np.cumsum(weights, axis=1, dtype=np.float64) < (share * total * (1.0 + MARGIN_SUM))[:, None], axis=1
+        )
+        reached = ordered[np.arange(places.size), np.minimum(short, self.width - 1)]
+        certain = top + np.log((1.0 - share) * total / self.vocab) / scale - MARGIN
+        floor: Doubles = np.where(short < self.width, reached, certain)
+        return floor
 
     def _total_at_least(self, places: Ids) -> Doubles:
         """What Z cannot be under, without looking at more than the peaks."""
         least: Doubles = np.exp(self.peaks[places] - self.top[places, None]).sum(axis=1, dtype=np.float64)
         return least
 
-    def _weigh(self, place: int, scale: float = 1.0) -> None:
-        """Sums of exp((logit - top) * scale)."""
-        weights, blocks = _scratch.weights(self.vocab)
+    def _weigh(self, place: int, scale: float) -> None:
+        """The sum of exp((logit - top) * scale)."""
+        weights = _scratch.weights(self.vocab)
         np.subtract(self.logits[self.rows[place]], self.top[place], out=weights)
         if scale != 1.0:
             np.multiply(weights, np.float32(scale), out=weights)
         np.exp(weights, out=weights)
-        sums = np.add.reduce(blocks, axis=1, out=self.blocks[place])
-        self.total[place] = np.add.reduce(sums, dtype=np.float64)
+        self.total[place] = np.add.reduce(weights)
+
+    def _weigh_all(self, places: Ids, scales: Doubles | None = None) -> None:
+        """Those that have not been weighed yet."""
+        new = np.isnan(self.total[places])
+        places, scale = places[new], np.ones(places.size)[new] if scales is None else scales[new]
+
+        def part(first: int, last: int) -> None:
+            with np.errstate(all="ignore"):
+                for one in range(first, last):
+                    self._weigh(int(places[one]), float(scale[one]))
+
+        self.threads.spread(part, places.size)
 
     # ------------------------------------------------ few tokens of many rows
 
@@ -339,7 +353,7 @@ class Step:
         open_ = by_p & ~decided
         needed = open_ | (~by_p & (top_p < 1.0))
         if needed.any():
-            self._weigh_all(lines[open_ & np.isnan(self.total[lines])])
+            self._weigh_all(lines[open_])
             total = np.where(by_p, self.total[lines], mass[every, size - 1])
             target = np.where(needed, top_p * total, np.inf)
             before_cut = count
@@ -349,46 +363,51 @@ class Step:
                 least = np.minimum(before_cut, np.count_nonzero(mass < low[:, None], axis=1) + 1)
                 self.doubt(lines[least != count])
         edges = np.cumsum(np.exp(below / of.temperature[lines, None]), axis=1)
+        whole, kept = of.whole[lines], edges[every, count - 1]
         # A number of 53 bits under 1 times x is less than x: never past the last kept, nor on what weighs nothing.
-        target = of.number[lines] * edges[every, count - 1]
-        self.chosen[lines] = ids[every, np.count_nonzero(edges <= target[:, None], axis=1)]
+        place = np.count_nonzero(
+            edges <= (of.number[lines] * np.where(whole, self.total[lines], kept))[:, None], axis=1
+        )
+        if whole.any():
+            # What was left out can end a hair after the target; the last with any weight is meant then.
+            place = np.minimum(place, np.count_nonzero(edges < kept[:, None], axis=1))
+            if self.slack is not None:
+                low = of.number[lines] * (self.total[lines] - self.slack[lines])
+                self.doubt(lines[whole & (np.count_nonzero(edges <= low[:, None], axis=1) < place)])
+        self.chosen[lines] = ids[every, place]
 
     def doubt(self, places: Ids) -> None:
         """What is chosen for these rows may be wrong."""
-
-    def _weigh_all(self, places: Ids, scales: Doubles | None = None) -> None:
-        def part(first: int, last: int) -> None:
-            with np.errstate(all="ignore"):
-                for one in range(first, last):
-                    self._weigh(int(places[one]), 1.0 if scales is None else float(scales[one]))
-
-        self.threads.spread(part, places.size)
-
-    def _draw_from_all(self, places: Ids) -> None:
-        """First a block of tokens, then one of it."""
-        every = np.arange(places.size)
-        blocks = self.blocks[places].astype(np.float64)
-        edges = np.cumsum(blocks, axis=1)
-        target = self.of.number[places] * edges[:, -1]
-        block = np.count_nonzero(edges <= target[:, None], axis=1)
-        target -= edges[every, block] - blocks[every, block]
-        ids = block[:, None] * BLOCK + np.arange(BLOCK)
-        logits = self.logits[self.rows[places, None], np.minimum(ids, self.vocab - 1)]
-        scale = (1.0 / self.of.temperature[places]).astype(np.float32)
-        weights = np.exp((logits - self.top[places, None]) * scale[:, None])
-        weights[ids >= self.vocab] = 0.0
-        inside = np.cumsum(weights, axis=1, dtype=np.float64)
-        # Summed in 64 bits, a block can end a hair before the target; the last with any weight is meant then.
-        drawn = np.minimum(np.count_nonzero(inside <= target[:, None], axis=1), _last(weights))
-        self.chosen[places] = ids[every, drawn]
 
     # ------------------------------------------------ all tokens of one row
 
     def _draw_singly(self, places: Ids) -> None:
         with np.errstate(all="ignore"):
             for place in places.tolist():
+                if self.of.whole[place]:
+                    self.chosen[place] = self._drawn_from_all(place)
+                    continue
                 ids, logits = self._row_candidates(place)
                 self._draw(np.array([place]), ids[None], logits[None], np.array([ids.size]))
+
+    def _drawn_from_all(self, place: int) -> int:
+        """As from a table, but only the part that the number falls into is sorted."""
+        row = self.logits[self.rows[place]]
+        ids = np.flatnonzero(row >= self.floor[place])
+        weights = np.exp((row[ids] - self.top[place]).astype(np.float64) / self.of.temperature[place])
+        target = float(self.of.number[place] * self.total[place])
+        while ids.size > CROWD_TOKENS:
+            logits = row[ids]
+            upper = logits > np.partition(logits, ids.size // 2)[ids.size // 2]
+            heavy = float(weights[upper].sum())
+            part = upper if target < heavy else ~upper
+            if part.all():
+                break  # those that are left are equal
+            target -= 0.0 if target < heavy else heavy
+            ids, weights = ids[part], weights[part]
+        order = np.argsort(-row[ids], kind="stable")
+        edges = np.cumsum(weights[order])
+        return int(ids[order[min(np.count_nonzero(edges <= target), np.count_nonzero(edges < edges[-1]))]])
 
     def _row_candidates(self, place: int) -> tuple[Ids, Floats]:
         row, k = self.logits[self.rows[place]], int(self.of.top_k[place])
@@ -417,9 +436,3 @@ def _table(line: Ids, ids: Ids, logits: Floats) -> tuple[Ids, Floats, Ids]:
     order = np.argsort(-all_logits, axis=1, kind="stable")
     every = np.arange(size.size)[:, None]
     return all_ids[every, order], all_logits[every, order], size
-
-
-def _last(weights: Floats) -> Ids:
-    """The last place of each line that weighs anything."""
-    last: Ids = weights.shape[1] - 1 - np.argmax(weights[:, ::-1] > 0, axis=1)
-    return last

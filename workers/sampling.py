@@ -9,7 +9,7 @@ kinds, as llama.cpp does; OpenAI describes presence and frequency over the outpu
 
 The draw uses one number from a counter-based generator (SplitMix64) keyed by seed and choice and counted by the
 output token: the same seed, step and logits give the same token, whatever runs beside it. It falls on the tokens
-that are left, largest first; where no filter is set, on all tokens in the order of their ids.
+that are left, largest first.
 
 Here is what a row needs, one by one; `workers.choosing` chooses for all rows of a step at once.
 """
@@ -72,7 +72,7 @@ class RowSampler:
     penalties: repeat, frequency, presence. numbers: temperature, top_p, ln(min_p), typical_p, top_k.
     """
 
-    __slots__ = ("plain", "filtered", "key", "window", "penalties", "bias_ids", "bias", "numbers")
+    __slots__ = ("plain", "listable", "key", "window", "penalties", "bias_ids", "bias", "numbers")
 
     def __init__(self, sampling: Sampling, seed: int, choice: int, vocab_tokens: int) -> None:
         s = sampling
@@ -93,9 +93,9 @@ class RowSampler:
         self.plain = greedy and self.window == 0 and self.bias_ids.size == 0
         """Whether this is argmax over the untouched row."""
         untouched = self.window == 0 and self.bias_ids.size == 0
-        filters = s.top_k > 0 or s.top_p < 1.0 or s.min_p > 0.0
-        self.filtered = untouched and not greedy and filters and s.typical_p >= 1.0
-        """Whether only the likeliest tokens of the untouched row matter."""
+        cut = s.top_k > 0 or s.top_p < 1.0 or s.min_p > 0.0 or s.temperature <= 1.0
+        self.listable = untouched and not greedy and cut and s.typical_p >= 1.0
+        """Whether only the likeliest tokens of the untouched row matter, most of the time."""
 
 
 def penalise(logits: Floats, rows: Ids, recent: Sequence[Tokens], penalties: Doubles) -> None:

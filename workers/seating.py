@@ -148,7 +148,7 @@ class Seating:
             slot=place.slot,
             keep=place.keep,
             plain=sampler.plain and matcher is None,
-            filtered=sampler.filtered and matcher is None and noted is None,
+            listable=sampler.listable and matcher is None and noted is None,
             ignore_eos=sampling.ignore_eos,
             watched=watched,
             # A matcher takes a token at a time.

@@ -3,11 +3,12 @@
 A row is cut into groups of neighbouring tokens. The groups with the largest logits are listed, with all their tokens:
 no token of another group has a logit over the *bound*, the smallest of the listed groups' largest. Together with Z, the
 sum of exp(logit - top) over all tokens, this says which tokens top_k, top_p and min_p keep, if the last one kept is not
-under the bound. Where it is, as with flat logits, the row is *undecided* and needs all its logits.
+under the bound, and which token is drawn with temperature alone, if that is not under it. Where it is, as with flat
+logits, the row is *undecided* and needs all its logits.
 
-Z is known nearly: a GPU sums with 32 bits, and tokens that may not come (`ignore_eos`) and are not listed are in it. A
-row for which that could matter is undecided, too. So the choice is the one that is made from all logits
-(`workers.choosing`).
+Z is known nearly: a GPU sums with 32 bits, tokens that may not come (`ignore_eos`) and are not listed are in it, and at
+another temperature than 1 what is not listed is known between bounds only. A row for which that could matter is
+undecided, too. So the choice is the one that is made from all logits (`workers.choosing`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from itertools import chain
 import numpy as np
 import numpy.typing as npt
 
-from workers.choosing import ALONE, Flags, Parameters, Step
+from workers.choosing import ALONE, MARGIN_SUM, Flags, Parameters, Step
 from workers.sampling import Doubles, Floats, Ids, Tokens
 
 Ints = npt.NDArray[np.int32]
@@ -57,9 +58,13 @@ class Shortlist:
     @property
     def listed(self) -> tuple[Ids, Floats]:
         """(rows, listed * tokens) which tokens are listed, and their logits."""
-        rows, count = self.groups.shape
+        rows = len(self.groups)
         ids: Ids = (self.groups[:, :, None].astype(np.int64) * self.tokens + np.arange(self.tokens)).reshape(rows, -1)
-        return ids, self.logits[:, : count * self.tokens]
+        return ids, self.listed_logits
+
+    @property
+    def listed_logits(self) -> Floats:
+        return self.logits[:, : self.groups.shape[1] * self.tokens]
 
     def choose(self, rows: Ids, parameters: Parameters, silenced: Flags, eog_ids: Ids) -> tuple[Tokens, Flags]:
         """The token of each of `rows` (ascending), and which of them are undecided.
@@ -78,9 +83,6 @@ class _ListedStep(Step):
     """The groups are the columns, and their peaks are known."""
 
     def __init__(self, short: Shortlist, rows: Ids, parameters: Parameters) -> None:
-        if parameters.whole.any():  # by a top_k of the whole vocabulary: no list decides that
-            parameters = parameters.only(np.arange(rows.size))
-            parameters.whole[:] = False
         super().__init__(short.logits, rows, parameters, ALONE, width=short.groups.shape[1])
         self.short = short
         self.peaks = short.peaks[rows]
@@ -110,11 +112,11 @@ class _ListedStep(Step):
         gone = self.logits[line, start + offset[end]]
         self.hidden[places] -= np.bincount(which, minlength=places.size)
         weights = np.bincount(which, np.exp((gone - self.short.top[line]).astype(np.float64)))
+        self.logits[line, start + offset[end]] = -np.inf
         if (gone < self.bound[places[which]]).all():
             # What is under the bound is not chosen in any case, nor is it the largest of its group.
             self.total[places] -= weights
             return
-        self.logits[line, start + offset[end]] = -np.inf
         self.peaks[places[which], column] = self.logits[line[:, None], start[:, None] + np.arange(size)].max(axis=1)
         left = self.total[places] - weights
         # Of what is nearly all taken away nothing exact is left.
@@ -129,12 +131,44 @@ class _ListedStep(Step):
     def find_floors(self) -> Flags:
         top = self.peaks.max(axis=1).astype(np.float64)
         self.slack = ROUNDING * self.total + self.hidden * np.exp(np.minimum(0.0, self.bound - top))
+        whole = np.flatnonzero(self.of.whole & np.isfinite(top))
+        self._warm(whole[self.of.temperature[whole] != 1.0], top)
         finite = super().find_floors()
+        self._lower_floors(whole[self.floor[whole] < self.bound[whole]], top)
         certain = self.of.by_k & (self.of.top_k <= self.above_bound) & np.isfinite(self.bound)
         self.floor[certain] = np.maximum(self.floor, self.bound)[certain]
         self.undecided = finite & ~(self.floor >= self.bound)
         self.floor[self.undecided] = np.nan
         return finite & ~self.undecided
+
+    def _warm(self, places: Ids, top: Doubles) -> None:
+        """Z of `places` at their temperatures: of what is listed exactly, of the tail from its sum at temperature 1."""
+        if not places.size:
+            return
+        assert self.slack is not None
+        below, scale = self._below(places, top), 1.0 / self.of.temperature[places]
+        tail = np.maximum(0.0, self.total[places] - np.exp(below).sum(axis=1)) + self.slack[places]
+        # None is over the bound: colder, a tail weighs no more than if all of it were there.
+        tail *= np.exp(np.minimum(0.0, self.bound[places] - top[places])) ** (scale - 1.0)
+        listed = np.exp(below * scale[:, None].astype(np.float32)).sum(axis=1)
+        self.total[places] = listed + tail
+        self.slack[places] = tail + ROUNDING * listed
+
+    def _lower_floors(self, places: Ids, top: Doubles) -> None:
+        """The bound is floor enough where all listed tokens that reach it weigh as much as is needed."""
+        if not places.size:
+            return
+        below, bound = self._below(places, top), (self.bound[places] - top[places]).astype(np.float32)
+        below[below < bound[:, None]] = -np.inf
+        weights = np.exp(below / self.of.temperature[places, None].astype(np.float32)).sum(axis=1)
+        enough = weights > self.of.number[places] * self.total[places] * (1.0 + MARGIN_SUM)
+        self.floor[places[enough]] = self.bound[places[enough]]
+
+    def _below(self, places: Ids, top: Doubles) -> Floats:
+        """(places, listed tokens) how much less than the largest logit theirs are: at most 0."""
+        listed = self.short.listed_logits[self.rows[places]]
+        listed -= top[places, None].astype(np.float32)
+        return listed
 
     def _total_at_least(self, places: Ids) -> Doubles:
         assert self.slack is not None

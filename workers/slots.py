@@ -106,7 +106,7 @@ class SlotArrays:
         self.last_s = np.zeros(count, np.float64)
         self.plain = np.ones(count, np.bool_)
         """The next token is the largest logit; no Python code is needed to choose it."""
-        self.filtered = np.zeros(count, np.bool_)
+        self.listable = np.zeros(count, np.bool_)
         """A shortlist of the likeliest tokens may do (`workers.shortlist`)."""
         self.ignore_eos = np.zeros(count, np.bool_)
         self.watched = np.zeros(count, np.bool_)
@@ -158,7 +158,7 @@ class SlotArrays:
         slot: int | None = None,
         keep: int = 0,
         plain: bool = True,
-        filtered: bool = False,
+        listable: bool = False,
         ignore_eos: bool = False,
         watched: bool = False,
         drafts: bool = True,
@@ -180,7 +180,7 @@ class SlotArrays:
         self.limit[slot] = limit
         self.order[slot] = self.taken
         self.plain[slot] = plain
-        self.filtered[slot] = filtered
+        self.listable[slot] = listable
         self.ignore_eos[slot] = ignore_eos
         self.watched[slot] = watched
         self.drafts[slot] = drafts
@@ -241,7 +241,7 @@ class SlotArrays:
         """Everything of a slot goes to a free one. The cells have to follow."""
         for array in (
             self.length, self.fed, self.cached, self.donor, self.awaited, self.asked_tokens, self.asked, self.outputs,
-            self.limit, self.order, self.last_s, self.plain, self.filtered, self.ignore_eos, self.watched, self.drafts,
+            self.limit, self.order, self.last_s, self.plain, self.listable, self.ignore_eos, self.watched, self.drafts,
         ):  # fmt: skip
             array[target] = array[source]
         length = int(self.length[source])

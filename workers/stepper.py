@@ -193,7 +193,7 @@ class Stepper:
         decoder.seq[:count] = rows.seq
         decoder.wanted[:count] = rows.wanted
         if rows.output_slots.size:
-            decoder.want_lists(bool(self._slots.filtered[rows.output_slots].any()))
+            decoder.want_lists(bool(self._slots.listable[rows.output_slots].any()))
         code = decoder.decode(count)
         if code:
             self._fail_batch(rows, code)

@@ -11,8 +11,8 @@ import pytest
 
 from coordinator import batch as batch_module
 from coordinator import cli
-from coordinator.batch import BatchOptions
 from coordinator.config import JobConfig
+from coordinator.lead import BatchOptions
 from scheduling.constraints import Constraint
 from scheduling.errors import (
     BugError,
@@ -232,6 +232,8 @@ def test_only_rank_0_speaks_and_carries_the_status(
         ((*BATCH, "--chat-template", "no-such-file"), "no-such-file"),
         ((*BATCH, "extra"), "extra"),
         (("infer", "-m", "m.gguf"), "--prompt"),
+        (("infer", "-m", "m.gguf", "-p", "x", "--stream", "--json"), "--stream"),
+        (("infer", "-m", "m.gguf", "-p", "x", "--logprobs", "2"), "--logprobs"),
         (("export", "run", "--order", "random"), "random"),
     ],
 )

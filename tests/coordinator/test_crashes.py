@@ -24,16 +24,17 @@ from typing import Any
 import h5py
 import pytest
 
-from coordinator import batch, config, intervals, loop, serve, setup
-from coordinator.batch import BatchOptions, _Lead
+from coordinator import config, intervals, lead, loop, serve, setup
 from coordinator.config import JobConfig
 from coordinator.launch import detect
+from coordinator.lead import BatchOptions, Lead
 from coordinator.rundata import make_metrics
 from coordinator.setup import Setup, prepare
 from coordinator.signals import StopSignals
+from coordinator.surroundings import Surroundings
 from scheduling.errors import EXIT_OK, EXIT_RESUMABLE, LlmpiError, RunDirError
 from storage import metrics
-from storage.files import Disk
+from storage.files import Disk, OsDisk
 from storage.record import GroupCommit, open_mark, open_record
 from storage.rundir import status
 from storage.segments import latest
@@ -111,11 +112,12 @@ class Job:
     def session(self, disk: Disk | None = None) -> int:
         """Once, to whatever end. Returns the exit status, or raises."""
         options = BatchOptions(input=self.input, output=self.run_dir, quiet=True)
-        lead = _Lead(self.setup, options, detect({}), None, Staged(), StopSignals(), disk)
+        around = Surroundings(disk=disk or OsDisk(), recorder=Writer, executor=InTurn)
+        job = Lead(self.setup, options, detect({}), None, Staged(), StopSignals(), around)
         try:
-            return lead.run()
+            return job.run()
         finally:
-            for worker in lead._session.hosted:
+            for worker in job.session.hosted:
                 worker.close()
 
     def cut(self, **options: Any) -> CrashDisk:
@@ -168,14 +170,12 @@ class Job:
 
 @pytest.fixture(autouse=True)
 def in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch, "RecordWriter", Writer)
-    monkeypatch.setattr(intervals, "ThreadPoolExecutor", lambda *arguments: InTurn())
     monkeypatch.setattr(Writer, "acknowledged_lines", [])
     # Hundreds of sessions: what takes long in each and is nothing to these tests is left out.
     monkeypatch.setattr(metrics, "CHUNK_ROWS", 16)
     monkeypatch.setattr(serve, "calm_collector", contextlib.nullcontext)
     versions = cache(config.package_versions)
-    for module in (config, setup, batch):
+    for module in (config, setup, lead):
         monkeypatch.setattr(module, "package_versions", versions)
 
 

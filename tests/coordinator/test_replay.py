@@ -10,9 +10,10 @@ import msgspec
 import pytest
 
 from coordinator import cli
-from coordinator.batch import BatchOptions, replayed
+from coordinator.batch import replayed
 from coordinator.config import JobConfig, checked_sampling
 from coordinator.inputfile import ends_identity
+from coordinator.lead import BatchOptions
 from coordinator.replay import _RENAMED, _SAMPLING, NOT_CONFIGURATION, read_recorded
 from scheduling.errors import InputError, ModelFileError, RunDirError
 from scheduling.requests import Sampling

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 
-from coordinator import serve as serve_module
 from coordinator.collect import Collecting
 from coordinator.loop import Coordinator
-from coordinator.serve import drive, serve, sleep
+from coordinator.serve import drive, serve
+from coordinator.surroundings import sleep
 from coordinator.transport import Backoff, Loopback
 from scheduling import messages as m
 from scheduling.control import ControlPlane
@@ -43,7 +43,7 @@ class Sleeps:
         self.delays: list[float] = []
         self.meanwhile: list[Callable[[], Any]] = []
 
-    def __call__(self, descriptors: list[int | None], delay_s: float) -> None:
+    def __call__(self, descriptors: Sequence[int | None], delay_s: float) -> None:
         self.delays.append(delay_s)
         assert len(self.delays) < 1_000, "the loop does not end"
         if self.meanwhile:
@@ -51,10 +51,8 @@ class Sleeps:
 
 
 @pytest.fixture
-def sleeps(monkeypatch: pytest.MonkeyPatch) -> Sleeps:
-    fake = Sleeps()
-    monkeypatch.setattr(serve_module, "sleep", fake)
-    return fake
+def sleeps() -> Sleeps:
+    return Sleeps()
 
 
 class Rank:
@@ -76,8 +74,8 @@ class Rank:
         self.entered.append(Contribution())
         return self.entered[-1]
 
-    def serve(self) -> None:
-        serve(self.worker, self.collectives, self.clock)
+    def serve(self, sleeps: Sleeps) -> None:
+        serve(self.worker, self.collectives, self.clock, sleeps)
 
 
 def test_a_rank_serves_until_it_is_told_to_stop(sleeps: Sleeps) -> None:
@@ -88,7 +86,7 @@ def test_a_rank_serves_until_it_is_told_to_stop(sleeps: Sleeps) -> None:
         lambda: rank.engine.finish(0),
         lambda: rank.rank0.say(m.Stop("done")),
     ]
-    rank.serve()
+    rank.serve(sleeps)
     kinds = [type(message) for message in rank.rank0.take()]
     assert kinds == [m.Hello, m.Ready, m.Report]
     assert rank.engine.closed
@@ -99,7 +97,7 @@ def test_asked_to_collect_it_enters_once_with_its_engine_closed(sleeps: Sleeps) 
     rank = Rank()
     rank.rank0.say(WELCOME)
     sleeps.meanwhile = [lambda: rank.rank0.say(m.Collect(1)), lambda: rank.rank0.say(m.Stop("done"))]
-    rank.serve()
+    rank.serve(sleeps)
     assert len(rank.entered) == 1
     assert len(rank.entered[0].given) == 7
     assert rank.engine.closed
@@ -109,7 +107,7 @@ def test_refused_rank_raises_the_reason(sleeps: Sleeps) -> None:
     rank = Rank()
     rank.rank0.say(m.Refuse("rank 1 has another model"))
     with pytest.raises(HandshakeError, match="rank 1 has another model"):
-        rank.serve()
+        rank.serve(sleeps)
 
 
 def test_exception_is_told_to_rank_0_and_the_rank_stays_to_be_collected_and_stopped(sleeps: Sleeps) -> None:
@@ -122,7 +120,7 @@ def test_exception_is_told_to_rank_0_and_the_rank_stays_to_be_collected_and_stop
         lambda: rank.rank0.say(m.Collect(1)),
         lambda: rank.rank0.say(m.Stop("done")),
     ]
-    rank.serve()
+    rank.serve(sleeps)
     said = rank.rank0.take()
     [crashed] = [message for message in said if isinstance(message, m.Crashed)]
     assert "IndexError" in crashed.reason
@@ -138,7 +136,7 @@ def test_an_idle_rank_sleeps_longer_and_longer_and_not_so_long_with_work(sleeps:
     idle: list[Callable[[], Any]] = [lambda: None] * 15
     work = [lambda: rank.rank0.say(m.Assign(1, [m.WorkItem(0, 1, text_line("x", "a"))]))]
     sleeps.meanwhile = [*idle, *work, *idle, lambda: rank.rank0.say(m.Stop("done"))]
-    rank.serve()
+    rank.serve(sleeps)
     assert max(sleeps.delays[:15]) == Backoff.IDLE_MAX_S
     assert max(sleeps.delays[16:]) == Backoff.BUSY_MAX_S
 
@@ -168,7 +166,7 @@ def test_rank_0_drives_the_worker_it_hosts_to_the_end(sleeps: Sleeps) -> None:
         record.commit()
 
     sleeps.meanwhile = [work] * 20
-    drive(coordinator, [worker], lambda: True)
+    drive(coordinator, [worker], lambda: True, sleeps)
     assert coordinator.outcome is not None
     assert coordinator.outcome.outcome == "done"
     assert len(record.lines) == 3
@@ -177,7 +175,7 @@ def test_rank_0_drives_the_worker_it_hosts_to_the_end(sleeps: Sleeps) -> None:
 def test_rank_0_stops_at_once_when_it_may_not_go_on(sleeps: Sleeps) -> None:
     coordinator, worker, _, _ = hosted_job(3)
     turns = iter([True, True, False])
-    drive(coordinator, [worker], lambda: next(turns))
+    drive(coordinator, [worker], lambda: next(turns), sleeps)
     assert coordinator.outcome is None
 
 

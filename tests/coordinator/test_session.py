@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from coordinator import session as session_module
 from coordinator.config import JobConfig
 from coordinator.engines import ModelFacts
 from coordinator.loop import Callbacks
@@ -17,7 +16,7 @@ from coordinator.setup import Setup
 from scheduling import messages as m
 from scheduling.errors import ConfigError, HandshakeError, UserError
 from storage.summary import Sums
-from tests.coordinator.fakes import FakeEndpoint, FakeSource, Said, fake_rank
+from tests.coordinator.fakes import FakeCollectives, FakeEndpoint, FakeSource, Said, fake_rank
 
 HOST = m.Host(hostname="here", cpus=(0, 1, 2, 3))
 
@@ -39,6 +38,9 @@ class FakeWorld:
 
     def endpoint(self) -> FakeEndpoint:
         return self.network
+
+    def collectives(self) -> FakeCollectives:
+        return FakeCollectives([])
 
 
 def session_of(size: int, **options: Any) -> tuple[Session, FakeWorld]:
@@ -193,11 +195,8 @@ def test_no_collective_is_entered_while_a_rank_is_silent() -> None:
         assert not any(isinstance(message, m.Collect) for message in said.take())
 
 
-def test_ranks_that_wait_for_nothing_else_are_asked_to_collect(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.coordinator.fakes import FakeCollectives
-
+def test_ranks_that_wait_for_nothing_else_are_asked_to_collect() -> None:
     session, world = session_of(2)
-    monkeypatch.setattr(session_module, "Collectives", lambda world: FakeCollectives([]))
     world.ranks[1].say(session.setup.hello())
     session.start()
     world.ranks[1].take()

@@ -56,9 +56,9 @@ def test_what_is_decided_is_what_all_logits_say(
     if ends:
         logits[:, 7] = logits.max(axis=1) + 1
     samplers = [RowSampler(Sampling(**one), int(rng.integers(1 << 60)), 0, VOCAB) for one in given_filters]  # type: ignore[arg-type]
-    filtered = [place for place, sampler in enumerate(samplers) if sampler.filtered]
-    assume(filtered)
-    rows, samplers = rows[filtered], [samplers[place] for place in filtered]
+    some = [place for place, sampler in enumerate(samplers) if sampler.listable]
+    assume(some)
+    rows, samplers = rows[some], [samplers[place] for place in some]
     steps = rng.integers(0, 1000, rows.size)
     short = listed(logits, GROUPS)
     silenced = np.full(rows.size, ends)
@@ -84,7 +84,7 @@ def test_an_end_of_a_listed_group_does_not_come_however_likely_it_is(
     logits[:, 7 + 1] = logits.max(axis=1) + 1
     logits[:, 7] = logits[:, 8] - below
     sampler = RowSampler(Sampling(**one), int(rng.integers(1 << 60)), 0, VOCAB)  # type: ignore[arg-type]
-    assume(sampler.filtered)
+    assume(sampler.listable)
     rows, parameters = np.arange(2), Parameters([sampler, sampler], [3, 4], VOCAB)
     # One row may end: it is as if the other were not there.
     tokens, undecided = listed(logits, GROUPS).choose(rows, parameters, np.array([True, False]), EOG[:1])
@@ -120,6 +120,8 @@ def test_a_cut_that_hangs_on_what_is_not_listed_is_left_open(cut: int, silenced:
         (Sampling(temperature=0.8, top_p=0.95, min_p=0.05), True),
         (Sampling(temperature=0.8, top_k=40), True),
         (Sampling(temperature=0.8, top_p=0.9), True),
+        (Sampling(temperature=1.0), True),
+        (Sampling(temperature=0.7), True),
         (Sampling(temperature=0.8, min_p=1e-30), False),
         (Sampling(temperature=0.8, top_k=3000), False),
     ],
@@ -127,7 +129,7 @@ def test_a_cut_that_hangs_on_what_is_not_listed_is_left_open(cut: int, silenced:
 def test_the_usual_filters_are_decided_where_logits_are_a_models(sampling: Sampling, decided: bool) -> None:
     logits = (np.random.default_rng(1).standard_normal((50, VOCAB)) * 8).astype(np.float32)
     samplers = [RowSampler(sampling, seed, 0, VOCAB) for seed in range(50)]
-    assert all(sampler.filtered for sampler in samplers)
+    assert all(sampler.listable for sampler in samplers)
     every = np.arange(50)
     _, undecided = listed(logits, GROUPS).choose(every, Parameters(samplers, every, VOCAB), np.zeros(50, np.bool_), EOG)
     assert undecided.mean() < 0.1 if decided else undecided.all()
@@ -137,14 +139,14 @@ def test_the_usual_filters_are_decided_where_logits_are_a_models(sampling: Sampl
     "sampling",
     [
         Sampling(temperature=0.0),
-        Sampling(temperature=0.8),
+        Sampling(temperature=1.2),
         Sampling(temperature=0.8, top_k=40, typical_p=0.9),
         Sampling(temperature=0.8, top_k=40, repeat_penalty=1.1),
         Sampling(temperature=0.8, top_k=40, logit_bias={5: 1.0}),
     ],
 )
 def test_what_needs_all_logits_is_not_chosen_from_a_list(sampling: Sampling) -> None:
-    assert not RowSampler(sampling, 0, 0, VOCAB).filtered
+    assert not RowSampler(sampling, 0, 0, VOCAB).listable
 
 
 def test_a_row_without_a_finite_logit_is_damaged() -> None:

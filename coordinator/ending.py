@@ -1,0 +1,120 @@
+"""The end of a batch job on rank 0: metrics are gathered and checked, the run is marked, everyone is let go."""
+
+from __future__ import annotations
+
+import sys
+
+from coordinator.intervals import Intervals
+from coordinator.loop import Coordinator
+from coordinator.replay import Replay
+from coordinator.rundata import NO_COLLECTIVES, OwnRows, check_gathered, make_metrics
+from coordinator.session import Session
+from coordinator.setup import Setup
+from coordinator.simulated import WARNING
+from coordinator.source import Source
+from scheduling.errors import EXIT_INFRASTRUCTURE, EXIT_OK, EXIT_RESUMABLE, EXIT_SOME_FAILED, BugError
+from storage.files import Disk
+from storage.recovery import Recovery
+from storage.rundir import RunDir
+
+
+class Ending:
+    """Of one job on one run directory. `show`: answers to print; `replay`: the run that this one is compared with."""
+
+    def __init__(
+        self, setup: Setup, session: Session, run: RunDir, disk: Disk, *, replay: Replay | None = None, show: int = 0,
+        quiet: bool = False, as_json: bool = False,
+    ) -> None:  # fmt: skip
+        self._config = setup.config
+        self._session = session
+        self._run = run
+        self._disk = disk
+        self._replay = replay
+        self._show = show
+        self._quiet = quiet
+        self._as_json = as_json
+
+    def finish(
+        self, coordinator: Coordinator, source: Source, found: Recovery, intervals: Intervals, fsyncs: int
+    ) -> int:
+        """After the loop, the record closed. Returns the exit code. `found`: what was done before this session."""
+        run, snapshot, outcome = self._run, coordinator.snapshot(), coordinator.outcome
+        if outcome is None:
+            intervals.close()
+            self._session.close("stopped")
+            self._say(f"stopped now; the same command resumes {run.path}")
+            return EXIT_RESUMABLE
+        if source.total is not None:
+            run.set_total(source.total)
+        own = OwnRows(coordinator)
+        gathered = self._session.collect(own)
+        intervals.finish(gathered)
+        doubt = ""
+        if gathered is not None:
+            try:
+                check_gathered(run, gathered, own, coordinator, self._disk)
+            except BugError as error:
+                # The answers are whole: the run is complete. Only what the ranks counted is not to be trusted.
+                doubt = str(error)
+        attributes = {
+            "wall_s": snapshot.elapsed_s, "session": run.session, "schedule": self._config.schedule, "fsyncs": fsyncs,
+            "engine": self._config.engine,
+            "requests": snapshot.done + snapshot.failed, "earlier": found.done,
+            "prompt_tokens": snapshot.prompt_tokens, "output_tokens": snapshot.output_tokens,
+            "late_answers_dropped": coordinator.plane.totals.late, "recalls": coordinator.plane.totals.recalls,
+            "stolen": coordinator.plane.totals.stolen, "retried": coordinator.plane.totals.retried,
+            "copies": coordinator.plane.totals.copies, "copies_won": coordinator.plane.totals.copies_won,
+            "wasted_tokens": coordinator.plane.totals.wasted_tokens,
+            "collectives": NO_COLLECTIVES if gathered is None else f"{gathered.ranks_in} ranks",
+        }  # fmt: skip
+        if doubt:
+            attributes["sums_differ"] = doubt
+        run.add_session_facts({"outcome": outcome.outcome, "reason": outcome.reason, **attributes})
+        make_metrics(run.path, self._disk)
+        failed = found.failed + snapshot.failed
+        ended = found.done + snapshot.done + snapshot.failed
+        if outcome.outcome == "done" and ended != run.total:
+            self._session.close("the input changed")
+            self._say(f"llmpi: the input had {run.total} requests and gave {ended}: it was changed while the job ran")
+            return self._session.leave(EXIT_RESUMABLE)
+        if outcome.outcome == "done":
+            run.mark_complete({"ok": found.ok + snapshot.done, "failed": failed})
+        self._session.close(outcome.outcome)
+        code = self.report(outcome.outcome, outcome.reason, failed)
+        if doubt:
+            self._say(f"llmpi: an error of its own (please report it): {doubt}")
+            code = EXIT_INFRASTRUCTURE
+        return self._session.leave(code)
+
+    def report(self, outcome: str, reason: str, failed: int) -> int:
+        """Print the table, and say how it ended. Returns the exit code."""
+        from coordinator.report import print_report, report_data
+
+        run = self._run
+        data = report_data(run.path)
+        compared = None
+        if self._replay is not None:
+            from coordinator.compare import compare_runs
+
+            compared = compare_runs(self._replay.run_dir, run.path)
+        if self._as_json:
+            from coordinator.values import print_json
+
+            print_json(data if compared is None else data | {"replay": compared.as_data()})
+        elif not self._quiet:
+            print_report(data, sys.stdout, run.path, show=self._show)
+        if compared is not None and not self._as_json:
+            compared.print(sys.stdout)
+        if self._config.engine == "simulated" and (self._as_json or self._quiet):
+            self._say(WARNING)
+        if outcome == "drained":
+            self._say(f"drained ({reason}); the same command resumes {run.path}")
+            return EXIT_RESUMABLE
+        if outcome == "no workers":
+            self._say(f"llmpi: no worker is left: {reason}. The same command resumes {run.path}")
+            return EXIT_INFRASTRUCTURE
+        return EXIT_SOME_FAILED if failed else EXIT_OK
+
+    @staticmethod
+    def _say(text: str) -> None:
+        print(text, file=sys.stderr)

@@ -1,0 +1,43 @@
+"""How a rank joins a job that a launcher started, and how one that is not rank 0 serves it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from coordinator.launch import Launch, check_singleton
+from coordinator.mpi import World
+from coordinator.serve import serve
+from coordinator.setup import Setup, build_worker
+from coordinator.signals import ignore_stop_signals
+from scheduling.errors import EXIT_INFRASTRUCTURE, HandshakeError
+from scheduling.link import Spoke
+
+
+def open_world(launch: Launch, thread_level: str = "funneled") -> World:
+    """MPI, started. Raises ConfigError where the launcher's tasks do not see each other."""
+    world = World(thread_level)
+    check_singleton(launch, world.size, os.environ, world.library())
+    return world
+
+
+def serve_rank(setup: Setup, world: World, log_dir: Path | None) -> None:
+    """Be a worker rank until rank 0 has no more use for it. What went wrong is rank 0's to tell.
+
+    Raises:
+        HandshakeError: rank 0 has refused the job, and says why.
+    """
+    ignore_stop_signals()
+    log = None if log_dir is None else log_dir / f"engine-{world.rank}.log"
+    try:
+        worker = build_worker(setup, world.rank, Spoke(world.endpoint()), log)
+        serve(worker, world.collectives, time.monotonic)
+    except HandshakeError:
+        raise
+    except Exception:
+        where = f"rank {world.rank} on {setup.host.hostname}"
+        print(f"llmpi: an error of its own in {where}, ending the job:\n{traceback.format_exc()}", file=sys.stderr)
+        world.abort(EXIT_INFRASTRUCTURE)  # the others may be waiting for this rank in a collective
