@@ -122,7 +122,7 @@ def run(options: argparse.Namespace, requests: Path, run_dir: Path, seed: int, *
     command = [mpirun, "--oversubscribe", "--bind-to", "none", "-n", str(WORKERS + 1), sys.executable, __file__]
     command += ["--as-rank", str(options.slower), "batch", "--engine", "simulated", "-m", "none", "-i", str(requests)]
     command += ["-o", str(run_dir), "--service-times", str(requests.with_name("times.json")), "--seed", str(seed)]
-    command += ["--max-tokens", "2048", "--ctx", "4096", "--json", "--quiet", *copies]
+    command += ["--max-tokens", "1024", "--json", "--quiet", *copies]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     report = json.loads(done.stdout.strip().splitlines()[-1])
     if report["ok"] != options.requests or "sums_differ" in report["last_session"]:
@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--mpirun", action="store_true")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--requests", type=int, default=120)
+    parser.add_argument("--requests", type=int, default=100)
     parser.add_argument("--slower", type=float, default=5.0)
     options = parser.parse_args()
     if options.mpirun:
