@@ -8,7 +8,7 @@ is kept here, by index; the control plane only knows numbers. Link, record, sour
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from coordinator.source import Source
@@ -53,14 +53,17 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Callbacks:
-    """Who else wants to know. `on_result` is given each durable line; `on_tick` a snapshot four times a second."""
+    """Who else wants to know. `on_result` is given each durable line; `on_tick` a snapshot four times a second.
+
+    `stops` is asked as often whether somebody wants the job to end, and until when.
+    """
 
     on_result: Callable[[bytes], None] | None = None
     on_delta: Callable[[m.Delta], None] | None = None
     on_counters: Callable[[int, m.Counters], None] | None = None
     on_tick: Callable[[Snapshot], None] | None = None
     on_note: Callable[[str], None] | None = None
-    stop_requested: Callable[[], str | None] | None = None
+    stops: Callable[[], Sequence[ev.DrainRequested | ev.TimeLimited]] | None = None
 
 
 class Coordinator:
@@ -139,10 +142,6 @@ class Coordinator:
     @property
     def in_flight(self) -> bool:
         return bool(self._payloads)
-
-    def drain(self, reason: str) -> None:
-        """Start nothing new; `outcome` follows when what runs has finished."""
-        self._tell(ev.DrainRequested(reason))
 
     def snapshot(self) -> Snapshot:
         now = self._clock()
@@ -239,9 +238,9 @@ class Coordinator:
             for worker in self._hub.workers:
                 self._tell(ev.Heard(worker))
         self._tick_at = now + TICK_S
+        for stop in self._callbacks.stops() if self._callbacks.stops is not None else ():
+            self._tell(stop)
         self._tell(ev.Tick())
-        if self._callbacks.stop_requested is not None and (reason := self._callbacks.stop_requested()):
-            self.drain(reason)
         if self._callbacks.on_tick is not None:
             self._callbacks.on_tick(self.snapshot())
 
@@ -268,6 +267,8 @@ class Coordinator:
                 # Its rows may hold the answers before the reports do: they are left out whether or not those come.
                 self.dropped.update((instruction.worker, index, attempt) for index, attempt in instruction.items)
                 self._hub.send(instruction.worker, m.Cancel([index for index, _ in instruction.items]))
+            case ev.GiveUp():
+                self._give_up(instruction)
             case ev.Recall():
                 self._hub.send(instruction.worker, m.Recall(instruction.recall, instruction.indexes))
             case ev.Fail():
@@ -311,6 +312,13 @@ class Coordinator:
                 items, size = [], 0
         if items:
             self._hub.send(instruction.worker, m.Assign(generation, items))
+
+    def _give_up(self, instruction: ev.GiveUp) -> None:
+        for index, attempt in instruction.items:
+            self._payload_bytes -= len(self._payloads.pop(index)[0])
+            if instruction.worker is not None:
+                # Its worker may end it in spite of that, after rank 0 has stopped listening.
+                self.dropped.add((instruction.worker, index, attempt))
 
     def _note(self, text: str) -> None:
         if self._callbacks.on_note is not None:

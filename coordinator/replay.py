@@ -32,7 +32,8 @@ _RENAMED = {
 }  # fmt: skip
 """Options whose field of `JobConfig` has another name."""
 NOT_CONFIGURATION = frozenset(
-    ("requests", "output", "ranks", "input_format", "prompt_column", "template", "id_column", "show", "quiet",
+    ("requests", "output", "ranks", "drain_timeout", "time_limit", "on_limit", "input_format", "prompt_column",
+     "template", "id_column", "show", "quiet",
      "as_json", "replay")
 )  # fmt: skip
 """Options of `llmpi batch` that are no part of `JobConfig`."""

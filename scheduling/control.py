@@ -16,7 +16,7 @@ A request's life (a request that has ended is simply no longer in `live`):
 Every request that is not waiting has exactly one owner. Near the end one that runs may have one copy besides, with an
 owner and an attempt of its own: the first of the two that answers ends the request, and one that is lost leaves the
 other alone. Answers are taken only from an owner and only for its attempt; everything else is late, dropped and
-counted. Here is what events mean: attempts, deaths, acknowledgement, drain, stop. Who gets what next, stealing
+counted. Here is what events mean: attempts, deaths, acknowledgement, drain, limits, stop. Who gets what next, stealing
 included, is `scheduling.dispatch`'s to decide, and what is copied `scheduling.copies`'.
 
 An illegal event raises `ProtocolError` and changes nothing. `check()` verifies all invariants.
@@ -39,6 +39,7 @@ from scheduling.events import (
     Event,
     Exhausted,
     Fail,
+    GiveUp,
     Heard,
     InputEnded,
     Instruction,
@@ -51,9 +52,11 @@ from scheduling.events import (
     Stop,
     Stream,
     Tick,
+    TimeLimited,
     WorkerLost,
     WorkerReady,
 )
+from scheduling.horizon import steps_of
 from scheduling.ledger import Ledger, Phase, RequestEntry, WorkerEntry, WorkerState, WorkerView, must
 from scheduling.limits import Limits as Limits
 from scheduling.policies import Policy, policy_named
@@ -93,10 +96,14 @@ class ControlPlane:
         self.totals = self._ledger.totals
         self._policy: Policy[RequestEntry] = policy_named(schedule)  # type: ignore[assignment]
         self._dispatcher = Dispatcher(self._ledger, self._policy, self.limits, first_recall)
-        self._copies = Copier(self._ledger, self.estimator, self.limits, self._dispatcher.note_room)
+        self._copies = Copier(
+            self._ledger, self.estimator, self.limits, self._dispatcher.horizon, self._dispatcher.note_room
+        )
         self._unacknowledged: list[bool] = []
         self._acknowledged = 0
         self._stop_reason = ""
+        self._limit_reason = ""
+        self._give_up_at: float | None = None
 
     # ------------------------------------------------------------ the one way in
 
@@ -133,7 +140,10 @@ class ControlPlane:
                     raise ProtocolError("the input ended twice")
                 self.input_ended = True
             case DrainRequested():
-                self._drain(event.reason, now, out)
+                self._drain(event.reason, event.give_up_at, now, out)
+            case TimeLimited():
+                self._dispatcher.horizon.end_at = event.end_at
+                self._limit_reason = event.reason
         if self.mode is Mode.OPEN:
             self._dispatcher.dispatch(now, self.input_ended, out)
             if self._dispatcher.exhausted and self._policy.steals and self.limits.copies:
@@ -214,8 +224,10 @@ class ControlPlane:
         if self.mode is not Mode.OPEN:
             return  # read before the drain was known: the next start of the run reads it again
         for new in requests:
-            cost = new.prompt_tokens + self.estimator.output_tokens(new.output_limit)
-            request = RequestEntry(new.index, cost, new.output_limit)
+            output_tokens = self.estimator.output_tokens(new.output_limit)
+            steps = steps_of(new.prompt_tokens, output_tokens)
+            request = RequestEntry(new.index, new.prompt_tokens + output_tokens, new.output_limit, steps)
+            self._dispatcher.horizon.arrived(steps)
             self._ledger.add(request)
             self._policy.arrive(request)
         self.totals.accepted += len(requests)
@@ -239,13 +251,14 @@ class ControlPlane:
             self._ledger.refuse_unseen(index, worker)
         for answer in event.finished:
             self._ledger.refuse_unseen(answer.index, worker)
-        worker.heard = now
+        heard_before, worker.heard = worker.heard, now
         self._copies.note_report(worker, event.made_tokens, now)
         for index, attempt in event.started:
             request = self._ledger.owned(worker, index, attempt)
             if request is not None and request.phase is not Phase.RUNNING:
                 self._ledger.move(request, worker, Phase.RUNNING)
                 request.started_at = now
+                self._dispatcher.horizon.started(now)
         deltas = [delta for delta in event.deltas if self._ledger.streams(worker, delta.index, delta.attempt)]
         if deltas:
             out.append(Stream(deltas))
@@ -259,6 +272,10 @@ class ControlPlane:
             accepted.append(answer)
             if request.twin is not None:
                 self._copies.answered(request, now, out)
+            if answer.ok and (request.started_at is not None or request.phase is Phase.QUEUED):
+                # One that was not said to have started has started and ended since the last report.
+                since = heard_before if request.started_at is None else request.started_at
+                self._dispatcher.horizon.ended(worker.id, now - since, request.steps)
             self._ledger.end(request, worker)
             self._unacknowledged.append(answer.ok)
             if answer.ok:
@@ -326,33 +343,68 @@ class ControlPlane:
             self._acknowledged = 0
 
     def _tick(self, now: float, out: list[Instruction]) -> None:
-        lease_s = self.limits.lease_s
-        if lease_s is None:
-            return
+        if self.limits.lease_s is not None:
+            self._end_leases(self.limits.lease_s, now, out)
+        if self.mode is not Mode.STOPPED and (end_at := self._dispatcher.horizon.end_at) is not None:
+            self._keep_time(end_at, now, out)
+        give_up_at = self._give_up_at
+        if self.mode is Mode.DRAINING and give_up_at is not None and now >= give_up_at:
+            self._give_up_running(out)
+
+    def _end_leases(self, lease_s: float, now: float, out: list[Instruction]) -> None:
         for worker in self._ledger.workers.values():
             silent_s = now - worker.heard
             if worker.state is not WorkerState.GONE and silent_s > lease_s:
                 worker.silent = True
                 self._worker_lost(worker, f"rank {worker.id} has been silent for {silent_s:.0f} s", out)
 
-    def _drain(self, reason: str, now: float, out: list[Instruction]) -> None:
-        if self.mode is not Mode.OPEN:
+    # ------------------------------------------------------------ drain and time limit
+
+    def _drain(self, reason: str, give_up_at: float | None, now: float, out: list[Instruction]) -> None:
+        """Start nothing more, from now on."""
+        if self.mode is Mode.STOPPED:
+            return
+        self._close(reason, give_up_at, out)
+        for worker in self._ledger.workers.values():
+            if queued := unstarted(worker):
+                self._dispatcher.recall(worker, queued, now, out)
+
+    def _close(self, reason: str, give_up_at: float | None, out: list[Instruction]) -> None:
+        """Hand nothing more out. What workers have queued may start."""
+        if give_up_at is not None and (self._give_up_at is None or give_up_at < self._give_up_at):
+            self._give_up_at = give_up_at
+        if self.mode is Mode.DRAINING:
             return
         self.mode = Mode.DRAINING
         self._stop_reason = reason
         out.append(Exhausted(True))
         for request in self._policy.clear():
-            self._abandon(request)
+            self._ledger.abandon(request)
+
+    def _keep_time(self, end_at: float, now: float, out: list[Instruction]) -> None:
+        """Before the time limit: what would be late does not start. When nothing more can start it is a drain."""
+        if now < end_at:
+            self._dispatcher.recall_late(now, out)
+        if now >= end_at or self.mode is Mode.DRAINING or self._dispatcher.nothing_in_time(now):
+            self._close(self._limit_reason, end_at, out)
+
+    def _give_up_running(self, out: list[Instruction]) -> None:
+        """Time is up: nothing that a worker still has is waited for."""
         for worker in self._ledger.workers.values():
-            if queued := unstarted(worker):
-                self._dispatcher.recall(worker, queued, now, out)
+            left = worker.holdings()
+            if not left:
+                continue
+            out.append(GiveUp(worker.id, [(request.index, request.attempt) for request in left]))
+            for request in left:
+                if request.twin is not None:
+                    self._ledger.part(request)  # the other is given up in its turn
+                    continue
+                self.totals.unfinished += 1
+                self._ledger.move(request, None, Phase.WAITING)
+                self._ledger.abandon(request)
+            self._dispatcher.note_room(worker)
 
     # ------------------------------------------------------------ requests change hands
-
-    def _abandon(self, request: RequestEntry) -> None:
-        """A drained request leaves without an end: the next start of the run takes it up."""
-        self._ledger.forget(request)
-        self.totals.accepted -= 1
 
     def _requeue(self, requests: list[RequestEntry]) -> None:
         """Requests in phase WAITING wait again, unless the plane drains."""
@@ -360,7 +412,7 @@ class ControlPlane:
             self._policy.put_back(requests)
         else:
             for request in requests:
-                self._abandon(request)
+                self._ledger.abandon(request)
 
     def _disown(self, worker: WorkerEntry, died_with: set[int], reason: str, out: list[Instruction]) -> None:
         """Take everything from a worker. Those in `died_with` ran when its engine died."""
@@ -406,6 +458,8 @@ class ControlPlane:
             return
         if not self._ledger.live and self.mode is Mode.DRAINING:
             self._stop("drained", self._stop_reason, out)
+        elif not self._ledger.live and self.input_ended and self.totals.set_aside:
+            self._stop("drained", self._limit_reason, out)
         elif not self._ledger.live and self.input_ended:
             self._stop("done", "", out)
         elif all(worker.state is WorkerState.GONE for worker in self._ledger.workers.values()):

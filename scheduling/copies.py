@@ -15,7 +15,8 @@ What is expected comes from measurements alone:
 
 A copy from the beginning has to overtake: it wins only if the request becomes long enough. The gain is the mean, over
 how long it may become, of the time by which it wins. It has to be worth it (`Limits.copy_gain_s`, `copy_gain_share`):
-workers of the same speed never copy from each other. Not copied are requests an engine has died of, and those of a
+workers of the same speed never copy from each other. Before a time limit a copy has to be expected to end in time, like
+everything else that starts (`scheduling.horizon`). Not copied are requests an engine has died of, and those of a
 worker that has been silent: whether that one is lost its lease decides.
 
 This module decides over the ledger's books and what it is told of reports. It knows no events and no policy.
@@ -29,6 +30,7 @@ from collections.abc import Callable
 from scheduling.errors import BugError
 from scheduling.estimates import LengthEstimator, Tail
 from scheduling.events import Assign, Cancel, Instruction
+from scheduling.horizon import Horizon
 from scheduling.ledger import Ledger, RequestEntry, WorkerEntry, WorkerState
 from scheduling.limits import Limits
 from scheduling.messages import Finished
@@ -78,11 +80,17 @@ class Copier:
     """See the module's text. `note_room` is told of workers whose number of requests has changed."""
 
     def __init__(
-        self, ledger: Ledger, lengths: LengthEstimator, limits: Limits, note_room: Callable[[WorkerEntry], None]
+        self,
+        ledger: Ledger,
+        lengths: LengthEstimator,
+        limits: Limits,
+        horizon: Horizon,
+        note_room: Callable[[WorkerEntry], None],
     ) -> None:
         self._ledger = ledger
         self._lengths = lengths
         self._limits = limits
+        self._horizon = horizon
         self._note_room = note_room
         self._paces: dict[int, _Pace] = {}
         self._next_look = 0.0
@@ -141,6 +149,8 @@ class Copier:
                 continue
             there, slots, worker = free[place]
             if not self._is_worth(self._gain_s(request, pace, there, tail, now), left_s):
+                continue
+            if not self._horizon.in_time(worker.id, request.steps, now):
                 continue
             free[place] = (there, slots - 1, worker)
             copy = self._ledger.copy(request, worker)

@@ -12,6 +12,8 @@ The rules:
   recall open at most.
 - When the input has ended while workers still load, nobody takes more than a fair share of what is left: without
   it the first worker to be ready would take all of a short input.
+- Before a time limit a worker is given, and keeps, only what it is expected to end in time (`scheduling.horizon`).
+  What waits first and could not end in time anywhere is set aside, and the next one is looked at.
 - When no free slot anywhere could find unstarted work the workers are told (`Exhausted`), and when there is some
   again.
 
@@ -28,7 +30,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from scheduling.errors import ProtocolError
-from scheduling.events import Assign, Exhausted, Instruction, Recall
+from scheduling.events import Assign, Exhausted, GiveUp, Instruction, Recall
+from scheduling.horizon import Horizon
 from scheduling.ledger import Ledger, Phase, RequestEntry, WorkerEntry, WorkerState, must
 from scheduling.limits import Limits
 from scheduling.policies import Policy
@@ -38,6 +41,9 @@ RATE_WINDOW_S = 0.05
 
 TURNS_AHEAD = 16
 """Round-robin behind a slow worker: how many more turns are read at a time for those through with theirs."""
+
+SET_ASIDE_MAX = 1024
+"""Before a time limit: after so many requests in a row that would be too late, no shorter one is looked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +65,7 @@ class Dispatcher:
         self._target = 0
         self._recalls: dict[int, _OpenRecall] = {}
         self.next_recall = first_recall
+        self.horizon = Horizon()
         self._said_exhausted = False
         for worker in ledger.workers.values():
             self.worker_joined(worker)
@@ -137,7 +144,7 @@ class Dispatcher:
         if self._hungry:
             cap = self._fair_cap(input_ended)
             if self._policy.waiting():
-                self._feed(cap, out)
+                self._feed(cap, now, out)
             if self._policy.steals and self._hungry and not self._policy.waiting():
                 self._steal(cap, now, out)
         exhausted = input_ended and self._exhausted()
@@ -163,7 +170,7 @@ class Dispatcher:
         workers = sum(worker.state is not WorkerState.GONE for worker in self._ledger.workers.values())
         return max(1, math.ceil(len(self._ledger.live) / workers))
 
-    def _feed(self, cap: int, out: list[Instruction]) -> None:
+    def _feed(self, cap: int, now: float, out: list[Instruction]) -> None:
         """Give waiting requests to workers with room, the emptiest (by share of its slots) first."""
         workers = self._ledger.workers
         rooms = [w for w in map(workers.__getitem__, self._hungry) if w.owned < cap and self._policy.available(w.id)]
@@ -176,7 +183,10 @@ class Dispatcher:
             room = min(worker.target, cap) - worker.owned
             # One at a time while several compete; the last one takes all it has room for.
             for _ in range(min(room if not heap else 1, self._policy.available(worker.id))):
-                request = self._policy.take(worker.id)
+                request = self._take(worker, now, out)
+                if request is None:
+                    room = 0
+                    break
                 self._ledger.move(request, worker, Phase.QUEUED)
                 given.setdefault(worker.id, []).append((request.index, request.attempt))
                 if request.stolen_from is not None:
@@ -189,6 +199,65 @@ class Dispatcher:
         for worker_id, items in given.items():
             self.note_room(workers[worker_id])
             out.append(Assign(worker_id, items, stolen.get(worker_id, {})))
+
+    # ------------------------------------------------------------ before a time limit
+
+    def _take(self, worker: WorkerEntry, now: float, out: list[Instruction]) -> RequestEntry | None:
+        """The next request for the worker; None if it has none that it would end in time."""
+        horizon = self.horizon
+        if horizon.end_at is None:
+            return self._policy.take(worker.id)
+        found = None
+        aside = []
+        while self._policy.available(worker.id):
+            request = self._policy.peek(worker.id)
+            if horizon.in_time(worker.id, request.steps, now, self._wait_s(worker, request, now)):
+                found = self._policy.take(worker.id)
+                horizon.set_aside_since = 0
+                break
+            if self._in_time_somewhere(worker, request, now):
+                break
+            aside.append(self._policy.take(worker.id))
+            self._ledger.abandon(request)
+        if aside:
+            horizon.set_aside_since += len(aside)
+            self._ledger.totals.set_aside += len(aside)
+            out.append(GiveUp(None, [(request.index, request.attempt) for request in aside]))
+        return found
+
+    def _wait_s(self, worker: WorkerEntry, request: RequestEntry, now: float) -> float:
+        """How long the request would wait for a slot of the worker. Others are taken to be as much prompt as it is."""
+        before = len(worker.queued) + len(worker.recalled)
+        if worker.owned < worker.slots or not before:
+            return 0.0
+        tokens = worker.load_tokens * before / worker.owned / worker.slots
+        return self.horizon.expected_s(worker.id, tokens * request.steps / request.cost, now)
+
+    def _in_time_somewhere(self, worker: WorkerEntry, request: RequestEntry, now: float) -> bool:
+        """Whether the request would end in time on a free slot of this worker, or of another one that may have it."""
+        others = self._ledger.workers.values() if self._policy.steals else (worker,)
+        return any(w.state is WorkerState.READY and self.horizon.in_time(w.id, request.steps, now) for w in others)
+
+    def recall_late(self, now: float, out: list[Instruction]) -> None:
+        """Recall what is queued and would not end in time any more, even if it started now."""
+        horizon = self.horizon
+        for worker in self._ledger.workers.values():
+            if not worker.queued or horizon.in_time(worker.id, horizon.longest, now):
+                continue
+            steps = ((index, worker.queued[index].steps) for index in unstarted(worker))
+            late = [index for index, wanted in steps if not horizon.in_time(worker.id, wanted, now)]
+            if late:
+                self.recall(worker, late, now, out)
+
+    def nothing_in_time(self, now: float) -> bool:
+        """Whether nothing more can start: not even the shortest that has come, or none of very many in a row."""
+        horizon = self.horizon
+        if horizon.set_aside_since >= max(SET_ASIDE_MAX, 4 * self._target):
+            return True
+        ready = [w.id for w in self._ledger.workers.values() if w.state is WorkerState.READY]
+        if not ready or math.isinf(horizon.shortest):
+            return False
+        return not any(horizon.in_time(worker, horizon.shortest, now) for worker in ready)
 
     # ------------------------------------------------------------ stealing
 
@@ -220,8 +289,16 @@ class Dispatcher:
             # In the order of assignment, which is that of starting: what is about to start would not come back.
             first = len(queued) - stealable
             first += min(int(victim.rate * self._limits.recall_margin_s), stealable - count)
-            self.recall(victim, queued[first : first + count], now, out)
-            free -= count
+            indexes = queued[first : first + count]
+            if self.horizon.end_at is not None:
+                indexes = [index for index in indexes if self._thief_in_time(victim.queued[index], now)]
+            if indexes:
+                self.recall(victim, indexes, now, out)
+                free -= len(indexes)
+
+    def _thief_in_time(self, request: RequestEntry, now: float) -> bool:
+        """Whether a worker with room would end it in time: else it would only come back."""
+        return any(self.horizon.in_time(worker, request.steps, now) for worker in self._hungry)
 
     def recall(self, victim: WorkerEntry, indexes: list[int], now: float, out: list[Instruction]) -> None:
         """Ask the victim to give back these of its queued requests, as far as it has not started them."""

@@ -101,8 +101,20 @@ class Committed:
 
 @dataclass(frozen=True, slots=True)
 class DrainRequested:
-    """Start nothing new, let what runs finish, then stop."""
+    """Start nothing new, let what runs finish, then stop. What still runs at `give_up_at` is given up; None: never.
 
+    Of several that come, the earliest time counts.
+    """
+
+    reason: str
+    give_up_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TimeLimited:
+    """Start nothing that is not expected to end by `end_at`. What still runs then is given up. It may come again."""
+
+    end_at: float
     reason: str
 
 
@@ -115,7 +127,7 @@ class Heard:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """Time has passed: leases are looked at."""
+    """Time has passed: leases and limits are looked at."""
 
 
 Event = (
@@ -129,6 +141,7 @@ Event = (
     | WorkerLost
     | Committed
     | DrainRequested
+    | TimeLimited
     | Heard
     | Tick
 )
@@ -191,6 +204,17 @@ class Fail:
 
 
 @dataclass(frozen=True, slots=True)
+class GiveUp:
+    """These (index, attempt) pairs stay unanswered in this session, and are forgotten: the next one answers them.
+
+    `worker` still runs them, or holds them: what it says of them is late. None: nobody has them.
+    """
+
+    worker: int | None
+    items: list[tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
 class Stream:
     """Pass new text on to whoever listens."""
 
@@ -212,4 +236,4 @@ class Stop:
     reason: str
 
 
-Instruction = Assign | Recall | Cancel | Record | Drop | Fail | Stream | Exhausted | Stop
+Instruction = Assign | Recall | Cancel | Record | Drop | Fail | GiveUp | Stream | Exhausted | Stop

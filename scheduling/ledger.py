@@ -34,20 +34,24 @@ class WorkerState(Enum):
 class RequestEntry:
     """One live request. `cost` is its estimated tokens; `stolen_from` the victim it was last taken from.
 
+    `steps`: how long it is estimated to run (`scheduling.horizon`). `started_at`: when its owner said that it runs;
+    None while it does not, or where that was never said.
+
     A request that runs twice has two entries, each with an owner and an attempt of its own, which know each other as
     `twin`: the one that `Ledger.live` has, which runs, and its copy, which is queued or runs. `attempts` is the highest
-    attempt that was given out. `started_at`: when its worker said that it runs; None where it has not said so.
+    attempt that was given out.
     """
 
     __slots__ = (
-        "index", "attempt", "attempts", "cost", "limit", "phase", "owner", "deaths", "stolen_from", "history", "twin",
-        "started_at",
+        "index", "attempt", "attempts", "cost", "steps", "limit", "phase", "owner", "deaths", "stolen_from", "history",
+        "twin", "started_at",
     )  # fmt: skip
 
-    def __init__(self, index: int, cost: float, limit: int | None) -> None:
+    def __init__(self, index: int, cost: float, limit: int | None, steps: float = 0.0) -> None:
         self.index = index
         self.attempt = self.attempts = 1
         self.cost = cost
+        self.steps = steps
         self.limit = limit
         self.phase = Phase.WAITING
         self.owner: int | None = None
@@ -84,6 +88,8 @@ class WorkerView:
     reason: str
     silent: bool
     """GONE without a word: its lease ran out. Nothing can be asked of it."""
+    heard: float
+    """When it last said something."""
 
 
 TARGET_UNKNOWN = 16
@@ -134,6 +140,7 @@ class WorkerEntry:
         return WorkerView(
             self.id, self.state, self.slots, len(self.queued), len(self.running), self.load_tokens, self.requests,
             self.failed, self.stolen_in, self.stolen_out, self.engine_losses, self.reason, self.silent,
+            self.heard,
         )  # fmt: skip
 
     def holdings(self) -> list[RequestEntry]:
@@ -151,7 +158,9 @@ class Totals:
     """Counts of requests since the start. `done` and `failed` are durable; `late` answers were dropped.
 
     `copies` were made of requests that ran, `copies_won` of them answered first. `wasted_tokens`: output of those that
-    did not, or of the requests they were copies of; estimated where it never came.
+    did not, or of the requests they were copies of; estimated where it never came. Left for the next session:
+    `unfinished`, given up while a worker had them, and `set_aside`, which were not started because they would not have
+    ended in time.
     """
 
     accepted: int = 0
@@ -165,6 +174,8 @@ class Totals:
     copies: int = 0
     copies_won: int = 0
     wasted_tokens: int = 0
+    unfinished: int = 0
+    set_aside: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
 
@@ -225,6 +236,7 @@ class Ledger:
         else:
             self.unstarted += request.phase is Phase.RUNNING
         request.phase = phase
+        request.started_at = None
         request.owner = None if worker is None else worker.id
         if worker is not None:
             worker.holder(phase)[request.index] = request
@@ -233,7 +245,7 @@ class Ledger:
     def copy(self, request: RequestEntry, worker: WorkerEntry) -> RequestEntry:
         """Give a request that runs a second entry, queued at another worker, in an attempt of its own."""
         request.attempts += 1
-        twin = RequestEntry(request.index, request.cost, request.limit)
+        twin = RequestEntry(request.index, request.cost, request.limit, request.steps)
         twin.attempt = twin.attempts = request.attempts
         twin.deaths, twin.history = request.deaths, request.history
         twin.twin, request.twin = request, twin
@@ -265,6 +277,11 @@ class Ledger:
         """A waiting request leaves the books."""
         del self.live[request.index]
         self.unstarted -= 1
+
+    def abandon(self, request: RequestEntry) -> None:
+        """A waiting request leaves without an end: the next start of the run takes it up."""
+        self.forget(request)
+        self.totals.accepted -= 1
 
     def check(self) -> None:
         """Verify the books, linear in what lives.

@@ -297,6 +297,14 @@ def request_stop(path: Path, disk: Disk | None = None, is_alive: Callable[[Holde
     return holder
 
 
+def is_held(path: Path, disk: Disk | None = None, is_alive: Callable[[Holder], bool] = alive) -> bool:
+    """Whether a job works on `path`. Raises RunDirError where that cannot be read."""
+    try:
+        return holder_of(disk or OsDisk(), Path(path) / LOCK_NAME, is_alive)[0]
+    except OSError as error:
+        raise unusable(path, error) from error
+
+
 def read_run(path: Path, disk: Disk | None = None) -> dict[str, Json]:
     """The content of run.json. Raises RunDirError if it is not there, unreadable or of another version."""
     disk = disk or OsDisk()

@@ -90,6 +90,7 @@ class Worker:
         self._born = self._last_said = self._clock()
         self.metrics = RankMetrics(options.rank, 0, options.hello.host.hostname)
         self.collect_epoch: int | None = None
+        self._engine_end_s = m.ENGINE_END_S
         self.stopped = False
         self.crashed = False
         self.refused: str | None = None
@@ -165,9 +166,9 @@ class Worker:
                 self._handle(message)
         return bool(heard)
 
-    def close(self) -> None:
-        """End the engine, keeping what it last said of its work."""
-        self._close_engine(5.0)
+    def close(self, engine_s: float | None = None) -> None:
+        """End the engine within that time, or rank 0's, keeping what it last said of its work."""
+        self._close_engine(self._engine_end_s if engine_s is None else engine_s)
 
     # ------------------------------------------------------------ what rank 0 says
 
@@ -188,8 +189,10 @@ class Worker:
                 self.refused = message.reason
                 self.stopped = True
             case m.Collect():
+                self._engine_end_s = message.engine_s
                 self.collect_epoch = message.epoch
             case m.Stop():
+                self._engine_end_s = message.engine_s
                 self.stopped = True
 
     def on_welcome(self, message: m.Welcome) -> None:

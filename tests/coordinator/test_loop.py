@@ -360,12 +360,19 @@ def test_a_straggler_is_copied_and_whoever_answers_second_is_cancelled_and_count
     assert stage.coordinator.plane.totals.wasted_tokens == 33
 
 
-def test_drain_starts_nothing_new_and_waits_for_what_runs() -> None:
-    stage = Stage(["x"] * 20)
+def draining(*events: ev.DrainRequested | ev.TimeLimited) -> tuple[Stage, list[int], list[Any]]:
+    """A stage whose worker runs the first of what it was given when these come; and what it is told then."""
+    stops: list[ev.DrainRequested | ev.TimeLimited] = []
+    stage = Stage(["x"] * 20, stops=lambda: [stops.pop(0) for _ in stops[:]])
     given = assigned(stage.ready(slots=2))
     stage.hear(1, m.Report(started=[(given[0], 1)]))
-    stage.coordinator.drain("asked to")
-    said = stage.step()
+    stops.extend(events)
+    stage.clock.pass_(TICK_S)
+    return stage, given, stage.step()
+
+
+def test_drain_starts_nothing_new_and_waits_for_what_runs() -> None:
+    stage, given, said = draining(ev.DrainRequested("asked to"))
     assert not assigned(said)
     [recall] = [message for message in said if isinstance(message, m.Recall)]
     assert recall.indexes == given[1:]
@@ -376,9 +383,40 @@ def test_drain_starts_nothing_new_and_waits_for_what_runs() -> None:
     assert stage.coordinator.outcome == ev.Stop("drained", "asked to")
 
 
+def test_what_runs_at_the_deadline_is_given_up_and_its_row_not_counted() -> None:
+    stage, given, _ = draining(ev.DrainRequested("asked to", 101.0))
+    stage.hear(1, m.Recalled(0, given[1:]))
+    assert stage.coordinator.outcome is None
+    assert stage.coordinator.in_flight
+    stage.clock.pass_(1.0)
+    stage.step()
+    assert stage.coordinator.outcome == ev.Stop("drained", "asked to")
+    assert stage.coordinator.dropped == {(1, given[0], 1)}, "its worker may have ended it meanwhile"
+    assert stage.record.take() == []
+
+
+def test_what_is_set_aside_before_a_time_limit_is_not_kept_in_memory() -> None:
+    stops: list[ev.TimeLimited] = []
+    stage = Stage(["x", *["y" * 8000] * 5, "x"], stops=lambda: [stops.pop(0) for _ in stops[:]])
+    assert assigned(stage.ready(slots=1)) == [0, 1]
+    stage.hear(1, m.Report(started=[(0, 1)]))
+    stage.clock.pass_(1.0)
+    stage.hear(1, m.Report(finished=[finished(0)]))
+    stage.durable()
+    stops.append(ev.TimeLimited(105.0, "time is up"))
+    stage.clock.pass_(TICK_S)
+    [recall] = [message for message in stage.step() if isinstance(message, m.Recall)]
+    said = stage.hear(1, m.Recalled(0, recall.indexes))
+    for _ in range(5):
+        said += stage.step()
+    assert assigned(said) == [6], "what is long would be late, what is short would not"
+    assert stage.coordinator.plane.totals.set_aside == 5
+    assert stage.coordinator.snapshot().queued == 1, "the others are not kept in memory"
+
+
 def test_stop_request_is_looked_for_at_every_tick_and_drains() -> None:
-    reasons: list[str | None] = [None, "asked by llmpi stop"]
-    stage = Stage(["x"] * 5, stop_requested=lambda: reasons.pop(0) if reasons else None)
+    reasons: list[list[ev.DrainRequested]] = [[], [ev.DrainRequested("asked by llmpi stop")]]
+    stage = Stage(["x"] * 5, stops=lambda: reasons.pop(0) if reasons else [])
     stage.step()
     assert stage.coordinator.outcome is None
     stage.clock.pass_(TICK_S / 2)

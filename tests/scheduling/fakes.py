@@ -32,6 +32,7 @@ from scheduling.events import (
     RequestRejected,
     RequestsArrived,
     Tick,
+    TimeLimited,
     WorkerLost,
     WorkerReady,
 )
@@ -90,6 +91,7 @@ class Scenario:
     copies: bool = True
     eager: bool = False
     """What runs is copied whether or not that would help."""
+    limit: bool = False
     steps: int = 250
     last_steps: int = 0
     """With a reader that does not tarry: what follows the input's end happens, too."""
@@ -111,6 +113,7 @@ def scenario_of(seed: int) -> Scenario:
         eager=straggles,
         steps=30 if straggles else 250,
         last_steps=600 if straggles else 0,
+        limit=rng.random() < 0.25,
     )
 
 
@@ -278,7 +281,10 @@ class World:
         else:
             self.fault(worker)
         if self.scenario.drain and self.rng.random() < 0.01:
-            self.tell(DrainRequested("asked to"))
+            wait_s = self.rng.choice([None, 0.0, 0.3, 60.0])
+            self.tell(DrainRequested("asked to", None if wait_s is None else self.now + wait_s))
+        if self.scenario.limit and self.rng.random() < 0.02:
+            self.tell(TimeLimited(self.now + self.rng.choice([0.1, 0.5, 1.0, 3.0]), "time is up"))
 
     def elapse(self, elapsed_s: float) -> None:
         self.now += elapsed_s
@@ -421,7 +427,8 @@ class World:
             worker.report()
             while worker.outbox:
                 self.hear(worker)
-            if self.oracle.workers[worker.id].state is WorkerState.READY and worker.alive:
+            given_up = self.oracle.unfinished > 0  # they may be at it still
+            if self.oracle.workers[worker.id].state is WorkerState.READY and worker.alive and not given_up:
                 left = [*worker.held, *worker.running]
                 assert not left, f"rank {worker.id} still has {left} when all is over"
 
@@ -447,4 +454,6 @@ class World:
                 self.hear(worker)
             if not worker.alive:
                 self.tell(WorkerLost(worker.id, "dead"))
+        if self.scenario.drain or self.scenario.limit:
+            self.tell(Tick())
         self.commit(len(self.oracle.unacknowledged))

@@ -12,6 +12,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from scheduling.control import ControlPlane, Limits
+from scheduling.estimates import LengthEstimator
 from scheduling.events import (
     Assign,
     Cancel,
@@ -22,6 +23,7 @@ from scheduling.events import (
     Event,
     Exhausted,
     Fail,
+    GiveUp,
     Heard,
     InputEnded,
     Instruction,
@@ -33,9 +35,11 @@ from scheduling.events import (
     RequestsArrived,
     Stop,
     Tick,
+    TimeLimited,
     WorkerLost,
     WorkerReady,
 )
+from scheduling.horizon import Horizon, steps_of
 from scheduling.ledger import WorkerState
 from scheduling.messages import Finished
 
@@ -65,6 +69,7 @@ class Oracle:
         self.highest: dict[int, int] = {}
         self.copy: dict[int, tuple[int, int]] = {}
         self.copy_started: set[int] = set()
+        self.copy_started_at: dict[int, float] = {}
         self.promoted: set[int] = set()
         self.copies = self.copies_won = 0
         self.deaths: dict[int, int] = {}
@@ -74,6 +79,14 @@ class Oracle:
         self.unacknowledged: deque[bool] = deque()
         self.accepted = self.rejected = self.done = self.failed = self.late = 0
         self.draining = False
+        self.queue_recalled = False
+        self.give_up_at: float | None = None
+        self.horizon = Horizon()
+        self.estimator = LengthEstimator()
+        self.steps: dict[int, float] = {}
+        self.limit_of: dict[int, int | None] = {}
+        self.started_at: dict[int, float] = {}
+        self.unfinished = self.set_aside = 0
         self.input_ended = False
         self.exhausted = False
         self.stops: list[Stop] = []
@@ -81,12 +94,13 @@ class Oracle:
         self._fails: list[int] = []
         self._drops: list[tuple[int, int]] = []
         self._cancels: list[tuple[int, int, int]] = []
+        self._given_up: dict[int, list[tuple[int, int]]] = {}
 
     # ------------------------------------------------------------ what an event must do
 
     def handle(self, event: Event, now: float) -> list[Instruction]:
         """Give the event to the plane and verify all that comes of it. Returns the plane's instructions."""
-        self._records, self._fails, self._drops, self._cancels = [], [], [], []
+        self._records, self._fails, self._drops, self._cancels, self._given_up = [], [], [], [], {}
         stopped = bool(self.stops)
         self._expect(event, now)
         out = self.plane.handle(event, now)
@@ -97,10 +111,11 @@ class Oracle:
         fails: list[int] = []
         drops: list[tuple[int, int]] = []
         cancels: list[tuple[int, int, int]] = []
+        given_up: dict[int, list[tuple[int, int]]] = {}
         for place, instruction in enumerate(out):
             match instruction:
                 case Assign():
-                    self._assign(instruction)
+                    self._assign(instruction, now)
                 case Recall():
                     self._recall(instruction, now)
                 case Record():
@@ -113,6 +128,12 @@ class Oracle:
                     drops += instruction.answers
                 case Cancel():
                     cancels += [(instruction.worker, index, attempt) for index, attempt in instruction.items]
+                case GiveUp(None, items):
+                    self._set_aside(items, now)
+                case GiveUp(worker, items):
+                    assert worker is not None
+                    assert worker not in given_up, f"given up twice: {instruction}"
+                    given_up[worker] = sorted(items)
                 case Exhausted():
                     self.exhausted = instruction.empty
                 case Stop():
@@ -122,6 +143,7 @@ class Oracle:
         assert sorted(fails) == sorted(self._fails), f"failed {fails}, not {self._fails}"
         assert drops == self._drops, f"dropped {drops}, not {self._drops}"
         assert sorted(cancels) == sorted(self._cancels), f"cancelled {cancels}, not {self._cancels}"
+        assert given_up == self._given_up, f"given up {given_up}, not {self._given_up}"
         self._judge_totals()
         if not stopped:
             self._judge_end()
@@ -129,6 +151,8 @@ class Oracle:
             self._judge_work(now)
         elif not self.stops:
             self._judge_drain()
+        if isinstance(event, Tick) and not self.stops:
+            self._judge_lateness(now)
         return out
 
     def _expect(self, event: Event, now: float) -> None:
@@ -137,6 +161,9 @@ class Oracle:
                 self.workers[event.worker] = Known(WorkerState.READY, event.slots, now)
             case RequestsArrived() if self._open:
                 for new in event.requests:
+                    self.steps[new.index] = steps_of(new.prompt_tokens, self.estimator.output_tokens(new.output_limit))
+                    self.horizon.arrived(self.steps[new.index])
+                    self.limit_of[new.index] = new.output_limit
                     self.live.add(new.index)
                     self.attempt[new.index] = self.highest[new.index] = 1
                 self.accepted += len(event.requests)
@@ -155,10 +182,13 @@ class Oracle:
                 self._expect_lost(event.worker)
             case Heard():
                 self.workers[event.worker].heard = now
-            case Tick() if self.limits.lease_s is not None:
+            case Tick():
                 for worker, known in self.workers.items():
-                    if now - known.heard > self.limits.lease_s:
+                    if self.limits.lease_s is not None and now - known.heard > self.limits.lease_s:
                         self._expect_lost(worker)
+                self._expect_limits(now)
+            case TimeLimited():
+                self.horizon.end_at = event.end_at
             case Committed():
                 for _ in range(event.count):
                     if self.unacknowledged.popleft():
@@ -167,27 +197,74 @@ class Oracle:
                         self.failed += 1
             case InputEnded():
                 self.input_ended = True
-            case DrainRequested() if self._open:
-                self.draining = True
-                self._abandon_waiting()
+            case DrainRequested() if not self.stops:
+                self._expect_drain(event.give_up_at)
+                self.queue_recalled = True
+
+    def _expect_drain(self, give_up_at: float | None) -> None:
+        self.draining = True
+        times = [at for at in (self.give_up_at, give_up_at) if at is not None]
+        self.give_up_at = min(times, default=None)
+        self._abandon_waiting()
+
+    def _expect_limits(self, now: float) -> None:
+        """At the time limit, or when nothing more could start before it, it is a drain. Its end is kept."""
+        end_at = self.horizon.end_at
+        if self.stops:
+            return
+        if end_at is not None and (self.draining or now >= end_at or self._nothing_in_time(now)):
+            self._expect_drain(end_at)
+        if not self.draining or self.give_up_at is None or now < self.give_up_at:
+            return
+        for index, owner in sorted(self.owner.items()):
+            self._given_up.setdefault(owner, []).append((index, self.attempt[index]))
+        for index, (worker, attempt) in self.copy.items():
+            self._given_up.setdefault(worker, []).append((index, attempt))
+        self._given_up = {worker: sorted(items) for worker, items in self._given_up.items()}
+        self.copy.clear()
+        self.copy_started.clear()
+        self.copy_started_at.clear()
+        self.unfinished += len(self.owner)
+        for worker in list(self.workers):
+            self._disown(worker)
+
+    def _nothing_in_time(self, now: float) -> bool:
+        ready = [worker for worker, known in self.workers.items() if known.state is WorkerState.READY]
+        if not ready or not self.steps:
+            return False
+        shortest = min(self.steps.values())
+        return not any(self.horizon.in_time(worker, shortest, now) for worker in ready)
 
     def _expect_report(self, event: Reported, now: float) -> None:
-        self.workers[event.worker].heard = now
+        heard_before, self.workers[event.worker].heard = self.workers[event.worker].heard, now
         for index, attempt in event.started:
-            if self._is_owner(event.worker, index, attempt):
+            if self._is_owner(event.worker, index, attempt) and index not in self.started:
                 self.started.add(index)
-            elif self.copy.get(index) == (event.worker, attempt):
+                self.started_at[index] = now
+            elif self.copy.get(index) == (event.worker, attempt) and index not in self.copy_started:
                 self.copy_started.add(index)
+                self.copy_started_at[index] = now
+            else:
+                continue
+            self.horizon.started(now)
+        asked = {index for _, indexes, _ in self.recalls.values() for index in indexes}
         for answer in event.finished:
-            if self._is_owner(event.worker, answer.index, answer.attempt):
+            index = answer.index
+            owns = self._is_owner(event.worker, index, answer.attempt)
+            if owns or self.copy.get(index) == (event.worker, answer.attempt):
                 self._records.append(answer)
-                if answer.index in self.copy:
-                    self._cancel_copy(answer.index)
-                self._end(answer.index)
-            elif self.copy.get(answer.index) == (event.worker, answer.attempt):
-                self._records.append(answer)
-                self.copies_won += 1
-                self._cancel_original(answer.index)
+                started, at = (self.started, self.started_at) if owns else (self.copy_started, self.copy_started_at)
+                if answer.ok:
+                    self.estimator.observe(self.limit_of[index], answer.output_tokens)
+                    untold = index not in started and not (owns and index in asked)
+                    since = heard_before if untold else at.get(index)
+                    if since is not None:
+                        self.horizon.ended(event.worker, now - since, self.steps[index])
+                if owns and index in self.copy:
+                    self._cancel_copy(index)
+                elif not owns:
+                    self.copies_won += 1
+                    self._cancel_original(index)
                 self._end(answer.index)
             else:
                 self.late += 1
@@ -237,13 +314,14 @@ class Oracle:
 
     # ------------------------------------------------------------ what the plane may instruct
 
-    def _assign(self, assign: Assign) -> None:
+    def _assign(self, assign: Assign, now: float) -> None:
         known = self.workers[assign.worker]
         assert self._open, f"{assign} after the plane has closed"
         assert known.state is WorkerState.READY, f"{assign} to a worker that is {known.state}"
         assert assign.items, "an empty Assign"
         for index, attempt in assign.items:
             assert index in self.live, f"request {index} has ended or never was"
+            assert self._in_time(assign.worker, index, now), f"request {index} is assigned and cannot end in time"
             if index in self.owner:
                 self._copy(assign.worker, index, attempt)
                 continue
@@ -273,7 +351,8 @@ class Oracle:
         self.copies += 1
 
     def _recall(self, recall: Recall, now: float) -> None:
-        assert self.steals or self.draining, "a recall without stealing"
+        limited = self.horizon.end_at is not None
+        assert self.steals or self.draining or limited, "a recall without stealing"
         assert recall.indexes, "an empty Recall"
         assert recall.recall >= self.recalls_seen, "a number of a recall that was used before"
         asked = {index for _, indexes, _ in self.recalls.values() for index in indexes}
@@ -284,10 +363,24 @@ class Oracle:
         self.recalls_seen = recall.recall + 1
         self.recalls[recall.recall] = (recall.worker, recall.indexes, now)
 
+    def _set_aside(self, items: list[tuple[int, int]], now: float) -> None:
+        """Only what waits, and what no worker that might get it would end in time."""
+        assert self._open, "set aside after the plane has closed"
+        ready = [worker for worker, known in self.workers.items() if known.state is WorkerState.READY]
+        for index, attempt in items:
+            assert index in self.live - self.owner.keys(), f"request {index} does not wait, and is set aside"
+            assert attempt == self.attempt[index]
+            late = [not self._in_time(worker, index, now) for worker in ready]
+            assert all(late) if self.steals else any(late), f"request {index} could end in time, and is set aside"
+            self.live.discard(index)
+        self.accepted -= len(items)
+        self.set_aside += len(items)
+
     # ------------------------------------------------------------ what must hold after every event
 
     def _judge_totals(self) -> None:
         plane, totals = self.plane, self.plane.totals
+        assert (totals.unfinished, totals.set_aside) == (self.unfinished, self.set_aside)
         assert (totals.accepted, totals.rejected) == (self.accepted, self.rejected)
         assert (totals.done, totals.failed, totals.late) == (self.done, self.failed, self.late)
         assert (totals.copies, totals.copies_won) == (self.copies, self.copies_won)
@@ -305,20 +398,37 @@ class Oracle:
         if self.unacknowledged or not (over or gone):
             assert not outcomes, f"stopped too early: {outcomes}"
         else:
-            outcome = "no workers" if not over else "drained" if self.draining else "done"
+            outcome = "no workers" if not over else "drained" if self.draining or self.set_aside else "done"
             assert outcomes == [outcome], f"it is over ({outcome}), and the plane says {outcomes}"
 
     def _judge_drain(self) -> None:
         asked = {index for _, indexes, _ in self.recalls.values() for index in indexes}
         # A copy that has not said that it started yet, and whose original was lost, goes on as that would have.
         kept = self.owner.keys() - self.started - asked - self.promoted
-        assert not kept, f"requests {kept} will start in spite of the drain"
+        assert not (kept and self.queue_recalled), f"requests {kept} will start in spite of the drain"
+
+    def _judge_lateness(self, now: float) -> None:
+        """After every tick: nothing is left in a queue that would be late, and nothing at all when time is up."""
+        asked = {index for _, indexes, _ in self.recalls.values() for index in indexes}
+        for index in self.owner.keys() - self.started - asked:
+            assert self._in_time(self.owner[index], index, now), f"request {index} starts and cannot end in time"
+        times = [at for at in (self.horizon.end_at, self.give_up_at) if at is not None]
+        assert not times or now < min(times) or not self.live, f"{self.live} live when time is up"
+
+    def _in_time(self, worker: int, index: int, now: float) -> bool:
+        return self.horizon.in_time(worker, self.steps[index], now)
 
     def _judge_work(self, now: float) -> None:
         empty = self.input_ended and not self.recalls and not self._movable()
         assert self.exhausted == empty, f"workers believe that work left is {not self.exhausted}"
-        if self.steals:
+        if self.steals and self._all_in_time(now):
             self._judge_idleness(now)
+
+    def _all_in_time(self, now: float) -> bool:
+        """Whether time keeps nobody from starting anything."""
+        ready = [worker for worker, known in self.workers.items() if known.state is WorkerState.READY]
+        unstarted = self.live - self.started
+        return all(self._in_time(worker, index, now) for worker in ready for index in unstarted)
 
     def _movable(self) -> int:
         """Unstarted requests that a free slot anywhere could have: nobody has a slot free for them."""
@@ -370,6 +480,7 @@ class Oracle:
     def _cancel_copy(self, index: int) -> None:
         worker, attempt = self.copy.pop(index)
         self.copy_started.discard(index)
+        self.copy_started_at.pop(index, None)
         self._cancels.append((worker, index, attempt))
 
     def _cancel_original(self, index: int) -> None:
@@ -380,6 +491,9 @@ class Oracle:
     def _promote(self, index: int) -> None:
         self.owner[index], self.attempt[index] = self.copy.pop(index)
         self.started.discard(index)
+        self.started_at.pop(index, None)
+        if index in self.copy_started_at:
+            self.started_at[index] = self.copy_started_at.pop(index)
         if index in self.copy_started:
             self.copy_started.discard(index)
             self.started.add(index)
@@ -397,12 +511,14 @@ class Oracle:
         for index in [index for index, (copy, _) in self.copy.items() if copy == worker]:
             del self.copy[index]
             self.copy_started.discard(index)
+            self.copy_started_at.pop(index, None)
         for index in [index for index, owner in self.owner.items() if owner == worker]:
             if index in self.copy:
                 self._promote(index)
                 continue
             del self.owner[index]
             self.started.discard(index)
+            self.started_at.pop(index, None)
         self.recalls = {number: recall for number, recall in self.recalls.items() if recall[0] != worker}
         self._abandon_waiting()
 

@@ -23,6 +23,7 @@ from scheduling.events import (
     Record,
     Reported,
 )
+from scheduling.horizon import Horizon
 from scheduling.ledger import Ledger, Phase, RequestEntry, WorkerEntry
 from scheduling.policies import RoundRobin, WorkStealing
 from tests.scheduling.fakes import World, scenario_of
@@ -431,6 +432,77 @@ def deaths_of_a_copy_are_forgiven(patch: pytest.MonkeyPatch) -> None:
                     one.deaths = 0
 
     wrap(patch, ControlPlane, "_engine_lost", lost)
+
+
+@mutant
+def nothing_is_given_up(patch: pytest.MonkeyPatch) -> None:
+    wrap(patch, ControlPlane, "_give_up_running", lambda original, plane, out: None)
+
+
+@mutant
+def what_is_recalled_is_waited_for_when_time_is_up(patch: pytest.MonkeyPatch) -> None:
+    def holdings(original: Any, worker: WorkerEntry) -> list[RequestEntry]:
+        found: list[RequestEntry] = original(worker)
+        return [request for request in found if request.phase is not Phase.RECALLED]
+
+    def give_up(original: Any, plane: ControlPlane, out: list[Instruction]) -> None:
+        with pytest.MonkeyPatch.context() as inner:
+            wrap(inner, WorkerEntry, "holdings", holdings)
+            original(plane, out)
+
+    wrap(patch, ControlPlane, "_give_up_running", give_up)
+
+
+@mutant
+def the_first_of_several_times_counts(patch: pytest.MonkeyPatch) -> None:
+    def close(original: Any, plane: ControlPlane, reason: str, give_up_at: float | None, out: Any) -> None:
+        original(plane, reason, give_up_at if plane._give_up_at is None else None, out)
+
+    wrap(patch, ControlPlane, "_close", close)
+
+
+@mutant
+def what_is_queued_may_be_late(patch: pytest.MonkeyPatch) -> None:
+    wrap(patch, Dispatcher, "recall_late", lambda original, dispatcher, now, out: None)
+
+
+@mutant
+def what_is_assigned_may_be_late(patch: pytest.MonkeyPatch) -> None:
+    def take(original: Any, dispatcher: Dispatcher, worker: WorkerEntry, now: float, out: Any) -> RequestEntry:
+        return dispatcher._policy.take(worker.id)
+
+    wrap(patch, Dispatcher, "_take", take)
+
+
+@mutant
+def what_is_late_here_is_late_everywhere(patch: pytest.MonkeyPatch) -> None:
+    wrap(patch, Dispatcher, "_in_time_somewhere", lambda original, dispatcher, worker, request, now: False)
+
+
+@mutant
+def a_time_limit_never_closes_early(patch: pytest.MonkeyPatch) -> None:
+    wrap(patch, Dispatcher, "nothing_in_time", lambda original, dispatcher, now: False)
+
+
+@mutant
+def requests_run_from_their_assignment(patch: pytest.MonkeyPatch) -> None:
+    def ended(original: Any, horizon: Horizon, worker: int, elapsed_s: float, tokens: float) -> None:
+        original(horizon, worker, elapsed_s + 0.1, tokens)
+
+    def reported(original: Any, plane: ControlPlane, *args: Any) -> None:
+        with pytest.MonkeyPatch.context() as inner:
+            wrap(inner, Horizon, "ended", ended)
+            original(plane, *args)
+
+    wrap(patch, ControlPlane, "_reported", reported)
+
+
+@mutant
+def what_was_set_aside_is_forgotten_at_the_end(patch: pytest.MonkeyPatch) -> None:
+    def stop(original: Any, plane: ControlPlane, outcome: str, reason: str, out: Any) -> None:
+        original(plane, "done" if plane.input_ended else outcome, reason, out)
+
+    wrap(patch, ControlPlane, "_stop", stop)
 
 
 def owner_of(copier: Copier, request: RequestEntry) -> WorkerEntry:

@@ -35,6 +35,19 @@ def test_a_drain_starts_nothing_new_and_ends(scenario: Scenario) -> None:
 
 
 @pytest.mark.slow
+@quick
+@given(
+    st.builds(
+        Scenario, schedule=st.sampled_from(["work-stealing", "round-robin"]), limit=st.just(True), drain=st.booleans(),
+        faults=st.booleans(), **shapes,
+    )
+)  # fmt: skip
+def test_before_a_time_limit_nothing_starts_that_would_be_late_and_at_it_all_is_over(scenario: Scenario) -> None:
+    outcome = World(scenario).run().stops[0].outcome
+    assert outcome in ("done", "drained", "no workers")
+
+
+@pytest.mark.slow
 @settings(max_examples=50, suppress_health_check=[HealthCheck.too_slow])
 @given(st.builds(Scenario, faults=st.just(False), copies=st.booleans(), last_steps=st.sampled_from([0, 200]), **shapes))
 def test_without_faults_nothing_is_late_but_of_copies_nothing_is_retried_and_all_is_done(scenario: Scenario) -> None:

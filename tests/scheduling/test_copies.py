@@ -30,6 +30,7 @@ from scheduling.events import (
     WorkerLost,
     WorkerReady,
 )
+from scheduling.horizon import Horizon
 from scheduling.ledger import Ledger, Phase, RequestEntry, WorkerState
 from scheduling.messages import Delta
 from tests.scheduling.fakes import answer
@@ -244,7 +245,7 @@ def desk(
     lengths = LengthEstimator()
     for output in outputs:
         lengths.observe(limit, output)
-    copier = Copier(ledger, lengths, limits or Limits(copy_interval_s=0.0), lambda worker: None)
+    copier = Copier(ledger, lengths, limits or Limits(copy_interval_s=0.0), Horizon(), lambda worker: None)
     for worker, count, pace in zip(ledger.workers.values(), slots, paces, strict=True):
         worker.state, worker.slots, worker.heard = WorkerState.READY, count, at
         if pace is not None:

@@ -573,3 +573,12 @@ def test_nothing_is_told_before_the_engine_is_ready() -> None:
     bench = Bench(metrics_interval_s=1.0)
     bench.hear(m.Welcome(placement=m.Placement(note="CPU"), run_seed=SEED, session=4))
     assert not counters_of([message for _ in range(5) for message in bench.pass_(1.0)])
+
+
+@pytest.mark.parametrize("message", [m.Collect(1, 0.5), m.Stop("drained", 0.5)])
+def test_the_engine_has_as_long_to_end_as_rank_0_says(message: m.FromCoordinator) -> None:
+    bench = Bench()
+    bench.rank0.say(m.Welcome(placement=m.Placement(), run_seed=SEED, session=0), message)
+    bench.worker.step()
+    bench.worker.close()
+    assert bench.engines[0].close_s == 0.5
