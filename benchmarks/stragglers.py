@@ -4,10 +4,9 @@ usage: python benchmarks/stragglers.py [--seeds N] [--json]                  sim
        python benchmarks/stragglers.py --mpirun [--repeats N] [--slower F]   four ranks for real, and rank 0
 
 The first plays the control plane on simulated workers (`scheduling.simulator`). The second runs `llmpi batch --engine
-simulated` under mpirun, without and with copies in turn; the engine of the last rank takes F times as long. As on a
-GPU a step takes hardly longer for eight sequences than for one; it takes long enough that a busy machine adds little. How
-long an answer becomes is known to nobody before it
-ends: 256 tokens in the mean, about exponentially distributed.
+simulated` under mpirun, without and with copies in turn; the engine of the last rank takes F times as long. As on a GPU
+a step takes hardly longer for eight sequences than for one, and long enough for a busy machine to add little. How long
+an answer becomes is known to nobody before it ends: 256 tokens in the mean, about exponentially distributed.
 """
 
 from __future__ import annotations
