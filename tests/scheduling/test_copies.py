@@ -205,15 +205,15 @@ def test_it_is_looked_at_more_rarely_where_there_is_much_to_look_at() -> None:
 
 
 def test_the_expected_gain_is_the_mean_over_how_long_it_may_become() -> None:
-    """Half of the requests have 100 tokens, half 400. After 90 s at a second a token the short ones would end first:
-    the copy, at a tenth of a second a token, wins where it becomes 400, by 310 - 40 s."""
+    """Half of the requests have 100 tokens, half 400. After 95 s at a second a token the short ones would end first:
+    the copy, at a tenth of a second a token, wins where it becomes 400, by 305 - 40 s."""
     ledger, copier = desk(slots=(1, 1), paces=(0.1, 1.0), started_at=(0.0,), limit=400, outputs=(100, 400))
     for worker in ledger.workers.values():
-        worker.heard = 90.0
+        worker.heard = 95.0
     [request] = ledger.workers[2].running.values()
     tail = copier._lengths.tail()
-    assert copier._gain_s(request, 1.0, 0.1, tail, 90.0) == pytest.approx((310 - 40) / 2)
-    assert copier._left_s(request, 1.0, tail, 90.0) == pytest.approx((10 + 310) / 2)
+    assert copier._gain_s(request, 1.0, 0.1, tail, 95.0) == pytest.approx((305 - 40) / 2)
+    assert copier._left_s(request, 1.0, tail, 95.0) == pytest.approx((5 + 305) / 2)
     assert copier._gain_s(request, 1.0, 0.1, tail, 101.0) == pytest.approx(299 - 40)
     assert copier._left_s(request, 1.0, tail, 101.0) == pytest.approx(299)
 
