@@ -193,6 +193,21 @@ def batch(
         ),
     ] = None,
     lease: Annotated[float, typer.Option(help="Seconds of silence after which a rank is lost.")] = 60.0,
+    engine_lease: Annotated[
+        float,
+        typer.Option(
+            help="Seconds without a step after which an engine that has work is killed and started anew; more than the "
+            "longest step may take. Loading is granted six times as long."
+        ),
+    ] = 600.0,
+    request_timeout: Annotated[
+        float | None,
+        typer.Option(help="Seconds that a request may run before it is stopped, and has failed. [default: no limit]"),
+    ] = None,
+    max_deaths: Annotated[
+        int,
+        typer.Option(help="Engines that may die while they run a request, the last of them alone, before it fails."),
+    ] = 3,
     commit_interval: Annotated[float, typer.Option(help="Seconds between commits of the record to disk.")] = 0.05,
     commit_bytes: Annotated[int, typer.Option(help="Bytes after which the record is committed earlier.")] = 16 << 20,
     metrics_interval: Annotated[
@@ -245,9 +260,9 @@ def batch(
         sampling=checked_sampling(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, **held_to(json_schema, grammar_file)
         ),
-        max_tokens=max_tokens, seed=seed, copies=copies, prefetch=prefetch, lease_s=lease,
-        commit_interval_s=commit_interval, commit_bytes=commit_bytes, metrics_interval_s=metrics_interval,
-        precheck=precheck,
+        max_tokens=max_tokens, seed=seed, copies=copies, prefetch=prefetch, lease_s=lease, engine_lease_s=engine_lease,
+        request_timeout_s=request_timeout, max_deaths=max_deaths, commit_interval_s=commit_interval,
+        commit_bytes=commit_bytes, metrics_interval_s=metrics_interval, precheck=precheck,
         chat_template=read_text("--chat-template", chat_template),
         engine=engine.value, service_times=None if service_times is None else str(service_times), time_scale=time_scale,
         pooling=None if pooling is None else pooling.value, stage=stage.value, stage_dir=stage_dir, **chosen.job(),

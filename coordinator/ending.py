@@ -9,7 +9,7 @@ from coordinator.closing import ENGINE_S, Closing, Size, closing_in
 from coordinator.intervals import Intervals
 from coordinator.loop import Coordinator
 from coordinator.replay import Replay
-from coordinator.rundata import NO_COLLECTIVES, OwnRows, check_gathered, make_metrics
+from coordinator.rundata import NO_COLLECTIVES, OwnRows, check_gathered, make_metrics, workers_lost
 from coordinator.session import Session
 from coordinator.setup import Setup
 from coordinator.simulated import WARNING
@@ -86,6 +86,8 @@ class Ending:
             "unfinished": coordinator.plane.totals.unfinished, "set_aside": coordinator.plane.totals.set_aside,
             "collectives": NO_COLLECTIVES if gathered is None else f"{gathered.ranks_in} ranks",
         }  # fmt: skip
+        if lost := workers_lost(coordinator, self._session.names()):
+            attributes["workers_lost"] = lost
         if doubt:
             attributes["sums_differ"] = doubt
         if (drain_s := self._keeper.drain_s) is not None:

@@ -87,6 +87,8 @@ class Coordinator:
         self.failures: list[tuple[int, int, str, str]] = []
         self.dropped: set[tuple[int, int, int]] = set()
         self.ready: dict[int, m.Ready] = {}
+        self._mistaken: set[int] = set()
+        """Workers whose engines cannot be loaded because of what the user gave."""
         self.first_assigned_at: float | None = None
         self._hub = hub
         self._source = source
@@ -111,7 +113,7 @@ class Coordinator:
         """One turn. True if anything happened.
 
         Raises:
-            UserError, EngineError: a worker's engine cannot start at all, for that rank's reason.
+            UserError, EngineError: no engine could be started, for each rank's reason.
             RecordError: the record cannot be written. What was acknowledged is safe.
             ProtocolError: a worker broke the protocol.
         """
@@ -186,11 +188,28 @@ class Coordinator:
     def _on_engine_down(self, worker: int, down: m.EngineDown) -> None:
         name = self._names[worker]
         if not down.restarting and worker not in self.ready:
-            error = UserError if down.user_error else EngineError
-            raise error(f"{name}: {down.reason}")
+            if down.user_error:
+                self._mistaken.add(worker)
+            self._stop_without_engines(worker, down.reason)
         what = "starting a new one" if down.restarting else "this worker takes no more work"
         self._note(f"{name}: its engine was lost ({down.reason}); {what}")
         self._tell(ev.EngineLost(worker, down.reason, down.started, down.unstarted, down.restarting))
+
+    def _stop_without_engines(self, worker: int, reason: str) -> None:
+        """If no engine has loaded, and with `worker` the last one that could is gone, there is nothing to go on with.
+
+        One that cannot load is its rank's trouble as long as another may: what is wrong with what the user gave (the
+        model, say) is wrong everywhere, and told at about the same time.
+        """
+        gone = {view.id: view.reason for view in self.plane.workers() if view.state is WorkerState.GONE}
+        gone[worker] = reason
+        if self.ready or len(gone) < len(self._names):
+            return
+        who: dict[str, list[str]] = {}
+        for rank, why in sorted(gone.items()):
+            who.setdefault(why, []).append(self._names[rank])
+        error = UserError if self._mistaken >= gone.keys() else EngineError
+        raise error("; ".join(f"{', '.join(names)}: {why}" for why, names in who.items()))
 
     def _read(self) -> bool:
         if not self._input_open:

@@ -151,6 +151,8 @@ def print_report(data: dict[str, Any], stream: IO[str], run_dir: Path, *, show: 
         console.print(Text(f"{'in, out: stolen · ' if narrow else ''}{note}", style="dim italic"))
         _print_speculation(console, ranks)
         _print_copies(console, last)
+    if lost := last.get("workers_lost"):
+        console.print(Text.assemble("\n", ("left before the end", "bold"), f": {lost}"), soft_wrap=True)
     if data["energy"]:
         console.print(f"\n{energy_sentence(data['energy'])}", soft_wrap=True)
     if data["failed"]:

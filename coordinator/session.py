@@ -150,7 +150,9 @@ class Session:
         config = self.setup.config
         # Who listens to text as it is made hears one attempt from its beginning to its end.
         copies = config.makes_copies and callbacks.on_delta is None
-        limits = Limits(prefetch=config.prefetch, lease_s=config.lease_s, copies=copies)
+        limits = Limits(
+            prefetch=config.prefetch, lease_s=config.lease_s, deaths=config.max_deaths, copies=copies
+        )  # fmt: skip
         now = self._clock()
         before = self.coordinator
         # Answers to what an earlier input left behind may still come: their numbers must not be this one's.

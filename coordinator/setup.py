@@ -21,6 +21,7 @@ from scheduling.servicetime import ServiceTimes, service_times_json
 from storage.adapter import check_adapter
 from storage.gguf import check_gguf, fingerprint
 from storage.staging import Staged
+from workers.gpuhealth import GpuHealth
 from workers.gpus import load_nvml
 from workers.hosts import describe_host
 from workers.protocol import Adapter
@@ -112,9 +113,14 @@ def build_worker(
             rank=rank, hello=setup.hello(), model_name=setup.model_name, defaults=setup.config.sampling,
             engine_factory=engine_factory(setup.config, setup.model, stderr_log, setup.service_times),
             clock=clock, wall_clock=wall_clock, telemetry_factory=_telemetry,
-            metrics_interval_s=setup.config.metrics_interval_s,
+            metrics_interval_s=setup.config.metrics_interval_s, engine_lease_s=setup.config.engine_lease_s,
+            request_timeout_s=setup.config.request_timeout_s, health_factory=_health,
         ),
     )  # fmt: skip
+
+
+def _health(placement: m.Placement) -> GpuHealth:
+    return GpuHealth(load_nvml() if placement.gpu_uuids else None, placement.gpu_uuids)
 
 
 def _telemetry(placement: m.Placement, engine_pid: int | None) -> Callable[[], list[tuple[Any, ...]]]:

@@ -146,7 +146,8 @@ class ControlPlane:
                 self._limit_reason = event.reason
         if self.mode is Mode.OPEN:
             self._dispatcher.dispatch(now, self.input_ended, out)
-            if self._dispatcher.exhausted and self._policy.steals and self.limits.copies:
+            at_end = self._dispatcher.exhausted and not self._dispatcher.waiting
+            if at_end and self._policy.steals and self.limits.copies:
                 self._copies.dispatch(now, out)
         if self.mode is not Mode.STOPPED:
             self._stop_if_over(out)
@@ -170,7 +171,7 @@ class ControlPlane:
 
     @property
     def waiting(self) -> int:
-        return self._policy.waiting()
+        return self._dispatcher.waiting
 
     @property
     def unacknowledged(self) -> int:
@@ -310,8 +311,12 @@ class ControlPlane:
         worker.heard = now
         worker.engine_losses += 1
         worker.reason = event.reason
-        started = {index for index, attempt in event.started if self._ledger.owned(worker, index, attempt) is not None}
-        self._disown(worker, started, event.reason, out)
+        # One that had started nothing died of what it was handed (of a prompt it read, say), nobody knows of which.
+        ran = event.started or event.unstarted
+        died_with = {index for index, attempt in ran if self._ledger.owned(worker, index, attempt) is not None}
+        if died_with:
+            self._dispatcher.note_death()
+        self._disown(worker, died_with, event.reason, out)
         if event.restarting:
             worker.state = WorkerState.JOINING
             self._dispatcher.worker_loading(worker)
@@ -378,7 +383,7 @@ class ControlPlane:
         self.mode = Mode.DRAINING
         self._stop_reason = reason
         out.append(Exhausted(True))
-        for request in self._policy.clear():
+        for request in self._dispatcher.clear():
             self._ledger.abandon(request)
 
     def _keep_time(self, end_at: float, now: float, out: list[Instruction]) -> None:
@@ -409,7 +414,7 @@ class ControlPlane:
     def _requeue(self, requests: list[RequestEntry]) -> None:
         """Requests in phase WAITING wait again, unless the plane drains."""
         if self.mode is Mode.OPEN:
-            self._policy.put_back(requests)
+            self._dispatcher.put_back(requests)
         else:
             for request in requests:
                 self._ledger.abandon(request)
@@ -417,31 +422,29 @@ class ControlPlane:
     def _disown(self, worker: WorkerEntry, died_with: set[int], reason: str, out: list[Instruction]) -> None:
         """Take everything from a worker. Those in `died_with` ran when its engine died."""
         back = []
+        where = f"on rank {worker.id}" + (", alone" if worker.apart else "")
         for request in worker.holdings():
             attempt, runs_once = request.attempt, request.twin is None
             if runs_once:
                 self._ledger.move(request, None, Phase.WAITING)
             else:
-                request = self._ledger.part(request)  # it goes on elsewhere
+                request = self._ledger.part(request)  # it goes on elsewhere, which no death elsewhere speaks against
             if request.index in died_with:
+                request.history += (f"attempt {attempt} {where}: {reason}",)
+            if not runs_once:
+                continue
+            if request.index in died_with:
+                request.renew()
                 request.deaths += 1
-                request.history += (f"attempt {attempt} on rank {worker.id}: {reason}",)
-                if runs_once:
-                    request.renew()
-                    self.totals.retried += 1
+                self.totals.retried += 1
                 if request.deaths >= self.limits.deaths:
                     self._give_up(request, attempt, out)
                     continue
-            if runs_once:
-                back.append(request)
+            back.append(request)
         self._requeue(back)
 
     def _give_up(self, request: RequestEntry, attempt: int, out: list[Instruction]) -> None:
-        if request.owner is None:
-            self._ledger.forget(request)
-        else:
-            self._ledger.end(request, self._ledger.workers[request.owner])
-            self._copies.cancel(request, out)
+        self._ledger.forget(request)
         self._unacknowledged.append(False)
         story = "; ".join(request.history)
         reason = f"{request.deaths} engines died while running this request: {story}"

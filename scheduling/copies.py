@@ -122,13 +122,8 @@ class Copier:
         self._ledger.totals.wasted_tokens += guessed
         self._ledger.totals.copies_won += request.attempt > loser.attempt
         self._ledger.part(loser)
-        self.cancel(loser, out)
-
-    def cancel(self, request: RequestEntry, out: list[Instruction]) -> None:
-        """Stop what its last owner has of a request that has left the books."""
-        if request.owner is not None:
-            self._note_room(self._ledger.workers[request.owner])
-            out.append(Cancel(request.owner, [(request.index, request.attempt)]))
+        self._note_room(self._ledger.workers[loser.owner])
+        out.append(Cancel(loser.owner, [(loser.index, loser.attempt)]))
 
     # ------------------------------------------------------------ what to copy
 
@@ -166,7 +161,8 @@ class Copier:
         for worker in self._ledger.workers.values():
             slots = worker.slots - worker.owned
             pace = self._pace(worker, now)
-            if worker.state is WorkerState.READY and slots > 0 and pace and now - worker.heard <= SILENT_S:
+            fit = worker.state is WorkerState.READY and not worker.apart and now - worker.heard <= SILENT_S
+            if fit and slots > 0 and pace:
                 free.append((pace, slots, worker))
         return sorted(free, key=lambda one: (one[0], one[2].id))
 
@@ -182,7 +178,7 @@ class Copier:
                 continue
             looked_at += len(worker.running)
             for request in worker.running.values():
-                if request.twin is None and request.deaths == 0:
+                if request.twin is None and not request.history:
                     left_s = self._left_s(request, pace, tail, now)
                     if self._is_worth(self._gain_s(request, pace, best, tail, now), left_s):
                         found.append((left_s, -request.index, request, pace))

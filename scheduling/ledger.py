@@ -102,7 +102,7 @@ class WorkerEntry:
     __slots__ = (
         "id", "state", "slots", "queued", "running", "recalled", "load_tokens", "heard", "rate",
         "rate_since", "rate_count", "target", "stolen_in", "stolen_out", "requests", "failed", "engine_losses",
-        "reason", "silent",
+        "reason", "silent", "apart",
     )  # fmt: skip
 
     def __init__(self, worker: int, now: float) -> None:
@@ -125,6 +125,8 @@ class WorkerEntry:
         self.engine_losses = 0
         self.reason = ""
         self.silent = False
+        self.apart = False
+        """It runs one suspect, alone, and is given nothing beside it."""
 
     @property
     def owned(self) -> int:

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scheduling.errors import EngineError, ModelFileError
+from workers.care import out_of_memory
 from workers.llama_backend import forget_errors, gpu_names, recent_errors, start_backend
 from workers.llama_contexts import LlamaContext, LlamaEncoder
 from workers.protocol import EngineConfig
@@ -37,7 +38,7 @@ class LlamaModel:
     """A loaded model and its vocabulary. Tokenising is thread-safe."""
 
     def __init__(self, config: EngineConfig) -> None:
-        """Raises `ModelFileError` if llama.cpp refuses the file, or an adapter."""
+        """Raises `ModelFileError` if llama.cpp refuses the file, or an adapter; `EngineError` if memory is short."""
         params = lib.llama_model_default_params()
         params.n_gpu_layers = config.gpu_layers if config.gpu_layers >= 0 else 0x7FFFFFFF
         params.load_mode = lib.LLAMA_LOAD_MODE_MMAP if config.use_mmap else lib.LLAMA_LOAD_MODE_NONE
@@ -50,7 +51,10 @@ class LlamaModel:
         forget_errors()
         self._model = lib.llama_model_load_from_file(config.model.encode(), params)
         if not self._model:
-            raise ModelFileError(f"llama.cpp cannot load {config.model}: {recent_errors()}")
+            why = f"llama.cpp cannot load {config.model}: {recent_errors()}"
+            if out_of_memory(why):
+                raise EngineError(f"{why}. Use fewer --gpu-layers, more --gpus-per-rank or a model of fewer bits")
+            raise ModelFileError(why)
         self._adapters = [self._load_adapter(adapter.path) for adapter in config.loras]
         self._adapter_scales = [adapter.scale for adapter in config.loras]
         self._vocab = lib.llama_model_get_vocab(self._model)

@@ -219,12 +219,45 @@ def test_payloads_are_forgotten_when_their_requests_end() -> None:
 # ---------------------------------------------------------------- workers that fail
 
 
+def cannot_load(reason: str, user_error: bool = False) -> m.EngineDown:
+    return m.EngineDown(reason=reason, restarting=False, user_error=user_error)
+
+
 @pytest.mark.parametrize(("user_error", "kind"), [(True, UserError), (False, EngineError)])
-def test_engine_that_cannot_start_ends_the_job_with_the_ranks_name(user_error: bool, kind: type[Exception]) -> None:
+def test_engines_that_cannot_load_end_the_job_with_the_reason_and_the_ranks(
+    user_error: bool, kind: type[Exception]
+) -> None:
     stage = Stage(["one"], workers=2)
-    down = m.EngineDown(reason="libcuda.so is missing", restarting=False, user_error=user_error)
-    with pytest.raises(kind, match=r"rank 2 on node2: libcuda\.so is missing"):
-        stage.hear(2, down)
+    stage.hear(2, cannot_load("the model is damaged", user_error))
+    assert stage.coordinator.outcome is None
+    with pytest.raises(kind, match=r"^rank 1 on node1, rank 2 on node2: the model is damaged$"):
+        stage.hear(1, cannot_load("the model is damaged", user_error))
+
+
+def test_engines_that_cannot_load_for_different_reasons_are_told_each_with_its_own() -> None:
+    stage = Stage(["one"], workers=3)
+    stage.hear(2, cannot_load("out of memory"))
+    stage.hear(1, m.Crashed(reason="ValueError: no", traceback="Traceback"))
+    with pytest.raises(EngineError) as raised:
+        stage.hear(3, cannot_load("llama.cpp sees no GPU", user_error=True))
+    assert str(raised.value) == (
+        "rank 1 on node1: ValueError: no; rank 2 on node2: out of memory; rank 3 on node3: llama.cpp sees no GPU"
+    )
+
+
+@pytest.mark.parametrize("user_error", [True, False])
+@pytest.mark.parametrize("first", [1, 2])
+def test_one_rank_whose_engine_cannot_load_leaves_the_others_at_work(user_error: bool, first: int) -> None:
+    stage = Stage(["one"], workers=2)
+    for rank in (first, 3 - first):
+        if rank == 1:
+            assert assigned(stage.ready(1)) == [0]
+        else:
+            stage.hear(2, cannot_load("its GPU is broken", user_error))
+    assert stage.notes == ["rank 2 on node2: its engine was lost (its GPU is broken); this worker takes no more work"]
+    stage.hear(1, m.Report(finished=[finished(0)]))
+    stage.durable()
+    assert stage.coordinator.outcome == ev.Stop("done", "")
 
 
 def test_engine_that_is_being_restarted_before_it_was_ready_ends_nothing() -> None:

@@ -60,6 +60,15 @@ def printed(run_dir: Path, show: int = 0) -> str:
     return stream.getvalue()
 
 
+def test_workers_that_left_are_told_with_their_reasons(run_dir: Path) -> None:
+    assert "left before the end" not in printed(run_dir)
+    data = report_data(run_dir)
+    data["last_session"]["workers_lost"] = "rank 1 on node[7]: CUDA error: out of memory"
+    stream = io.StringIO()
+    print_report(data, stream, run_dir)
+    assert "left before the end: rank 1 on node[7]: CUDA error: out of memory" in stream.getvalue()
+
+
 def test_figures_are_plain_data(run_dir: Path) -> None:
     data = report_data(run_dir)
     assert json.loads(json.dumps(data, allow_nan=False)) == data

@@ -91,6 +91,8 @@ class Scenario:
     copies: bool = True
     eager: bool = False
     """What runs is copied whether or not that would help."""
+    killers: tuple[int, ...] = ()
+    """Requests that kill every engine: those with even numbers while they run, the others when they are handed over."""
     limit: bool = False
     steps: int = 250
     last_steps: int = 0
@@ -113,6 +115,7 @@ def scenario_of(seed: int) -> Scenario:
         eager=straggles,
         steps=30 if straggles else 250,
         last_steps=600 if straggles else 0,
+        killers=tuple(rng.sample(range(40), rng.choice([0, 0, 1, 2]))),
         limit=rng.random() < 0.25,
     )
 
@@ -242,6 +245,7 @@ class World:
         self.generations: dict[int, int] = {}
         self.delivered: list[Event] = []
         self.next_index = 0
+        self.rejected: set[int] = set()
         self.asked = 0
         self.rounds = 0
 
@@ -293,12 +297,12 @@ class World:
 
     def work(self, worker: FakeWorker, dice: float) -> None:
         if dice < 0.45:
-            worker.receive()
+            self.receive(worker)
         elif dice < 0.55:
             worker.start()
         elif dice < 0.66 and worker.running and worker.alive and self.rng.random() < 2 / worker.slowness:
             index = self.rng.choice(list(worker.running))
-            worker.finish(index, ok=self.rng.random() < 0.9)
+            self.finish(worker, index, ok=self.rng.random() < 0.9)
         elif dice < 0.74:
             worker.report()
         elif dice < 0.80:
@@ -307,6 +311,17 @@ class World:
             self.tell(Heard(worker.id) if self.rng.random() < 0.5 else Tick())
         else:
             worker.load()
+
+    def receive(self, worker: FakeWorker) -> None:
+        worker.receive()
+        if any(index % 2 and index in self.scenario.killers for index in worker.held):
+            worker.lose_engine(True, report_first=True)
+
+    def finish(self, worker: FakeWorker, index: int, ok: bool) -> None:
+        if index in self.scenario.killers:
+            worker.lose_engine(True, self.rng.random() < 0.7)
+        else:
+            worker.finish(index, ok)
 
     def fault(self, worker: FakeWorker) -> None:
         kind = self.rng.randrange(10)
@@ -380,6 +395,7 @@ class World:
         index = self.next_index
         self.next_index += 1
         if self.rng.random() < 0.05:
+            self.rejected.add(index)
             self.tell(RequestRejected(index, "no JSON"))
         else:
             self.tell(RequestsArrived([NewRequest(index, self.rng.randint(1, 50), self.rng.choice([None, 256]))]))
@@ -413,7 +429,8 @@ class World:
 
     def settle(self) -> None:
         """Without faults, and fairly: everything ends within a bounded number of rounds."""
-        rounds = 12 * (40 + 8 * (self.scenario.requests + len(self.workers)))
+        killers = len(self.scenario.killers)
+        rounds = 12 * (40 + (8 + 8 * killers) * (self.scenario.requests + len(self.workers)))
         for _ in range(rounds):
             if self.oracle.stops:
                 break
@@ -443,12 +460,13 @@ class World:
         for worker in self.workers.values():
             worker.load()
             while worker.inbox and worker.alive:
-                worker.receive()
+                self.receive(worker)
             worker.start()
             worker.confirm()
             finishing = worker.alive and self.rounds % worker.slowness == 0
             for index in list(worker.running)[:finishes] if finishing else ():
-                worker.finish(index, ok=True)
+                if index in worker.running:  # whose engine has not been killed by the one before
+                    self.finish(worker, index, ok=True)
             worker.report()
             while worker.outbox:
                 self.hear(worker)

@@ -51,6 +51,7 @@ class Known:
     state: WorkerState = WorkerState.JOINING
     slots: int = 0
     heard: float = 0.0
+    answered: int = 0
 
 
 class Oracle:
@@ -71,8 +72,10 @@ class Oracle:
         self.copy_started: set[int] = set()
         self.copy_started_at: dict[int, float] = {}
         self.promoted: set[int] = set()
+        self.died_copied: set[int] = set()
         self.copies = self.copies_won = 0
         self.deaths: dict[int, int] = {}
+        self.given_up: set[int] = set()
         self.recalls: dict[int, tuple[int, list[int], float]] = {}
         self.recalls_seen = 0
         self.assigned: list[tuple[int, int]] = []
@@ -158,7 +161,8 @@ class Oracle:
     def _expect(self, event: Event, now: float) -> None:
         match event:
             case WorkerReady():
-                self.workers[event.worker] = Known(WorkerState.READY, event.slots, now)
+                answered = self.workers[event.worker].answered
+                self.workers[event.worker] = Known(WorkerState.READY, event.slots, now, answered)
             case RequestsArrived() if self._open:
                 for new in event.requests:
                     self.steps[new.index] = steps_of(new.prompt_tokens, self.estimator.output_tokens(new.output_limit))
@@ -253,6 +257,7 @@ class Oracle:
             owns = self._is_owner(event.worker, index, answer.attempt)
             if owns or self.copy.get(index) == (event.worker, answer.attempt):
                 self._records.append(answer)
+                self.workers[event.worker].answered += 1
                 started, at = (self.started, self.started_at) if owns else (self.copy_started, self.copy_started_at)
                 if answer.ok:
                     self.estimator.observe(self.limit_of[index], answer.output_tokens)
@@ -287,20 +292,20 @@ class Oracle:
             return
         known.heard = now
         known.state = WorkerState.JOINING if event.restarting else WorkerState.GONE
-        for index, attempt in event.started:
+        for index, attempt in event.started or event.unstarted:
             owns = self._is_owner(event.worker, index, attempt)
             if not owns and self.copy.get(index) != (event.worker, attempt):
                 continue
+            if index in self.copy:
+                self.died_copied.add(index)
+                continue
+            self._next_attempt(index)
             self.deaths[index] = self.deaths.get(index, 0) + 1
             if self.deaths[index] >= self.limits.deaths:
-                if owns and index in self.copy:
-                    self._cancel_copy(index)
-                elif not owns:
-                    self._cancel_original(index)
+                assert self.owned(event.worker) == 1, f"request {index} is failed for what it shared with others"
                 self._fails.append(index)
+                self.given_up.add(index)
                 self._end(index)
-            elif index not in self.copy:
-                self._next_attempt(index)
         self._disown(event.worker)
 
     def _expect_lost(self, worker: int) -> None:
@@ -328,6 +333,10 @@ class Oracle:
             assert attempt == self.attempt[index], f"request {index} is assigned as attempt {attempt}"
             self.owner[index] = assign.worker
             self.assigned.append((index, assign.worker))
+        held = [index for index, owner in self.owner.items() if owner == assign.worker]
+        if any(map(self._suspected, held)):
+            assert len(held) == 1, f"request {held} are run together, though one is suspected to kill engines"
+            assert self._trusted(assign.worker), f"{assign}, which has never answered anything"
         assert self.owned(assign.worker) <= known.slots + self.limits.prefetch_max, "a bottomless backlog"
 
     def _copy(self, worker: int, index: int, attempt: int) -> None:
@@ -344,7 +353,9 @@ class Oracle:
         assert self.owned(worker) < self.workers[worker].slots, (
             f"request {index} is copied to rank {worker}, which is full"
         )
-        assert not self.deaths.get(index), f"request {index} is copied although an engine has died of it"
+        died = self.deaths.get(index) or index in self.died_copied
+        assert not died, f"request {index} is copied although an engine has died with it"
+        assert not any(self._suspected(other) for other, owner in self.owner.items() if owner == worker)
         self._next_attempt(index, of_copy=True)
         assert attempt == self.highest[index], f"the copy of request {index} is attempt {attempt}"
         self.copy[index] = (worker, attempt)
@@ -432,7 +443,26 @@ class Oracle:
 
     def _movable(self) -> int:
         """Unstarted requests that a free slot anywhere could have: nobody has a slot free for them."""
-        return len(self.live) - len(self.owner) + sum(map(self._spare, self.workers))
+        return self._waiting() + sum(map(self._spare, self.workers))
+
+    def _suspected(self, index: int) -> bool:
+        return self.deaths.get(index, 0) >= self.limits.suspect_deaths
+
+    def _trusted(self, worker: int) -> bool:
+        """Its engines have answered something, or nobody's have."""
+        proven = any(known.answered for known in self.workers.values() if known.state is not WorkerState.GONE)
+        return bool(self.workers[worker].answered) or not proven
+
+    def _waiting(self) -> int:
+        """Requests that wait and may have neighbours."""
+        return sum(index not in self.owner and not self._suspected(index) for index in self.live)
+
+    def _judge_suspects(self, idle: list[int]) -> None:
+        """A suspect waits for a worker that is empty, and one that has ever answered if there is one."""
+        suspects = len(self.live) - len(self.owner) - self._waiting()
+        if suspects and not self.recalls:
+            able = list(filter(self._trusted, idle))
+            assert not able, f"ranks {able} idle while {suspects} suspects wait"
 
     def _spare(self, worker: int) -> int:
         """How many of a worker's unstarted requests no slot of its own is free for."""
@@ -442,9 +472,12 @@ class Oracle:
     def _judge_idleness(self, now: float) -> None:
         """No slot is free while there is unstarted work for it, unless help is on its way."""
         ready = {worker: known for worker, known in self.workers.items() if known.state is WorkerState.READY}
-        waiting = len(self.live) - len(self.owner)
+        waiting = self._waiting()
+        alone = {self.owner[index] for index in self.owner if self._suspected(index)}
+        ready = {worker: known for worker, known in ready.items() if worker not in alone}
         idle = [worker for worker in ready if not self.owned(worker)]
         assert not (idle and waiting), f"ranks {idle} idle while {waiting} requests wait"
+        self._judge_suspects(idle)
         loading = any(known.state is WorkerState.JOINING for known in self.workers.values())
         if loading and self.input_ended:
             free = len(idle)  # what is left is kept for those that still load, but nobody owns nothing

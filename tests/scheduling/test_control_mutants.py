@@ -6,6 +6,7 @@ A mutant replaces a method of the real control plane, its ledger or a policy by 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -243,6 +244,67 @@ def deaths_are_not_counted(patch: pytest.MonkeyPatch) -> None:
 
 
 @mutant
+def engines_that_had_started_nothing_died_of_nothing(patch: pytest.MonkeyPatch) -> None:
+    def lost(original: Any, plane: ControlPlane, event: EngineLost, now: float, out: list[Instruction]) -> None:
+        original(plane, replace(event, unstarted=[]), now, out)
+
+    wrap(patch, ControlPlane, "_engine_lost", lost)
+
+
+@mutant
+def suspects_have_neighbours(patch: pytest.MonkeyPatch) -> None:
+    def put_back(original: Any, dispatcher: Dispatcher, requests: Iterable[RequestEntry]) -> None:
+        dispatcher._policy.put_back(requests)
+
+    wrap(patch, Dispatcher, "put_back", put_back)
+
+
+@mutant
+def a_suspect_is_given_neighbours_later(patch: pytest.MonkeyPatch) -> None:
+    def note_room(original: Any, dispatcher: Dispatcher, worker: WorkerEntry) -> None:
+        original(dispatcher, worker)
+        if worker.apart and worker.owned < worker.target:
+            dispatcher._hungry[worker.id] = None
+
+    wrap(patch, Dispatcher, "note_room", note_room)
+
+
+@mutant
+def suspects_wait_for_ever(patch: pytest.MonkeyPatch) -> None:
+    wrap(patch, Dispatcher, "_try_suspects", lambda original, dispatcher, now, out: None)
+
+
+@mutant
+def suspects_are_tried_where_nothing_ever_worked(patch: pytest.MonkeyPatch) -> None:
+    def try_suspects(original: Any, dispatcher: Dispatcher, now: float, out: list[Instruction]) -> None:
+        before = {worker: worker.requests for worker in dispatcher._ledger.workers.values()}
+        for worker in before:
+            worker.requests = 0
+        original(dispatcher, now, out)
+        for worker, requests in before.items():
+            worker.requests = requests
+
+    wrap(patch, Dispatcher, "_try_suspects", try_suspects)
+
+
+@mutant
+def a_worker_stays_apart(patch: pytest.MonkeyPatch) -> None:
+    def note_room(original: Any, dispatcher: Dispatcher, worker: WorkerEntry) -> None:
+        apart = worker.apart
+        original(dispatcher, worker)
+        worker.apart = worker.apart or apart
+        if worker.apart:
+            dispatcher._hungry.pop(worker.id, None)
+
+    wrap(patch, Dispatcher, "note_room", note_room)
+
+
+@mutant
+def a_drain_forgets_suspects(patch: pytest.MonkeyPatch) -> None:
+    wrap(patch, Dispatcher, "clear", lambda original, dispatcher: dispatcher._policy.clear())
+
+
+@mutant
 def a_restarting_worker_is_fed(patch: pytest.MonkeyPatch) -> None:
     def loading(original: Any, dispatcher: Dispatcher, worker: WorkerEntry) -> None:
         original(dispatcher, worker)
@@ -321,7 +383,11 @@ def the_last_commit_goes_unnoticed(patch: pytest.MonkeyPatch) -> None:
 
 @mutant
 def who_was_slower_is_not_cancelled(patch: pytest.MonkeyPatch) -> None:
-    wrap(patch, Copier, "cancel", lambda original, copier, request, out: copier._note_room(owner_of(copier, request)))
+    def answered(original: Any, copier: Copier, request: RequestEntry, now: float, out: list[Instruction]) -> None:
+        original(copier, request, now, out)
+        out.pop()
+
+    wrap(patch, Copier, "answered", answered)
 
 
 @mutant
@@ -335,12 +401,12 @@ def the_winner_is_cancelled(patch: pytest.MonkeyPatch) -> None:
 
 @mutant
 def room_where_one_was_cancelled_is_forgotten(patch: pytest.MonkeyPatch) -> None:
-    def cancel(original: Any, copier: Copier, request: RequestEntry, out: list[Instruction]) -> None:
+    def answered(original: Any, copier: Copier, request: RequestEntry, now: float, out: list[Instruction]) -> None:
         copier._note_room, note_room = lambda worker: None, copier._note_room
-        original(copier, request, out)
+        original(copier, request, now, out)
         copier._note_room = note_room
 
-    wrap(patch, Copier, "cancel", cancel)
+    wrap(patch, Copier, "answered", answered)
 
 
 @mutant
@@ -408,30 +474,26 @@ def copies_go_where_no_slot_is_free(patch: pytest.MonkeyPatch) -> None:
 
 
 @mutant
-def what_kills_engines_is_copied(patch: pytest.MonkeyPatch) -> None:
+def what_an_engine_died_with_is_copied(patch: pytest.MonkeyPatch) -> None:
     def dispatch(original: Any, copier: Copier, now: float, out: list[Instruction]) -> None:
-        deaths = {request: request.deaths for request in copier._ledger.live.values()}
-        for request in deaths:
-            request.deaths = 0
+        histories = {request: request.history for request in copier._ledger.live.values()}
+        for request in histories:
+            request.history = ()
         original(copier, now, out)
-        for request, count in deaths.items():
-            request.deaths = count
+        for request, history in histories.items():
+            request.history = history
 
     wrap(patch, Copier, "dispatch", dispatch)
 
 
 @mutant
-def deaths_of_a_copy_are_forgiven(patch: pytest.MonkeyPatch) -> None:
-    def lost(original: Any, plane: ControlPlane, event: EngineLost, now: float, out: list[Instruction]) -> None:
-        live = plane._ledger.live
-        copied = [live[index] for index, _ in event.started if index in live and live[index].twin is not None]
-        original(plane, event, now, out)
-        for request in copied:
-            for one in (request, plane._ledger.live.get(request.index)):
-                if one is not None:
-                    one.deaths = 0
+def the_death_of_one_of_two_counts_for_the_other(patch: pytest.MonkeyPatch) -> None:
+    def part(original: Any, ledger: Ledger, request: RequestEntry) -> RequestEntry:
+        other: RequestEntry = original(ledger, request)
+        other.deaths += 1
+        return other
 
-    wrap(patch, ControlPlane, "_engine_lost", lost)
+    wrap(patch, Ledger, "part", part)
 
 
 @mutant
@@ -503,11 +565,6 @@ def what_was_set_aside_is_forgotten_at_the_end(patch: pytest.MonkeyPatch) -> Non
         original(plane, "done" if plane.input_ended else outcome, reason, out)
 
     wrap(patch, ControlPlane, "_stop", stop)
-
-
-def owner_of(copier: Copier, request: RequestEntry) -> WorkerEntry:
-    assert request.owner is not None
-    return copier._ledger.workers[request.owner]
 
 
 def seeds_to_find(limit: int) -> int | None:

@@ -87,6 +87,25 @@ def test_without_faults_no_worker_is_idle_for_long_while_work_could_move(scenari
 
 
 @pytest.mark.slow
+@settings(max_examples=80, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.builds(
+        Scenario,
+        killers=st.lists(st.integers(0, 30), max_size=3).map(tuple),
+        faults=st.just(False),
+        schedule=st.sampled_from(["work-stealing", "round-robin"]),
+        **shapes,
+    )
+)
+def test_of_requests_that_ran_together_only_those_that_kill_engines_are_failed_for_it(scenario: Scenario) -> None:
+    world = World(scenario)
+    oracle = world.run()
+    assert oracle.stops[0].outcome == "done"
+    assert oracle.given_up <= set(scenario.killers)
+    assert oracle.given_up | world.rejected >= {index for index in scenario.killers if index < scenario.requests}
+
+
+@pytest.mark.slow
 def test_scenarios_of_every_kind_hold_for_two_hundred_seeds() -> None:
     outcomes = {World(scenario_of(seed)).run().stops[0].outcome for seed in range(200)}
     assert outcomes == {"done", "drained", "no workers"}

@@ -165,7 +165,15 @@ def test_what_asks_for_no_tokens_is_not_copied() -> None:
 
 def test_a_request_that_an_engine_has_died_of_is_not_copied() -> None:
     ledger, copier = desk(slots=(1, 1), paces=(0.01, 0.1), started_at=(0.0,))
-    ledger.live[0].deaths = 1
+    ledger.live[0].history = ("attempt 1 on rank 2: x",)
+    out: list[Instruction] = []
+    copier.dispatch(4.0, out)
+    assert out == []
+
+
+def test_a_rank_that_runs_a_suspect_is_given_nothing_beside_it() -> None:
+    ledger, copier = desk(slots=(1, 1), paces=(0.01, 0.1), started_at=(0.0,))
+    ledger.workers[FAST].apart = True
     out: list[Instruction] = []
     copier.dispatch(4.0, out)
     assert out == []
@@ -354,20 +362,20 @@ def test_a_copy_that_was_lost_is_not_made_again_in_its_attempt() -> None:
     assert play.tell(Reported(FAST, [], [answer(IT, 2)], [])) == [Drop(FAST, [(IT, 2)])]
 
 
-def test_both_deaths_count_and_the_last_one_stops_the_other() -> None:
-    play = copied(runs=True, deaths=1)
-    [cancel, failure] = play.at(3.0, EngineLost(FAST, "boom", [(IT, 2)], [], True))
-    assert cancel == Cancel(SLOW, [(IT, 1)])
-    assert isinstance(failure, Fail)
-    assert (failure.index, failure.attempt) == (IT, 2)
-    assert "attempt 2 on rank 1: boom" in failure.reason
-    assert holders(play) == ENDED
-
+def test_the_death_of_one_of_two_counts_for_neither_but_is_told_and_there_is_no_other_copy() -> None:
     play = copied(runs=True, deaths=2)
-    assert play.at(3.0, EngineLost(SLOW, "first", [(IT, 1)], [], True)) == []
-    [failure] = play.at(3.0, EngineLost(FAST, "second", [(IT, 2)], [], True))
-    assert isinstance(failure, Fail)
-    assert "attempt 1 on rank 2: first; attempt 2 on rank 1: second" in failure.reason
+    assert play.at(3.0, EngineLost(FAST, "boom", [(IT, 2)], [], True)) == []
+    request = play.plane._ledger.live[IT]
+    assert (request.deaths, request.history) == (0, ("attempt 2 on rank 1: boom",))
+    play.at(3.1, WorkerReady(FAST, 1))
+    assert play.at(5.0, Tick()) == []
+    play.tell(EngineLost(SLOW, "bang", [(IT, 1)], [], True))
+    assert (request.deaths, request.attempt) == (1, 3)
+    [failure] = [
+        each for each in play.at(6.0, EngineLost(FAST, "crash", [(IT, 3)], [], True)) if isinstance(each, Fail)
+    ]
+    assert failure.attempt == 3
+    assert "attempt 2 on rank 1: boom; attempt 1 on rank 2: bang; attempt 3 on rank 1, alone: crash" in failure.reason
 
 
 def test_only_the_first_of_two_streams() -> None:

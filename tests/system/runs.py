@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -185,8 +186,12 @@ class Gate:
         (self.folder / "open").touch()
 
     def held(self) -> list[psutil.Process]:
-        """The engines that stand still."""
-        return [psutil.Process(int(file.name.split(".")[1])) for file in self.folder.glob("held.*")]
+        """The engines that stand still and live."""
+        found = []
+        for file in self.folder.glob("held.*"):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found.append(psutil.Process(int(file.name.split(".")[1])))
+        return list(filter(lives, found))
 
 
 def command_of(process: psutil.Process) -> str:
