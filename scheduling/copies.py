@@ -16,8 +16,8 @@ What is expected comes from measurements alone:
 A copy from the beginning has to overtake: it wins only if the request becomes long enough. The gain is the mean, over
 how long it may become, of the time by which it wins. It has to be worth it (`Limits.copy_gain_s`, `copy_gain_share`):
 workers of the same speed never copy from each other. Before a time limit a copy has to be expected to end in time, like
-everything else that starts (`scheduling.horizon`). Not copied are requests an engine has died of, and those of a
-worker that has been silent: whether that one is lost its lease decides.
+everything else that starts (`scheduling.horizon`). Not copied are requests an engine has died with, and those of
+a worker that has been silent: whether that one is lost its lease decides.
 
 This module decides over the ledger's books and what it is told of reports. It knows no events and no policy.
 """

@@ -249,7 +249,6 @@ class Ledger:
         request.attempts += 1
         twin = RequestEntry(request.index, request.cost, request.limit, request.steps)
         twin.attempt = twin.attempts = request.attempts
-        twin.deaths, twin.history = request.deaths, request.history
         twin.twin, request.twin = request, twin
         self.move(twin, worker, Phase.QUEUED)
         return twin

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from scheduling.control import ControlPlane, Limits
-from scheduling.copies import REQUESTS_A_LOOK, SILENT_S, STALL_S, Copier
+from scheduling.copies import REQUESTS_A_LOOK, SILENT_S, STALL_S, WINDOW_TOKENS, Copier
 from scheduling.errors import BugError
 from scheduling.estimates import LengthEstimator
 from scheduling.events import (
@@ -105,7 +105,7 @@ def test_what_runs_on_a_slow_rank_is_started_again_on_an_idle_one() -> None:
         {"copies": False},
         {"schedule": "round-robin"},
         {"copy_gain_s": 7.0},  # 6.5 s are expected
-        {"copy_gain_share": 0.9},  # of the 7.5 s that are left
+        {"copy_gain_share": 0.87},  # of the 7.5 s that are left
     ],
     ids=str,
 )
@@ -169,6 +169,32 @@ def test_a_request_that_an_engine_has_died_of_is_not_copied() -> None:
     out: list[Instruction] = []
     copier.dispatch(4.0, out)
     assert out == []
+
+
+def test_nothing_is_copied_to_its_own_rank_even_where_no_gain_is_asked_for() -> None:
+    careless = Limits(copy_interval_s=0.0, copy_gain_s=-1.0, copy_gain_share=-9.0)
+    ledger, copier = desk(slots=(1, 2), paces=(0.01, 0.01), started_at=(0.0,), limits=careless)
+    ledger.workers[FAST].slots = 0
+    out: list[Instruction] = []
+    copier.dispatch(4.0, out)
+    assert out == []
+    ledger.workers[FAST].slots = 1
+    copier.dispatch(4.0, out)
+    assert out == [Assign(FAST, [(0, 2)])]
+
+
+def test_a_pace_is_of_all_that_runs_and_the_last_two_windows_weigh_the_same() -> None:
+    ledger, copier = desk(slots=(1, 2), paces=(None, None), started_at=(0.0, 0.0))
+    worker = ledger.workers[SLOW]
+    for now, made, pace in [
+        (1.0, 0, None),
+        (2.0, WINDOW_TOKENS - 1, None),  # too few to tell
+        (3.0, 25, (4 * 1.0) / (WINDOW_TOKENS - 1 + 25)),  # two requests for two seconds, since the first report
+        (4.0, 100, 0.5 * (4 * 1.0) / (WINDOW_TOKENS - 1 + 25) + 0.5 * 0.02),
+    ]:
+        copier.note_report(worker, made, now)
+        found = copier._pace(worker, now)
+        assert found == (None if pace is None else pytest.approx(pace))
 
 
 def test_a_rank_that_runs_a_suspect_is_given_nothing_beside_it() -> None:
