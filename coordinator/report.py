@@ -170,6 +170,7 @@ def print_report(data: dict[str, Any], stream: IO[str], run_dir: Path, *, show: 
         note = "busy: time with a slot in use · starved: free slots, of the slot time in which work waited to start"
         console.print(Text(f"{'in, out: stolen · ' if narrow else ''}{note}", style="dim italic"))
         _print_speculation(console, ranks)
+        _print_copies(console, last)
     if lost := last.get("workers_lost"):
         console.print(Text.assemble("\n", ("left before the end", "bold"), f": {lost}"), soft_wrap=True)
     if data["energy"]:
@@ -216,6 +217,16 @@ def _print_speculation(console: Console, ranks: list[dict[str, Any]]) -> None:
     if drafted:
         share = percent_text(accepted / drafted)
         console.print(f"\nspeculation: {accepted:,} of {drafted:,} drafted tokens were right ({share})")
+
+
+def _print_copies(console: Console, last: dict[str, Any]) -> None:
+    if last.get("copies"):
+        won, wasted = last["copies_won"], last["wasted_tokens"]
+        console.print(
+            f"\ncopies: {last['copies']:,} requests of slow ranks were started again on idle ones, {won:,} of them "
+            f"answered there first · {wasted:,} output tokens made in vain",
+            soft_wrap=True,
+        )
 
 
 def energy_sentence(used: dict[str, Any]) -> str:

@@ -33,6 +33,7 @@ def comparison(runs: Named) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     rows += [
         _row("busy, all ranks", runs, _busy, percent_text, ratio=False),
         _row("stolen", runs, lambda data: data["last_session"].get("stolen"), lambda value: f"{value:,}", ratio=False),
+        _row("copied", runs, lambda data: data["last_session"].get("copies"), lambda value: f"{value:,}", ratio=False),
         _row("J an output token", runs, _joules, lambda value: f"{value:.3g}"),
     ]
     return ("", *(name for name, _ in runs)), rows

@@ -120,6 +120,18 @@ def test_drafted_tokens_are_told_where_there_are_any(tmp_path: Path) -> None:
         assert ("speculation" in text) is said
 
 
+def test_copies_are_told_where_there_were_any(tmp_path: Path) -> None:
+    for attributes, said in ({}, False), ({"copies": 0, "copies_won": 0, "wasted_tokens": 0}, False), (
+        {"copies": 1200, "copies_won": 7, "wasted_tokens": 3456}, True,
+    ):  # fmt: skip
+        ranks = np.zeros(2, RANK)
+        write_metrics(tmp_path / METRICS_NAME, [rows(3, failed=0)], ranks, {}, np.zeros(0, TELEMETRY), attributes)
+        text = " ".join(printed(tmp_path).split())
+        assert ("copies: 1,200 requests of slow ranks were started again" in text) is said
+        assert ("7 of them answered there first · 3,456 output tokens made in vain" in text) is said
+        assert ("copies:" in text) is said
+
+
 @pytest.mark.parametrize(("columns", "host"), [(80, False), (120, True)])
 def test_a_rank_is_one_line_on_a_narrow_terminal_too(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch, columns: int, host: bool
