@@ -304,10 +304,10 @@ def request_stop(path: Path, disk: Disk | None = None, judge: Judge | None = Non
     return holder
 
 
-def is_held(path: Path, disk: Disk | None = None, is_alive: Callable[[Holder], bool] = alive) -> bool:
+def is_held(path: Path, disk: Disk | None = None, judge: Judge | None = None) -> bool:
     """Whether a job works on `path`. Raises RunDirError where that cannot be read."""
     try:
-        return holder_of(disk or OsDisk(), Path(path) / LOCK_NAME, is_alive)[0]
+        return holder_of(disk or OsDisk(), Path(path) / LOCK_NAME, judge)[0]
     except OSError as error:
         raise unusable(path, error) from error
 
