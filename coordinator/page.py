@@ -176,8 +176,8 @@ def _latency_sentence(runs: Sequence[RunView], run: RunView, latency: str) -> st
     if weak:
         said += f" * Too few samples to support {' and '.join(weak)}."
     histogram = run.histogram(latency)
-    if latency == "itl_s" and histogram is not None and histogram.count and histogram.counts[0]:
-        zero = histogram.counts[0] / histogram.count
+    zero = histogram.counts[0] / histogram.count if histogram is not None and histogram.count else 0.0
+    if latency == "itl_s" and zero >= 0.0005:  # else it would be told as 0.0 %
         said += f" {100 * zero:.1f} % of the gaps are 0: their tokens came from one step."
     return said
 
