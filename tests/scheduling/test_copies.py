@@ -27,6 +27,7 @@ from scheduling.events import (
     RequestsArrived,
     Stream,
     Tick,
+    TimeLimited,
     WorkerLost,
     WorkerReady,
 )
@@ -169,6 +170,14 @@ def test_a_request_that_an_engine_has_died_of_is_not_copied() -> None:
     out: list[Instruction] = []
     copier.dispatch(4.0, out)
     assert out == []
+
+
+def test_what_would_end_after_the_time_limit_is_not_copied() -> None:
+    """The fast rank has taken 2.5 s for a request that looked the same."""
+    for end_at, out in [(4.9, []), (5.1, [COPY])]:
+        play = Play()
+        play.tell(TimeLimited(end_at, "time is up"))
+        assert [each for each in play.end_of_others() if isinstance(each, Assign)] == out
 
 
 def test_nothing_is_copied_to_its_own_rank_even_where_no_gain_is_asked_for() -> None:
