@@ -184,6 +184,14 @@ def batch(
         int | None,
         typer.Option(help="Unstarted requests a worker holds, at least. [default: a quarter of its slots]"),
     ] = None,
+    copies: Annotated[
+        bool | None,
+        typer.Option(
+            "--copies/--no-copies",
+            help="Near the end, start what runs on a slow rank again on an idle one, where that is expected to end "
+            "sooner; the first answer counts. [default: with work stealing]",
+        ),
+    ] = None,
     lease: Annotated[float, typer.Option(help="Seconds of silence after which a rank is lost.")] = 60.0,
     engine_lease: Annotated[
         float,
@@ -252,7 +260,7 @@ def batch(
         sampling=checked_sampling(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, **held_to(json_schema, grammar_file)
         ),
-        max_tokens=max_tokens, seed=seed, prefetch=prefetch, lease_s=lease, engine_lease_s=engine_lease,
+        max_tokens=max_tokens, seed=seed, copies=copies, prefetch=prefetch, lease_s=lease, engine_lease_s=engine_lease,
         request_timeout_s=request_timeout, max_deaths=max_deaths, commit_interval_s=commit_interval,
         commit_bytes=commit_bytes, metrics_interval_s=metrics_interval, precheck=precheck,
         chat_template=read_text("--chat-template", chat_template),

@@ -81,6 +81,8 @@ class Ending:
             "prompt_tokens": snapshot.prompt_tokens, "output_tokens": snapshot.output_tokens,
             "late_answers_dropped": coordinator.plane.totals.late, "recalls": coordinator.plane.totals.recalls,
             "stolen": coordinator.plane.totals.stolen, "retried": coordinator.plane.totals.retried,
+            "copies": coordinator.plane.totals.copies, "copies_won": coordinator.plane.totals.copies_won,
+            "wasted_tokens": coordinator.plane.totals.wasted_tokens,
             "unfinished": coordinator.plane.totals.unfinished, "set_aside": coordinator.plane.totals.set_aside,
             "collectives": NO_COLLECTIVES if gathered is None else f"{gathered.ranks_in} ranks",
         }  # fmt: skip

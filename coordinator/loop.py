@@ -148,7 +148,7 @@ class Coordinator:
     def snapshot(self) -> Snapshot:
         now = self._clock()
         totals, views = self.plane.totals, self.plane.workers()
-        running = sum(view.running for view in views)
+        running = self.plane.running
         since = self._born if self.first_assigned_at is None else self.first_assigned_at
         return Snapshot(
             elapsed_s=now - since, total=self._source.total, earlier=self._earlier, done=totals.done,
@@ -164,7 +164,7 @@ class Coordinator:
         match message:
             case m.Report():
                 self._made_tokens += message.made_tokens
-                self._tell(ev.Reported(worker, message.started, message.finished, message.deltas))
+                self._tell(ev.Reported(worker, message.started, message.finished, message.deltas, message.made_tokens))
             case m.Heartbeat():
                 self._tell(ev.Heard(worker))
             case m.Counters():
@@ -282,6 +282,10 @@ class Coordinator:
             case ev.Drop():
                 # The worker's own rows hold these, the record does not: left out when rows are gathered.
                 self.dropped.update((instruction.worker, index, attempt) for index, attempt in instruction.answers)
+            case ev.Cancel():
+                # Its rows may hold the answers before the reports do: they are left out whether or not those come.
+                self.dropped.update((instruction.worker, index, attempt) for index, attempt in instruction.items)
+                self._hub.send(instruction.worker, m.Cancel([index for index, _ in instruction.items]))
             case ev.GiveUp():
                 self._give_up(instruction)
             case ev.Recall():

@@ -148,7 +148,11 @@ class Session:
     def begin(self, source: Source, record: Recorder, callbacks: Callbacks, *, earlier: int = 0) -> Coordinator:
         """A coordinator for one input over the workers of this session. Drive it with `turn` or `run`."""
         config = self.setup.config
-        limits = Limits(prefetch=config.prefetch, lease_s=config.lease_s, deaths=config.max_deaths)
+        # Who listens to text as it is made hears one attempt from its beginning to its end.
+        copies = config.makes_copies and callbacks.on_delta is None
+        limits = Limits(
+            prefetch=config.prefetch, lease_s=config.lease_s, deaths=config.max_deaths, copies=copies
+        )  # fmt: skip
         now = self._clock()
         before = self.coordinator
         # Answers to what an earlier input left behind may still come: their numbers must not be this one's.

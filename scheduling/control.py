@@ -13,9 +13,11 @@ A request's life (a request that has ended is simply no longer in `live`):
        └───give back── recalled ─keep──> running
        └─────────────────────────────────────┘
 
-Every request that is not waiting has exactly one owner. Answers are taken only from the owner and only for the
-current attempt; everything else is late, dropped and counted. Here is what events mean: attempts, deaths,
-acknowledgement, drain, limits, stop. Who gets what next, stealing included, is `scheduling.dispatch`'s to decide.
+Every request that is not waiting has exactly one owner. Near the end one that runs may have one copy besides, with an
+owner and an attempt of its own: the first of the two that answers ends the request, and one that is lost leaves the
+other alone. Answers are taken only from an owner and only for its attempt; everything else is late, dropped and
+counted. Here is what events mean: attempts, deaths, acknowledgement, drain, limits, stop. Who gets what next, stealing
+included, is `scheduling.dispatch`'s to decide, and what is copied `scheduling.copies`'.
 
 An illegal event raises `ProtocolError` and changes nothing. `check()` verifies all invariants.
 """
@@ -25,7 +27,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from enum import Enum
 
-from scheduling.dispatch import Dispatcher
+from scheduling.copies import Copier
+from scheduling.dispatch import Dispatcher, unstarted
 from scheduling.errors import ProtocolError
 from scheduling.estimates import LengthEstimator
 from scheduling.events import (
@@ -93,6 +96,9 @@ class ControlPlane:
         self.totals = self._ledger.totals
         self._policy: Policy[RequestEntry] = policy_named(schedule)  # type: ignore[assignment]
         self._dispatcher = Dispatcher(self._ledger, self._policy, self.limits, first_recall)
+        self._copies = Copier(
+            self._ledger, self.estimator, self.limits, self._dispatcher.horizon, self._dispatcher.note_room
+        )
         self._unacknowledged: list[bool] = []
         self._acknowledged = 0
         self._stop_reason = ""
@@ -140,6 +146,9 @@ class ControlPlane:
                 self._limit_reason = event.reason
         if self.mode is Mode.OPEN:
             self._dispatcher.dispatch(now, self.input_ended, out)
+            at_end = self._dispatcher.exhausted and not self._dispatcher.waiting
+            if at_end and self._policy.steals and self.limits.copies:
+                self._copies.dispatch(now, out)
         if self.mode is not Mode.STOPPED:
             self._stop_if_over(out)
         return out
@@ -171,7 +180,8 @@ class ControlPlane:
 
     @property
     def running(self) -> int:
-        return sum(len(worker.running) for worker in self._ledger.workers.values())
+        """Requests of which an entry runs, copied or not."""
+        return len(self._ledger.live) - self._ledger.unstarted
 
     def workers(self) -> list[WorkerView]:
         return [worker.view() for worker in self._ledger.workers.values()]
@@ -243,13 +253,14 @@ class ControlPlane:
         for answer in event.finished:
             self._ledger.refuse_unseen(answer.index, worker)
         heard_before, worker.heard = worker.heard, now
+        self._copies.note_report(worker, event.made_tokens, now)
         for index, attempt in event.started:
             request = self._ledger.owned(worker, index, attempt)
             if request is not None and request.phase is not Phase.RUNNING:
                 self._ledger.move(request, worker, Phase.RUNNING)
                 request.started_at = now
                 self._dispatcher.horizon.started(now)
-        deltas = [delta for delta in event.deltas if self._ledger.owned(worker, delta.index, delta.attempt) is not None]
+        deltas = [delta for delta in event.deltas if self._ledger.streams(worker, delta.index, delta.attempt)]
         if deltas:
             out.append(Stream(deltas))
         accepted, late = [], []
@@ -257,8 +268,11 @@ class ControlPlane:
             request = self._ledger.owned(worker, answer.index, answer.attempt)
             if request is None:
                 late.append((answer.index, answer.attempt))
+                self._copies.note_late(worker, answer)
                 continue
             accepted.append(answer)
+            if request.twin is not None:
+                self._copies.answered(request, now, out)
             if answer.ok and (request.started_at is not None or request.phase is Phase.QUEUED):
                 # One that was not said to have started has started and ended since the last report.
                 since = heard_before if request.started_at is None else request.started_at
@@ -315,8 +329,9 @@ class ControlPlane:
         worker.reason = reason
         for request in worker.holdings():
             # It may have started any of them, and may still answer: a new attempt makes such answers late.
-            request.attempt += 1
-        self.totals.retried += worker.owned
+            if request.twin is None:
+                request.renew()
+                self.totals.retried += 1
         self._disown(worker, set(), reason, out)
         self._leave(worker)
 
@@ -356,8 +371,8 @@ class ControlPlane:
             return
         self._close(reason, give_up_at, out)
         for worker in self._ledger.workers.values():
-            if worker.queued:
-                self._dispatcher.recall(worker, list(worker.queued), now, out)
+            if queued := unstarted(worker):
+                self._dispatcher.recall(worker, queued, now, out)
 
     def _close(self, reason: str, give_up_at: float | None, out: list[Instruction]) -> None:
         """Hand nothing more out. What workers have queued may start."""
@@ -385,8 +400,11 @@ class ControlPlane:
             if not left:
                 continue
             out.append(GiveUp(worker.id, [(request.index, request.attempt) for request in left]))
-            self.totals.unfinished += len(left)
             for request in left:
+                if request.twin is not None:
+                    self._ledger.part(request)  # the other is given up in its turn
+                    continue
+                self.totals.unfinished += 1
                 self._ledger.move(request, None, Phase.WAITING)
                 self._ledger.abandon(request)
             self._dispatcher.note_room(worker)
@@ -406,24 +424,31 @@ class ControlPlane:
         back = []
         where = f"on rank {worker.id}" + (", alone" if worker.apart else "")
         for request in worker.holdings():
-            self._ledger.move(request, None, Phase.WAITING)
+            attempt, runs_once = request.attempt, request.twin is None
+            if runs_once:
+                self._ledger.move(request, None, Phase.WAITING)
+            else:
+                request = self._ledger.part(request)  # it goes on elsewhere, which no death elsewhere speaks against
             if request.index in died_with:
-                request.attempt += 1
+                request.history += (f"attempt {attempt} {where}: {reason}",)
+            if not runs_once:
+                continue
+            if request.index in died_with:
+                request.renew()
                 request.deaths += 1
-                request.history += (f"attempt {request.attempt - 1} {where}: {reason}",)
                 self.totals.retried += 1
                 if request.deaths >= self.limits.deaths:
-                    self._give_up(request, out)
+                    self._give_up(request, attempt, out)
                     continue
             back.append(request)
         self._requeue(back)
 
-    def _give_up(self, request: RequestEntry, out: list[Instruction]) -> None:
+    def _give_up(self, request: RequestEntry, attempt: int, out: list[Instruction]) -> None:
         self._ledger.forget(request)
         self._unacknowledged.append(False)
         story = "; ".join(request.history)
         reason = f"{request.deaths} engines died while running this request: {story}"
-        out.append(Fail(request.index, request.attempt - 1, "engine_died", reason))
+        out.append(Fail(request.index, attempt, "engine_died", reason))
 
     def _leave(self, worker: WorkerEntry) -> None:
         worker.state = WorkerState.GONE

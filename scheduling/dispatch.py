@@ -207,6 +207,11 @@ class Dispatcher:
             self._said_exhausted = exhausted
             out.append(Exhausted(exhausted))
 
+    @property
+    def exhausted(self) -> bool:
+        """The workers have been told that no unstarted work is left, and none has come since."""
+        return self._said_exhausted
+
     def _exhausted(self) -> bool:
         """No unstarted work is left that a free slot anywhere could take: all has a slot, or is about to."""
         if self._policy.waiting() or self._recalls:
@@ -334,7 +339,8 @@ class Dispatcher:
         for worker in self._ledger.workers.values():
             if not worker.queued or horizon.in_time(worker.id, horizon.longest, now):
                 continue
-            late = [index for index, r in worker.queued.items() if not horizon.in_time(worker.id, r.steps, now)]
+            steps = ((index, worker.queued[index].steps) for index in unstarted(worker))
+            late = [index for index, wanted in steps if not horizon.in_time(worker.id, wanted, now)]
             if late:
                 self.recall(worker, late, now, out)
 
@@ -370,12 +376,15 @@ class Dispatcher:
         for victim in victims:
             if free <= 0:
                 return
-            stealable = victim.stealable
+            queued = unstarted(victim)
+            stealable = min(victim.stealable, len(queued))
+            if stealable <= 0:
+                continue
             count = min(free, math.ceil(stealable * free / (free + victim.slots)))
             # In the order of assignment, which is that of starting: what is about to start would not come back.
-            first = len(victim.queued) - stealable
+            first = len(queued) - stealable
             first += min(int(victim.rate * self._limits.recall_margin_s), stealable - count)
-            indexes = list(victim.queued)[first : first + count]
+            indexes = queued[first : first + count]
             if self.horizon.end_at is not None:
                 indexes = [index for index in indexes if self._thief_in_time(victim.queued[index], now)]
             if indexes:
@@ -464,3 +473,8 @@ class Dispatcher:
             target += 0 if worker.state is WorkerState.GONE else worker.target
             must(asked.issuperset(worker.recalled), f"rank {worker.id} holds a recalled request of no recall")
         must(target == self._target, "the sum of the workers' targets is off")
+
+
+def unstarted(worker: WorkerEntry) -> list[int]:
+    """What a worker has queued, in its order, but for copies of what runs elsewhere: those stay where they are."""
+    return [index for index, request in worker.queued.items() if request.twin is None]

@@ -55,12 +55,13 @@ class InputEnded:
 
 @dataclass(frozen=True, slots=True)
 class Reported:
-    """A worker's progress. `started` holds (index, attempt) pairs."""
+    """A worker's progress. `started` holds (index, attempt) pairs. `made_tokens` are of requests that run, too."""
 
     worker: int
     started: list[tuple[int, int]]
     finished: list[Finished]
     deltas: list[Delta]
+    made_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +152,10 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class Assign:
-    """Send these (index, attempt) pairs to a worker. `stolen`: from index to victim, of those that were stolen."""
+    """Send these (index, attempt) pairs to a worker. `stolen`: from index to victim, of those that were stolen.
+
+    It may be the second attempt of a request that another worker runs.
+    """
 
     worker: int
     items: list[tuple[int, int]]
@@ -163,6 +167,14 @@ class Recall:
     worker: int
     recall: int
     indexes: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """A worker is to stop these (index, attempt) pairs: what it says of them is late from now on."""
+
+    worker: int
+    items: list[tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,4 +236,4 @@ class Stop:
     reason: str
 
 
-Instruction = Assign | Recall | Record | Drop | Fail | GiveUp | Stream | Exhausted | Stop
+Instruction = Assign | Recall | Cancel | Record | Drop | Fail | GiveUp | Stream | Exhausted | Stop

@@ -1,8 +1,8 @@
 """The books of the control plane: which requests live, in which phase, and who owns them.
 
-Every change of hands goes through `move`, `end` or `forget`, which keep the owners' books, the load of each worker
-and the count of unstarted requests together. The ledger decides nothing: what events mean is `scheduling.control`'s,
-who gets what next is `scheduling.dispatch`'s.
+Every change of hands goes through `move`, `copy`, `part`, `end` or `forget`, which keep the owners' books, the load of
+each worker and the count of unstarted requests together. The ledger decides nothing: what events mean is
+`scheduling.control`'s, who gets what next is `scheduling.dispatch`'s, what runs twice is `scheduling.copies`'.
 """
 
 from __future__ import annotations
@@ -36,16 +36,20 @@ class RequestEntry:
 
     `steps`: how long it is estimated to run (`scheduling.horizon`). `started_at`: when its owner said that it runs;
     None while it does not, or where that was never said.
+
+    A request that runs twice has two entries, each with an owner and an attempt of its own, which know each other as
+    `twin`: the one that `Ledger.live` has, which runs, and its copy, which is queued or runs. `attempts` is the highest
+    attempt that was given out.
     """
 
     __slots__ = (
-        "index", "attempt", "cost", "steps", "limit", "phase", "owner", "deaths", "stolen_from", "history",
-        "started_at",
+        "index", "attempt", "attempts", "cost", "steps", "limit", "phase", "owner", "deaths", "stolen_from", "history",
+        "twin", "started_at",
     )  # fmt: skip
 
     def __init__(self, index: int, cost: float, limit: int | None, steps: float = 0.0) -> None:
         self.index = index
-        self.attempt = 1
+        self.attempt = self.attempts = 1
         self.cost = cost
         self.steps = steps
         self.limit = limit
@@ -54,7 +58,13 @@ class RequestEntry:
         self.deaths = 0
         self.stolen_from: int | None = None
         self.history: tuple[str, ...] = ()
+        self.twin: RequestEntry | None = None
         self.started_at: float | None = None
+
+    def renew(self) -> None:
+        """What is said of earlier attempts is late from now on."""
+        self.attempts += 1
+        self.attempt = self.attempts
 
     def __repr__(self) -> str:
         return f"request {self.index} (attempt {self.attempt}, {self.phase.value}, owner {self.owner})"
@@ -149,8 +159,10 @@ class WorkerEntry:
 class Totals:
     """Counts of requests since the start. `done` and `failed` are durable; `late` answers were dropped.
 
-    Left for the next session: `unfinished`, given up while a worker had them, and `set_aside`, which were not started
-    because they would not have ended in time.
+    `copies` were made of requests that ran, `copies_won` of them answered first. `wasted_tokens`: output of those that
+    did not, or of the requests they were copies of; estimated where it never came. Left for the next session:
+    `unfinished`, given up while a worker had them, and `set_aside`, which were not started because they would not have
+    ended in time.
     """
 
     accepted: int = 0
@@ -161,6 +173,9 @@ class Totals:
     retried: int = 0
     recalls: int = 0
     stolen: int = 0
+    copies: int = 0
+    copies_won: int = 0
+    wasted_tokens: int = 0
     unfinished: int = 0
     set_aside: int = 0
     prompt_tokens: int = 0
@@ -168,7 +183,7 @@ class Totals:
 
 
 class Ledger:
-    """All requests that live and all workers. `unstarted` counts those waiting, queued or recalled.
+    """All requests that live and all workers. `unstarted` counts those of which no entry runs.
 
     `highest` is the highest index that has arrived; `totals` counts what has become of requests.
     """
@@ -193,11 +208,18 @@ class Ledger:
         self.unstarted += 1
 
     def owned(self, worker: WorkerEntry, index: int, attempt: int) -> RequestEntry | None:
-        """The live request if this worker owns it in this attempt, else None."""
+        """The entry of the live request that this worker owns in this attempt, if there is one."""
         request = self.live.get(index)
+        if request is not None and request.twin is not None and request.owner != worker.id:
+            request = request.twin
         if request is None or request.owner != worker.id or request.attempt != attempt:
             return None
         return request
+
+    def streams(self, worker: WorkerEntry, index: int, attempt: int) -> bool:
+        """Whether new text of this attempt is passed on: of two that run only that of the first is."""
+        request = self.live.get(index)
+        return request is not None and request.owner == worker.id and request.attempt == attempt
 
     def refuse_unseen(self, index: int, worker: WorkerEntry) -> None:
         if not 0 <= index <= self.highest:
@@ -209,7 +231,9 @@ class Ledger:
             old = self.workers[request.owner]
             del old.holder(request.phase)[request.index]
             old.load_tokens -= request.cost
-        if phase is Phase.RUNNING:
+        if request.twin is not None:
+            pass  # its twin runs, whatever becomes of this one
+        elif phase is Phase.RUNNING:
             self.unstarted -= request.phase is not Phase.RUNNING
         else:
             self.unstarted += request.phase is Phase.RUNNING
@@ -220,8 +244,31 @@ class Ledger:
             worker.holder(phase)[request.index] = request
             worker.load_tokens += request.cost
 
+    def copy(self, request: RequestEntry, worker: WorkerEntry) -> RequestEntry:
+        """Give a request that runs a second entry, queued at another worker, in an attempt of its own."""
+        request.attempts += 1
+        twin = RequestEntry(request.index, request.cost, request.limit, request.steps)
+        twin.attempt = twin.attempts = request.attempts
+        twin.twin, request.twin = request, twin
+        self.move(twin, worker, Phase.QUEUED)
+        return twin
+
+    def part(self, request: RequestEntry) -> RequestEntry:
+        """One of two entries leaves the books; the other, which is returned, is the request from now on."""
+        other = request.twin
+        if other is None or request.owner is None:
+            raise BugError(f"{request} has no twin")
+        owner = self.workers[request.owner]
+        del owner.holder(request.phase)[request.index]
+        owner.load_tokens -= request.cost
+        request.twin = other.twin = None
+        self.live[other.index] = other
+        self.unstarted += other.phase is not Phase.RUNNING
+        other.attempts = max(other.attempts, request.attempts)
+        return other
+
     def end(self, request: RequestEntry, worker: WorkerEntry) -> None:
-        """An owned request has ended."""
+        """An owned request, which runs once, has ended."""
         del worker.holder(request.phase)[request.index]
         worker.load_tokens -= request.cost
         self.unstarted -= request.phase is not Phase.RUNNING
@@ -243,25 +290,41 @@ class Ledger:
         Raises:
             BugError: something does not add up.
         """
-        seen: set[int] = set()
+        seen: set[tuple[int, int]] = set()
         unstarted = sum(request.phase is Phase.WAITING for request in self.live.values())
         for worker in self.workers.values():
             load = 0.0
             for phase in (Phase.QUEUED, Phase.RECALLED, Phase.RUNNING):
                 for index, request in worker.holder(phase).items():
                     # Called after every event of a simulation: the stories are told only when they are needed.
-                    if self.live.get(index) is not request:
-                        raise BugError(f"{request} is owned but does not live")
+                    first = self.live.get(index)
+                    if first is not request and (first is None or first.twin is not request):
+                        raise BugError(f"{request} does not live")
                     if request.phase is not phase or request.owner != worker.id:
                         raise BugError(f"{request} is misfiled")
-                    if index in seen:
+                    if (index, request.attempt) in seen:
                         raise BugError(f"{request} is owned twice")
-                    seen.add(index)
+                    seen.add((index, request.attempt))
                     load += request.cost
-                    unstarted += phase is not Phase.RUNNING
+                    unstarted += request.twin is None and phase is not Phase.RUNNING
             must(abs(load - worker.load_tokens) < 1e-6 * max(1.0, load), f"load of rank {worker.id} is off")
             must(worker.state is WorkerState.READY or not worker.owned, f"rank {worker.id} owns but is not ready")
+        for request in self.live.values():
+            self._check_attempts(request, seen)
         must(unstarted == self.unstarted, "the count of unstarted requests is off")
+
+    @staticmethod
+    def _check_attempts(request: RequestEntry, seen: set[tuple[int, int]]) -> None:
+        must(request.attempt <= request.attempts, f"{request} has an attempt that was not given out")
+        if (twin := request.twin) is None:
+            return
+        must(twin.twin is request, f"{request} has a twin that does not know it")
+        must(
+            request.phase is Phase.RUNNING and twin.phase is not Phase.RECALLED, f"{request} is copied without running"
+        )
+        must(request.owner != twin.owner, f"{request} runs twice at one worker")
+        must(request.attempt < twin.attempt <= request.attempts, f"{request} has a copy of an older attempt")
+        must({(one.index, one.attempt) for one in (request, twin)} <= seen, f"{request} has a twin that nobody owns")
 
 
 def must(holds: bool, story: str) -> None:

@@ -62,6 +62,20 @@ def answer_all(session: Session, prompts: list[str], first_index: int = 0) -> li
 # ---------------------------------------------------------------- alone
 
 
+def test_what_somebody_listens_to_is_not_copied() -> None:
+    cases: list[tuple[dict[str, Any], Callbacks, bool]] = [
+        ({}, Callbacks(), True),
+        ({}, Callbacks(on_delta=lambda delta: None), False),
+        ({"copies": False}, Callbacks(), False),
+        ({"schedule": "round-robin"}, Callbacks(), False),
+    ]
+    for options, callbacks, copies in cases:
+        session = Session(setup(**options), None)
+        session.start()
+        assert session.begin(FakeSource(["a"]), MemoryRecord(), callbacks).plane.limits.copies is copies
+        session.close()
+
+
 def test_alone_it_hosts_a_worker_itself() -> None:
     session = Session(setup(), None)
     session.start()

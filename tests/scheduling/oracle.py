@@ -15,6 +15,7 @@ from scheduling.control import ControlPlane, Limits
 from scheduling.estimates import LengthEstimator
 from scheduling.events import (
     Assign,
+    Cancel,
     Committed,
     DrainRequested,
     Drop,
@@ -66,6 +67,13 @@ class Oracle:
         self.owner: dict[int, int] = {}
         self.started: set[int] = set()
         self.attempt: dict[int, int] = {}
+        self.highest: dict[int, int] = {}
+        self.copy: dict[int, tuple[int, int]] = {}
+        self.copy_started: set[int] = set()
+        self.copy_started_at: dict[int, float] = {}
+        self.promoted: set[int] = set()
+        self.died_copied: set[int] = set()
+        self.copies = self.copies_won = 0
         self.deaths: dict[int, int] = {}
         self.given_up: set[int] = set()
         self.recalls: dict[int, tuple[int, list[int], float]] = {}
@@ -88,13 +96,14 @@ class Oracle:
         self._records: list[Finished] = []
         self._fails: list[int] = []
         self._drops: list[tuple[int, int]] = []
+        self._cancels: list[tuple[int, int, int]] = []
         self._given_up: dict[int, list[tuple[int, int]]] = {}
 
     # ------------------------------------------------------------ what an event must do
 
     def handle(self, event: Event, now: float) -> list[Instruction]:
         """Give the event to the plane and verify all that comes of it. Returns the plane's instructions."""
-        self._records, self._fails, self._drops, self._given_up = [], [], [], {}
+        self._records, self._fails, self._drops, self._cancels, self._given_up = [], [], [], [], {}
         stopped = bool(self.stops)
         self._expect(event, now)
         out = self.plane.handle(event, now)
@@ -104,6 +113,7 @@ class Oracle:
         records: list[Finished] = []
         fails: list[int] = []
         drops: list[tuple[int, int]] = []
+        cancels: list[tuple[int, int, int]] = []
         given_up: dict[int, list[tuple[int, int]]] = {}
         for place, instruction in enumerate(out):
             match instruction:
@@ -119,6 +129,8 @@ class Oracle:
                     self.unacknowledged.append(False)
                 case Drop():
                     drops += instruction.answers
+                case Cancel():
+                    cancels += [(instruction.worker, index, attempt) for index, attempt in instruction.items]
                 case GiveUp(None, items):
                     self._set_aside(items, now)
                 case GiveUp(worker, items):
@@ -133,6 +145,7 @@ class Oracle:
         assert records == self._records, f"recorded {records}, not {self._records}"
         assert sorted(fails) == sorted(self._fails), f"failed {fails}, not {self._fails}"
         assert drops == self._drops, f"dropped {drops}, not {self._drops}"
+        assert sorted(cancels) == sorted(self._cancels), f"cancelled {cancels}, not {self._cancels}"
         assert given_up == self._given_up, f"given up {given_up}, not {self._given_up}"
         self._judge_totals()
         if not stopped:
@@ -156,7 +169,7 @@ class Oracle:
                     self.horizon.arrived(self.steps[new.index])
                     self.limit_of[new.index] = new.output_limit
                     self.live.add(new.index)
-                    self.attempt[new.index] = 1
+                    self.attempt[new.index] = self.highest[new.index] = 1
                 self.accepted += len(event.requests)
             case RequestRejected() if self._open:
                 self.rejected += 1
@@ -209,6 +222,12 @@ class Oracle:
             return
         for index, owner in sorted(self.owner.items()):
             self._given_up.setdefault(owner, []).append((index, self.attempt[index]))
+        for index, (worker, attempt) in self.copy.items():
+            self._given_up.setdefault(worker, []).append((index, attempt))
+        self._given_up = {worker: sorted(items) for worker, items in self._given_up.items()}
+        self.copy.clear()
+        self.copy_started.clear()
+        self.copy_started_at.clear()
         self.unfinished += len(self.owner)
         for worker in list(self.workers):
             self._disown(worker)
@@ -226,18 +245,31 @@ class Oracle:
             if self._is_owner(event.worker, index, attempt) and index not in self.started:
                 self.started.add(index)
                 self.started_at[index] = now
-                self.horizon.started(now)
+            elif self.copy.get(index) == (event.worker, attempt) and index not in self.copy_started:
+                self.copy_started.add(index)
+                self.copy_started_at[index] = now
+            else:
+                continue
+            self.horizon.started(now)
         asked = {index for _, indexes, _ in self.recalls.values() for index in indexes}
         for answer in event.finished:
-            if self._is_owner(event.worker, answer.index, answer.attempt):
+            index = answer.index
+            owns = self._is_owner(event.worker, index, answer.attempt)
+            if owns or self.copy.get(index) == (event.worker, answer.attempt):
                 self._records.append(answer)
                 self.workers[event.worker].answered += 1
+                started, at = (self.started, self.started_at) if owns else (self.copy_started, self.copy_started_at)
                 if answer.ok:
-                    self.estimator.observe(self.limit_of[answer.index], answer.output_tokens)
-                    untold = answer.index not in self.started and answer.index not in asked
-                    since = heard_before if untold else self.started_at.get(answer.index)
+                    self.estimator.observe(self.limit_of[index], answer.output_tokens)
+                    untold = index not in started and not (owns and index in asked)
+                    since = heard_before if untold else at.get(index)
                     if since is not None:
-                        self.horizon.ended(event.worker, now - since, self.steps[answer.index])
+                        self.horizon.ended(event.worker, now - since, self.steps[index])
+                if owns and index in self.copy:
+                    self._cancel_copy(index)
+                elif not owns:
+                    self.copies_won += 1
+                    self._cancel_original(index)
                 self._end(answer.index)
             else:
                 self.late += 1
@@ -261,14 +293,19 @@ class Oracle:
         known.heard = now
         known.state = WorkerState.JOINING if event.restarting else WorkerState.GONE
         for index, attempt in event.started or event.unstarted:
-            if self._is_owner(event.worker, index, attempt):
-                self.attempt[index] += 1
-                self.deaths[index] = self.deaths.get(index, 0) + 1
-                if self.deaths[index] >= self.limits.deaths:
-                    assert self.owned(event.worker) == 1, f"request {index} is failed for what it shared with others"
-                    self._fails.append(index)
-                    self.given_up.add(index)
-                    self._end(index)
+            owns = self._is_owner(event.worker, index, attempt)
+            if not owns and self.copy.get(index) != (event.worker, attempt):
+                continue
+            if index in self.copy:
+                self.died_copied.add(index)
+                continue
+            self._next_attempt(index)
+            self.deaths[index] = self.deaths.get(index, 0) + 1
+            if self.deaths[index] >= self.limits.deaths:
+                assert self.owned(event.worker) == 1, f"request {index} is failed for what it shared with others"
+                self._fails.append(index)
+                self.given_up.add(index)
+                self._end(index)
         self._disown(event.worker)
 
     def _expect_lost(self, worker: int) -> None:
@@ -276,7 +313,8 @@ class Oracle:
             return
         self.workers[worker].state = WorkerState.GONE
         for index, owner in self.owner.items():
-            self.attempt[index] += owner == worker
+            if owner == worker and index not in self.copy:
+                self._next_attempt(index)
         self._disown(worker)
 
     # ------------------------------------------------------------ what the plane may instruct
@@ -288,9 +326,11 @@ class Oracle:
         assert assign.items, "an empty Assign"
         for index, attempt in assign.items:
             assert index in self.live, f"request {index} has ended or never was"
-            assert index not in self.owner, f"request {index} is rank {self.owner.get(index)}'s, and assigned again"
-            assert attempt == self.attempt[index], f"request {index} is assigned as attempt {attempt}"
             assert self._in_time(assign.worker, index, now), f"request {index} is assigned and cannot end in time"
+            if index in self.owner:
+                self._copy(assign.worker, index, attempt)
+                continue
+            assert attempt == self.attempt[index], f"request {index} is assigned as attempt {attempt}"
             self.owner[index] = assign.worker
             self.assigned.append((index, assign.worker))
         held = [index for index, owner in self.owner.items() if owner == assign.worker]
@@ -298,6 +338,28 @@ class Oracle:
             assert len(held) == 1, f"request {held} are run together, though one is suspected to kill engines"
             assert self._trusted(assign.worker), f"{assign}, which has never answered anything"
         assert self.owned(assign.worker) <= known.slots + self.limits.prefetch_max, "a bottomless backlog"
+
+    def _copy(self, worker: int, index: int, attempt: int) -> None:
+        """One more attempt of what runs elsewhere: near the end, once, into a slot that is free."""
+        allowed = self.steals and self.limits.copies
+        assert allowed, f"request {index} is rank {self.owner[index]}'s, and assigned again"
+        near_end = self.exhausted and self.input_ended
+        assert near_end, f"request {index} is copied before the end"
+        unstarted = self._movable() + len(self.recalls)
+        assert not unstarted, f"request {index} is copied while unstarted work is left"
+        assert index in self.started, f"request {index} is copied and does not run"
+        assert index not in self.copy, f"request {index} is copied twice"
+        assert worker != self.owner[index], f"request {index} is copied to its owner"
+        assert self.owned(worker) < self.workers[worker].slots, (
+            f"request {index} is copied to rank {worker}, which is full"
+        )
+        died = self.deaths.get(index) or index in self.died_copied
+        assert not died, f"request {index} is copied although an engine has died with it"
+        assert not any(self._suspected(other) for other, owner in self.owner.items() if owner == worker)
+        self._next_attempt(index, of_copy=True)
+        assert attempt == self.highest[index], f"the copy of request {index} is attempt {attempt}"
+        self.copy[index] = (worker, attempt)
+        self.copies += 1
 
     def _recall(self, recall: Recall, now: float) -> None:
         limited = self.horizon.end_at is not None
@@ -332,6 +394,8 @@ class Oracle:
         assert (totals.unfinished, totals.set_aside) == (self.unfinished, self.set_aside)
         assert (totals.accepted, totals.rejected) == (self.accepted, self.rejected)
         assert (totals.done, totals.failed, totals.late) == (self.done, self.failed, self.late)
+        assert (totals.copies, totals.copies_won) == (self.copies, self.copies_won)
+        assert totals.wasted_tokens >= 0
         assert plane.unacknowledged == len(self.unacknowledged)
         assert plane.running == len(self.started)
         assert plane.waiting == len(self.live) - len(self.owner)
@@ -350,7 +414,8 @@ class Oracle:
 
     def _judge_drain(self) -> None:
         asked = {index for _, indexes, _ in self.recalls.values() for index in indexes}
-        kept = self.owner.keys() - self.started - asked
+        # A copy that has not said that it started yet, and whose original was lost, goes on as that would have.
+        kept = self.owner.keys() - self.started - asked - self.promoted
         assert not (kept and self.queue_recalled), f"requests {kept} will start in spite of the drain"
 
     def _judge_lateness(self, now: float) -> None:
@@ -434,10 +499,39 @@ class Oracle:
         return not self.draining and not self.stops
 
     def owned(self, worker: int) -> int:
-        return sum(owner == worker for owner in self.owner.values())
+        copies = sum(copy == worker for copy, _ in self.copy.values())
+        return copies + sum(owner == worker for owner in self.owner.values())
 
     def _is_owner(self, worker: int, index: int, attempt: int) -> bool:
         return self.owner.get(index) == worker and self.attempt[index] == attempt
+
+    def _next_attempt(self, index: int, *, of_copy: bool = False) -> None:
+        self.highest[index] += 1
+        if not of_copy:
+            self.attempt[index] = self.highest[index]
+
+    def _cancel_copy(self, index: int) -> None:
+        worker, attempt = self.copy.pop(index)
+        self.copy_started.discard(index)
+        self.copy_started_at.pop(index, None)
+        self._cancels.append((worker, index, attempt))
+
+    def _cancel_original(self, index: int) -> None:
+        """The copy has won, or fails with it: it is the request."""
+        self._cancels.append((self.owner[index], index, self.attempt[index]))
+        self._promote(index)
+
+    def _promote(self, index: int) -> None:
+        self.owner[index], self.attempt[index] = self.copy.pop(index)
+        self.started.discard(index)
+        self.started_at.pop(index, None)
+        if index in self.copy_started_at:
+            self.started_at[index] = self.copy_started_at.pop(index)
+        if index in self.copy_started:
+            self.copy_started.discard(index)
+            self.started.add(index)
+        elif self.draining:
+            self.promoted.add(index)
 
     def _end(self, index: int) -> None:
         assert index not in self.ended, f"request {index} ended twice"
@@ -447,7 +541,14 @@ class Oracle:
         self.started.discard(index)
 
     def _disown(self, worker: int) -> None:
+        for index in [index for index, (copy, _) in self.copy.items() if copy == worker]:
+            del self.copy[index]
+            self.copy_started.discard(index)
+            self.copy_started_at.pop(index, None)
         for index in [index for index, owner in self.owner.items() if owner == worker]:
+            if index in self.copy:
+                self._promote(index)
+                continue
             del self.owner[index]
             self.started.discard(index)
             self.started_at.pop(index, None)

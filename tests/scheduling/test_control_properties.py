@@ -49,12 +49,12 @@ def test_before_a_time_limit_nothing_starts_that_would_be_late_and_at_it_all_is_
 
 @pytest.mark.slow
 @settings(max_examples=50, suppress_health_check=[HealthCheck.too_slow])
-@given(st.builds(Scenario, faults=st.just(False), **shapes))
-def test_without_faults_nothing_is_late_or_retried_and_all_is_done(scenario: Scenario) -> None:
+@given(st.builds(Scenario, faults=st.just(False), copies=st.booleans(), last_steps=st.sampled_from([0, 200]), **shapes))
+def test_without_faults_nothing_is_late_but_of_copies_nothing_is_retried_and_all_is_done(scenario: Scenario) -> None:
     oracle = World(scenario).run()
     totals = oracle.plane.totals
     assert oracle.stops[0].outcome == "done"
-    assert (totals.late, totals.retried) == (0, 0)
+    assert (totals.late, totals.retried) == (totals.copies, 0)
     assert totals.done + totals.failed == scenario.requests
 
 

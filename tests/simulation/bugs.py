@@ -25,7 +25,7 @@ from scheduling.ledger import Ledger, RequestEntry, WorkerEntry
 from scheduling.link import Link, Spoke
 from storage import files, recovery, rundir
 from storage.files import Disk
-from storage.record import Batch, GroupCommit, RecordWriter, write_mark
+from storage.record import Batch, GroupCommit, RecordWriter
 from storage.recovery import Recovery
 from storage.summary import sums_of
 from workers import worker as worker_module
@@ -96,14 +96,6 @@ def a_worker_forgets_what_ran_when_its_engine_dies() -> list[Patch]:
         original(worker, *arguments, **options)
 
     return [wrapped(Worker, "_engine_down", down)]
-
-
-@bug
-def work_for_a_dead_engine_is_given_to_the_next() -> list[Patch]:
-    def assign(original: Any, worker: Worker, message: m.Assign) -> None:
-        original(worker, m.Assign(worker._generation, message.items))
-
-    return [wrapped(Worker, "on_assign", assign)]
 
 
 # ---------------------------------------------------------------- between ranks
@@ -203,18 +195,6 @@ def nothing_is_synced() -> list[Patch]:
     def write(original: Any, core: GroupCommit, batch: Batch) -> int:
         with mock.patch.object(type(core._file), "sync"):
             written: int = original(core, batch)
-        return written
-
-    return [wrapped(GroupCommit, "write", write)]
-
-
-@bug
-def the_mark_is_ahead_of_what_is_synced() -> list[Patch]:
-    def write(original: Any, core: GroupCommit, batch: Batch) -> int:
-        if core._mark is not None and core.failure is None:
-            write_mark(core._mark, core.durable_bytes + batch.size_bytes)
-            core._mark.sync()
-        written: int = original(core, batch)
         return written
 
     return [wrapped(GroupCommit, "write", write)]

@@ -15,7 +15,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -28,8 +28,8 @@ from coordinator.engines import ModelFacts
 from coordinator.setup import Setup
 from scheduling.errors import EXIT_INFRASTRUCTURE, EXIT_OK, EXIT_RESUMABLE, EXIT_SOME_FAILED
 from scheduling.messages import Host
-from storage import metrics, rundir
-from storage.joblock import Holder
+from storage import joblock, metrics, rundir
+from storage.joblock import Holder, Judge
 from storage.rundir import Status
 from tests.simulation import weather, work
 from tests.simulation.agenda import Trace, ViolationError
@@ -229,6 +229,7 @@ def in_simulation(folder: Path) -> Iterator[None]:
         patches.enter_context(mock.patch.object(metrics, "UNITS", {table: {} for table in metrics.UNITS}))
         patches.enter_context(mock.patch.object(metrics, "FORMULAS", _NoFormulas()))
         patches.enter_context(mock.patch.object(rundir, "json", _Compact))
+        patches.enter_context(mock.patch.object(joblock, "Judge", partial(Judge, reaches=lambda path: True)))
         patches.enter_context(
             mock.patch.object(rundir, "this_process", return_value=Holder("node", 1, "2026-01-01T00:00:00Z", 1))
         )

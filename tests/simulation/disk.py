@@ -20,6 +20,13 @@ from storage.files import AppendFile, Lock
 from tests.storage.crash_disk import Inode, torn
 
 
+@dataclass(eq=False)
+class File(Inode):
+    """`dropped`: (start, end) of what a failed sync has left clean in the cache: no later sync writes it."""
+
+    dropped: tuple[int, int] = (0, 0)
+
+
 class Operations(Protocol):
     """What one process may do to the disk."""
 
@@ -35,8 +42,8 @@ class Storage:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.names: dict[Path, Inode] = {root: Inode(None, None)}
-        self.durable_names: dict[Path, Inode] = dict(self.names)
+        self.names: dict[Path, File] = {root: File(None, None)}
+        self.durable_names: dict[Path, File] = dict(self.names)
         self.locked: set[Path] = set()
 
     def durable(self, path: Path) -> bytes:
@@ -65,7 +72,7 @@ class Storage:
                     left[path] = torn(inode, dice)
         left[self.root] = None
         kept = {path: data for path, data in left.items() if path == self.root or path.parent in left}
-        self.names = {path: Inode(data, data) for path, data in kept.items()}
+        self.names = {path: File(data, data) for path, data in kept.items()}
         self.durable_names = dict(self.names)
 
 
@@ -81,7 +88,7 @@ class SimulatedDisk:
     def open_append(self, path: Path) -> AppendFile:
         self._operations.operate("open", path)
         self._must_have_parent(path)
-        inode = self._storage.names.setdefault(path, Inode())
+        inode = self._storage.names.setdefault(path, File())
         if inode.now is None:
             raise IsADirectoryError(errno.EISDIR, "is a directory")
         return _SimulatedFile(self._operations, path, inode)
@@ -110,7 +117,7 @@ class SimulatedDisk:
         self._operations.operate("make_dirs", path)
         missing = path
         while missing not in self._storage.names:
-            self._storage.names[missing] = Inode(None, None)
+            self._storage.names[missing] = File(None, None)
             missing = missing.parent
 
     def rename(self, old: Path, new: Path) -> None:
@@ -129,7 +136,7 @@ class SimulatedDisk:
 
     def fill(self, path: Path, write: Callable[[Path], None]) -> None:
         """`write` opens the file itself, so that it is made on the real disk and then taken from there."""
-        inode = Inode()
+        inode = File()
 
         def make(part: float) -> None:
             self._must_have_parent(path)
@@ -151,7 +158,7 @@ class SimulatedDisk:
     def try_lock(self, path: Path) -> Lock | None:
         self._operations.operate("lock", path)
         self._must_have_parent(path)
-        self._storage.names.setdefault(path, Inode())
+        self._storage.names.setdefault(path, File())
         if path in self._storage.locked:
             return None
         self._storage.locked.add(path)
@@ -179,7 +186,7 @@ class _SimulatedLock:
 class _SimulatedFile:
     operations: Operations
     path: Path
-    inode: Inode
+    inode: File
 
     def write(self, data: bytes) -> None:
         self.operations.operate("write", self.path, lambda: self._append(data[: len(data) // 2]))
@@ -189,12 +196,27 @@ class _SimulatedFile:
         self.inode.now = (self.inode.now or b"") + data
 
     def sync(self) -> None:
-        self.operations.operate("sync", self.path)
-        self.inode.durable = self.inode.now
+        inode = self.inode
+        now = inode.now or b""
+        try:
+            self.operations.operate("sync", self.path)
+        except OSError:
+            inode.dropped = (min(len(inode.durable or b""), inode.dropped[0] or len(now)), len(now))
+            raise
+        start, end = inode.dropped
+        inode.durable = now[:start] + bytes(end - start) + now[end:]
+
+    def rewrite(self, start: int) -> None:
+        self.operations.operate("rewrite", self.path)
+        if start <= self.inode.dropped[0]:
+            self.inode.dropped = (0, 0)
 
     def truncate(self, size: int) -> None:
         self.operations.operate("truncate", self.path)
-        self.inode.now = (self.inode.now or b"")[:size]
+        inode = self.inode
+        inode.now = (inode.now or b"")[:size]
+        start, end = inode.dropped
+        inode.dropped = (start, min(end, size)) if size > start else (0, 0)
 
     def size(self) -> int:
         self.operations.look()
