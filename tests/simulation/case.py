@@ -82,6 +82,8 @@ class Case:
         self.now_s = 0.0
         self.sessions = 0
         self.calm_sessions = 0
+        self.dropped = 0
+        """Answers that rank 0 did not want, in the last session that had a loop."""
 
     def _shape(self, dice: Random, size: int) -> Shape:
         config = JobConfig(
@@ -123,7 +125,7 @@ class Case:
                 break
             self.now_s += Random(f"{self.seed} {self.sessions}").uniform(0.5, 10.0)
         assert told is not None
-        self.books.judge_complete(told)
+        self.books.judge_complete(told, self.dropped)
         self.weather = replace(self.weather, calm_at_s=min(self.now_s, self.weather.calm_at_s))
         again, _ = self._session()
         if again.code != ended.code:
@@ -144,6 +146,8 @@ class Case:
         faults = Faults(world)
         ended = world.run()
         self.sessions += 1
+        if world.lead is not None and (coordinator := world.lead.session.coordinator) is not None:
+            self.dropped = len(coordinator.dropped)
         self.now_s = world.agenda.now_s
         if faults.power_lost:
             self.storage.power_lost(world.dice("power"))
