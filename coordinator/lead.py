@@ -189,8 +189,9 @@ class Lead:
         around = self._around
         self._intervals = Intervals(disk, run.segments_path, run.session, self._filled, around.clock, around.executor())
         record = around.recorder(
-            disk, run.record_path, around.clock, self._config.commit_interval_s, self._config.commit_bytes
-        )
+            disk, run.record_path, around.clock, self._config.commit_interval_s, self._config.commit_bytes,
+            run.check_held,
+        )  # fmt: skip
         try:
             coordinator = self.session.begin(source, record, self._callbacks(run, found), earlier=found.done)
             self.session.run(self._keep_on)

@@ -20,16 +20,18 @@ NAN = float("nan")
 
 
 class Held:
-    """One request with a worker. `started` once the engine has taken it up; `overdue` once it was stopped for its
-    time."""
+    """One request with a worker.
 
-    __slots__ = ("attempt", "overdue", "request", "started", "stolen_from")
+    `started_at`: when the engine said that it has taken it up, None before. `overdue` once it was stopped for its time.
+    """
+
+    __slots__ = ("attempt", "overdue", "request", "started_at", "stolen_from")
 
     def __init__(self, attempt: int, request: Request, stolen_from: int | None) -> None:
         self.attempt = attempt
         self.stolen_from = stolen_from
         self.request = request
-        self.started = False
+        self.started_at: float | None = None
         self.overdue = False
 
 

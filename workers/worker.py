@@ -8,7 +8,6 @@ assigned until it has been reported or given back, so that when the engine dies 
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +26,7 @@ from workers.port import Engine
 from workers.protocol import Answer, EngineFailed, EngineLoaded, Frame, FromEngine, Job, Returned, Stats
 
 HEARTBEAT_S = 1.0
+OVERDUE_CHECK_S = 0.25
 TELEMETRY_ROWS_MAX = 4096
 """Rows of telemetry that a worker keeps: rank 0 gets them earlier than after an interval then."""
 
@@ -77,7 +77,7 @@ class Worker:
         self._restarts = Restarts()
         self._restart_at: float | None = None
         self._health: GpuHealth | None = None
-        self._due: deque[tuple[float, int, Held]] = deque()
+        self._overdue_at = 0.0
         self._placement = m.Placement()
         self._run_seed = 0
         self._work_exists = True
@@ -270,14 +270,12 @@ class Worker:
         )  # fmt: skip
 
     def _on_frame(self, frame: Frame) -> None:
-        held = self._held
+        held, now = self._held, self._clock()
         ended = {answer.key for answer in frame.finished} if frame.started and frame.finished else ()
         for key in frame.started:
             one = held.get(key)
             if one is not None:
-                one.started = True
-                if self._options.request_timeout_s is not None:
-                    self._due.append((self._clock() + self._options.request_timeout_s, key, one))
+                one.started_at = now
                 if key not in ended:
                     self._started.append((key, one.attempt))
         for piece in frame.pieces:
@@ -370,10 +368,9 @@ class Worker:
         now = self._clock()
         self.metrics.engine_gone(len(self._held), self._work_exists, now)
         self._tell_progress()
-        started = [(index, one.attempt) for index, one in self._held.items() if one.started]
-        unstarted = [(index, one.attempt) for index, one in self._held.items() if not one.started]
+        started = [(index, one.attempt) for index, one in self._held.items() if one.started_at is not None]
+        unstarted = [(index, one.attempt) for index, one in self._held.items() if one.started_at is None]
         self._held.clear()
-        self._due.clear()
         self._spoke.send(
             m.EngineDown(
                 reason=reason, started=started, unstarted=unstarted, restarting=wait_s is not None, user_error=user
@@ -385,10 +382,13 @@ class Worker:
 
     def _stop_overdue(self, now: float) -> None:
         """Have the engine stop what has run for too long; it ends with an answer."""
+        timeout_s = self._options.request_timeout_s
+        if timeout_s is None or now < self._overdue_at:
+            return
+        self._overdue_at = now + OVERDUE_CHECK_S
         late = []
-        while self._due and self._due[0][0] <= now:
-            _, key, one = self._due.popleft()
-            if self._held.get(key) is one:
+        for key, one in self._held.items():
+            if one.started_at is not None and now - one.started_at > timeout_s and not one.overdue:
                 one.overdue = True
                 late.append(key)
         if late and self._engine is not None:

@@ -277,6 +277,17 @@ def test_slurm_is_asked_to_requeue_where_time_was_up_and_not_where_somebody_stop
         assert notes.read_text() == "requeue 77\n"
 
 
+def test_a_signal_after_llmpi_stop_changes_nothing(
+    job: Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes = fake_scontrol(tmp_path, monkeypatch)
+    run = job(10, 200, 200)
+    code, took_s = run({50.0: run.ask, 52.0: run.signal("SIGUSR2")}, IN_SLURM, on_limit="requeue")
+    assert code == 3
+    assert took_s <= 70.0
+    assert not notes.exists()
+
+
 def test_a_complete_run_is_not_requeued(job: Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notes = fake_scontrol(tmp_path, monkeypatch)
     assert job(10, 10)({}, IN_SLURM, on_limit="requeue")[0] == 0

@@ -430,13 +430,13 @@ def test_what_runs_at_the_deadline_is_given_up_and_its_row_not_counted() -> None
 
 def test_what_is_set_aside_before_a_time_limit_is_not_kept_in_memory() -> None:
     stops: list[ev.TimeLimited] = []
-    stage = Stage(["x", *["y" * 8000] * 5, "x"], stops=lambda: [stops.pop(0) for _ in stops[:]])
+    stage = Stage(["x", *["y" * 64_000] * 5, "x"], stops=lambda: [stops.pop(0) for _ in stops[:]])
     assert assigned(stage.ready(slots=1)) == [0, 1]
     stage.hear(1, m.Report(started=[(0, 1)]))
     stage.clock.pass_(1.0)
     stage.hear(1, m.Report(finished=[finished(0)]))
     stage.durable()
-    stops.append(ev.TimeLimited(105.0, "time is up"))
+    stops.append(ev.TimeLimited(104.0, "time is up"))
     stage.clock.pass_(TICK_S)
     [recall] = [message for message in stage.step() if isinstance(message, m.Recall)]
     said = stage.hear(1, m.Recalled(0, recall.indexes))

@@ -15,6 +15,7 @@ from rich.console import Console
 from coordinator import report
 from coordinator.report import print_report, report_data
 from coordinator.rundirs import export_answers
+from coordinator.sidebyside import comparison
 from scheduling.errors import RunDirError
 from scheduling.histogram import LogHistogram
 from scheduling.recordline import encode_embeddings, encode_failure, encode_result
@@ -185,6 +186,29 @@ def test_a_line_that_is_being_written_is_no_answer_yet(
 def test_as_many_answers_as_asked_for(run_dir: Path) -> None:
     assert printed(run_dir, show=2).count("[red]id[/red]") == 2
     assert printed(run_dir, show=0).count("[red]id[/red]") == 0
+
+
+def test_rates_of_a_run_whose_jobs_were_all_killed_are_those_of_the_record(tmp_path: Path) -> None:
+    first, second = rows(60, failed=0), rows(40, failed=0)
+    first["session"], first["end_s"] = 0, np.linspace(1.0, 6.0, 60)
+    second["session"], second["end_s"] = 1, np.linspace(1.0, 4.0, 40)
+    second["end_s"][0] = np.nan
+    nothing = np.zeros(0, TELEMETRY)
+    write_metrics(tmp_path / METRICS_NAME, [first, second], np.zeros(0, RANK), {}, nothing, {})
+    data = report_data(tmp_path)
+    assert (data["over_s"], data["over"]) == (10.0, "until the last recorded request ended")
+    assert data["requests_per_s"] == 10.0
+    assert data["output_tokens_per_s"] == pytest.approx(
+        (first["output_tokens"].sum() + second["output_tokens"].sum()) / 10
+    )
+    stream = io.StringIO()
+    print_report(data, stream, tmp_path)
+    assert "in 10s until the last recorded request ended (no job on it has ended in order)" in stream.getvalue()
+    assert "?" not in stream.getvalue()
+    ended = {**data, "over": "wall time of the last job"}
+    assert comparison([("a", ended), ("b", data)])[1][2][0] == (
+        "wall time of the last job, or until the last recorded request ended"
+    )
 
 
 def test_nothing_answered_is_told_without_figures(tmp_path: Path) -> None:

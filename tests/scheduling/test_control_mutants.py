@@ -567,6 +567,16 @@ def what_was_set_aside_is_forgotten_at_the_end(patch: pytest.MonkeyPatch) -> Non
     wrap(patch, ControlPlane, "_stop", stop)
 
 
+@mutant
+def suspects_may_be_late(patch: pytest.MonkeyPatch) -> None:
+    def try_suspects(original: Any, dispatcher: Dispatcher, now: float, out: list[Instruction]) -> None:
+        end_at, dispatcher.horizon.end_at = dispatcher.horizon.end_at, None
+        original(dispatcher, now, out)
+        dispatcher.horizon.end_at = end_at
+
+    wrap(patch, Dispatcher, "_try_suspects", try_suspects)
+
+
 def seeds_to_find(limit: int) -> int | None:
     """How many seeds it takes until a scenario fails; None if none of `limit` does."""
     for seed in range(limit):

@@ -367,6 +367,18 @@ def test_suspects_come_first_until_none_is_left_where_engines_are_known_to_work(
     assert plane.handle(report(OWNER, [], (5, 3)), 1.0)[-1] == Assign(OWNER, [(6, 1), (7, 1)])
 
 
+def test_where_something_is_answered_between_deaths_suspects_wait_for_the_end() -> None:
+    plane = ControlPlane([OWNER], "work-stealing", 0.0, limits=Limits(prefetch=0))
+    plane.handle(WorkerReady(OWNER, 2), 0.0)
+    plane.handle(new(*range(9)), 0.0)
+    for attempt in (1, 2):
+        die_together(plane, OWNER, (0, attempt), (1, attempt))
+    plane.handle(report(OWNER, [], (2, 1)), 1.0)
+    for attempt in (1, 2):
+        out = die_together(plane, OWNER, (3, attempt), (4, attempt))
+    assert out == [Assign(OWNER, [(5, 1), (6, 1)])]
+
+
 def test_an_engine_that_had_started_nothing_died_of_what_it_was_handed() -> None:
     plane = plane_of()
     plane.handle(new(0), 0.0)

@@ -173,7 +173,6 @@ def test_a_request_that_kills_every_engine_fails_alone(
     assert ", alone: killed by SIGABRT" in poisonous["error"]["message"].split("attempt 3")[1]
     assert texts_of(run) == {name: text for name, text in texts.items() if name != f"r{POISON}"}
     assert "takes no more work" not in done.stderr, done.output
-    assert all(run.metrics()["ranks"]["requests"] > 0)
     assert "workers_lost" not in run.metrics()["attrs"]
 
 
