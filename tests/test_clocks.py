@@ -22,6 +22,7 @@ ALLOWED = {
     "coordinator/bench_dispatch.py": "when a benchmark was made",
     "coordinator/setup.py": "`created` of answers",
     "coordinator/surroundings.py": "`created` of answers",
+    "coordinator/timekeeper.py": "Slurm's end of a job and a process's start are told so; each is read once",
     "storage/blobs.py": "the age of other processes' leftovers, a name that is new",
     "storage/modelstore.py": "when a model was added",
     "storage/rundir.py": "when a session began",
