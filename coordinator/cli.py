@@ -192,7 +192,16 @@ def batch(
             "sooner; the first answer counts. [default: with work stealing]",
         ),
     ] = None,
-    lease: Annotated[float, typer.Option(help="Seconds of silence after which a rank is lost.")] = 60.0,
+    lease: Annotated[
+        float, typer.Option(help="Seconds of silence after which a rank is lost and its work goes to others.")
+    ] = 60.0,
+    rank0_lease: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds of rank 0's silence after which a worker ends its engine and leaves. [default: 10 leases, at "
+            "least 600]"
+        ),
+    ] = None,
     engine_lease: Annotated[
         float,
         typer.Option(
@@ -260,10 +269,10 @@ def batch(
         sampling=checked_sampling(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, **held_to(json_schema, grammar_file)
         ),
-        max_tokens=max_tokens, seed=seed, copies=copies, prefetch=prefetch, lease_s=lease, engine_lease_s=engine_lease,
-        request_timeout_s=request_timeout, max_deaths=max_deaths, commit_interval_s=commit_interval,
-        commit_bytes=commit_bytes, metrics_interval_s=metrics_interval, precheck=precheck,
-        chat_template=read_text("--chat-template", chat_template),
+        max_tokens=max_tokens, seed=seed, copies=copies, prefetch=prefetch, lease_s=lease, rank0_lease_s=rank0_lease,
+        engine_lease_s=engine_lease, request_timeout_s=request_timeout, max_deaths=max_deaths,
+        commit_interval_s=commit_interval, commit_bytes=commit_bytes, metrics_interval_s=metrics_interval,
+        precheck=precheck, chat_template=read_text("--chat-template", chat_template),
         engine=engine.value, service_times=None if service_times is None else str(service_times), time_scale=time_scale,
         pooling=None if pooling is None else pooling.value, stage=stage.value, stage_dir=stage_dir, **chosen.job(),
     )  # fmt: skip

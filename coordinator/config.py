@@ -23,6 +23,10 @@ Auto = Literal["auto"]
 
 VERSIONED_PACKAGES = ("llmpi", "llama-cpp-python", "llguidance", "msgspec", "numpy")
 
+RANK0_LEASE_MIN_S = 600.0
+"""Rank 0 may stand still for long: its record may lie on a file system that hangs."""
+RANK0_LEASE_LEAST_S = 5.0
+
 DRAFT_TOKENS_LIMIT = 31
 """With the token before them as many rows as a pass that checks drafts may have."""
 
@@ -66,6 +70,8 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Whether what runs on a slow worker near the end is started again on an idle one. None: with work stealing."""
     prefetch: int | None = None
     lease_s: float = 60.0
+    rank0_lease_s: float | None = None
+    """The same of rank 0, seen by workers; None: ten leases, and at least RANK0_LEASE_MIN_S."""
     engine_lease_s: float = LEASE_S
     request_timeout_s: float | None = None
     max_deaths: int = 3
@@ -126,6 +132,11 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True):
         for flag, seconds in above_zero.items():
             if seconds is not None and not seconds > 0:
                 raise ConfigError(f"{flag} is {seconds}: it must be above 0 seconds")
+        if self.rank0_lease_s is not None and not self.rank0_lease_s >= RANK0_LEASE_LEAST_S:
+            raise ConfigError(
+                f"--rank0-lease is {self.rank0_lease_s}: it must be {RANK0_LEASE_LEAST_S:g} or more, for rank 0 says "
+                "every other second that it is here"
+            )
         self._check_simulation()
         self._check_engine()
         self.adapters()
@@ -137,6 +148,11 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(f"--draft-model is not for --engine {self.engine}, which says nothing worth guessing")
         if not 0.0 <= self.time_scale < math.inf:
             raise ConfigError(f"--time-scale is {self.time_scale}: it must be 0 or more, and finite")
+
+    @property
+    def rank0_silence_max_s(self) -> float:
+        """A worker that hears nothing from rank 0 for longer leaves."""
+        return max(RANK0_LEASE_MIN_S, 10 * self.lease_s) if self.rank0_lease_s is None else self.rank0_lease_s
 
     @property
     def makes_copies(self) -> bool:

@@ -9,7 +9,7 @@ from coordinator.closing import ENGINE_S, Closing, Size, closing_in
 from coordinator.intervals import Intervals
 from coordinator.loop import Coordinator
 from coordinator.replay import Replay
-from coordinator.rundata import NO_COLLECTIVES, OwnRows, check_gathered, make_metrics, workers_lost
+from coordinator.rundata import OwnRows, check_gathered, completed, make_metrics, workers_lost
 from coordinator.session import Session
 from coordinator.setup import Setup
 from coordinator.simulated import WARNING
@@ -62,15 +62,16 @@ class Ending:
         left_s = self._left_s(outcome.outcome)
         closing = self._closing(left_s, found, coordinator)
         if closing.gather:
-            gathered = self._session.collect(own, None if left_s is None else left_s / 2)
+            gathered = self._session.collect(own, own.begin, None if left_s is None else left_s / 2)
         else:
             gathered = None
             self._session.let_go()
-        intervals.finish(gathered)
+        absent = self._session.absent(gathered) if closing.metrics else {}
+        intervals.finish(gathered, lambda ranks: completed(ranks, absent, run, self._disk))
         doubt = ""
         if gathered is not None:
             try:
-                check_gathered(run, gathered, own, coordinator, self._disk)
+                check_gathered(run, gathered, own, coordinator, self._disk, absent)
             except BugError as error:
                 # The answers are whole: the run is complete. Only what the ranks counted is not to be trusted.
                 doubt = str(error)
@@ -84,7 +85,7 @@ class Ending:
             "copies": coordinator.plane.totals.copies, "copies_won": coordinator.plane.totals.copies_won,
             "wasted_tokens": coordinator.plane.totals.wasted_tokens,
             "unfinished": coordinator.plane.totals.unfinished, "set_aside": coordinator.plane.totals.set_aside,
-            "collectives": NO_COLLECTIVES if gathered is None else f"{gathered.ranks_in} ranks",
+            "collectives": self._session.took_part(gathered),
         }  # fmt: skip
         if lost := workers_lost(coordinator, self._session.names()):
             attributes["workers_lost"] = lost

@@ -30,13 +30,17 @@ class Handshake:
 
         Raises:
             HandshakeError: a rank does not belong; all have been told.
-            RankLostError: a rank has not said anything in time.
+            RankLostError: a rank has not said anything in time, or has died.
         """
         for worker, message in self._hub.poll():
             if isinstance(message, Hello):
                 self.hellos[worker] = message
             elif not isinstance(message, Heartbeat):
                 raise ProtocolError(f"rank {worker} sent {type(message).__name__} before the handshake was over")
+        if dead := self._hub.take_lost():
+            raise RankLostError(
+                f"rank {', '.join(map(str, dead))} died before the job had begun: look at its host, and at what it said"
+            )
         missing = [worker for worker in self._hub.workers if worker not in self.hellos]
         if missing:
             if self._clock() > self._deadline:

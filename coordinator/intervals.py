@@ -8,7 +8,7 @@ holds nobody up. Memory is one interval's telemetry and a row for each worker.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
@@ -68,19 +68,23 @@ class Intervals:
         if self._writing is None and self._due_at is not None and self._clock() >= self._due_at:
             self._due_at = None
             telemetry, self._telemetry = self._telemetry, []
-            self._writing = self._executor.submit(self._write, *self._sums(), telemetry)
+            self._writing = self._executor.submit(self._write, *self._sums(self._told), telemetry)
 
-    def finish(self, gathered: Gathered | None) -> None:
-        """The last write: what was gathered at the end, or what came last where nothing was. Raises RecordError."""
+    def finish(self, gathered: Gathered | None, complete: Callable[[Rows], Rows] = lambda ranks: ranks) -> None:
+        """The last write: what was gathered at the end, and what those told last that were not there to be asked.
+
+        `complete` is given rows of RANK and gives those to be written. Raises RecordError.
+        """
         self._settle()
-        ranks, itl = self._sums()
+        present = () if gathered is None else gathered.present
+        ranks, itl = self._sums({worker: told for worker, told in self._told.items() if worker not in present})
         telemetry = self._telemetry
         if gathered is not None:
-            ranks = np.concatenate([np.zeros(0, RANK), *gathered.ranks])
-            itl = gathered.itl.counts
+            ranks = np.concatenate([ranks, *gathered.ranks])
+            itl = itl + gathered.itl.counts
             telemetry = telemetry + gathered.telemetry
         try:
-            self._write(self._filled(ranks), itl, telemetry)
+            self._write(self._filled(complete(ranks)), itl, telemetry)
         finally:
             self.close()
 
@@ -96,12 +100,12 @@ class Intervals:
         if writing is not None:
             writing.result()
 
-    def _sums(self) -> tuple[Rows, Rows]:
-        """Rows of all workers, and their gaps between tokens, as they told them last."""
+    def _sums(self, told: Mapping[int, m.Counters]) -> tuple[Rows, Rows]:
+        """Rows of workers, and their gaps between tokens, as they told them last."""
         itl = LogHistogram()
-        for message in self._told.values():
+        for message in told.values():
             itl.add_sparse(message.itl_buckets, message.itl_counts)
-        rows = b"".join(message.row for _, message in sorted(self._told.items()))
+        rows = b"".join(message.row for _, message in sorted(told.items()))
         return self._filled(np.frombuffer(rows, RANK).copy()), itl.counts
 
     def _write(self, ranks: Rows, itl: Rows, telemetry: list[Rows]) -> None:

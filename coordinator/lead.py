@@ -97,6 +97,7 @@ class Lead:
         self._world = world
         self._view = ProgressView(sys.stderr, quiet=options.quiet)
         self.session = Session(setup, world, around=around)
+        self.session.beats = True
         self._keeper = keeper or Timekeeper(options.stopping, signals, around.clock, around.wall_clock)
         self._said_stopping = False
         self._said_limit = False
@@ -248,6 +249,7 @@ class Lead:
             "launcher": self._launch.launcher,
             "staging": list(self._staged.facts),
             "mpi": None if self._world is None else self._world.library(),
+            "fault_tolerant": self._world is not None and self._world.fault_tolerant,
             "slurm_job": os.environ.get("SLURM_JOB_ID"),
             "workers": [
                 {

@@ -23,6 +23,8 @@ from scheduling.recordline import encode_failure
 
 TICK_S = 0.25
 OVERSLEPT_S = 1.0
+HEARTBEAT_S = 2.0
+"""How often rank 0 says to all workers that it is here."""
 READ_BYTES_MAX = 64 << 20
 PAYLOAD_BYTES_MAX = 256 << 20
 BACKLOG_BYTES_MAX = 256 << 20
@@ -90,6 +92,8 @@ class Coordinator:
         self._mistaken: set[int] = set()
         """Workers whose engines cannot be loaded because of what the user gave."""
         self.first_assigned_at: float | None = None
+        self.collecting: dict[int, int] = {}
+        """Workers that wait to enter the collectives, and of which epoch."""
         self._hub = hub
         self._source = source
         self._record = record
@@ -104,8 +108,11 @@ class Coordinator:
         self._input_open = True
         self._generations: dict[int, int] = {}
         self._unacknowledged: deque[bytes] = deque()
-        self._tick_at = clock()
-        self._born = clock()
+        self._born = self._tick_at = self._beat_at = clock()
+        self._heard = dict.fromkeys(hub.workers, self._born)
+        self._silent: set[int] = set()
+        self._rejoins: dict[int, int] = {}
+        self._next_rejoin = 0
 
     # ------------------------------------------------------------ one turn
 
@@ -120,7 +127,11 @@ class Coordinator:
         busy = False
         for worker, message in self._hub.poll():
             busy = True
+            self._heard[worker] = self._clock()
             self._handle(worker, message)
+        for worker in self._hub.take_lost():
+            busy = True
+            self._on_lost(worker)
         busy = self._acknowledge() or busy
         busy = self._read() or busy
         self._tick()
@@ -130,6 +141,8 @@ class Coordinator:
     def take_over(self, before: Coordinator) -> None:
         """Go on with the workers of a coordinator whose input is through. What it left behind is cancelled."""
         left = list(before._payloads)
+        self._heard, self._silent = before._heard, before._silent
+        self._rejoins, self._next_rejoin = before._rejoins, before._next_rejoin
         for worker, ready in before.ready.items():
             self.ready[worker] = ready
             self._generations[worker] = ready.generation
@@ -144,6 +157,13 @@ class Coordinator:
     @property
     def in_flight(self) -> bool:
         return bool(self._payloads)
+
+    def silent(self, after_s: float | None = None) -> set[int]:
+        """Workers that have said nothing for so long (None: their lease), and that MPI does not know to be gone."""
+        after_s, now = self.plane.limits.lease_s if after_s is None else after_s, self._clock()
+        if after_s is None:
+            return set()
+        return {worker for worker, at in self._heard.items() if now - at > after_s} - self._hub.lost
 
     def snapshot(self) -> Snapshot:
         now = self._clock()
@@ -161,6 +181,8 @@ class Coordinator:
     # ------------------------------------------------------------ in
 
     def _handle(self, worker: int, message: m.FromWorker) -> None:
+        if worker in self._silent:
+            self._on_return(worker)
         match message:
             case m.Report():
                 self._made_tokens += message.made_tokens
@@ -173,17 +195,42 @@ class Coordinator:
                     self._callbacks.on_counters(worker, message)
             case m.Recalled():
                 self._tell(ev.RecallConfirmed(worker, message.recall, message.indexes))
+            case m.Collecting():
+                self.collecting[worker] = message.epoch
+                self._tell(ev.Heard(worker))
             case m.Ready():
-                self._generations[worker] = message.generation
-                self.ready[worker] = message
-                self._tell(ev.WorkerReady(worker, message.slots))
+                self._on_ready(worker, message)
             case m.EngineDown():
                 self._on_engine_down(worker, message)
             case m.Crashed():
-                self._note(f"{self._names[worker]}: {message.reason}\n{message.traceback}".rstrip())
+                self.note(f"{self._names[worker]}: {message.reason}\n{message.traceback}".rstrip())
                 self._tell(ev.WorkerLost(worker, message.reason))
             case m.Hello():
                 pass  # of a worker that rank 0 hosts itself: it needs no handshake
+
+    def _on_ready(self, worker: int, ready: m.Ready) -> None:
+        if ready.rejoin != self._rejoins.get(worker, 0):
+            return  # said before it heard that it is to begin anew: then it says it again
+        if self._rejoins.pop(worker, None) is not None:
+            self.note(f"{self._names[worker]}: takes work again")
+        self._generations[worker] = ready.generation
+        self.ready[worker] = ready
+        self._tell(ev.WorkerReady(worker, ready.slots))
+
+    def _on_lost(self, worker: int) -> None:
+        what = "; its work goes to the others" if self.outcome is None else ""
+        self.note(f"{self._names[worker]}: its process has died{what}")
+        self._tell(ev.WorkerLost(worker, "its process has died"))
+
+    def _on_return(self, worker: int) -> None:
+        """It was silent for its lease, and is not gone. What it held is others' by now: it is to begin anew."""
+        self._silent.discard(worker)
+        if self.outcome is not None:
+            return  # it is asked for nothing any more
+        self._tell(ev.WorkerReturned(worker))
+        self._next_rejoin += 1
+        self._rejoins[worker] = self._next_rejoin
+        self._hub.send(worker, m.Rejoin(self._next_rejoin))
 
     def _on_engine_down(self, worker: int, down: m.EngineDown) -> None:
         name = self._names[worker]
@@ -192,7 +239,7 @@ class Coordinator:
                 self._mistaken.add(worker)
             self._stop_without_engines(worker, down.reason)
         what = "starting a new one" if down.restarting else "this worker takes no more work"
-        self._note(f"{name}: its engine was lost ({down.reason}); {what}")
+        self.note(f"{name}: its engine was lost ({down.reason}); {what}")
         self._tell(ev.EngineLost(worker, down.reason, down.started, down.unstarted, down.restarting))
 
     def _stop_without_engines(self, worker: int, reason: str) -> None:
@@ -255,13 +302,25 @@ class Coordinator:
         if now - self._tick_at > OVERSLEPT_S:
             # Rank 0 itself was stopped, or its caller took long: what the workers said meanwhile is still unread.
             for worker in self._hub.workers:
+                self._heard[worker] = now
                 self._tell(ev.Heard(worker))
         self._tick_at = now + TICK_S
         for stop in self._callbacks.stops() if self._callbacks.stops is not None else ():
             self._tell(stop)
         self._tell(ev.Tick())
+        self._look_for_silent()
+        if now >= self._beat_at:
+            self._beat_at = now + HEARTBEAT_S
+            self._hub.broadcast(m.Heartbeat())
         if self._callbacks.on_tick is not None:
             self._callbacks.on_tick(self.snapshot())
+
+    def _look_for_silent(self) -> None:
+        """Say which workers a tick has lost."""
+        for view in self.plane.workers():
+            if view.silent and view.id not in self._silent:
+                self._silent.add(view.id)
+                self.note(f"{self._names[view.id]}: {view.reason}; its work goes to the others")
 
     # ------------------------------------------------------------ out
 
@@ -339,7 +398,8 @@ class Coordinator:
                 # Its worker may end it in spite of that, after rank 0 has stopped listening.
                 self.dropped.add((instruction.worker, index, attempt))
 
-    def _note(self, text: str) -> None:
+    def note(self, text: str) -> None:
+        """Say it to people, if anyone listens."""
         if self._callbacks.on_note is not None:
             self._callbacks.on_note(text)
 

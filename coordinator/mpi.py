@@ -1,33 +1,42 @@
-"""Everything that touches MPI: the world, the endpoint that carries envelopes, and the metrics collectives.
+"""Everything that touches MPI: the world, and the metrics collectives. The endpoint is in `coordinator.mpi_endpoint`.
 
 This is the only module of the product that imports mpi4py, and it imports it only when a world is opened, so that
 `llmpi --help` starts no MPI. Messages travel as bytes in buffers, with non-blocking sends and matched probes; nothing
 is pickled. Collectives run on a communicator of their own and are non-blocking too: a rank that waits sleeps.
+
+With fault tolerance (ULFM: `mpirun --with-ft ulfm`) that communicator can be revoked and shrunk: see `Collectives`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import os
+import signal
 import sys
+import threading
 import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
 from coordinator.collect import COLLECTIVE_PATIENCE_S, Blocks
-from scheduling.errors import RankLostError
+from coordinator.launcher_end import GRACE_S, guard_launcher, is_sibling
+from coordinator.mpi_endpoint import MpiEndpoint
+from scheduling.errors import EXIT_INFRASTRUCTURE, EXIT_OK, RankFailedError, RankLostError
 
-TAG = 7
 GATHER_CHUNK_BYTES = 64 << 20
+OPENMPI_FT_KEYVAL = 12
+"""MPI_FT of Open MPI's mpi.h, which mpi4py does not name: whether ranks may die without ending the job."""
 
 
 class World:
     """`coordinator.world.Ranks` over MPI, on communicators of our own.
 
-    `messages` carries envelopes, `collectives` the metrics. Errors come back as exceptions instead of ending the
-    job, so that a rank can say what happened before it leaves.
+    `messages_comm` carries envelopes, `collectives_comm` the metrics. Errors come back as exceptions instead of ending
+    the job, so that a rank can say what happened before it leaves.
     """
 
     def __init__(self, thread_level: str = "funneled") -> None:
@@ -45,82 +54,96 @@ class World:
             comm.Set_errhandler(MPI.ERRORS_RETURN)
         self.rank: int = world.Get_rank()
         self.size: int = world.Get_size()
+        self.fault_tolerant = _fault_tolerant(MPI)
+        self.unfinished: list[Any] = []
+        """Collectives that failed: MPI may still write to their buffers."""
 
     def library(self) -> str:
         """The MPI library's own one-line description."""
         return str(self.MPI.Get_library_version()).strip("\x00 \n").splitlines()[0]
 
     def endpoint(self) -> MpiEndpoint:
-        return MpiEndpoint(self)
+        return MpiEndpoint(self.MPI, self.messages_comm)
 
     def collectives(self, patience_s: float = COLLECTIVE_PATIENCE_S) -> Collectives:
         return Collectives(self, patience_s=patience_s)
 
+    def fence(self, pids: Sequence[int]) -> bool:
+        """Kill ranks of this host, so that MPI knows them to be gone. False where that would end the job, or for
+        processes that are no ranks of this job."""
+        if not self.fault_tolerant:
+            return False
+        killed = False
+        for pid in filter(is_sibling, pids):
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+                killed = True
+        return killed
+
     def abort(self, code: int) -> NoReturn:
-        """End all ranks now. Only for when some cannot be reached any more and everyone would wait for ever."""
+        """End all ranks now. Only for when some cannot be reached any more and everyone would wait for ever.
+
+        The launcher is given GRACE_S seconds to end by itself. With fault tolerance it takes a rank that aborts with
+        0 for one that is done, and waits for the others: then the status is 4.
+        """
         sys.stdout.flush()
         sys.stderr.flush()
+        guard_launcher()
+        if self.fault_tolerant and code == EXIT_OK:
+            code = EXIT_INFRASTRUCTURE
+        leave = threading.Timer(GRACE_S, os._exit, [code])  # an abort waits for a launcher that may be unreachable
+        leave.daemon = True
+        leave.start()
         self.MPI.COMM_WORLD.Abort(code)
+        os._exit(code)
+
+    def die(self, code: int) -> NoReturn:
+        """Leave after an error of this rank's own. Where others survive that they are told of it, at once."""
+        if not self.fault_tolerant:
+            self.abort(code)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.kill(os.getpid(), signal.SIGKILL)  # of an exit without MPI's end the others would not hear
         raise SystemExit(code)
 
 
-class MpiEndpoint:
-    """`scheduling.link.Endpoint` over MPI."""
-
-    def __init__(self, world: World) -> None:
-        self._MPI = world.MPI
-        self._comm = world.messages_comm
-        self._sends: deque[tuple[Any, bytes]] = deque()
-        self._status = world.MPI.Status()
-
-    def post(self, address: int, payload: bytes) -> None:
-        try:
-            request = self._comm.Isend([payload, len(payload), self._MPI.BYTE], dest=address, tag=TAG)
-        except self._MPI.Exception as error:
-            raise RankLostError(f"cannot send to rank {address}: {error}") from error
-        self._sends.append((request, payload))  # the buffer must live until the send is through
-
-    def receive(self) -> list[tuple[int, bytes | bytearray]]:
-        self._progress()
-        arrived: list[tuple[int, bytes | bytearray]] = []
-        try:
-            while (message := self._comm.Improbe(tag=TAG, status=self._status)) is not None:
-                payload = bytearray(self._status.Get_count(self._MPI.BYTE))
-                source = self._status.Get_source()
-                message.Recv([payload, len(payload), self._MPI.BYTE])
-                arrived.append((source, payload))
-        except self._MPI.Exception as error:
-            raise RankLostError(f"receiving failed: {error}") from error
-        return arrived
-
-    def unsent_bytes(self) -> int:
-        self._progress()
-        return sum(len(payload) for _, payload in self._sends)
-
-    def _progress(self) -> None:
-        # Sends to different ranks may complete out of order; one that lags only delays freeing those behind it.
-        while self._sends and self._sends[0][0].Test():
-            self._sends.popleft()
+def _fault_tolerant(MPI: Any) -> bool:
+    if MPI.get_vendor()[0] != "Open MPI":
+        return False
+    try:
+        address = MPI.COMM_WORLD.Get_attr(OPENMPI_FT_KEYVAL)
+    except MPI.Exception:  # built without
+        return False
+    return bool(address) and bool(ctypes.c_int.from_address(address).value)
 
 
 class Collectives:
-    """Reductions and gathers to rank 0 over all ranks. Every rank must call the same ones in the same order.
+    """Reductions and gathers to rank 0. Every rank must call the same ones in the same order.
 
     `idle` is called while waiting (rank 0 has nothing else to do; a worker keeps its engine's pipe empty).
+
+    A rank whose collective fails because another has died revokes the communicator, so that all others fail too,
+    wherever they are. Then all agree whether everyone got through; if not, those left shrink the communicator and may
+    try again among themselves. `ranks` says who they are.
     """
 
     def __init__(
-        self,
-        world: World,
+        self, world: World, patience_s: float = COLLECTIVE_PATIENCE_S,
         idle: Callable[[], None] = lambda: time.sleep(5e-4),
-        patience_s: float = COLLECTIVE_PATIENCE_S,
-    ) -> None:
+    ) -> None:  # fmt: skip
+        self._world = world
         self._MPI = world.MPI
-        self._comm = world.collectives_comm
         self._idle = idle
         self._patience_s = patience_s
-        self.rank = world.rank
-        self.size = world.size
+        self._use(world.collectives_comm)
+
+    def _use(self, comm: Any) -> None:
+        self._comm = comm
+        self.rank = comm.Get_rank()
+        self.size = comm.Get_size()
+        everyone = self._MPI.COMM_WORLD.Get_group()
+        places = list(range(self.size))
+        self.ranks = tuple(self._MPI.Group.Translate_ranks(comm.Get_group(), places, everyone))
 
     def sum(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return self._reduce(values, self._MPI.SUM)
@@ -134,7 +157,7 @@ class Collectives:
     def _reduce(self, values: npt.NDArray[Any], operation: Any) -> npt.NDArray[Any]:
         """Element by element over all ranks. The result is meaningful on rank 0 only."""
         result: npt.NDArray[Any] = np.zeros_like(values)
-        self._finish(self._comm.Ireduce(values, result, op=operation, root=0))
+        self._finish(lambda: self._comm.Ireduce(values, result, op=operation, root=0))
         return result
 
     def gather_rows(self, rows: npt.NDArray[Any] | Blocks, take: Callable[[npt.NDArray[Any]], None]) -> None:
@@ -142,30 +165,93 @@ class Collectives:
 
         At most 64 MiB arrive at rank 0 at once, whatever the number of ranks and rows.
         """
+        comm, byte = self._comm, self._MPI.BYTE
         width = rows.dtype.itemsize
         share = max(1, GATHER_CHUNK_BYTES // self.size // width)
         turns = np.array([-(-len(rows) // share)], np.int64)
         most = np.zeros_like(turns)
-        self._finish(self._comm.Iallreduce(turns, most, op=self._MPI.MAX))
+        self._finish(lambda: comm.Iallreduce(turns, most, op=self._MPI.MAX))
         for turn in range(int(most[0])):
             part = np.ascontiguousarray(rows[turn * share : (turn + 1) * share])
-            counts = np.zeros(self.size, np.int64)
-            self._finish(self._comm.Igather(np.array([part.nbytes], np.int64), counts, root=0))
+            size, counts = np.array([part.nbytes], np.int64), np.zeros(self.size, np.int64)
+            self._finish(lambda: comm.Igather(size, counts, root=0))  # noqa: B023 - called at once
             buffer = np.empty(int(counts.sum()), np.uint8)
-            target = [buffer, counts.tolist(), self._MPI.BYTE] if self.rank == 0 else None
-            self._finish(self._comm.Igatherv([part.view(np.uint8), part.nbytes, self._MPI.BYTE], target, root=0))
+            source = [part.view(np.uint8), part.nbytes, byte]
+            target = [buffer, counts.tolist(), byte] if self.rank == 0 else None
+            self._finish(lambda: comm.Igatherv(source, target, root=0))  # noqa: B023 - called at once
             if self.rank == 0:
                 take(buffer.view(rows.dtype))
 
-    def _finish(self, request: Any) -> None:
-        deadline = time.monotonic() + self._patience_s
+    def agree(self, well: bool) -> bool:
+        """Whether all ranks got through; True only if nobody has died. To be called by all, after success or failure.
+
+        Raises:
+            RankLostError: a rank says nothing.
+        """
+        if not self._world.fault_tolerant:
+            return well
+        if not well:
+            with contextlib.suppress(self._MPI.Exception):  # another may have done it
+                self._comm.Revoke()
+        flag = np.array([int(well)], np.int32)
         try:
+            self._finish(lambda: self._comm.Iagree(flag))
+        except RankFailedError:
+            return False  # told to all alike
+        return bool(flag[0])
+
+    def shrink(self) -> None:
+        """Go on among the ranks that live. To be called by all of these.
+
+        Raises:
+            RankLostError: rank 0 is not among them, or a rank says nothing.
+        """
+        if not self._world.fault_tolerant:
+            raise RankLostError("ranks were lost, and this MPI was not started so that others can go on")
+        # The only call here that blocks: Open MPI's way to wait for it without does not work. All have just agreed,
+        # so it takes milliseconds unless a rank stops here.
+        watch = threading.Timer(self._patience_s, self._give_up)
+        watch.daemon = True
+        watch.start()
+        try:
+            comm = self._comm.Shrink()
+        except self._MPI.Exception as error:
+            raise RankLostError(f"the ranks left could not come together: {error}") from error
+        finally:
+            watch.cancel()
+        comm.Set_errhandler(self._MPI.ERRORS_RETURN)
+        self._world.collectives_comm = comm
+        self._use(comm)
+        if 0 not in self.ranks:
+            raise RankLostError("rank 0 is gone")
+
+    def _give_up(self) -> None:
+        print(f"llmpi: the ranks left did not come together within {self._patience_s:.0f} s", file=sys.stderr)
+        guard_launcher()
+        os._exit(EXIT_INFRASTRUCTURE)
+
+    def _finish(self, start: Callable[[], Any]) -> None:
+        """Start a collective and wait for its end.
+
+        Raises:
+            RankFailedError: a rank has died. RankLostError: a rank says nothing, or MPI fails otherwise.
+        """
+        MPI = self._MPI
+        deadline = time.monotonic() + self._patience_s
+        request = None
+        try:
+            request = start()
             while not request.Test():
                 if time.monotonic() > deadline:
                     raise RankLostError(f"a collective did not end within {self._patience_s:.0f} s")
                 self._idle()
-        except self._MPI.Exception as error:
-            raise RankLostError(f"a collective failed: {error}") from error
+        except (MPI.Exception, RankLostError) as error:
+            self._world.unfinished.append((start, request))
+            if isinstance(error, RankLostError):
+                raise
+            told = (MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED)
+            kind = RankFailedError if error.Get_error_class() in told else RankLostError
+            raise kind(f"a collective failed: {error}") from error
 
 
 class SoloCollectives:
@@ -173,6 +259,7 @@ class SoloCollectives:
 
     rank = 0
     size = 1
+    ranks: tuple[int, ...] = (0,)
 
     def sum(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return np.array(values)
@@ -184,3 +271,9 @@ class SoloCollectives:
         share = max(1, GATHER_CHUNK_BYTES // rows.dtype.itemsize)
         for start in range(0, len(rows), share):
             take(rows[start : start + share])
+
+    def agree(self, well: bool) -> bool:
+        return well
+
+    def shrink(self) -> None:
+        raise RankLostError("one rank alone has nobody to lose")

@@ -13,7 +13,7 @@ from coordinator.mpi import World
 from coordinator.serve import serve
 from coordinator.setup import Setup, build_worker
 from coordinator.signals import ignore_stop_signals
-from scheduling.errors import EXIT_INFRASTRUCTURE, HandshakeError
+from scheduling.errors import EXIT_INFRASTRUCTURE, HandshakeError, RankLostError
 from scheduling.link import Spoke
 
 
@@ -31,13 +31,16 @@ def serve_rank(setup: Setup, world: World, log_dir: Path | None) -> None:
         HandshakeError: rank 0 has refused the job, and says why.
     """
     ignore_stop_signals()
+    where = f"rank {world.rank} on {setup.host.hostname}"
     log = None if log_dir is None else log_dir / f"engine-{world.rank}.log"
     try:
         worker = build_worker(setup, world.rank, Spoke(world.endpoint()), log)
         serve(worker, world.collectives, time.monotonic)
     except HandshakeError:
         raise
+    except RankLostError as error:
+        print(f"llmpi: {where}: {error}: its engine has ended, and it leaves", file=sys.stderr)
+        world.abort(EXIT_INFRASTRUCTURE)
     except Exception:
-        where = f"rank {world.rank} on {setup.host.hostname}"
-        print(f"llmpi: an error of its own in {where}, ending the job:\n{traceback.format_exc()}", file=sys.stderr)
-        world.abort(EXIT_INFRASTRUCTURE)  # the others may be waiting for this rank in a collective
+        print(f"llmpi: an error of its own in {where}, which leaves:\n{traceback.format_exc()}", file=sys.stderr)
+        world.die(EXIT_INFRASTRUCTURE)  # the others may be waiting for this rank in a collective

@@ -26,8 +26,8 @@ _SAMPLING = {name: name for name in ("temperature", "top_k", "top_p", "min_p")} 
 }
 """Options of `llmpi batch` by the field of `Sampling` that they decide."""
 _RENAMED = {
-    "lease": ("lease_s",), "commit_interval": ("commit_interval_s",), "lora": ("loras",),
-    "metrics_interval": ("metrics_interval_s",), "engine_lease": ("engine_lease_s",),
+    "lease": ("lease_s",), "rank0_lease": ("rank0_lease_s",), "commit_interval": ("commit_interval_s",),
+    "lora": ("loras",), "metrics_interval": ("metrics_interval_s",), "engine_lease": ("engine_lease_s",),
     "request_timeout": ("request_timeout_s",),
     "cache_type": ("cache_type_k", "cache_type_v"),
 }  # fmt: skip

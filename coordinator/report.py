@@ -169,6 +169,8 @@ def print_report(data: dict[str, Any], stream: IO[str], run_dir: Path, *, show: 
         # No caption: that would be cut to the width of the table.
         note = "busy: time with a slot in use · starved: free slots, of the slot time in which work waited to start"
         console.print(Text(f"{'in, out: stolen · ' if narrow else ''}{note}", style="dim italic"))
+        if who := collectives_sentence(last.get("collectives", "")):
+            console.print(f"\n{who}", soft_wrap=True)
         _print_speculation(console, ranks)
         _print_copies(console, last)
     if lost := last.get("workers_lost"):
@@ -235,6 +237,13 @@ def energy_sentence(used: dict[str, Any]) -> str:
     each = used["joules_per_output_token"]
     a_token = "no output tokens" if each is None else f"{each:.3g} J an output token ({used['output_tokens']:,} tokens)"
     return f"energy: {used['joules']:,.0f} J on {gpus} · {a_token} · from {used['from']}"
+
+
+def collectives_sentence(took_part: str) -> str:
+    """Who was asked for the metrics at the end, if not all ranks; '' if all."""
+    if " of " in took_part:
+        return f"metrics: {took_part} took part in the collectives; what the others did is from the record"
+    return f"collectives: {took_part}" if took_part.startswith("none") else ""
 
 
 def _print_answers(console: Console, run_dir: Path, count: int) -> None:

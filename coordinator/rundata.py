@@ -7,7 +7,8 @@ What the ranks gathered must add up to what the record says.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,13 @@ from storage.recovery import rows as record_rows
 from storage.rundir import METRICS_NAME, SEGMENTS_NAME, RunDir, read_run
 from storage.segments import latest, read_segments
 from storage.summary import Sums, check_reduced, check_sums, summarise, sums_of
-from workers.metrics import HISTOGRAMS
+from workers.metrics import HISTOGRAMS, fitted
 
 Rows = npt.NDArray[Any]
 
 TEXT_MAX = 8_192
 """Characters of an attribute's text: HDF5 keeps 64 KiB in one."""
+PLACE = ("host", "device")
 NO_COLLECTIVES = "none for the last session: made from the record and the segments"
 
 
@@ -41,6 +43,10 @@ class OwnRows:
     def __init__(self, coordinator: Coordinator) -> None:
         self.sums = Sums()
         self._dropped = coordinator.dropped
+
+    def begin(self) -> None:
+        """The rows come again from the first one."""
+        self.sums = Sums()
 
     def __call__(self, rows: Rows) -> None:
         if self._dropped:
@@ -76,8 +82,10 @@ def workers_lost(coordinator: Coordinator, names: Mapping[int, str]) -> str:
     return "; ".join(f"{names[view.id]}: {view.reason}" for view in gone)
 
 
-def check_gathered(run: RunDir, gathered: Gathered, own: OwnRows, coordinator: Coordinator, disk: Disk) -> None:
-    """Compare what was gathered with the record.
+def check_gathered(
+    run: RunDir, gathered: Gathered, own: OwnRows, coordinator: Coordinator, disk: Disk, lost: Collection[int] = ()
+) -> None:
+    """Compare what was gathered with what the record says of the ranks that were there to be asked. `lost`: the others.
 
     Raises:
         BugError: reduced counters, gathered rows and the record do not say the same of this session.
@@ -85,8 +93,35 @@ def check_gathered(run: RunDir, gathered: Gathered, own: OwnRows, coordinator: C
     check_reduced(gathered.reduced, gathered.rows)
     recorded = Sums()
     for rows in record_rows(run.record_path, disk, session=run.session):
-        recorded += sums_of(rows)
+        recorded += sums_of(rows[~np.isin(rows["rank"], list(lost))] if lost else rows)
     check_sums(recorded, own.sums + sums_of(_failed_here(coordinator, run.session)))
+
+
+def completed(ranks: Rows, absent: Mapping[int, tuple[str, str]], run: RunDir, disk: Disk) -> Rows:
+    """Rows of RANK with one for each worker of `absent` (to its host and device), which was not there to be asked.
+
+    What it counted is what the record has of it. Its times are those that it told last, NaN if it told none.
+    """
+    if not absent:
+        return ranks
+    sums = dict.fromkeys(absent, Sums())
+    for rows in record_rows(run.record_path, disk, session=run.session):
+        for worker in absent:
+            sums[worker] += sums_of(rows[rows["rank"] == worker])
+    unknown = sorted(absent.keys() - set(ranks["rank"].tolist()))
+    new = conformed(np.zeros(len(unknown), [("rank", "<i4")]), RANK)
+    for row, worker in zip(new, unknown, strict=True):
+        row["rank"], row["session"] = worker, run.session
+        row["host"], row["device"] = (
+            fitted(text, RANK[name]) for text, name in zip(absent[worker], PLACE, strict=True)
+        )
+    ranks = np.concatenate([ranks, new])
+    ranks = ranks[np.argsort(ranks["rank"], kind="stable")]
+    for row in ranks:
+        if (counted := sums.get(int(row["rank"]))) is not None:
+            for part in fields(Sums):
+                row[part.name] = getattr(counted, part.name)
+    return ranks
 
 
 def make_metrics(path: Path, disk: Disk | None = None) -> None:

@@ -16,7 +16,7 @@ from coordinator.collect import Collecting, collect
 from coordinator.loop import Coordinator
 from coordinator.surroundings import Sleep, sleep
 from coordinator.transport import Backoff
-from scheduling.errors import HandshakeError
+from scheduling.errors import HandshakeError, RankLostError
 from workers.worker import Worker
 
 
@@ -27,10 +27,13 @@ def serve(
 
     Raises:
         HandshakeError: rank 0 has refused this rank.
+        RankLostError: rank 0 is gone, or silent for longer than it may be. The engine has ended.
     """
-    with calm_collector():
-        _serve(worker, collectives, clock, sleep)
-    worker.close()
+    try:
+        with calm_collector():
+            _serve(worker, collectives, clock, sleep)
+    finally:
+        worker.close()
     if worker.refused is not None:
         raise HandshakeError(worker.refused)
 
@@ -41,8 +44,9 @@ def _serve(worker: Worker, collectives: Callable[[], Collecting], clock: Callabl
         busy = step(worker)
         if worker.collect_epoch is not None:
             worker.collect_epoch = None
-            worker.close()
-            collect(collectives(), [worker.metrics], clock())
+            collect(collectives(), [worker.metrics], clock(), reduced=worker.reduced)
+        if (reason := worker.why_leave()) is not None and not worker.stopped:
+            raise RankLostError(reason)
         if busy:
             backoff.reset()
         else:

@@ -20,6 +20,7 @@ from coordinator.engines import fitted_placements
 from coordinator.handshake import Handshake
 from coordinator.loop import Callbacks, Coordinator
 from coordinator.mpi import SoloCollectives
+from coordinator.rundata import NO_COLLECTIVES
 from coordinator.serve import drive, turn
 from coordinator.setup import Setup, build_worker
 from coordinator.source import Source
@@ -30,13 +31,16 @@ from scheduling import events as ev
 from scheduling import messages as m
 from scheduling.control import ControlPlane, Limits
 from scheduling.errors import RankLostError
-from scheduling.ledger import WorkerState
 from scheduling.lengths import Lengths
 from scheduling.link import Endpoint, Hub, Spoke
 from scheduling.placement import Plan, plan, plan_alone
 from workers.worker import Worker
 
+EPOCH = 1
 CLOSE_S = 10.0
+"""What ranks have to take in what they were sent, or to end their engine, before they are left behind."""
+FENCE_S = 5.0
+"""How long the death of a rank that was killed may take to be known."""
 DEAF_S = 5.0
 """A rank that has been silent for so long may not leave when it is told to. Heartbeats come every second."""
 
@@ -61,12 +65,15 @@ class Session:
         """Whether engines need not be ready for generating text. To be set before `start`."""
         self.lengths: Lengths | None = None
         """How long the requests are, if that is known before the workers start."""
+        self.beats = False
+        """Whether it is driven without a pause from `start` to `collect`, so that its silence means that it is gone."""
         self._routes: dict[int, Endpoint] = {}
         remote = list(range(1, world.size)) if world is not None else []
         self._remote = remote
         self._endpoint = Routed(self._routes, world.endpoint() if world is not None else None)
         self.hub = Hub(self._endpoint, remote)
-        self._stuck = False
+        self._pids: dict[int, int] = {}
+        self._unreachable: list[int] = []
         self.engine_end_s = m.ENGINE_END_S
         """How long engines may take to end before they are killed."""
 
@@ -88,6 +95,7 @@ class Session:
                 check()
                 self._around.sleep([], backoff.next_s(in_flight=True))
             self.hosts.update({rank: hello.host for rank, hello in handshake.hellos.items()})
+            self._pids = {rank: hello.pid for rank, hello in handshake.hellos.items()}
             self.plan = self._fit(self._place())
         except Exception as error:
             self.refuse(str(error))
@@ -131,7 +139,10 @@ class Session:
     def _welcome(self, placement: m.Placement) -> m.Welcome:
         if self.embeds_only:
             placement = msgspec.structs.replace(placement, lanes=("embed",))
-        return m.Welcome(placement=placement, run_seed=self.setup.config.seed, session=self.number)
+        return m.Welcome(
+            placement=placement, run_seed=self.setup.config.seed, session=self.number,
+            silence_max_s=self.setup.config.rank0_silence_max_s if self.beats else None,
+        )  # fmt: skip
 
     def log_path(self, worker: int) -> Path | None:
         return None if self.log_dir is None else self.log_dir / f"engine-{worker}.log"
@@ -189,46 +200,96 @@ class Session:
     # ------------------------------------------------------------ end
 
     def collect(
-        self, take: Callable[[Rows], None] = lambda rows: None, patience_s: float | None = None
+        self,
+        take: Callable[[Rows], None] = lambda rows: None,
+        begin: Callable[[], None] = lambda: None,
+        patience_s: float | None = None,
     ) -> Gathered | None:
-        """Fetch everybody's metrics by collectives; `take` is given the rows of requests, a chunk at a time.
+        """Fetch everybody's metrics by collectives. `take` is given the rows of requests, a chunk at a time, `begin` is
+        called before the first, also where they come again.
 
-        None if a rank is silent or was lost meanwhile: then only the record can be told of, and as a collective over
-        all ranks may never end any more, `leave` ends the job. `patience_s`: in each collective; None: the usual.
+        Ranks that MPI knows to be gone are left out. None if one is silent, or MPI does not let the others go on: then
+        only the record can be told of, and `leave` ends the job, because who waits for such a rank waits for ever.
+        A rank is waited for half of `patience_s` at most before, and as long in each of the collectives; None: for its
+        lease, and CLOSE_S.
         """
-        if self._silent():
-            self._stuck = True
+        self._unreachable = list(self._remote)  # until it has gone well: an error in between leaves the others in it
+        wait_s = self.setup.config.lease_s + CLOSE_S if patience_s is None else patience_s / 2
+        if missing := self._call_together(wait_s):
+            self._unreachable = missing
             return None
         for rank in self._remote:
-            self.hub.send(rank, m.Collect(1, self.engine_end_s))
+            self.hub.send(rank, m.Enter(EPOCH, bool(self.hub.lost)))
+        self.hub.flush()
+        collectives = self._collectives(wait_s)
+        hosted = [worker.metrics for worker in self.hosted]
+        try:
+            gathered = collect(collectives, hosted, self._clock(), take, begin, reduced=bool(self.hub.lost))
+        except RankLostError:
+            return None
+        self._unreachable = []
+        return gathered
+
+    def _call_together(self, wait_s: float) -> list[int]:
+        """Have all engines end and all ranks wait to enter the collectives. Returns the ranks that do not answer."""
+        coordinator = self.coordinator
+        assert coordinator is not None
+        for rank in self._remote:
+            self.hub.send(rank, m.Collect(EPOCH, self.engine_end_s))
         self.hub.flush()
         for worker in self.hosted:
             worker.close(self.engine_end_s)
-        self._stuck = bool(self._remote)  # until it has gone well: an error in between leaves the others in it
-        try:
-            gathered = collect(
-                self._collectives(patience_s), [worker.metrics for worker in self.hosted], self._clock(), take
-            )
-        except RankLostError:
-            return None
-        self._stuck = False
-        return gathered
+        silent = coordinator.silent()
 
-    def _silent(self) -> bool:
-        """Whether a rank has been lost without a word."""
-        views = [] if self.coordinator is None else self.coordinator.plane.workers()
-        return any(view.state is WorkerState.GONE and view.id in self._remote and view.silent for view in views)
+        def missing() -> list[int]:
+            return [r for r in self._remote if r not in self.hub.lost and coordinator.collecting.get(r) != EPOCH]
+
+        self._turn_until(lambda: not set(missing()) - silent, wait_s)
+        if missing() and self.world is not None:
+            here = [rank for rank in missing() if self.hosts[rank].hostname == self.hosts[0].hostname]
+            if self.world.fence([self._pids[rank] for rank in here]):
+                coordinator.note(
+                    f"rank {', '.join(map(str, here))} says nothing and was killed: the others end without"
+                )
+                self._turn_until(lambda: not missing(), min(FENCE_S, wait_s))
+        return missing()
+
+    def _turn_until(self, holds: Callable[[], bool], patience_s: float) -> None:
+        """Listen to the ranks until something holds, at most so long."""
+        assert self.coordinator is not None
+        deadline, backoff = self._clock() + patience_s, Backoff()
+        while True:
+            busy = turn(self.coordinator, self.hosted)
+            if holds() or self._clock() >= deadline:
+                return
+            if busy:
+                backoff.reset()
+            else:
+                self._around.sleep([], backoff.next_s(in_flight=True))
+
+    def absent(self, gathered: Gathered | None) -> dict[int, tuple[str, str]]:
+        """Workers on other ranks that did not take part in `collect`, and their hosts and devices."""
+        assert self.plan is not None
+        present = () if gathered is None else gathered.present
+        return {
+            rank: (self.hosts[rank].hostname, self.plan.placements[rank].note)
+            for rank in self._remote if rank not in present and rank in self.plan.placements
+        }  # fmt: skip
+
+    def took_part(self, gathered: Gathered | None) -> str:
+        """What to say of who did."""
+        if gathered is None:
+            return NO_COLLECTIVES
+        size = 1 if self.world is None else self.world.size
+        return f"{size} ranks" if len(gathered.present) == size else f"{len(gathered.present)} of {size} ranks"
 
     def let_go(self) -> None:
         """Instead of `collect`, where time is short: ranks that have said nothing lately are not waited for."""
-        views = [] if self.coordinator is None else self.coordinator.plane.workers()
-        deaf = [view for view in views if view.id in self._remote and self._clock() - view.heard > DEAF_S]
-        self._stuck = self._stuck or bool(deaf)
+        if self.coordinator is not None:
+            self._unreachable += sorted(self.coordinator.silent(DEAF_S).intersection(self._remote))
 
-    def _collectives(self, patience_s: float | None) -> Collecting:
-        if self.world is None:
-            return SoloCollectives()
-        return self.world.collectives() if patience_s is None else self.world.collectives(patience_s)
+    def _collectives(self, patience_s: float) -> Collecting:
+        return SoloCollectives() if self.world is None else self.world.collectives(patience_s)
 
     def refuse(self, reason: str) -> None:
         """Tell ranks that wait in the handshake to leave."""
@@ -246,10 +307,12 @@ class Session:
 
     def leave(self, code: int) -> int:
         """The last word, after `close`: the exit code, or the end of the job where ranks cannot be released."""
-        if self._stuck and self.world is not None:
+        if self._unreachable and self.world is not None:
             if sys.exc_info()[0] is not None:
                 traceback.print_exc()
-            print("llmpi: not all ranks can be reached any more: ending the job", file=sys.stderr)
+            names = self.names()
+            who = ", ".join(names.get(rank, f"rank {rank}") for rank in self._unreachable)
+            print(f"llmpi: no answer from {who}: ending the job", file=sys.stderr)
             self.world.abort(code)
         return code
 

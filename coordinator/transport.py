@@ -7,6 +7,7 @@ no rank spins.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 
 from scheduling.link import Endpoint
 
@@ -39,6 +40,10 @@ class _LoopbackEnd:
         """Nothing: what was posted is with the other end already."""
         return 0
 
+    def lost(self) -> tuple[int, ...]:
+        """Nobody: both ends are one process."""
+        return ()
+
 
 class Routed:
     """Several endpoints as one: `routes` says which endpoint leads to an address, `default` takes the rest."""
@@ -63,6 +68,9 @@ class Routed:
 
     def unsent_bytes(self) -> int:
         return sum(endpoint.unsent_bytes() for endpoint in self._all)
+
+    def lost(self) -> Collection[int]:
+        return () if self._default is None else self._default.lost()
 
 
 class Backoff:

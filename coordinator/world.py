@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NoReturn, Protocol
 
 from coordinator.collect import COLLECTIVE_PATIENCE_S, Collecting
@@ -13,6 +14,8 @@ class Ranks(Protocol):
 
     rank: int
     size: int
+    fault_tolerant: bool
+    """Whether the death of a rank is told to the others, which go on, instead of ending the job."""
 
     def library(self) -> str:
         """One line that names what carries the messages."""
@@ -23,5 +26,11 @@ class Ranks(Protocol):
     def collectives(self, patience_s: float = COLLECTIVE_PATIENCE_S) -> Collecting:
         """What all ranks do together, in the same order on each. A rank that takes longer is taken for lost."""
 
+    def fence(self, pids: Sequence[int]) -> bool:
+        """Kill those of these processes that are ranks on this host, where the others survive it; whether any was."""
+
     def abort(self, code: int) -> NoReturn:
         """End all ranks now."""
+
+    def die(self, code: int) -> NoReturn:
+        """End this rank because of an error of its own, and all others if they cannot go on without it."""

@@ -55,6 +55,7 @@ from scheduling.events import (
     TimeLimited,
     WorkerLost,
     WorkerReady,
+    WorkerReturned,
 )
 from scheduling.horizon import steps_of
 from scheduling.ledger import Ledger, Phase, RequestEntry, WorkerEntry, WorkerState, WorkerView, must
@@ -133,6 +134,8 @@ class ControlPlane:
                 self._engine_lost(event, now, out)
             case WorkerLost():
                 self._worker_lost(self._ledger.worker(event.worker), event.reason, out)
+            case WorkerReturned():
+                self._worker_returned(self._ledger.worker(event.worker), now)
             case RequestRejected():
                 self._rejected(event, out)
             case InputEnded():
@@ -334,6 +337,14 @@ class ControlPlane:
                 self.totals.retried += 1
         self._disown(worker, set(), reason, out)
         self._leave(worker)
+
+    def _worker_returned(self, worker: WorkerEntry, now: float) -> None:
+        if worker.state is not WorkerState.GONE:
+            raise ProtocolError(f"rank {worker.id} returns but was not lost")
+        worker.state = WorkerState.JOINING
+        worker.heard = now
+        worker.silent = False
+        self._dispatcher.worker_joined(worker)
 
     def _committed(self, count: int) -> None:
         if not 0 <= count <= self.unacknowledged:

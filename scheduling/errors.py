@@ -16,6 +16,7 @@
     ├── InfrastructureError      what the run stands on failed: exit 4
     │   ├── EngineError          an engine cannot start, died too often, or lost its GPU
     │   ├── RankLostError        a rank is gone
+    │   │   └── RankFailedError  MPI says so, and the ranks left may go on without it
     │   ├── StagingError         a model cannot be brought to a node: no room, other bytes than were sent
     │   └── RecordError          the record cannot be written: exit 3, nothing acknowledged is lost
     └── BugError                 an invariant of ours does not hold; carries the story of the object
@@ -107,6 +108,10 @@ class EngineError(InfrastructureError):
 
 class RankLostError(InfrastructureError):
     """A rank is gone and the job cannot go on without it."""
+
+
+class RankFailedError(RankLostError):
+    """MPI reports ranks that have died, or another rank has told of it. Those left may try again without them."""
 
 
 class StagingError(InfrastructureError):

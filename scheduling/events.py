@@ -93,6 +93,13 @@ class WorkerLost:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerReturned:
+    """A worker that was lost is heard again. It drops what it had; `WorkerReady` follows when it takes new work."""
+
+    worker: int
+
+
+@dataclass(frozen=True, slots=True)
 class Committed:
     """The next `count` records, in the order in which they were instructed, are durable."""
 
@@ -139,6 +146,7 @@ Event = (
     | RecallConfirmed
     | EngineLost
     | WorkerLost
+    | WorkerReturned
     | Committed
     | DrainRequested
     | TimeLimited

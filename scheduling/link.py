@@ -1,24 +1,27 @@
 """How messages travel: envelopes of many messages between endpoints, numbered per link.
 
 An `Endpoint` moves opaque bytes between addresses (MPI ranks, loopback, a simulated network): it alone differs from
-run to run. `Link` turns messages into envelopes and back for one peer: an envelope is msgpack of [number, messages],
-numbers rise by one per link and direction. So a duplicate is recognised and dropped, and a missing envelope is an
-error instead of a request that silently never arrives. `Hub` is rank 0's set of links, `Spoke` a worker's one.
-Both gather what they are given and send it on `flush`, so that everything of one turn shares an envelope.
+run to run. `Link` turns messages into envelopes and back for one peer: an envelope is msgpack of [protocol version,
+number, messages], numbers rise by one per link and direction. So a duplicate is recognised and dropped, and a missing
+envelope is an error instead of a request that silently never arrives. `Hub` is rank 0's set of links, `Spoke` a
+worker's one. Both gather what they are given and send it on `flush`, so that everything of one turn shares an
+envelope, or several where it is much.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Generic, Protocol, TypeVar
 
 import msgspec
 
 from scheduling.errors import ProtocolError
-from scheduling.messages import FromCoordinator, FromWorker
+from scheduling.messages import PROTOCOL_VERSION, FromCoordinator, FromWorker
 
 ENVELOPE_BYTES_MAX = 1 << 30
 """Largest envelope sent or accepted. Input lines are bounded well below (coordinator.source)."""
+ENVELOPE_BYTES_AIM = 64 << 20
+"""Envelopes of several messages that would be larger are divided."""
 
 S = TypeVar("S")
 R = TypeVar("R")
@@ -36,13 +39,19 @@ class Endpoint(Protocol):
     def unsent_bytes(self) -> int:
         """What was posted and has not left yet."""
 
+    def lost(self) -> Collection[int]:
+        """Addresses that are known to be gone for good: whatever they sent and has arrived came before this was said.
+        Most carriers never know."""
+
 
 class _FromWorkerEnvelope(msgspec.Struct, array_like=True, frozen=True):
+    protocol: int
     number: int
     messages: list[FromWorker]
 
 
 class _FromCoordinatorEnvelope(msgspec.Struct, array_like=True, frozen=True):
+    protocol: int
     number: int
     messages: list[FromCoordinator]
 
@@ -64,14 +73,33 @@ class Link(Generic[S, R]):
         self._sent = 0
         self._received = 0
 
-    def seal(self) -> bytes:
-        """All messages of the outbox as one envelope's bytes; the outbox is empty afterwards."""
-        self._sent += 1
-        payload = _encode((self._sent, self.outbox))
-        self.outbox = []
+    def seal(self) -> list[bytes]:
+        """All messages of the outbox as envelopes' bytes, one or a few; the outbox is empty afterwards.
+
+        Raises:
+            ProtocolError: a message alone is over the limit. Nothing of this outbox is to be sent.
+        """
+        messages, self.outbox = self.outbox, []
+        before = self._sent
+        try:
+            return list(self._sealed(messages))
+        except ProtocolError:
+            self._sent = before
+            raise
+
+    def _sealed(self, messages: list[S]) -> Iterator[bytes]:
+        payload = _encode((PROTOCOL_VERSION, self._sent + 1, messages))
+        if len(payload) > ENVELOPE_BYTES_AIM and len(messages) > 1:
+            half = len(messages) // 2
+            yield from self._sealed(messages[:half])
+            yield from self._sealed(messages[half:])
+            return
         if len(payload) > ENVELOPE_BYTES_MAX:
-            raise ProtocolError(f"an envelope of {len(payload)} bytes for rank {self.address} is over the limit")
-        return payload
+            raise ProtocolError(
+                f"an envelope of {len(payload)} bytes for rank {self.address} is over the limit of {ENVELOPE_BYTES_MAX}"
+            )
+        self._sent += 1
+        yield payload
 
     def open(self, payload: bytes | bytearray) -> list[R]:
         """The messages of an envelope; none if it has been here before.
@@ -82,7 +110,9 @@ class Link(Generic[S, R]):
         try:
             envelope = self._decoder.decode(payload)
         except msgspec.MsgspecError as error:
+            self._refuse_version(_protocol_of(payload))
             raise ProtocolError(f"rank {self.address} sent {len(payload)} bytes that are no message: {error}") from None
+        self._refuse_version(envelope.protocol)
         if envelope.number <= self._received:
             return []
         if envelope.number != self._received + 1:
@@ -92,6 +122,22 @@ class Link(Generic[S, R]):
         self._received = envelope.number
         messages: list[R] = envelope.messages
         return messages
+
+    def _refuse_version(self, protocol: int | None) -> None:
+        if protocol is not None and protocol != PROTOCOL_VERSION:
+            raise ProtocolError(
+                f"rank {self.address} speaks protocol {protocol}, this rank speaks {PROTOCOL_VERSION}: start all ranks "
+                "with the same installation"
+            )
+
+
+def _protocol_of(payload: bytes | bytearray) -> int | None:
+    """What leads an envelope that cannot be read otherwise; None if nothing can."""
+    try:
+        first = msgspec.msgpack.decode(payload, type=list[msgspec.Raw])[:1]
+        return msgspec.msgpack.decode(first[0], type=int) if first else None
+    except msgspec.MsgspecError:
+        return None
 
 
 class Hub:
@@ -103,6 +149,8 @@ class Hub:
             worker: Link(worker, _decode_from_worker) for worker in workers
         }
         self._waiting: dict[int, None] = {}
+        self.lost: set[int] = set()
+        """Workers that are gone for good, as far as `take_lost` has told. Nothing is sent to them."""
 
     @property
     def workers(self) -> list[int]:
@@ -113,17 +161,27 @@ class Hub:
         self._links[worker] = Link(worker, _decode_from_worker)
 
     def send(self, worker: int, message: FromCoordinator) -> None:
-        self._links[worker].outbox.append(message)
-        self._waiting[worker] = None
+        if worker not in self.lost:
+            self._links[worker].outbox.append(message)
+            self._waiting[worker] = None
 
     def broadcast(self, message: FromCoordinator) -> None:
         for worker in self._links:
             self.send(worker, message)
 
     def flush(self) -> None:
-        for worker in self._waiting:
-            self.endpoint.post(worker, self._links[worker].seal())
-        self._waiting.clear()
+        waiting, self._waiting = self._waiting, {}
+        for worker in waiting:
+            if worker not in self.lost:
+                for payload in self._links[worker].seal():
+                    self.endpoint.post(worker, payload)
+
+    def take_lost(self) -> list[int]:
+        """Workers that the endpoint has found gone since the last call. To be asked after `poll`: what they said before
+        that has been taken then."""
+        fresh = [worker for worker in self.endpoint.lost() if worker in self._links and worker not in self.lost]
+        self.lost.update(fresh)
+        return fresh
 
     def poll(self) -> list[tuple[int, FromWorker]]:
         """Everything that has arrived, as (worker, message), in the order of each worker."""
@@ -150,8 +208,14 @@ class Spoke:
         """Send what has been gathered. True if there was anything."""
         if not self._link.outbox:
             return False
-        self.endpoint.post(self._link.address, self._link.seal())
+        for payload in self._link.seal():
+            self.endpoint.post(self._link.address, payload)
         return True
+
+    @property
+    def rank0_lost(self) -> bool:
+        """Whether rank 0 is known to be gone for good."""
+        return self._link.address in self.endpoint.lost()
 
     def poll(self) -> list[FromCoordinator]:
         return [

@@ -1,10 +1,10 @@
 """Everything that ranks say to each other: one frozen struct per message, msgpack bytes, never pickle.
 
 Messages travel in envelopes of many (see `coordinator.transport`). A worker opens with `Hello`; rank 0 answers
-`Welcome` or `Refuse`. Then rank 0 sends `Assign`, `Recall`, `Cancel`, `Exhausted`, `Collect`, `Stop`; a worker
-sends `Ready` once its engine is loaded, `Report` for progress and ends of requests, `Recalled` for each `Recall`,
-`EngineDown` when its engine died, `Crashed` when it cannot go on, `Counters` once an interval, `Heartbeat` when it
-has had nothing to say.
+`Welcome` or `Refuse`. Then rank 0 sends `Assign`, `Recall`, `Cancel`, `Exhausted`, `Rejoin`, `Collect`, `Enter`,
+`Stop`; a worker sends `Ready` once its engine is loaded, `Report` for progress and ends of requests, `Recalled` for
+each `Recall`, `EngineDown` when its engine died, `Crashed` when it cannot go on, `Counters` once an interval,
+`Collecting` for each `Collect`. Both send `Heartbeat` when they have had nothing to say.
 
 What rank 0 sends as `Assign` a worker handles in `on_assign`, and so for every pair.
 """
@@ -15,8 +15,8 @@ import msgspec
 
 from scheduling.fitting import Fit
 
-PROTOCOL_VERSION = 4
-"""Raised with every change to a message of this module. Compared in the handshake."""
+PROTOCOL_VERSION = 5
+"""Raised with every change to a message of this module. It leads every envelope."""
 
 ENGINE_END_S = 5.0
 """How long an engine may take to end, where nothing presses."""
@@ -88,6 +88,8 @@ class Ready(msgspec.Struct, tag="ready", frozen=True, kw_only=True):
     model_desc: str = ""
     ctx_tokens: int = 0
     engine_pid: int | None = None
+    rejoin: int = 0
+    """The number of the last `Rejoin` that this worker has heard; 0: of none."""
 
 
 class Finished(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -165,11 +167,17 @@ class Counters(msgspec.Struct, tag="counters", frozen=True, kw_only=True):
     telemetry: bytes = b""
 
 
+class Collecting(msgspec.Struct, tag="collecting", frozen=True):
+    """The answer to `Collect`: the engine has ended, and this worker waits to enter the collectives of this epoch."""
+
+    epoch: int
+
+
 class Heartbeat(msgspec.Struct, tag="heartbeat", frozen=True):
     """Nothing to report, still here."""
 
 
-FromWorker = Hello | Ready | Report | Recalled | EngineDown | Crashed | Counters | Heartbeat
+FromWorker = Hello | Ready | Report | Recalled | EngineDown | Crashed | Counters | Collecting | Heartbeat
 
 
 # ---------------------------------------------------------------- rank 0 -> worker
@@ -198,6 +206,9 @@ class Welcome(msgspec.Struct, tag="welcome", frozen=True, kw_only=True):
     run_seed: int
     session: int
     """How many times this run directory has been started before."""
+    silence_max_s: float | None = None
+    """A worker that hears nothing from rank 0 for longer ends its engine and leaves; None: it waits, because rank 0
+    sends no heartbeats while a program of the user's does something else."""
 
 
 class Refuse(msgspec.Struct, tag="refuse", frozen=True):
@@ -245,11 +256,26 @@ class Exhausted(msgspec.Struct, tag="exhausted", frozen=True):
     empty: bool
 
 
+class Rejoin(msgspec.Struct, tag="rejoin", frozen=True):
+    """This worker was silent for its lease and its work went elsewhere. It drops all of it and says `Ready` with this
+    number."""
+
+    number: int
+
+
 class Collect(msgspec.Struct, tag="collect", frozen=True):
-    """Enter the metrics collectives of this epoch. The engine may take `engine_s` to end before it is killed."""
+    """End the engine, which may take `engine_s` before it is killed, and answer `Collecting`: so that nobody enters the
+    collectives of this epoch before all can."""
 
     epoch: int
     engine_s: float = ENGINE_END_S
+
+
+class Enter(msgspec.Struct, tag="enter", frozen=True):
+    """Enter the collectives of this epoch. `reduced`: some ranks are gone; the first step is to leave them out."""
+
+    epoch: int
+    reduced: bool = False
 
 
 class Stop(msgspec.Struct, tag="stop", frozen=True):
@@ -259,4 +285,4 @@ class Stop(msgspec.Struct, tag="stop", frozen=True):
     engine_s: float = ENGINE_END_S
 
 
-FromCoordinator = Welcome | Refuse | Assign | Recall | Cancel | Exhausted | Collect | Stop
+FromCoordinator = Welcome | Refuse | Assign | Recall | Cancel | Exhausted | Rejoin | Collect | Enter | Stop | Heartbeat

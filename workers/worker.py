@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from scheduling import messages as m
@@ -57,7 +58,7 @@ class WorkerOptions:
 
 
 class Worker:
-    """See the module's text. `stopped` and `collect_epoch` tell the caller what rank 0 has asked for."""
+    """See the module's text. `stopped`, `collect_epoch` and `reduced` tell the caller what rank 0 has asked for."""
 
     def __init__(self, spoke: Spoke, options: WorkerOptions) -> None:
         self._spoke = spoke
@@ -90,6 +91,11 @@ class Worker:
             options.rank, options.model_name, self.metrics, options.clock, options.wall_clock, options.request_timeout_s
         )
         self.collect_epoch: int | None = None
+        self.reduced = False
+        self._ready: m.Ready | None = None
+        self._rejoin = 0
+        self._heard_at = self._last_said
+        self._silence_max_s: float | None = None
         self._engine_end_s = m.ENGINE_END_S
         self.stopped = False
         self.crashed = False
@@ -101,7 +107,7 @@ class Worker:
     def step(self) -> bool:
         """One turn. True if anything happened: then do not sleep before the next."""
         now = self._clock()
-        heard = self._spoke.poll()
+        heard = self._listen(now)
         for message in heard:
             self._handle(message)
         said = self._engine.poll() if self._engine is not None else []
@@ -109,9 +115,10 @@ class Worker:
             self._hear(frame)
         self._stop_overdue(now)
         self._look_after_engine(now, heard=bool(said))
+        self._begin_anew()
         self.metrics.pass_time(len(self._held), self._work_exists, now)
         self._take_telemetry(now)
-        if self._started or self._finished or self._deltas or self._made_tokens:
+        if self._has_progress:
             self._tell_progress()
         elif now - self._last_said > HEARTBEAT_S:
             self._spoke.send(m.Heartbeat())
@@ -120,6 +127,10 @@ class Worker:
         if self._spoke.flush():
             self._last_said = now
         return bool(heard or said)
+
+    @property
+    def _has_progress(self) -> bool:
+        return bool(self._started or self._finished or self._deltas or self._made_tokens)
 
     def _tell_progress(self) -> None:
         """Put all that has gathered into the envelope."""
@@ -161,15 +172,36 @@ class Worker:
 
     def listen(self) -> bool:
         """A turn after a crash: only what ends this worker, or asks for its metrics, still counts."""
-        heard = self._spoke.poll()
+        now = self._clock()
+        heard = self._listen(now)
         for message in heard:
-            if isinstance(message, m.Collect | m.Stop | m.Refuse):
+            if isinstance(message, m.Collect | m.Enter | m.Stop | m.Refuse):
                 self._handle(message)
+        if now - self._last_said > HEARTBEAT_S:
+            self._spoke.send(m.Heartbeat())
+        if self._spoke.flush():
+            self._last_said = now
         return bool(heard)
+
+    def _listen(self, now: float) -> list[m.FromCoordinator]:
+        heard = self._spoke.poll()
+        if heard:
+            self._heard_at = now
+        return heard
+
+    def why_leave(self) -> str | None:
+        """Why this worker should leave although rank 0 has not said so: that it is gone. To be asked after a turn."""
+        if self._spoke.rank0_lost:
+            return "rank 0 has died"
+        silent_s = self._clock() - self._heard_at
+        if self._silence_max_s is not None and silent_s > self._silence_max_s:
+            return f"nothing was heard of rank 0 for {silent_s:.0f} s"
+        return None
 
     def close(self, engine_s: float | None = None) -> None:
         """End the engine within that time, or rank 0's, keeping what it last said of its work."""
         self._close_engine(self._engine_end_s if engine_s is None else engine_s)
+        self._restart_at = None
 
     # ------------------------------------------------------------ what rank 0 says
 
@@ -189,9 +221,16 @@ class Worker:
             case m.Refuse():
                 self.refused = message.reason
                 self.stopped = True
+            case m.Rejoin():
+                self.on_rejoin(message)
             case m.Collect():
                 self._engine_end_s = message.engine_s
-                self.collect_epoch = message.epoch
+                self.on_collect(message)
+            case m.Enter():
+                self.collect_epoch, self.reduced = message.epoch, message.reduced
+                self._silence_max_s = None  # what follows takes as long as the record is large; there is no engine left
+            case m.Heartbeat():
+                pass
             case m.Stop():
                 self._engine_end_s = message.engine_s
                 self.stopped = True
@@ -200,7 +239,8 @@ class Worker:
         self._placement = message.placement
         self._run_seed = message.run_seed
         # All ranks count from here: a welcome reaches them at about the same time, however long each took to start.
-        self._endings.born = self._clock()
+        self._endings.born = self._heard_at = self._clock()
+        self._silence_max_s = message.silence_max_s
         self.metrics.session = message.session
         self.metrics.device = message.placement.note
         if self._options.health_factory is not None:
@@ -234,6 +274,29 @@ class Worker:
         if self._engine is not None:
             self._engine.cancel([index for index in message.indexes if index in self._held])
 
+    def on_rejoin(self, message: m.Rejoin) -> None:
+        self._rejoin = message.number
+        self._generation += 1  # what is on its way belongs to the past
+        if self._engine is not None:
+            self._engine.cancel(list(self._held))
+
+    def _begin_anew(self) -> None:
+        """Say `Ready` again once nothing of the past is left."""
+        ready = self._ready
+        if ready is None or ready.rejoin == self._rejoin or self._held or not self._loaded:
+            return
+        if self._has_progress:
+            self._tell_progress()  # of the past, so it goes first
+        self._say_ready(msgspec.structs.replace(ready, generation=self._generation, rejoin=self._rejoin))
+
+    def _say_ready(self, ready: m.Ready) -> None:
+        self._ready = ready
+        self._spoke.send(ready)
+
+    def on_collect(self, message: m.Collect) -> None:
+        self.close()
+        self._spoke.send(m.Collecting(message.epoch))
+
     # ------------------------------------------------------------ what the engine says
 
     def _hear(self, frame: FromEngine) -> None:
@@ -261,11 +324,11 @@ class Worker:
         if self._options.telemetry_factory is not None:
             self._sample = self._options.telemetry_factory(self._placement, pid)
             self._sample_at = now
-        self._spoke.send(
+        self._say_ready(
             m.Ready(
                 slots=loaded.slots, generation=self._generation, load_s=loaded.load_s, backend=loaded.backend,
                 model_desc=loaded.model_desc,
-                engine_pid=pid,
+                engine_pid=pid, rejoin=self._rejoin,
             )
         )  # fmt: skip
 

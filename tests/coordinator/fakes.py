@@ -17,7 +17,7 @@ import numpy.typing as npt
 from coordinator.collect import Blocks
 from coordinator.source import Arrival
 from scheduling import messages as m
-from scheduling.errors import RequestError
+from scheduling.errors import RankLostError, RequestError
 from scheduling.recordline import encode_failure
 from scheduling.requests import estimate_tokens, text_line
 from workers.protocol import Answer, Choice, EngineLoaded, Frame, FromEngine, Job
@@ -47,6 +47,7 @@ class FakeEndpoint:
     def __init__(self) -> None:
         self.posted: list[tuple[int, bytes]] = []
         self.inbox: list[tuple[int, bytes]] = []
+        self.gone: set[int] = set()
 
     def post(self, address: int, payload: bytes) -> None:
         self.posted.append((address, payload))
@@ -57,6 +58,9 @@ class FakeEndpoint:
 
     def unsent_bytes(self) -> int:
         return 0
+
+    def lost(self) -> set[int]:
+        return self.gone
 
     def take(self) -> list[tuple[int, bytes]]:
         posted, self.posted = self.posted, []
@@ -96,20 +100,22 @@ class Said:
     def __init__(self, endpoint: FakeEndpoint, address: int, kind: Any) -> None:
         self._endpoint = endpoint
         self._address = address
-        self._decode = msgspec.msgpack.Decoder(tuple[int, list[kind]]).decode
+        self._decode = msgspec.msgpack.Decoder(tuple[int, int, list[kind]]).decode
         self._sent = 0
         self._read: list[Any] = []
 
     def say(self, *messages: Any) -> None:
         """One envelope to whoever is under test."""
         self._sent += 1
-        self._endpoint.inbox.append((self._address, msgspec.msgpack.encode((self._sent, list(messages)))))
+        self._endpoint.inbox.append(
+            (self._address, msgspec.msgpack.encode((m.PROTOCOL_VERSION, self._sent, list(messages))))
+        )
 
     def take(self) -> list[Any]:
         """All messages that were sent to us since the last call."""
         mine = [payload for address, payload in self._endpoint.posted if address == self._address]
         self._endpoint.posted = [entry for entry in self._endpoint.posted if entry[0] != self._address]
-        return [message for payload in mine for message in self._decode(payload)[1]]
+        return [message for payload in mine for message in self._decode(payload)[2]]
 
     def take_one(self, kind: type[M]) -> M:
         [message] = self.take()
@@ -316,6 +322,7 @@ class FakeCollectives:
     def __init__(self, others: list[list[Rows]], rank: int = 0, chunk_rows: int = 2) -> None:
         self.rank = rank
         self.size = len(others) + 1
+        self.ranks: tuple[int, ...] = tuple(range(self.size))
         self.calls: list[str] = []
         self._others = [deque(arrays) for arrays in others]
         self._chunk_rows = chunk_rows
@@ -338,15 +345,29 @@ class FakeCollectives:
         for start in range(0, len(together), self._chunk_rows):
             take(together[start : start + self._chunk_rows])
 
+    def agree(self, well: bool) -> bool:
+        return well
+
+    def shrink(self) -> None:
+        raise RankLostError("a rank is gone")
+
 
 class Contribution:
     """The collectives of one rank that only notes what it contributes: the `others` of `FakeCollectives`."""
 
     rank = 1
     size = 2
+    ranks = (0, 1)
 
     def __init__(self) -> None:
         self.given: list[Rows] = []
+        self.shrunk = 0
+
+    def agree(self, well: bool) -> bool:
+        return well
+
+    def shrink(self) -> None:
+        self.shrunk += 1
 
     def sum(self, values: Rows) -> Rows:
         self.given.append(values)

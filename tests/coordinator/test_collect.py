@@ -9,7 +9,7 @@ import pytest
 
 from coordinator.collect import collect
 from coordinator.mpi import SoloCollectives
-from scheduling.errors import BugError
+from scheduling.errors import BugError, RankFailedError, RankLostError
 from scheduling.tables import RANK, REQUEST, TELEMETRY
 from storage.summary import Sums, check_reduced, summarise
 from tests.coordinator.fakes import Contribution, FakeCollectives
@@ -47,7 +47,7 @@ def test_counters_histograms_and_rows_of_all_ranks_come_together() -> None:
     came: list[Any] = []
     gathered = collect(FakeCollectives(others), [], 10.0, came.append)
     assert gathered.reduced.sums == Sums(5, 1, 25, 10, 12)
-    assert gathered.ranks_in == 3
+    assert gathered.present == (0, 1, 2)
     assert sorted(np.concatenate(came)["index"]) == [100, 101, 200, 201, 202]
     assert sorted(np.concatenate(gathered.ranks)["rank"]) == [1, 2]
     assert sorted(np.concatenate(gathered.telemetry)["rank"]) == [1, 2]
@@ -110,7 +110,7 @@ def test_alone_collectives_give_back_what_they_are_given() -> None:
     gathered = collect(SoloCollectives(), [metrics_of(1, [1.0, 2.0])], 10.0)
     assert gathered.reduced.sums == Sums(2, 0, 10, 4, 6)
     assert (gathered.reduced.shortest_s, gathered.reduced.longest_s) == (1.0, 2.0)
-    assert gathered.ranks_in == 1
+    assert gathered.present == (0,)
     [ranks] = gathered.ranks
     assert ranks["wall_s"].tolist() == [10.0]
 
@@ -122,3 +122,68 @@ def test_solo_rows_come_in_chunks(count: int, monkeypatch: pytest.MonkeyPatch) -
     SoloCollectives().gather_rows(np.arange(count), taken.append)
     assert [value for chunk in taken for value in chunk] == list(range(count))
     assert all(len(chunk) <= 2 for chunk in taken)
+
+
+class Dying(FakeCollectives):
+    """Two others, of which one dies in the middle of a gather, in each of the first `deaths` attempts."""
+
+    def __init__(self, others: list[list[Any]], deaths: int) -> None:
+        super().__init__(others + others)
+        self.deaths = deaths
+        self._whole = others
+
+    def gather_rows(self, rows: Any, take: Any) -> None:
+        if self.deaths:
+            self.deaths -= 1
+            take(np.zeros(3, REQUEST))  # what came until then
+            raise RankFailedError("a collective failed: process failure")
+        super().gather_rows(rows, take)
+
+    def shrink(self) -> None:
+        self.calls.append("shrink")
+        FakeCollectives.__init__(self, self._whole)
+        self.calls.append("shrunk")
+
+
+def test_when_a_rank_dies_meanwhile_the_others_begin_again_and_count_nothing_twice() -> None:
+    came: list[Any] = []
+    collectives = Dying(contributions([metrics_of(1, [1.0, 2.0])]), deaths=1)
+    gathered = collect(collectives, [], 10.0, came.append, came.clear)
+    assert gathered.present == (0, 1)
+    assert sum(map(len, came)) == gathered.rows.sums.requests == gathered.reduced.sums.requests == 2
+    check_reduced(gathered.reduced, gathered.rows)
+
+
+def test_ranks_that_are_known_to_be_gone_are_left_out_before_anything_is_gathered() -> None:
+    collectives = Dying(contributions([metrics_of(1, [1.0])]), deaths=0)
+    collect(collectives, [], 10.0, reduced=True)
+    assert collectives.calls[:2] == ["shrunk", "sum"]
+
+
+def test_when_another_rank_did_not_get_through_nobody_takes_what_it_has() -> None:
+    class Apart(Dying):
+        def agree(self, well: bool) -> bool:
+            assert well
+            return "shrunk" in self.calls
+
+    came: list[Any] = []
+    gathered = collect(Apart(contributions([metrics_of(1, [1.0])]), deaths=0), [], 10.0, came.append, came.clear)
+    assert gathered.present == (0, 1)
+    assert sum(map(len, came)) == 1
+
+
+def test_ranks_that_die_again_and_again_end_it() -> None:
+    with pytest.raises(RankLostError, match="in each of 5 attempts"):
+        collect(Dying(contributions([metrics_of(1, [1.0])]), deaths=9), [], 10.0)
+
+
+def test_a_rank_that_says_nothing_is_not_waited_for_again() -> None:
+    class Silent(FakeCollectives):
+        def sum(self, values: Any) -> Any:
+            raise RankLostError("a collective did not end within 70 s")
+
+        def agree(self, well: bool) -> bool:
+            raise AssertionError("this would wait for it once more")
+
+    with pytest.raises(RankLostError, match="70 s"):
+        collect(Silent([]), [], 10.0)

@@ -143,3 +143,18 @@ def test_grammars_and_schemas_can_be_a_runs_defaults() -> None:
 def test_sampling_out_of_range_is_refused_by_its_flag(values: dict[str, object], word: str) -> None:
     with pytest.raises(ConfigError, match=word):
         checked_sampling(**values)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected_s"), [({}, 600.0), ({"lease_s": 120.0}, 1200.0), ({"rank0_lease_s": 5.0}, 5.0)]
+)
+def test_rank_0_may_be_silent_for_ten_leases_and_at_least_ten_minutes(
+    options: dict[str, float], expected_s: float
+) -> None:
+    assert JobConfig(model="m", **options).rank0_silence_max_s == expected_s  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seconds", [0.0, 4.9, -1.0, float("nan")])
+def test_rank_0_must_have_time_to_say_that_it_is_there(seconds: float) -> None:
+    with pytest.raises(ConfigError, match="--rank0-lease"):
+        JobConfig(model="m", rank0_lease_s=seconds)

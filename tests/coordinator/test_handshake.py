@@ -15,7 +15,7 @@ from tests.coordinator.fakes import FakeClock, FakeEndpoint, Said, fake_rank, he
 
 class Table:
     def __init__(self, workers: int = 2) -> None:
-        endpoint = FakeEndpoint()
+        self.endpoint = endpoint = FakeEndpoint()
         self.clock = FakeClock()
         self.ranks: list[Said] = [fake_rank(endpoint, rank) for rank in range(1, workers + 1)]
         hub = Hub(endpoint, list(range(1, workers + 1)))
@@ -36,6 +36,15 @@ def test_it_is_over_when_all_have_said_hello() -> None:
 
 def test_alone_it_is_over_at_once() -> None:
     assert Table(workers=0).handshake.step()
+
+
+def test_a_rank_that_has_died_is_not_waited_for() -> None:
+    table = Table()
+    table.ranks[0].say(hello())
+    assert not table.handshake.step()
+    table.endpoint.gone.add(2)
+    with pytest.raises(RankLostError, match="rank 2 died before the job had begun"):
+        table.handshake.step()
 
 
 def test_heartbeats_of_ranks_that_wait_are_no_mistake() -> None:

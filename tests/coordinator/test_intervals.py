@@ -125,8 +125,29 @@ def test_at_the_end_what_was_gathered_counts_and_the_last_samples_are_added(stag
     ranks["requests"] = [7, 8]
     itl = LogHistogram()
     itl.add_sparse([0], [15])
-    stage.intervals.finish(Gathered(Summary(), itl, 3, ranks=[ranks], telemetry=[telemetry]))
+    stage.intervals.finish(Gathered(Summary(), itl, range(3), ranks=[ranks], telemetry=[telemetry]))
     assert stage.written() == ([7, 8], 15, 5)
+
+
+def test_what_those_told_last_that_were_not_asked_is_added(stage: Stage) -> None:
+    stage.tell(1, 30)
+    stage.tell(2, 4)
+    ranks = np.zeros(1, RANK)
+    ranks["rank"], ranks["requests"] = 1, 31
+    itl = LogHistogram()
+    itl.add_sparse([0], [100])
+    seen: list[Any] = []
+
+    def complete(rows: Any) -> Any:
+        seen.extend(rows["rank"].tolist())
+        rows["requests"][rows["rank"] == 2] += 1
+        return rows
+
+    stage.intervals.finish(Gathered(Summary(), itl, (0, 1), ranks=[ranks]), complete)
+    assert sorted(seen) == [1, 2]
+    requests, gaps, _ = stage.written()
+    assert sorted(requests) == [5, 31]
+    assert gaps == 104
 
 
 def test_without_a_gather_the_last_interval_stands(stage: Stage) -> None:

@@ -13,6 +13,7 @@ from scheduling import events as ev
 from scheduling import messages as m
 from scheduling.control import ControlPlane, Limits
 from scheduling.errors import EngineError, ProtocolError, RequestError, UserError
+from scheduling.ledger import WorkerState
 from scheduling.link import Hub
 from tests.coordinator.fakes import FakeClock, FakeEndpoint, FakeRecord, FakeSource, Said, fake_rank, finished
 
@@ -34,7 +35,7 @@ class Stage:
         self.source = FakeSource(prompts)
         self.results: list[bytes] = []
         self.notes: list[str] = []
-        endpoint = FakeEndpoint()
+        self.endpoint = endpoint = FakeEndpoint()
         ids = list(range(1, workers + 1))
         self.workers: dict[int, Said] = {rank: fake_rank(endpoint, rank) for rank in ids}
         self.hub = Hub(endpoint, ids)
@@ -312,6 +313,79 @@ def test_silent_worker_is_lost_after_its_lease() -> None:
         stage.clock.pass_(0.5)
         again += assigned(stage.hear(2, m.Heartbeat()))
     assert again == [0]
+
+
+def silent_stage() -> Stage:
+    """Rank 1 was given request 0 and is silent for its lease; rank 2 has it now."""
+    stage = Stage(["one"], workers=2)
+    assert assigned(stage.ready(1)) == [0]
+    stage.ready(2)
+    for _ in range(140):
+        stage.clock.pass_(0.5)
+        stage.hear(2, m.Heartbeat())
+    assert stage.coordinator.silent() == {1}
+    assert stage.notes == ["rank 1 on node1: rank 1 has been silent for 60 s; its work goes to the others"]
+    stage.workers[1].take()
+    return stage
+
+
+def test_a_worker_that_is_heard_again_begins_anew_and_takes_work() -> None:
+    stage = silent_stage()
+    said = stage.hear(1, m.Report(started=[(0, 1)], finished=[finished(0)]))
+    assert said == [m.Rejoin(1)]
+    assert stage.coordinator.silent() == set()
+    assert stage.record.take() == [], "it answers for an attempt that is over"
+    assert stage.hear(1, m.Heartbeat()) == []
+    stage.hear(1, ready_again(rejoin=0))  # said before it heard of it
+    assert stage.coordinator.plane.workers()[0].state is WorkerState.JOINING
+    stage.hear(1, ready_again(rejoin=1, generation=2))
+    assert "takes work again" in stage.notes[-1]
+    stage.hear(2, m.Crashed(reason="x"))
+    assert assigned(stage.step(1)) == [0]
+    assert stage.hear(1, m.Heartbeat()) == []
+
+
+def test_a_worker_that_returns_and_is_silent_again_is_lost_again() -> None:
+    stage = silent_stage()
+    stage.hear(1, m.Heartbeat())
+    for _ in range(140):
+        stage.clock.pass_(0.5)
+        stage.hear(2, m.Heartbeat())
+    assert stage.coordinator.plane.workers()[0].state is WorkerState.GONE
+    assert m.Rejoin(2) in stage.hear(1, m.Heartbeat())
+
+
+def ready_again(rejoin: int, generation: int = 1) -> m.Ready:
+    return m.Ready(slots=2, generation=generation, load_s=0.1, backend="FAKE", rejoin=rejoin)
+
+
+def test_a_worker_whose_process_is_known_to_be_dead_is_lost_after_what_it_has_said() -> None:
+    stage = Stage(["one", "two"], workers=2)
+    assert assigned(stage.ready(1)) == [0, 1]
+    stage.ready(2)
+    stage.endpoint.gone.add(1)
+    stage.workers[1].say(m.Report(finished=[finished(0)]))
+    assert assigned(stage.step(2)) == [1]
+    stage.workers[1].assert_empty()
+    assert stage.record.take() == [finished(0).line]
+    assert stage.notes == ["rank 1 on node1: its process has died; its work goes to the others"]
+    stage.clock.pass_(5.0)
+    assert stage.step(1) == [], "nothing is sent to the dead"
+    assert stage.coordinator.silent() == set()
+    assert len(stage.notes) == 1
+
+
+def test_rank_0_says_to_all_that_it_is_here() -> None:
+    stage = Stage(["one"], workers=2)
+    stage.ready(1)
+    stage.ready(2)
+    heard = {1: 0, 2: 0}
+    for _ in range(40):
+        stage.clock.pass_(0.25)
+        stage.coordinator.step()
+        for rank, said in stage.workers.items():
+            heard[rank] += said.take().count(m.Heartbeat())
+    assert heard == {1: 5, 2: 5}
 
 
 def test_when_rank_0_itself_has_slept_nobody_is_taken_for_silent() -> None:

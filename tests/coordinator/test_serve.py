@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import msgspec
 import pytest
 
 from coordinator.collect import Collecting
@@ -15,7 +16,7 @@ from coordinator.surroundings import sleep
 from coordinator.transport import Backoff, Loopback
 from scheduling import messages as m
 from scheduling.control import ControlPlane
-from scheduling.errors import HandshakeError
+from scheduling.errors import HandshakeError, RankLostError
 from scheduling.link import Hub, Spoke
 from scheduling.requests import Sampling, text_line
 from tests.coordinator.fakes import (
@@ -62,7 +63,7 @@ class Rank:
         self.engine = FakeEngine(loaded())
         self.clock = FakeClock()
         self.entered: list[Contribution] = []
-        endpoint = FakeEndpoint()
+        self.endpoint = endpoint = FakeEndpoint()
         self.rank0 = fake_rank0(endpoint)
         fields: dict[str, Any] = {
             "rank": 1, "hello": hello(), "model_name": "m", "defaults": Sampling(),
@@ -96,11 +97,67 @@ def test_a_rank_serves_until_it_is_told_to_stop(sleeps: Sleeps) -> None:
 def test_asked_to_collect_it_enters_once_with_its_engine_closed(sleeps: Sleeps) -> None:
     rank = Rank()
     rank.rank0.say(WELCOME)
-    sleeps.meanwhile = [lambda: rank.rank0.say(m.Collect(1)), lambda: rank.rank0.say(m.Stop("done"))]
+    closed: list[int] = []
+    sleeps.meanwhile = [
+        lambda: rank.rank0.say(m.Collect(1)),
+        lambda: closed.append(rank.engine.closed),
+        lambda: rank.rank0.say(m.Enter(1)),
+        lambda: rank.rank0.say(m.Stop("done")),
+    ]
     rank.serve(sleeps)
+    assert closed == [1]
+    assert m.Collecting(1) in rank.rank0.take()
     assert len(rank.entered) == 1
     assert len(rank.entered[0].given) == 7
+    assert not rank.entered[0].shrunk
+
+
+def test_ranks_that_are_gone_are_left_out_first(sleeps: Sleeps) -> None:
+    rank = Rank()
+    rank.rank0.say(WELCOME, m.Collect(1), m.Enter(1, reduced=True))
+    sleeps.meanwhile = [lambda: rank.rank0.say(m.Stop("done"))]
+    rank.serve(sleeps)
+    assert rank.entered[0].shrunk == 1
+
+
+def test_a_rank_leaves_with_its_engine_ended_when_rank_0_has_died(sleeps: Sleeps) -> None:
+    rank = Rank()
+    rank.rank0.say(WELCOME)
+    sleeps.meanwhile = [lambda: None, lambda: rank.endpoint.gone.add(0)]
+    with pytest.raises(RankLostError, match="rank 0 has died"):
+        rank.serve(sleeps)
     assert rank.engine.closed
+
+
+def test_a_rank_leaves_when_rank_0_is_silent_for_longer_than_it_may(sleeps: Sleeps) -> None:
+    rank = Rank()
+    rank.rank0.say(msgspec.structs.replace(WELCOME, silence_max_s=600.0))
+    turns = 7
+    sleeps.meanwhile = [lambda: rank.clock.pass_(100.0)] * turns
+    with pytest.raises(RankLostError, match="nothing was heard of rank 0 for 700 s"):
+        rank.serve(sleeps)
+    assert len(sleeps.delays) == turns
+    assert rank.engine.closed
+
+
+def test_a_heartbeat_of_rank_0_is_enough_and_without_its_promise_none_is_missed(sleeps: Sleeps) -> None:
+    for silence_max_s, said in ((600.0, [m.Heartbeat()]), (None, [])):
+        rank = Rank()
+        rank.rank0.say(msgspec.structs.replace(WELCOME, silence_max_s=silence_max_s))
+
+        def pass_time(rank: Rank = rank, said: list[Any] = said) -> None:
+            rank.clock.pass_(500.0)
+            rank.rank0.say(*said)
+
+        sleeps.meanwhile = [*[pass_time] * 5, lambda rank=rank: rank.rank0.say(m.Stop("done"))]  # type: ignore[misc]
+        rank.serve(sleeps)
+
+
+def test_after_the_collectives_a_rank_without_an_engine_waits_for_as_long_as_it_takes(sleeps: Sleeps) -> None:
+    rank = Rank()
+    rank.rank0.say(msgspec.structs.replace(WELCOME, silence_max_s=600.0), m.Collect(1), m.Enter(1))
+    sleeps.meanwhile = [lambda: rank.clock.pass_(10_000.0), lambda: rank.rank0.say(m.Stop("done"))]
+    rank.serve(sleeps)
 
 
 def test_refused_rank_raises_the_reason(sleeps: Sleeps) -> None:
@@ -117,7 +174,7 @@ def test_exception_is_told_to_rank_0_and_the_rank_stays_to_be_collected_and_stop
     sleeps.meanwhile = [
         lambda: rank.rank0.say(m.Assign(1, [m.WorkItem(k, 1, text_line("x", f"{k}")) for k in range(3)])),
         lambda: rank.engine.say(Frame(finished=[answer(0), answer(1)])),
-        lambda: rank.rank0.say(m.Collect(1)),
+        lambda: rank.rank0.say(m.Collect(1), m.Enter(1)),
         lambda: rank.rank0.say(m.Stop("done")),
     ]
     rank.serve(sleeps)

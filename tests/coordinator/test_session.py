@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import pytest
 
@@ -17,7 +19,15 @@ from coordinator.surroundings import Surroundings
 from scheduling import messages as m
 from scheduling.errors import ConfigError, HandshakeError, StoppedError, UserError
 from storage.summary import Sums
-from tests.coordinator.fakes import FakeClock, FakeCollectives, FakeEndpoint, FakeSource, Said, fake_rank
+from tests.coordinator.fakes import (
+    FakeClock,
+    FakeCollectives,
+    FakeEndpoint,
+    FakeSource,
+    Said,
+    fake_rank,
+    finished,
+)
 
 HOST = m.Host(hostname="here", cpus=(0, 1, 2, 3))
 
@@ -28,12 +38,17 @@ def setup(**options: Any) -> Setup:
 
 
 class FakeWorld:
-    """A world of `size` ranks; this process is rank 0."""
+    """A world of `size` ranks; this process is rank 0. `survivors`: of collectives, where ranks are gone."""
 
     rank = 0
 
     def __init__(self, size: int) -> None:
         self.size = size
+        self.fault_tolerant = False
+        self.survivors: Survivors | None = None
+        self.patience_s = 0.0
+        self.fenced: list[int] = []
+        self.aborted: int | None = None
         self.network = FakeEndpoint()
         self.ranks: dict[int, Said] = {rank: fake_rank(self.network, rank) for rank in range(1, size)}
 
@@ -41,12 +56,69 @@ class FakeWorld:
         return self.network
 
     def collectives(self, patience_s: float = 600.0) -> FakeCollectives:
-        return FakeCollectives([])
+        self.patience_s = patience_s
+        return self.survivors or FakeCollectives([])
+
+    def fence(self, pids: Sequence[int]) -> bool:
+        if self.fault_tolerant:
+            self.fenced += pids
+            self.network.gone |= set(self.ranks)
+        return self.fault_tolerant
+
+    def abort(self, code: int) -> NoReturn:
+        self.aborted = code
+        raise SystemExit(code)
+
+
+class Survivors(FakeCollectives):
+    """Collectives of which only this rank is left once they have shrunk."""
+
+    def shrink(self) -> None:
+        self.calls.append("shrink")
+        self.ranks = (0,)
 
 
 def session_of(size: int, **options: Any) -> tuple[Session, FakeWorld]:
     world = FakeWorld(size)
     return Session(setup(**options), world, number=3), world  # type: ignore[arg-type]
+
+
+class TurningClock(FakeClock):
+    """Time passes by sleeping; at certain times something happens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._then: list[tuple[float, Callable[[], None]]] = []
+
+    def at(self, time: float, happens: Callable[[], None]) -> None:
+        self._then.append((time, happens))
+
+    def sleep(self, descriptors: Sequence[int | None], delay_s: float) -> None:
+        self.pass_(delay_s)
+        for entry in [entry for entry in self._then if entry[0] <= self.now]:
+            self._then.remove(entry)
+            entry[1]()
+
+
+def live(session: Session, clock: TurningClock, seconds: float) -> None:
+    """Rank 0 takes its turns all the while."""
+    for _ in range(round(2 * seconds)):
+        clock.pass_(0.5)
+        session.turn()
+
+
+def begun(size: int) -> tuple[Session, FakeWorld, TurningClock]:
+    """A session whose ranks have been welcomed and whose input has one request."""
+    world, clock = FakeWorld(size), TurningClock()
+    around = Surroundings(clock=clock, sleep=clock.sleep)
+    session = Session(setup(), world, number=3, around=around)  # type: ignore[arg-type]
+    for said in world.ranks.values():
+        said.say(session.setup.hello())
+    session.start()
+    session.begin(FakeSource(["x"]), MemoryRecord(), Callbacks())
+    for said in world.ranks.values():
+        said.take()
+    return session, world, clock
 
 
 def answer_all(session: Session, prompts: list[str], first_index: int = 0) -> list[dict[str, Any]]:
@@ -185,27 +257,81 @@ def test_close_stops_every_rank() -> None:
 
 
 def test_no_collective_is_entered_while_a_rank_is_silent() -> None:
-    session, world = session_of(3, lease_s=1e-9)
-    for said in world.ranks.values():
-        said.say(session.setup.hello())
-    session.start()
-    session.begin(FakeSource(["x"]), MemoryRecord(), Callbacks())
-    for _ in range(3):
-        session.turn()
+    session, world, clock = begun(3)
+    live(session, clock, 59.0)
+    world.ranks[1].say(m.Heartbeat(), m.Collecting(1))
+    live(session, clock, 2.0)
     assert session.collect() is None
-    for said in world.ranks.values():
-        assert not any(isinstance(message, m.Collect) for message in said.take())
+    assert clock.now < 162.0, "who is known to be silent is not waited for"
+    assert not any(isinstance(message, m.Enter) for said in world.ranks.values() for message in said.take())
+    assert session.took_part(None).startswith("none")
+    session.close()
+    with pytest.raises(SystemExit):
+        session.leave(1)
+    assert world.aborted == 1
 
 
-def test_ranks_that_wait_for_nothing_else_are_asked_to_collect() -> None:
-    session, world = session_of(2)
-    world.ranks[1].say(session.setup.hello())
-    session.start()
-    world.ranks[1].take()
+def test_ranks_are_called_together_and_enter_once_all_have_come() -> None:
+    session, world, clock = begun(3)
+    world.ranks[1].say(m.Collecting(1))
+    clock.at(105.0, lambda: world.ranks[2].say(m.Collecting(1)))
     gathered = session.collect()
     assert gathered is not None
     assert gathered.reduced.sums == Sums()
-    assert world.ranks[1].take_one(m.Collect)
+    for said in world.ranks.values():
+        assert [message for message in said.take() if not isinstance(message, m.Heartbeat)] == [
+            m.Collect(1), m.Enter(1)
+        ]  # fmt: skip
+    assert clock.now < 106.0
+    assert session.leave(0) == 0
+
+
+def test_a_rank_that_does_not_come_is_waited_for_as_long_as_is_stated() -> None:
+    session, world, clock = begun(3)
+    world.ranks[1].say(m.Collecting(1))
+    assert session.collect() is None
+    assert clock.now == pytest.approx(100.0 + 60.0 + 10.0, abs=0.1)
+    with pytest.raises(SystemExit):
+        session.leave(0)
+
+
+def test_ranks_that_mpi_knows_to_be_gone_are_left_out() -> None:
+    session, world, _ = begun(3)
+    world.survivors = Survivors([])
+    world.network.gone.add(2)
+    world.ranks[1].say(m.Collecting(1))
+    gathered = session.collect()
+    assert gathered is not None
+    assert world.survivors.calls[0] == "shrink"
+    assert world.patience_s == 60.0 + 10.0
+    assert m.Enter(1, reduced=True) in world.ranks[1].take()
+    assert m.Enter(1, reduced=True) not in world.ranks[2].take()
+    assert session.took_part(gathered) == "1 of 3 ranks"
+    assert list(session.absent(gathered)) == [1, 2]
+    assert session.leave(0) == 0
+
+
+def test_silent_ranks_of_this_host_are_killed_where_the_others_survive_that() -> None:
+    session, world, clock = begun(3)
+    world.fault_tolerant, world.survivors = True, Survivors([])
+    live(session, clock, 61.0)
+    gathered = session.collect()
+    assert world.fenced == [os.getpid()] * 2
+    assert gathered is not None
+    assert session.took_part(gathered) == "1 of 3 ranks"
+
+
+def test_answers_that_come_while_ranks_are_called_together_are_known_as_late() -> None:
+    session, world, clock = begun(2)
+    said = world.ranks[1]
+    said.say(m.Ready(slots=1, generation=1, load_s=0.0, backend="FAKE"))
+    for _ in range(2):
+        session.turn()
+    live(session, clock, 61.0)  # it is lost; what it held is nobody's
+    said.say(m.Report(finished=[finished(0)]), m.Collecting(1))
+    session.collect()
+    assert session.coordinator is not None
+    assert session.coordinator.dropped == {(1, 0, 1)}
 
 
 def test_refuse_reaches_ranks_that_have_not_even_said_hello() -> None:
@@ -216,11 +342,14 @@ def test_refuse_reaches_ranks_that_have_not_even_said_hello() -> None:
 
 
 def test_ranks_are_told_how_long_their_engines_may_take_to_end() -> None:
-    session, world = session_of(2)
+    session, world, _ = begun(2)
     session.engine_end_s = 0.5
-    session.collect()
+    world.ranks[1].say(m.Collecting(1))
+    session.collect(patience_s=8.0)
+    assert world.patience_s == 4.0
     session.close("drained")
-    assert world.ranks[1].take() == [m.Collect(1, 0.5), m.Stop("drained", 0.5)]
+    said = [message for message in world.ranks[1].take() if not isinstance(message, m.Heartbeat)]
+    assert said == [m.Collect(1, 0.5), m.Enter(1), m.Stop("drained", 0.5)]
 
 
 def test_a_start_that_is_interrupted_releases_all_ranks() -> None:
@@ -242,7 +371,7 @@ def test_without_a_collective_a_rank_that_says_nothing_lately_ends_the_job_inste
     clock = FakeClock()
     world = FakeWorld(2)
     aborted: list[int] = []
-    world.abort = aborted.append  # type: ignore[attr-defined]
+    world.abort = aborted.append  # type: ignore[method-assign, assignment]
     session = Session(setup(), world, around=Surroundings(clock=clock))  # type: ignore[arg-type]
     world.ranks[1].say(session.setup.hello())
     session.start()

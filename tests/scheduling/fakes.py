@@ -35,6 +35,7 @@ from scheduling.events import (
     TimeLimited,
     WorkerLost,
     WorkerReady,
+    WorkerReturned,
 )
 from scheduling.ledger import WorkerState
 from scheduling.messages import Finished
@@ -222,6 +223,20 @@ class FakeWorker:
         self.recalls = deque((recall, []) for recall, _ in self.recalls)
         self.engine_up, self.engine_dead = False, not restarting
 
+    def may_return(self) -> bool:
+        """Whether it was only silent, and what it says next is no news of its engine."""
+        told = (event for event, _ in self.outbox)
+        return self.engine_up and not any(isinstance(event, WorkerReady | EngineLost) for event in told)
+
+    def begin_anew(self) -> None:
+        """Told that it was taken for lost, it drops all it has."""
+        self.report()
+        self.running.clear()
+        self.held.clear()
+        self.recalls = deque((recall, []) for recall, _ in self.recalls)
+        self.generation += 1
+        self.say(WorkerReady(self.id, self.slots))
+
 
 class World:
     """Everything around a control plane. See the module's text."""
@@ -341,6 +356,9 @@ class World:
                 self.hear(worker)
             if known[worker.id].state is WorkerState.GONE:
                 worker.start_process()
+        elif kind in (4, 5) and known[worker.id].state is WorkerState.GONE and worker.may_return():
+            self.tell(WorkerReturned(worker.id))
+            worker.begin_anew()
         elif kind == 6:
             self.pass_time(self.rng.choice([2.0, 30.0, 61.0]))
         elif kind >= 7 and self.delivered:

@@ -38,6 +38,7 @@ from scheduling.events import (
     TimeLimited,
     WorkerLost,
     WorkerReady,
+    WorkerReturned,
 )
 from scheduling.horizon import Horizon, steps_of
 from scheduling.ledger import WorkerState
@@ -184,6 +185,8 @@ class Oracle:
                 self._expect_engine_lost(event, now)
             case WorkerLost():
                 self._expect_lost(event.worker)
+            case WorkerReturned():
+                self.workers[event.worker] = Known(WorkerState.JOINING, self.workers[event.worker].slots, now)
             case Heard():
                 self.workers[event.worker].heard = now
             case Tick():

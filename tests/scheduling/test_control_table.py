@@ -32,6 +32,7 @@ from scheduling.events import (
     Tick,
     WorkerLost,
     WorkerReady,
+    WorkerReturned,
 )
 from scheduling.ledger import WorkerState
 from scheduling.messages import Delta
@@ -83,6 +84,7 @@ WORKER_EVENTS: dict[str, tuple[Event, str, str, str]] = {
     "engine lost what never was": (EngineLost(OWNER, "x", [(7, 1)], [], True), REFUSED, REFUSED, REFUSED),
     "engine held what never was": (EngineLost(OWNER, "x", [], [(7, 1)], True), REFUSED, REFUSED, REFUSED),
     "lost": (WorkerLost(OWNER, "x"), GONE, GONE, GONE),
+    "returns": (WorkerReturned(OWNER), REFUSED, REFUSED, JOINING),
     "heard": (Heard(OWNER), JOINING, READY, GONE),
     "lease not over": (Tick(), JOINING, READY, GONE),
 }
@@ -113,11 +115,24 @@ def test_a_lease_that_is_over_loses_the_worker(state: str) -> None:
     assert not plane.workers()[0].silent
 
 
+def test_a_worker_that_has_returned_is_waited_for_and_may_be_lost_again() -> None:
+    plane = plane_of()
+    for worker in (OWNER, OTHER):
+        plane.handle(WorkerLost(worker, "silent"), 0.0) if worker == OWNER else plane.handle(Heard(worker), 1.0)
+    plane.handle(new(0), 1.0)
+    plane.handle(WorkerReturned(OWNER), 2.0)
+    assert plane.handle(WorkerLost(OTHER, "died"), 3.0) == []  # no stop: one is on its way
+    [stop] = plane.handle(Tick(), 70.0)
+    assert isinstance(stop, Stop)
+    assert stop.outcome == "no workers"
+
+
 @pytest.mark.parametrize(
     "event",
     [
         WorkerReady(STRANGER, 1), report(STRANGER), RecallConfirmed(STRANGER, 0, []), Heard(STRANGER),
         EngineLost(STRANGER, "x", [], [], True), WorkerLost(STRANGER, "x"),
+        WorkerReturned(STRANGER),
     ],
     ids=lambda event: type(event).__name__,
 )  # fmt: skip

@@ -94,16 +94,36 @@ def test_missing_envelope_is_an_error_that_names_rank_and_number() -> None:
         b"",
         b"\xc1",
         b"not msgpack at all",
-        msgspec.msgpack.encode([1]),
-        msgspec.msgpack.encode([1, [{"type": "made-up"}]]),
-        msgspec.msgpack.encode(["1", []]),
-        msgspec.msgpack.encode([1, [m.Exhausted(True)]]),  # only rank 0 says that
+        msgspec.msgpack.encode([]),
+        msgspec.msgpack.encode([m.PROTOCOL_VERSION]),
+        msgspec.msgpack.encode([m.PROTOCOL_VERSION, 1, [{"type": "made-up"}]]),
+        msgspec.msgpack.encode([m.PROTOCOL_VERSION, "1", []]),
+        msgspec.msgpack.encode([m.PROTOCOL_VERSION, 1, [m.Exhausted(True)]]),  # only rank 0 says that
+        msgspec.msgpack.encode([m.PROTOCOL_VERSION, 1, []])[:-1],
+        msgspec.msgpack.encode([m.PROTOCOL_VERSION, 1, []]) + b"x",
+        msgspec.msgpack.encode({"protocol": 1}),
     ],
 )
 def test_garbage_is_refused_by_the_ranks_name(garbage: bytes) -> None:
     network, hub, _, _ = connected()
     network[0].inbox.append((2, garbage))
     with pytest.raises(ProtocolError, match="rank 2"):
+        hub.poll()
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        msgspec.msgpack.encode([m.PROTOCOL_VERSION - 1, 1, [m.Heartbeat()]]),
+        msgspec.msgpack.encode([m.PROTOCOL_VERSION + 1, 1, ["what is not known yet"]]),
+        msgspec.msgpack.encode([m.PROTOCOL_VERSION + 1, {"of another": "shape"}]),
+        msgspec.msgpack.encode([1, [m.Heartbeat()]]),
+    ],
+)
+def test_envelope_of_another_version_is_refused_as_that(payload: bytes) -> None:
+    network, hub, _, _ = connected()
+    network[0].inbox.append((2, payload))
+    with pytest.raises(ProtocolError, match=rf"rank 2 speaks protocol \d, this rank speaks {m.PROTOCOL_VERSION}"):
         hub.poll()
 
 
@@ -143,6 +163,55 @@ def test_envelope_over_the_limit_is_not_sent(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(ProtocolError, match="over the limit"):
         hub.flush()
     network.assert_empty()
+
+
+def test_a_message_over_the_limit_uses_up_no_number_and_takes_no_other_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_module, "ENVELOPE_BYTES_MAX", 100)
+    monkeypatch.setattr(link_module, "ENVELOPE_BYTES_AIM", 50)
+    network, hub, spoke, _ = connected()
+    hub.send(1, m.Exhausted(True))
+    hub.send(1, m.Refuse("x" * 200))
+    with pytest.raises(ProtocolError, match="rank 1 is over the limit of 100"):
+        hub.flush()
+    network.assert_empty()
+    hub.send(1, m.Stop("an envelope was too large"))
+    hub.flush()
+    network.deliver()
+    assert spoke.poll() == [m.Stop("an envelope was too large")]
+
+
+def test_much_is_divided_and_arrives_whole_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_module, "ENVELOPE_BYTES_AIM", 100)
+    network, hub, spoke, _ = connected()
+    sent: list[m.FromCoordinator] = [m.Refuse("x" * size) for size in (1, 40, 200, 3, 90, 0)]
+    for message in sent:
+        hub.send(1, message)
+    hub.flush()
+    sizes = [len(payload) for _, payload in network[0].posted]
+    assert len(sizes) > 3
+    assert sorted(sizes)[-3] <= 100, "two messages are larger by themselves"
+    network.deliver()
+    assert spoke.poll() == sent
+
+
+def test_nothing_is_sent_to_who_is_gone() -> None:
+    network, hub, _, _ = connected()
+    hub.send(1, m.Exhausted(True))
+    network[0].gone.add(1)
+    assert hub.take_lost() == [1]
+    assert hub.take_lost() == []
+    hub.broadcast(m.Exhausted(False))
+    hub.flush()
+    assert [address for address, _ in network[0].take()] == [2]
+    assert hub.lost == {1}
+
+
+def test_a_worker_sees_that_rank_0_is_gone_and_not_that_another_is() -> None:
+    network, _, spoke, _ = connected()
+    network[1].gone.add(2)
+    assert not spoke.rank0_lost
+    network[1].gone.add(0)
+    assert spoke.rank0_lost
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,10 @@ def test_refused_it_stops_with_the_reason() -> None:
 
 def test_stop_and_collect_are_for_the_caller_to_see() -> None:
     bench = Bench().ready()
-    bench.hear(m.Collect(5))
+    assert bench.hear(m.Collect(5)) == [m.Collecting(5)]
+    assert bench.engine.closed
+    assert bench.worker.collect_epoch is None
+    bench.hear(m.Enter(5))
     assert bench.worker.collect_epoch == 5
     assert not bench.worker.stopped
     bench.hear(m.Stop("done"))
@@ -682,6 +685,53 @@ def test_heartbeat_only_after_silence() -> None:
     assert bench.pass_(HEARTBEAT_S * 0.9) == []
 
 
+def test_an_engine_that_was_to_be_started_again_is_not_once_it_is_to_end() -> None:
+    bench = Bench().ready()
+    bench.engine.die()
+    bench.step()
+    assert bench.hear(m.Collect(1)) == [m.Collecting(1)]
+    bench.pass_(1000.0)
+    assert len(bench.engines) == 1
+
+
+# ---------------------------------------------------------------- back after its lease
+
+
+def test_told_to_rejoin_it_drops_what_it_had_and_then_says_ready_again() -> None:
+    bench = Bench().ready()
+    bench.assign(5, 6)
+    bench.engine.start(5)
+    bench.step()
+    assert bench.hear(m.Rejoin(3)) == []
+    assert bench.engine.cancelled == [5, 6]
+    bench.assign(7)  # sent before: of the generation that is over
+    assert bench.engine.take() == [5, 6]
+    bench.engine.finish(5)
+    assert [type(message) for message in bench.step()] == [m.Report]
+    bench.engine.finish(6)
+    report, ready = bench.step()
+    assert [one.index for one in report.finished] == [6]
+    assert (ready.generation, ready.rejoin, ready.slots) == (2, 3, 2)
+    bench.assign(8, generation=2)
+    assert bench.engine.take() == [8]
+    assert bench.step() == []
+
+
+def test_told_to_rejoin_while_its_engine_loads_it_says_ready_once() -> None:
+    bench = Bench()
+    bench.hear(m.Welcome(placement=m.Placement(), run_seed=0, session=0), m.Rejoin(1))
+    bench.engine.say(loaded())
+    [ready] = bench.step()
+    assert ready.rejoin == 1
+    assert bench.step() == []
+
+
+def test_told_to_rejoin_without_work_it_says_ready_at_once() -> None:
+    bench = Bench().ready()
+    [ready] = bench.hear(m.Rejoin(1))
+    assert (ready.generation, ready.rejoin) == (2, 1)
+
+
 def test_step_tells_whether_anything_happened() -> None:
     bench = Bench().ready()
     assert not bench.worker.step()
@@ -701,9 +751,13 @@ def test_after_a_crash_it_only_listens_to_what_ends_it() -> None:
     assert bench.rank0.take()[-1] == m.Crashed(reason="ValueError: no", traceback="Traceback …")
     assert bench.engine.closed
     assert not bench.worker.in_flight
-    bench.rank0.say(m.Assign(1, [m.WorkItem(6, 1, text_line("x", "a"))]), m.Collect(2))
+    bench.rank0.say(m.Assign(1, [m.WorkItem(6, 1, text_line("x", "a"))]), m.Collect(2), m.Enter(2))
     assert bench.worker.listen()
     assert bench.worker.collect_epoch == 2
+    assert bench.rank0.take() == [m.Collecting(2)]
+    bench.clock.pass_(HEARTBEAT_S * 1.1)
+    bench.worker.listen()
+    assert bench.rank0.take() == [m.Heartbeat()]
     assert bench.engine.take() == [5]
     bench.rank0.say(m.Stop("done"))
     bench.worker.listen()

@@ -1,0 +1,60 @@
+"""Make the launcher end when the job has been aborted and it does not.
+
+An abort asks the launcher to end all ranks. Open MPI's mpirun waits for a daemon on a host that cannot be reached for
+as long as TCP does, and with fault tolerance it may take an abort as one more rank that is gone. So a rank that aborts
+leaves a guard behind: a shell in a session of its own, which gives the launcher (or the launcher's daemon on this
+host) time to end by itself and then ends it. Ranks that have lost their launcher are ended by MPI.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+
+import psutil
+
+GRACE_S = 10.0
+"""What the launcher has after an abort to end by itself. It takes about two seconds."""
+TERM_S = 3.0
+"""And after SIGTERM, before SIGKILL."""
+LAUNCHERS = ("mpirun", "prterun", "prted", "orterun", "orted", "mpiexec", "mpiexec.hydra", "hydra_pmi_proxy")
+
+# A number that has become another process's is left alone.
+_END = """
+end() { for p; do case $(cat /proc/$p/comm 2>&- || ps -o comm= -p $p 2>&-) in NAMES) kill -$signal $p;; esac; done; }
+sleep $grace; signal=TERM; end "$@"; sleep $term; signal=KILL; end "$@"
+""".replace("NAMES", "|".join(f"*{name}" for name in LAUNCHERS))
+
+
+def launchers() -> list[int]:
+    """Process ids of the launcher, or its daemon on this host, that this process descends from; it may be several."""
+    found = []
+    with contextlib.suppress(psutil.Error):
+        for ancestor in psutil.Process().parents():
+            if ancestor.name() not in LAUNCHERS:
+                break
+            found.append(ancestor.pid)
+    return found
+
+
+def guard_launcher(grace_s: float = GRACE_S, term_s: float = TERM_S) -> None:
+    """See to it that the launcher ends within `grace_s + term_s` seconds from now."""
+    ending = [str(pid) for pid in launchers()]
+    if not ending:
+        return
+    nothing = subprocess.DEVNULL
+    environ = {"PATH": os.environ.get("PATH", os.defpath), "grace": f"{grace_s:g}", "term": f"{term_s:g}"}
+    with contextlib.suppress(OSError):
+        subprocess.Popen(
+            ["/bin/sh", "-c", _END, "sh", *ending], stdin=nothing, stdout=nothing, stderr=nothing, cwd="/",
+            env=environ, start_new_session=True,
+        )  # fmt: skip
+
+
+def is_sibling(pid: int) -> bool:
+    """Whether this process was started by whoever started us, as all ranks of a job on one host are."""
+    try:
+        return pid != os.getpid() and psutil.Process(pid).ppid() == os.getppid()
+    except psutil.Error:
+        return False
