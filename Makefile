@@ -43,12 +43,13 @@ DEMO_MPI := $(shell [ $$(nproc) -ge $$((2 * $(DEMO_RANKS))) ] || echo --oversubs
 DEMO_RUN ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 DEMO_ARGS ?= --schedule work-stealing --show 3
 
-.PHONY: help demo demo-announced test quick lint format types contracts check model venv venv-mpich clean
+.PHONY: help demo demo-announced test quick simulate lint format types contracts check model venv venv-mpich clean
 
 help:
 	@echo 'make demo        install into .venv, get a small real model, run examples/prompts.jsonl under mpirun'
 	echo 'make test        everything the tests need, then all tests'
 	echo 'make quick       the tests that start no processes and take no time'
+	echo 'make simulate    whole jobs in a simulated world with faults; SEEDS=2000 FIRST_SEED=0; installs nothing'
 	echo 'make check       lint, types, contracts, test'
 	echo 'make format      let ruff mend and format the code'
 	echo 'make model       get the model only'
@@ -75,6 +76,14 @@ test: $(VENV)/.test-$(BUILD) $(VENV_MPICH)/.mpich-$(BUILD) $(MODEL)
 
 quick: $(VENV)/.test-$(BUILD)
 	@$(BIN)/python -m pytest -m 'not slow and not system' $(PYTEST_ARGS)
+
+# No build, no environment: .venv where it is there, else PYTHON, or whatever PYTHON was given.
+SIMULATE_PYTHON = $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(PYTHON)),$(PYTHON))
+SEEDS ?= 2000
+FIRST_SEED ?= 0
+
+simulate:
+	@$(SIMULATE_PYTHON) -m tests.simulation --seeds $(SEEDS) --first-seed $(FIRST_SEED)
 
 lint: $(VENV)/.test-$(BUILD)
 	@$(BIN)/ruff check .

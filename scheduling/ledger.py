@@ -296,10 +296,14 @@ class Ledger:
             load = 0.0
             for phase in (Phase.QUEUED, Phase.RECALLED, Phase.RUNNING):
                 for index, request in worker.holder(phase).items():
+                    # Called after every event of a simulation: the stories are told only when they are needed.
                     first = self.live.get(index)
-                    must(first is request or (first is not None and first is request.twin), f"{request} does not live")
-                    must(request.phase is phase and request.owner == worker.id, f"{request} is misfiled")
-                    must((index, request.attempt) not in seen, f"{request} is owned twice")
+                    if first is not request and (first is None or first.twin is not request):
+                        raise BugError(f"{request} does not live")
+                    if request.phase is not phase or request.owner != worker.id:
+                        raise BugError(f"{request} is misfiled")
+                    if (index, request.attempt) in seen:
+                        raise BugError(f"{request} is owned twice")
                     seen.add((index, request.attempt))
                     load += request.cost
                     unstarted += request.twin is None and phase is not Phase.RUNNING

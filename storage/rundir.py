@@ -364,13 +364,13 @@ def _prepare(disk: Disk, path: Path) -> None:
         raise RunDirError(f"{path} is not a directory. Give another run directory.")
     if not disk.exists(path):
         disk.make_dirs(path)
-        # A parent that we may not read: its file system decides when the new name is durable.
-        with contextlib.suppress(PermissionError):
-            disk.sync_dir(path.parent)
-        return
     names = disk.list_dir(path)
     if RUN_NAME in names:
         return
+    # Also where it is there already: whoever made it may have been killed before its name was durable. A parent that
+    # we may not read: its file system decides when that is.
+    with contextlib.suppress(PermissionError):
+        disk.sync_dir(path.parent)
     foreign = [name for name in names if name not in _BEFORE_RUN_JSON and not name.endswith(_JOB_OUTPUT)]
     if foreign:
         shown = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")

@@ -181,11 +181,11 @@ class CrashDisk(OsDisk):
         for path in sorted(self.names.keys() | self.durable_names.keys()):
             inode = dice.choice((self.names, self.durable_names)).get(path)
             if inode is not None:
-                left[path] = _torn(inode, dice)
+                left[path] = torn(inode, dice)
         return left
 
 
-def _torn(inode: Inode, dice: random.Random) -> bytes | None:
+def torn(inode: Inode, dice: random.Random) -> bytes | None:
     """Some pages as they are now, the others as they were synced; a file that has grown may have grown in part."""
     now, durable = inode.now, inode.durable
     if now is None or durable is None or now == durable:

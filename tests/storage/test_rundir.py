@@ -20,6 +20,7 @@ from storage.joblock import Holder, Judge, alive, read_holder, this_process
 from storage.record import GroupCommit, open_record
 from storage.recovery import recover
 from storage.rundir import RunDir, read_run, request_stop, status
+from tests.simulation.disk import Outside, SimulatedDisk, Storage
 from tests.storage.fake_disk import FakeDisk, PowerCutError
 from tests.storage.samples import ok_line
 
@@ -224,6 +225,16 @@ def test_a_power_cut_at_any_operation_leaves_a_run_that_resumes_with_all_it_ackn
             assert cut_after > 20
             return
     pytest.fail("the run never came to its end")
+
+
+def test_a_directory_that_a_dead_start_left_is_durable_before_anything_is_recorded_in_it() -> None:
+    """Its name was not synced when that start died: a power cut would take it away with all that is in it."""
+    storage = Storage(Path("/runs"))
+    disk = SimulatedDisk(storage, Outside())
+    disk.make_dirs(Path("/runs/run"))
+    assert Path("/runs/run") not in storage.durable_names
+    with RunDir.create_or_resume(Path("/runs/run"), IDENTITY, disk=disk):
+        assert Path("/runs/run") in storage.durable_names
 
 
 def test_stop_reaches_the_running_job_and_is_gone_for_the_next(tmp_path: Path) -> None:
