@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from storage.blobs import Blobs
 from storage.manifest import Manifest, ModelName, StoredFile
-from storage.modelstore import HASH_THREADS_MAX, ModelStore
+from storage.modelstore import ModelStore
+from storage.verifying import HASH_THREADS_MAX
 
 
 def openssl_gigabytes_per_s(threads: int) -> float:

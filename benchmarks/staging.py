@@ -6,7 +6,8 @@ Hosts are network namespaces of this machine (root is needed), their links limit
 run, in turn: MPI's own broadcast of as many bytes between the same hosts, nothing read, hashed or written, once whole
 and once in pieces of 16 MiB (the better one counts); staging, from a file of rank 0's host; and each host reading the
 file by itself from one more host, which serves it over a link of the same rate, one TCP stream a reader (in the place
-of a file server).
+of a file server). "CPU" is the processor time that staging a GB takes on a host, the mean of all: what the hosts' own
+processes use, without what the kernel does for the links in nobody's name.
 """
 
 from __future__ import annotations
@@ -45,15 +46,15 @@ def main() -> None:
         print(json.dumps(found))
         return
     print(f"{options.mb} MB, links of {options.rate}, medians of {options.repeats}; MB/s is of the file's bytes")
-    titles = ("hosts", "broadcast", "staging", "ratio", "each reads", "times", "read", "rank 0 sent")
-    print("{:>5} {:>17} {:>17} {:>6} {:>17} {:>6} {:>9} {:>12}".format(*titles))
+    titles = ("hosts", "broadcast", "staging", "ratio", "each reads", "times", "read", "rank 0 sent", "CPU")
+    print("{:>5} {:>17} {:>17} {:>6} {:>17} {:>6} {:>9} {:>12} {:>10}".format(*titles))
     for one in found:
         size = one["bytes"] / 1e6
         cells = [f"{one[name]:.2f} s {size / one[name]:4.0f} MB/s" for name in ("broadcast_s", "stage_s", "each_s")]
         print(
             f"{one['hosts']:5} {cells[0]:>17} {cells[1]:>17} {one['ratio']:6.2f} {cells[2]:>17} "
             f"{one['each_s'] / one['stage_s']:6.2f} {one['source_bytes_read'] / 1e6:6.0f} MB "
-            f"{one['sent_bytes'] / 1e6:9.0f} MB"
+            f"{one['sent_bytes'] / 1e6:9.0f} MB {one['cpu_s_per_gb']:5.2f} s/GB"
         )
 
 
@@ -123,7 +124,8 @@ def be_rank(model: str, folder: str, server: str, repeats: int) -> None:
 
     from coordinator.mpi import World
     from coordinator.mpi_staging import MpiGroup
-    from storage.staging import Node, model_of, stage
+    from storage.stagemodel import model_of
+    from storage.staging import Node, stage
 
     world = World()
     comm = world.collectives_comm
@@ -131,7 +133,7 @@ def be_rank(model: str, folder: str, server: str, repeats: int) -> None:
     data = np.zeros(size, np.uint8)
     hosts = comm.allgather(socket.gethostname())
     assert len(set(hosts)) == world.size, hosts
-    times: dict[str, list[float]] = {"whole": [], "pieces": [], "stage": [], "each": []}
+    times: dict[str, list[float]] = {"whole": [], "pieces": [], "stage": [], "each": [], "cpu": []}
     told: dict[str, Any] = {}
     for _ in range(repeats):
         for name, piece in (("whole", size), ("pieces", PIECE_BYTES)):
@@ -144,13 +146,15 @@ def be_rank(model: str, folder: str, server: str, repeats: int) -> None:
         for old in Path(folder).iterdir():
             shutil.rmtree(old)
         comm.Barrier()
-        before, began_s = sent(), time.monotonic()
+        before, began_s, began_cpu_s = sent(), time.monotonic(), time.process_time()
         node = Node(socket.gethostname(), {})
         done = stage(
             MpiGroup(world), "always", folder, lambda: [model_of("model", "m", [(Path(model), None)], None)], node
         )
+        cpu_s = time.process_time() - began_cpu_s
         comm.Barrier()
         times["stage"].append(time.monotonic() - began_s)
+        times["cpu"].append(statistics.mean(comm.allgather(cpu_s)))
         told = dict(done.facts[0]) | {"sent_bytes": sent() - before}
         comm.Barrier()
         began_s = time.monotonic()
@@ -166,7 +170,7 @@ def be_rank(model: str, folder: str, server: str, repeats: int) -> None:
         told |= {
             "broadcast_s": min(middle["whole"], middle["pieces"]), "broadcast_whole_s": middle["whole"],
             "broadcast_pieces_s": middle["pieces"], "stage_s": middle["stage"], "each_s": middle["each"],
-            "all_s": times,
+            "cpu_s_per_gb": middle["cpu"] / (size / 1e9), "all_s": times,
         }  # fmt: skip
         print(json.dumps(told))
 

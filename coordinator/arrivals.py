@@ -6,6 +6,8 @@ error. Nothing here reads files or keeps state; `mark_duplicates` works on the c
 
 from __future__ import annotations
 
+import json
+
 import msgspec
 import numpy as np
 
@@ -62,7 +64,12 @@ def id_or_default(line: bytes, index: int) -> str:
     try:
         found = _peek_id.decode(line)
     except (msgspec.MsgspecError, ValueError, RecursionError):
-        return default_id(index)
+        try:
+            # Python's own parser takes what JSON is not (half of a surrogate pair, NaN): the line still has its name.
+            found = msgspec.convert(json.loads(line), _PeekId)
+            str(found.custom_id or found.id).encode()
+        except (msgspec.MsgspecError, ValueError, RecursionError):
+            return default_id(index)
     custom_id = found.id if found.custom_id is None else found.custom_id
     return default_id(index) if custom_id is None or custom_id == "" else str(custom_id)
 

@@ -20,12 +20,14 @@ from coordinator.replay import read_recorded
 from coordinator.setup import prepare
 from coordinator.signals import StopSignals, ignore_stop_signals
 from coordinator.staging import stage_models
-from scheduling.errors import EXIT_OK, ConfigError, LlmpiError, RunDirError, StoppedError
+from coordinator.timekeeper import Timekeeper, age_s
+from scheduling.errors import EXIT_OK, ConfigError, LlmpiError, RunDirError
 
 
 def run_batch(config: JobConfig, options: BatchOptions, argv: list[str]) -> int:
     """Run the job on this rank and return its exit code (see `scheduling.errors`)."""
     launch = detect(os.environ)
+    options.stopping.check(os.environ)
     if launch.launcher != "none" and options.ranks not in (None, launch.size_claimed):
         raise ConfigError(
             f"--ranks is for when llmpi starts its own mpirun; this job was started by {launch.launcher} with "
@@ -51,13 +53,9 @@ def run_batch(config: JobConfig, options: BatchOptions, argv: list[str]) -> int:
             serve_rank(prepare(config, staged), world, options.output / "logs")
         return EXIT_OK
     with StopSignals() as signals:
-        staged = stage_models(config, world, stopped=lambda: _stop_staging(signals), quiet=options.quiet)
-        return Lead(prepare(config, staged), options, launch, world, staged, signals).run()
-
-
-def _stop_staging(signals: StopSignals) -> None:
-    if signals.count:
-        raise StoppedError(f"{signals.name} received while the model was staged: nothing was started")
+        keeper = Timekeeper(options.stopping, signals, age_s=age_s())
+        staged = stage_models(config, world, stopped=lambda: keeper.check("the model was staged"), quiet=options.quiet)
+        return Lead(prepare(config, staged), options, launch, world, staged, signals, keeper=keeper).run()
 
 
 def replayed(

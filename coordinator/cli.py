@@ -50,6 +50,11 @@ class Staging(str, Enum):
     always = "always"
 
 
+class OnLimit(str, Enum):
+    stop = "stop"
+    requeue = "requeue"
+
+
 class Pooling(str, Enum):
     mean = "mean"
     cls = "cls"
@@ -179,7 +184,30 @@ def batch(
         int | None,
         typer.Option(help="Unstarted requests a worker holds, at least. [default: a quarter of its slots]"),
     ] = None,
+    copies: Annotated[
+        bool | None,
+        typer.Option(
+            "--copies/--no-copies",
+            help="Near the end, start what runs on a slow rank again on an idle one, where that is expected to end "
+            "sooner; the first answer counts. [default: with work stealing]",
+        ),
+    ] = None,
     lease: Annotated[float, typer.Option(help="Seconds of silence after which a rank is lost.")] = 60.0,
+    engine_lease: Annotated[
+        float,
+        typer.Option(
+            help="Seconds without a step after which an engine that has work is killed and started anew; more than the "
+            "longest step may take. Loading is granted six times as long."
+        ),
+    ] = 600.0,
+    request_timeout: Annotated[
+        float | None,
+        typer.Option(help="Seconds that a request may run before it is stopped, and has failed. [default: no limit]"),
+    ] = None,
+    max_deaths: Annotated[
+        int,
+        typer.Option(help="Engines that may die while they run a request, the last of them alone, before it fails."),
+    ] = 3,
     commit_interval: Annotated[float, typer.Option(help="Seconds between commits of the record to disk.")] = 0.05,
     commit_bytes: Annotated[int, typer.Option(help="Bytes after which the record is committed earlier.")] = 16 << 20,
     metrics_interval: Annotated[
@@ -200,6 +228,20 @@ def batch(
         ),
     ] = None,
     time_scale: Annotated[float, typer.Option(help="The simulated engine takes so many times as long.")] = 1.0,
+    drain_timeout: Annotated[
+        float, typer.Option(help="Seconds from a request to stop to the job's end. What runs longer is cut off.")
+    ] = 20.0,
+    time_limit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME|none",
+            help="The job is gone by then, and nothing is started that would not end in time: minutes, MM:SS, "
+            "HH:MM:SS, D-HH:MM:SS, 90s, 2h. [default: what Slurm knows of its job]",
+        ),
+    ] = None,
+    on_limit: Annotated[
+        OnLimit, typer.Option(help="When time is up: 'requeue' has Slurm put the job back into its queue.")
+    ] = OnLimit.stop,
     show: Annotated[int, typer.Option(min=0, help="Answers to print at the end.")] = 0,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress and no tables.")] = False,
     as_json: AsJson = False,
@@ -209,13 +251,17 @@ def batch(
     from coordinator.config import JobConfig, checked_sampling
     from coordinator.lead import BatchOptions
     from coordinator.rows import Columns
+    from coordinator.timekeeper import StopOptions
+    from coordinator.timelimit import parse_time_limit
 
+    limit_s = None if time_limit is None else parse_time_limit(time_limit)
     config = JobConfig(
         model=model, schedule=schedule.value, ranks_per_gpu=ranks_per_gpu, coordinator_works=coordinator_works,
         sampling=checked_sampling(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, **held_to(json_schema, grammar_file)
         ),
-        max_tokens=max_tokens, seed=seed, prefetch=prefetch, lease_s=lease, commit_interval_s=commit_interval,
+        max_tokens=max_tokens, seed=seed, copies=copies, prefetch=prefetch, lease_s=lease, engine_lease_s=engine_lease,
+        request_timeout_s=request_timeout, max_deaths=max_deaths, commit_interval_s=commit_interval,
         commit_bytes=commit_bytes, metrics_interval_s=metrics_interval, precheck=precheck,
         chat_template=read_text("--chat-template", chat_template),
         engine=engine.value, service_times=None if service_times is None else str(service_times), time_scale=time_scale,
@@ -226,6 +272,10 @@ def batch(
     options = BatchOptions(
         input=requests or Path(), output=output or Path(), format=None if input_format is None else input_format.value,
         columns=Columns(prompt_column, template, id_column), ranks=ranks, show=show, quiet=quiet, as_json=as_json,
+        stopping=StopOptions(
+            drain_timeout_s=drain_timeout, on_limit=on_limit.value,
+            time_limit_s=limit_s, slurm_limit=time_limit is None or limit_s is not None,
+        ),
     )  # fmt: skip
     if replay is not None:
         config, options = replayed(replay, config, options, given_on_command_line(context))
@@ -338,11 +388,16 @@ def status(run_dir: RunDirectory, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def stop(run_dir: RunDirectory) -> None:
-    """Drain a running job: what runs is finished, nothing new is started, the run can be resumed."""
+def stop(
+    run_dir: RunDirectory,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Until the job has ended; then exit as `llmpi status` does.")
+    ] = False,
+) -> None:
+    """Drain a running job: nothing new is started, what runs is finished if it can be, the run can be resumed."""
     from coordinator.rundirs import stop_run
 
-    raise typer.Exit(stop_run(run_dir) if detect(os.environ).speaks else EXIT_OK)
+    raise typer.Exit(stop_run(run_dir, wait) if detect(os.environ).speaks else EXIT_OK)
 
 
 @app.command()

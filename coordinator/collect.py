@@ -21,6 +21,9 @@ from workers.metrics import HISTOGRAMS, RankMetrics
 
 Rows = npt.NDArray[Any]
 
+COLLECTIVE_PATIENCE_S = 600.0
+"""How long a rank waits in one collective for the others before it takes them for lost."""
+
 
 class Blocks:
     """Rows that lie in several arrays of one type, as one long array of which only slices are ever made."""

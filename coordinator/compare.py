@@ -137,8 +137,16 @@ def _machines(state: Mapping[str, Any]) -> dict[str, Any]:
     if not sessions:
         return {}
     last = sessions[-1]
-    workers = {f"rank {one['rank']}": {k: v for k, v in one.items() if k != "rank"} for one in last["workers"]}
+    workers = {f"rank {one['rank']}": _settled(one) for one in last["workers"]}
     return {name: last.get(name) for name in ("ranks", "launcher", "mpi")} | workers
+
+
+def _settled(worker: Mapping[str, Any]) -> dict[str, Any]:
+    """A worker without the sentence on what fits: that tells how much memory was free, which is never the same, and
+    what came of it stands beside it."""
+    plain = {name: value for name, value in worker.items() if name != "rank"}
+    fit = plain.get("fit")
+    return plain | ({"fit": {name: value for name, value in fit.items() if name != "said"}} if fit else {})
 
 
 def _changes(before: Any, after: Any) -> list[Change]:

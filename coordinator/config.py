@@ -14,8 +14,9 @@ from typing import Any, Literal
 import msgspec
 
 from scheduling.errors import ConfigError, RequestError
-from scheduling.policies import POLICIES
+from scheduling.policies import POLICIES, policy_named
 from scheduling.requests import MAX_TOKENS_LIMIT, Request, Sampling, parse_request
+from workers.care import LEASE_S
 from workers.protocol import Adapter, CacheType, RopeScaling, Split
 
 Auto = Literal["auto"]
@@ -61,8 +62,13 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True):
     sampling: Sampling = Sampling()
     max_tokens: int = 512
     seed: int = 0
+    copies: bool | None = None
+    """Whether what runs on a slow worker near the end is started again on an idle one. None: with work stealing."""
     prefetch: int | None = None
     lease_s: float = 60.0
+    engine_lease_s: float = LEASE_S
+    request_timeout_s: float | None = None
+    max_deaths: int = 3
     commit_interval_s: float = 0.05
     commit_bytes: int = 16 << 20
     metrics_interval_s: float = 10.0
@@ -101,14 +107,24 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(f"--draft-max is {self.draft_max}: the most that is accepted is {DRAFT_TOKENS_LIMIT}")
         if self.draft_model is not None and not self.speculate:
             raise ConfigError("--draft-model is given with --no-speculate: leave out one of them")
+        if self.copies and not self.makes_copies:
+            raise ConfigError(
+                f"--copies needs --schedule work-stealing: under {self.schedule} a request stays where it was dealt"
+            )
         if self.prefetch is not None and self.prefetch < 0:
             raise ConfigError(f"--prefetch is {self.prefetch}: it must be 0 or more")
+        if self.max_deaths < 2:
+            raise ConfigError(
+                f"--max-deaths is {self.max_deaths}: it must be 2 or more, for one death does not tell which of the "
+                "requests that ran is to blame"
+            )
         above_zero = {
             "--lease": self.lease_s, "--commit-interval": self.commit_interval_s,
-            "--metrics-interval": self.metrics_interval_s,
+            "--metrics-interval": self.metrics_interval_s, "--engine-lease": self.engine_lease_s,
+            "--request-timeout": self.request_timeout_s,
         }  # fmt: skip
         for flag, seconds in above_zero.items():
-            if not seconds > 0:
+            if seconds is not None and not seconds > 0:
                 raise ConfigError(f"{flag} is {seconds}: it must be above 0 seconds")
         self._check_simulation()
         self._check_engine()
@@ -121,6 +137,10 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(f"--draft-model is not for --engine {self.engine}, which says nothing worth guessing")
         if not 0.0 <= self.time_scale < math.inf:
             raise ConfigError(f"--time-scale is {self.time_scale}: it must be 0 or more, and finite")
+
+    @property
+    def makes_copies(self) -> bool:
+        return policy_named(self.schedule).steals and self.copies is not False
 
     @property
     def want_gpu(self) -> bool | None:

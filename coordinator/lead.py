@@ -18,7 +18,7 @@ from coordinator.collect import Rows
 from coordinator.compressed import STDIN, STDIN_VARIABLE
 from coordinator.config import package_versions
 from coordinator.convert import source_of
-from coordinator.ending import Ending
+from coordinator.ending import Ending, size_of
 from coordinator.inputfile import Format, ends_identity, only_embeddings, sniff_format
 from coordinator.intervals import Intervals
 from coordinator.launch import Launch
@@ -33,8 +33,11 @@ from coordinator.setup import Setup
 from coordinator.signals import StopSignals
 from coordinator.source import FileSource, same_input
 from coordinator.surroundings import Surroundings
+from coordinator.timekeeper import StopOptions, Timekeeper
+from coordinator.timelimit import requeue
 from coordinator.world import Ranks
-from scheduling.errors import EXIT_INFRASTRUCTURE, InputError, RecordError, RunDirError, StoppedError
+from scheduling import events as ev
+from scheduling.errors import EXIT_INFRASTRUCTURE, InputError, RecordError, RunDirError
 from storage.files import Disk
 from storage.recovery import Recovery, recover
 from storage.rundir import RUN_NAME, RunDir, holds_answers, read_run
@@ -52,6 +55,7 @@ class BatchOptions:
     replay: Replay | None = None
     """What this run is to be the same as."""
     ranks: int | None = None
+    stopping: StopOptions = field(default_factory=StopOptions)
     show: int = 0
     quiet: bool = False
     as_json: bool = False
@@ -80,7 +84,7 @@ class Lead:
 
     def __init__(
         self, setup: Setup, options: BatchOptions, launch: Launch, world: Ranks | None, staged: Staged,
-        signals: StopSignals, around: Surroundings | None = None,
+        signals: StopSignals, around: Surroundings | None = None, keeper: Timekeeper | None = None,
     ) -> None:  # fmt: skip
         self._around = around = around or Surroundings()
         self._disk = around.disk
@@ -93,7 +97,9 @@ class Lead:
         self._world = world
         self._view = ProgressView(sys.stderr, quiet=options.quiet)
         self.session = Session(setup, world, around=around)
+        self._keeper = keeper or Timekeeper(options.stopping, signals, around.clock, around.wall_clock)
         self._said_stopping = False
+        self._said_limit = False
         self._given = Prepared(options.input)
 
     def run(self) -> int:
@@ -118,7 +124,9 @@ class Lead:
             with RunDir.create_or_resume(
                 self._options.output, self._identity(form), details, held=given.held, disk=self._disk
             ) as run:
-                return self._run_in(run, source)
+                code = self._run_in(run, source)
+            self._requeue()
+            return self.session.leave(code)
         except BaseException as error:
             self._view.close()
             self.session.refuse(str(error))
@@ -150,9 +158,8 @@ class Lead:
             raise tell_row(error, self._given) from None
 
     def _checking(self, done_bytes: int, total_bytes: int) -> None:
-        """The first pass over the input goes on; a signal ends it, for nothing has been started yet."""
-        if self._signals.count:
-            raise StoppedError(f"{self._signals.name} received while the input was checked: nothing was started")
+        """The first pass over the input goes on; a signal or the time limit ends it."""
+        self._keeper.check("the input was checked")
 
     def _run_in(self, run: RunDir, source: FileSource) -> int:
         for note in run.notes:
@@ -167,7 +174,7 @@ class Lead:
         if run.complete:
             self._view.note(f"{run.path} is complete already: {found.ok} answered, {found.failed} failed")
             self.session.close("complete")
-            return self._ending(run).report("done", "", found.failed)
+            return self._ending(run).report(found.failed)
         self._tell_resume(run, found)
         source.skip(found.states > 0)
         self.session.number = run.session
@@ -176,16 +183,17 @@ class Lead:
         self.session.log_dir.mkdir(exist_ok=True)
         if source.lengths is not None:
             self.session.lengths = source.lengths.without(found.done)
-        for note in self.session.start():
+        for note in self.session.start(lambda: self._keeper.check("the ranks gathered")):
             self._view.note(note)
         run.add_session_facts(self._facts())
         around = self._around
         self._intervals = Intervals(disk, run.segments_path, run.session, self._filled, around.clock, around.executor())
         record = around.recorder(
-            disk, run.record_path, around.clock, self._config.commit_interval_s, self._config.commit_bytes
-        )
+            disk, run.record_path, around.clock, self._config.commit_interval_s, self._config.commit_bytes,
+            run.check_held,
+        )  # fmt: skip
         try:
-            coordinator = self.session.begin(source, record, self._callbacks(run), earlier=found.done)
+            coordinator = self.session.begin(source, record, self._callbacks(run, found), earlier=found.done)
             self.session.run(self._keep_on)
         except BaseException:
             with contextlib.suppress(RecordError):  # said already, or less important than what is on its way
@@ -199,8 +207,8 @@ class Lead:
     def _ending(self, run: RunDir) -> Ending:
         options = self._options
         return Ending(
-            self._setup, self.session, run, self._disk, replay=options.replay, show=options.show, quiet=options.quiet,
-            as_json=options.as_json,
+            self._setup, self.session, run, self._disk, self._keeper, self._around.clock, replay=options.replay,
+            show=options.show, quiet=options.quiet, as_json=options.as_json,
         )  # fmt: skip
 
     # ------------------------------------------------------------ what a run is
@@ -221,6 +229,7 @@ class Lead:
             "cwd": str(Path.cwd()),
             "batch": {
                 "format": self._options.format, "columns": asdict(self._options.columns), "ranks": self._options.ranks,
+                "stopping": asdict(self._options.stopping),
             },
             "replay_of": None if self._options.replay is None else str(self._options.replay.run_dir.resolve()),
             "model": self._setup.model.path,
@@ -253,6 +262,16 @@ class Lead:
             ],
         }
 
+    def _requeue(self) -> None:
+        """The last act, for Slurm ends the job that it puts back into its queue."""
+        outcome = None if self.session.coordinator is None else self.session.coordinator.outcome
+        job = self._keeper.job
+        if job is None or outcome is None or outcome.outcome != "drained" or not self._keeper.requeues():
+            return
+        self._view.note(f"asking Slurm to requeue job {job}, which goes on with this run")
+        if (problem := requeue(job)) is not None:
+            self._view.note(f"llmpi: Slurm does not requeue job {job}: {problem}")
+
     def _tell_resume(self, run: RunDir, found: Recovery) -> None:
         if found.torn_bytes:
             self._view.note(f"cut {found.torn_bytes} bytes of an unfinished line off the record")
@@ -272,34 +291,30 @@ class Lead:
     def _killed_soon(self) -> bool:
         return self._signals.name == "SIGTERM" and self._launch.launcher == "openmpi"
 
-    def _callbacks(self, run: RunDir) -> Callbacks:
-        signals = self._signals
-
-        def stop_requested() -> str | None:
-            if signals.count:
-                return f"{signals.name} received"
-            return "asked by llmpi stop" if run.stop_requested() else None
-
-        draining: list[str] = []
-
-        def stop_once() -> str | None:
-            reason = stop_requested() if not draining else None
-            if reason:
-                draining.append(reason)
-                if self._killed_soon():
-                    return reason
-                self._view.note(
-                    f"draining ({reason}): what runs is finished, then the run can be resumed; once more stops at once"
-                )
-            return reason
+    def _callbacks(self, run: RunDir, found: Recovery) -> Callbacks:
+        def stops() -> list[ev.DrainRequested | ev.TimeLimited]:
+            events = self._keeper.stops(run.stop_requested, size_of(found, self.session.coordinator))
+            for event in events:
+                self._tell_stop(event)
+            return events
 
         def on_tick(snapshot: Snapshot) -> None:
             self._view.show(snapshot)
             self._intervals.tick()
 
-        return Callbacks(
-            on_counters=self._intervals.hear, on_tick=on_tick, on_note=self._view.note, stop_requested=stop_once
-        )
+        return Callbacks(on_counters=self._intervals.hear, on_tick=on_tick, on_note=self._view.note, stops=stops)
+
+    def _tell_stop(self, event: ev.DrainRequested | ev.TimeLimited) -> None:
+        if isinstance(event, ev.TimeLimited):
+            if not self._said_limit:
+                self._said_limit = True
+                self._view.note(f"{event.reason}: before that, nothing is started that would not end in time")
+        elif not self._killed_soon():
+            bound_s = self._options.stopping.drain_timeout_s
+            self._view.note(
+                f"draining ({event.reason}): what runs may finish, and within {bound_s:g} s this job ends and the run "
+                "can be resumed; once more stops at once"
+            )
 
     def _filled(self, ranks: Rows) -> Rows:
         """Rows of the rank table with what only rank 0 knows."""

@@ -8,7 +8,7 @@ is kept here, by index; the control plane only knows numbers. Link, record, sour
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from coordinator.source import Source
@@ -53,14 +53,17 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Callbacks:
-    """Who else wants to know. `on_result` is given each durable line; `on_tick` a snapshot four times a second."""
+    """Who else wants to know. `on_result` is given each durable line; `on_tick` a snapshot four times a second.
+
+    `stops` is asked as often whether somebody wants the job to end, and until when.
+    """
 
     on_result: Callable[[bytes], None] | None = None
     on_delta: Callable[[m.Delta], None] | None = None
     on_counters: Callable[[int, m.Counters], None] | None = None
     on_tick: Callable[[Snapshot], None] | None = None
     on_note: Callable[[str], None] | None = None
-    stop_requested: Callable[[], str | None] | None = None
+    stops: Callable[[], Sequence[ev.DrainRequested | ev.TimeLimited]] | None = None
 
 
 class Coordinator:
@@ -84,6 +87,8 @@ class Coordinator:
         self.failures: list[tuple[int, int, str, str]] = []
         self.dropped: set[tuple[int, int, int]] = set()
         self.ready: dict[int, m.Ready] = {}
+        self._mistaken: set[int] = set()
+        """Workers whose engines cannot be loaded because of what the user gave."""
         self.first_assigned_at: float | None = None
         self._hub = hub
         self._source = source
@@ -108,7 +113,7 @@ class Coordinator:
         """One turn. True if anything happened.
 
         Raises:
-            UserError, EngineError: a worker's engine cannot start at all, for that rank's reason.
+            UserError, EngineError: no engine could be started, for each rank's reason.
             RecordError: the record cannot be written. What was acknowledged is safe.
             ProtocolError: a worker broke the protocol.
         """
@@ -140,14 +145,10 @@ class Coordinator:
     def in_flight(self) -> bool:
         return bool(self._payloads)
 
-    def drain(self, reason: str) -> None:
-        """Start nothing new; `outcome` follows when what runs has finished."""
-        self._tell(ev.DrainRequested(reason))
-
     def snapshot(self) -> Snapshot:
         now = self._clock()
         totals, views = self.plane.totals, self.plane.workers()
-        running = sum(view.running for view in views)
+        running = self.plane.running
         since = self._born if self.first_assigned_at is None else self.first_assigned_at
         return Snapshot(
             elapsed_s=now - since, total=self._source.total, earlier=self._earlier, done=totals.done,
@@ -163,7 +164,7 @@ class Coordinator:
         match message:
             case m.Report():
                 self._made_tokens += message.made_tokens
-                self._tell(ev.Reported(worker, message.started, message.finished, message.deltas))
+                self._tell(ev.Reported(worker, message.started, message.finished, message.deltas, message.made_tokens))
             case m.Heartbeat():
                 self._tell(ev.Heard(worker))
             case m.Counters():
@@ -187,11 +188,28 @@ class Coordinator:
     def _on_engine_down(self, worker: int, down: m.EngineDown) -> None:
         name = self._names[worker]
         if not down.restarting and worker not in self.ready:
-            error = UserError if down.user_error else EngineError
-            raise error(f"{name}: {down.reason}")
+            if down.user_error:
+                self._mistaken.add(worker)
+            self._stop_without_engines(worker, down.reason)
         what = "starting a new one" if down.restarting else "this worker takes no more work"
         self._note(f"{name}: its engine was lost ({down.reason}); {what}")
         self._tell(ev.EngineLost(worker, down.reason, down.started, down.unstarted, down.restarting))
+
+    def _stop_without_engines(self, worker: int, reason: str) -> None:
+        """If no engine has loaded, and with `worker` the last one that could is gone, there is nothing to go on with.
+
+        One that cannot load is its rank's trouble as long as another may: what is wrong with what the user gave (the
+        model, say) is wrong everywhere, and told at about the same time.
+        """
+        gone = {view.id: view.reason for view in self.plane.workers() if view.state is WorkerState.GONE}
+        gone[worker] = reason
+        if self.ready or len(gone) < len(self._names):
+            return
+        who: dict[str, list[str]] = {}
+        for rank, why in sorted(gone.items()):
+            who.setdefault(why, []).append(self._names[rank])
+        error = UserError if self._mistaken >= gone.keys() else EngineError
+        raise error("; ".join(f"{', '.join(names)}: {why}" for why, names in who.items()))
 
     def _read(self) -> bool:
         if not self._input_open:
@@ -239,9 +257,9 @@ class Coordinator:
             for worker in self._hub.workers:
                 self._tell(ev.Heard(worker))
         self._tick_at = now + TICK_S
+        for stop in self._callbacks.stops() if self._callbacks.stops is not None else ():
+            self._tell(stop)
         self._tell(ev.Tick())
-        if self._callbacks.stop_requested is not None and (reason := self._callbacks.stop_requested()):
-            self.drain(reason)
         if self._callbacks.on_tick is not None:
             self._callbacks.on_tick(self.snapshot())
 
@@ -264,6 +282,12 @@ class Coordinator:
             case ev.Drop():
                 # The worker's own rows hold these, the record does not: left out when rows are gathered.
                 self.dropped.update((instruction.worker, index, attempt) for index, attempt in instruction.answers)
+            case ev.Cancel():
+                # Its rows may hold the answers before the reports do: they are left out whether or not those come.
+                self.dropped.update((instruction.worker, index, attempt) for index, attempt in instruction.items)
+                self._hub.send(instruction.worker, m.Cancel([index for index, _ in instruction.items]))
+            case ev.GiveUp():
+                self._give_up(instruction)
             case ev.Recall():
                 self._hub.send(instruction.worker, m.Recall(instruction.recall, instruction.indexes))
             case ev.Fail():
@@ -307,6 +331,13 @@ class Coordinator:
                 items, size = [], 0
         if items:
             self._hub.send(instruction.worker, m.Assign(generation, items))
+
+    def _give_up(self, instruction: ev.GiveUp) -> None:
+        for index, attempt in instruction.items:
+            self._payload_bytes -= len(self._payloads.pop(index)[0])
+            if instruction.worker is not None:
+                # Its worker may end it in spite of that, after rank 0 has stopped listening.
+                self.dropped.add((instruction.worker, index, attempt))
 
     def _note(self, text: str) -> None:
         if self._callbacks.on_note is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -20,8 +20,9 @@ from coordinator.terminal import console_for
 from scheduling.errors import EXIT_OK, EXIT_SOME_FAILED, ModelStoreError
 from storage.digest import Digest
 from storage.manifest import Manifest, ModelName, suggested_name
-from storage.modelstore import Damaged, ModelStore, one_model_in
+from storage.modelstore import ModelStore, one_model_in
 from storage.sources import discard, pull
+from storage.verifying import Damaged
 
 
 def add_model(
@@ -121,7 +122,7 @@ def show_model(name: str, as_json: bool) -> int:
     table.add_column(overflow="fold")
     rows = {key: value for key, value in data.items() if key not in ("files", "gguf") and value is not None}
     for key, value in {**rows, **{f"gguf {key}": value for key, value in data["gguf"].items()}}.items():
-        table.add_row(key, _plain(size_text(value) if key == "size" else value))
+        table.add_row(key, _plain(_SHOWN.get(key, str)(value)))
     for file in data["files"]:
         table.add_row("file", _plain(f"{file['name']}  {size_text(file['size'])}  {file['digest']}"))
     console_for(sys.stdout).print(table)
@@ -147,15 +148,18 @@ def verify_models(names: list[str], as_json: bool) -> int:
     if as_json:
         data = {
             "files": result.blobs, "hashed_bytes": result.hashed_bytes, "seconds": result.seconds,
-            "gigabytes_per_s": speed, "damaged": [{"what": one.what, "why": one.why} for one in damaged],
+            "gigabytes_per_s": speed,
+            "damaged": [{"what": one.what, "why": one.why, "models": list(one.models)} for one in damaged],
         }  # fmt: skip
         print(json.dumps(data))
     else:
-        print(
-            f"{result.blobs} files, {size_text(result.hashed_bytes)} hashed at {speed:.2f} GB/s, {len(damaged)} damaged"
-        )
+        hashed = f"{size_text(result.hashed_bytes)} hashed at {speed:.2f} GB/s"
+        print(f"{_files(result.blobs)}, {hashed}, {len(damaged)} damaged")
     for one in damaged:
-        print(f"llmpi: {one.what}: {one.why}", file=sys.stderr)
+        print(
+            f"llmpi: {': '.join([*([', '.join(one.models)] if one.models else []), one.what, one.why])}",
+            file=sys.stderr,
+        )
     return EXIT_SOME_FAILED if damaged else EXIT_OK
 
 
@@ -202,7 +206,8 @@ def collect(keep_bytes: int | None, *, dry_run: bool, as_json: bool) -> int:
     would = "would be " if dry_run else ""
     for name in evicted:
         print(f"{name} {would or 'is '}evicted")
-    print(f"{found.blobs} files {would or 'were '}removed, {size_text(found.freed_bytes)} {would}freed")
+    were = "was " if found.blobs == 1 else "were "
+    print(f"{_files(found.blobs)} {would or were}removed, {size_text(found.freed_bytes)} {would}freed")
     return EXIT_OK
 
 
@@ -218,6 +223,10 @@ def size_text(count: int) -> str:
     return f"{count} B"
 
 
+def _files(count: int) -> str:
+    return "1 file" if count == 1 else f"{count} files"
+
+
 def _count(value: Any) -> str:
     if not isinstance(value, int):
         return ""
@@ -229,3 +238,9 @@ def _count(value: Any) -> str:
 
 def _when(seconds: float) -> str:
     return datetime.fromtimestamp(seconds).isoformat(sep=" ", timespec="minutes") if seconds else ""
+
+
+_SHOWN: dict[str, Callable[[Any], str]] = {
+    "size": size_text, "used_at": _when, "gguf parameters": lambda count: f"{count:,}",
+}  # fmt: skip
+"""How `show` writes what is not for people as it stands."""

@@ -16,12 +16,10 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from coordinator.collect import Blocks
+from coordinator.collect import COLLECTIVE_PATIENCE_S, Blocks
 from scheduling.errors import RankLostError
 
 TAG = 7
-COLLECTIVE_PATIENCE_S = 600.0
-"""How long a rank waits in one collective for the others before it takes them for lost."""
 GATHER_CHUNK_BYTES = 64 << 20
 
 
@@ -55,8 +53,8 @@ class World:
     def endpoint(self) -> MpiEndpoint:
         return MpiEndpoint(self)
 
-    def collectives(self) -> Collectives:
-        return Collectives(self)
+    def collectives(self, patience_s: float = COLLECTIVE_PATIENCE_S) -> Collectives:
+        return Collectives(self, patience_s=patience_s)
 
     def abort(self, code: int) -> NoReturn:
         """End all ranks now. Only for when some cannot be reached any more and everyone would wait for ever."""
@@ -111,10 +109,16 @@ class Collectives:
     `idle` is called while waiting (rank 0 has nothing else to do; a worker keeps its engine's pipe empty).
     """
 
-    def __init__(self, world: World, idle: Callable[[], None] = lambda: time.sleep(5e-4)) -> None:
+    def __init__(
+        self,
+        world: World,
+        idle: Callable[[], None] = lambda: time.sleep(5e-4),
+        patience_s: float = COLLECTIVE_PATIENCE_S,
+    ) -> None:
         self._MPI = world.MPI
         self._comm = world.collectives_comm
         self._idle = idle
+        self._patience_s = patience_s
         self.rank = world.rank
         self.size = world.size
 
@@ -154,11 +158,11 @@ class Collectives:
                 take(buffer.view(rows.dtype))
 
     def _finish(self, request: Any) -> None:
-        deadline = time.monotonic() + COLLECTIVE_PATIENCE_S
+        deadline = time.monotonic() + self._patience_s
         try:
             while not request.Test():
                 if time.monotonic() > deadline:
-                    raise RankLostError(f"a collective did not end within {COLLECTIVE_PATIENCE_S:.0f} s")
+                    raise RankLostError(f"a collective did not end within {self._patience_s:.0f} s")
                 self._idle()
         except self._MPI.Exception as error:
             raise RankLostError(f"a collective failed: {error}") from error

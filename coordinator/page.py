@@ -7,16 +7,16 @@ from a run is escaped. All figures are those of `report_data`, in the words of t
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Iterable, Sequence
-from html import escape
+from collections.abc import Sequence
 from typing import Any
 
 from coordinator import figures
-from coordinator.config import JobConfig
+from coordinator.pagefacts import about, config_of, failures
+from coordinator.pageparts import figure_of, named, table_of, text_of
 from coordinator.progress import duration
 from coordinator.report import (
     LATENCY_NAMES,
+    OVER_JOB,
     energy_sentence,
     figure_text,
     percent_text,
@@ -35,7 +35,6 @@ RUNS_MAX = 8
 """Runs beside each other: as many as there are colours."""
 RANKS_MAX = 512
 """Rows of the table of ranks."""
-TEXT_MAX = 4000
 
 _WHAT = {
     "queue_s": "waiting at the engine until first scheduled",
@@ -52,61 +51,23 @@ def page(runs: Sequence[RunView], reasons: Sequence[Sequence[tuple[int, str, str
     `reasons`: for each run why requests failed, as (how many, custom_id of one, message).
     """
     title = f"llmpi: {runs[0].name}" if len(runs) == 1 else f"llmpi: {len(runs)} runs compared"
-    body = [f"<h1>{_text(title)}</h1>"]
+    body = [f"<h1>{text_of(title)}</h1>"]
     body += _summary(runs)
     if len(runs) > 1:
         body += _keys(runs)
         body += _comparison(runs)
     for part in (_latencies, _over_time, _ranks, _devices, _energy):
         body += part(runs)
-    body += _failures(runs, reasons)
-    body += _about(runs)
+    body += failures(runs, reasons)
+    body += about(runs)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{_text(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{text_of(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(body)
         + "\n</main>\n</body>\n</html>\n"
     )
-
-
-def _text(value: object) -> str:
-    text = str(value)
-    text = text if len(text) <= TEXT_MAX else text[:TEXT_MAX] + "…"
-    return escape("".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in text))
-
-
-def _named(runs: Sequence[RunView], run: RunView) -> str:
-    """Whose sentence it is, where there are several runs."""
-    return "" if len(runs) == 1 else f"{run.name}: "
-
-
-def _figure(svg: str | None, name: str, sentences: str, absent: str, *, kind: str = "wide") -> str:
-    """A picture over the sentences that say what it shows; these alone where there is nothing to draw."""
-    if svg is None:
-        return f'<p class="absent">{_text(absent)}</p>'
-    svg = svg.replace("<svg", f'<svg role="img" aria-labelledby="{name}-says"', 1)
-    return (
-        f'<figure class="{kind}"><div class="frame" tabindex="0">{svg}</div>'
-        f'<figcaption id="{name}-says">{_text(sentences)}</figcaption></figure>'
-    )
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str = "", left: int = 1) -> str:
-    def row(cells: Sequence[str], tag: str) -> str:
-        made = []
-        for place, cell in enumerate(cells):
-            kind = ' class="left"' if place < left else ""
-            scope = ' scope="col"' if tag == "th" else ' scope="row"' if place == 0 else ""
-            name = "th" if place == 0 else tag
-            made.append(f"<{name}{kind}{scope}>{_text(cell)}</{name}>")
-        return f"<tr>{''.join(made)}</tr>"
-
-    said = f"<caption>{_text(caption)}</caption>" if caption else ""
-    lines = "\n".join(row(cells, "td") for cells in rows)
-    table = f"<table>{said}<thead>{row(head, 'th')}</thead><tbody>\n{lines}\n</tbody></table>"
-    return f'<div class="frame" tabindex="0">{table}</div>'
 
 
 # ---------------------------------------------------------------- what came of it
@@ -115,24 +76,25 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str =
 def _summary(runs: Sequence[RunView]) -> list[str]:
     out = []
     for run in runs if len(runs) == 1 else ():
-        data, last = run.data, run.data["last_session"]
+        data = run.data
         state = state_text(run.status.complete, run.status.running, data["failed"])
-        out.append(f'<p class="state {"good" if run.status.exit_code == 0 else "bad"}">{_text(state)}</p>')
-        wall = duration(last["wall_s"]) if "wall_s" in last else "unknown"
+        out.append(f'<p class="state {"good" if run.status.exit_code == 0 else "bad"}">{text_of(state)}</p>')
+        wall = "unknown" if data["over_s"] is None else duration(data["over_s"])
+        jobs = "wall time" if len(run.state["sessions"]) < 2 else "last job's wall time"
         total = "" if run.status.total is None else f" of {run.status.total:,}"
         tiles = [
             (f"{data['ok']:,}", f"answered{total}"), (f"{data['failed']:,}", "failed"),
-            (wall, "wall time" if len(run.state["sessions"]) < 2 else "last job's wall time"),
+            (wall, jobs if data["over"] == OVER_JOB else data["over"]),
             (figure_text(data["output_tokens_per_s"]), "output tokens/s"),
             (figure_text(data["prompt_tokens_per_s"]), "prompt tokens/s"),
             (figure_text(data["requests_per_s"]), "requests/s"),
         ]  # fmt: skip
-        made = (f"<div><dt>{_text(what)}</dt><dd>{_text(value)}</dd></div>" for value, what in tiles)
+        made = (f"<div><dt>{text_of(what)}</dt><dd>{text_of(value)}</dd></div>" for value, what in tiles)
         out.append(f'<dl class="tiles">{"".join(made)}</dl>')
-    simulated = [run.name for run in runs if _config(run).get("engine") == "simulated"]
+    simulated = [run.name for run in runs if config_of(run).get("engine") == "simulated"]
     if simulated:
         which = "" if len(runs) == 1 else f"{', '.join(simulated)}: "
-        out.append(f'<p class="warning">{_text(which + WARNING)}</p>')
+        out.append(f'<p class="warning">{text_of(which + WARNING)}</p>')
     return out
 
 
@@ -146,13 +108,13 @@ def _keys(runs: Sequence[RunView]) -> list[str]:
             f'stroke-width="3" stroke-dasharray="{dashes[place % 4]}"/></svg>'
         )
         state = state_text(run.status.complete, run.status.running, run.data["failed"])
-        items.append(f"<li>{line} <b>{_text(run.name)}</b> {_text(state)}</li>")
+        items.append(f"<li>{line} <b>{text_of(run.name)}</b> {text_of(state)}</li>")
     return [f'<ul class="keys">{"".join(items)}</ul>']
 
 
 def _comparison(runs: Sequence[RunView]) -> list[str]:
     head, rows = comparison([(run.name, run.data) for run in runs])
-    return ["<h2>Side by side</h2>", _table(head, rows, caption="× : ratio to the first run. * : too few samples.")]
+    return ["<h2>Side by side</h2>", table_of(head, rows, caption="× : ratio to the first run. * : too few samples.")]
 
 
 # ---------------------------------------------------------------- latencies
@@ -167,9 +129,9 @@ def _latencies(runs: Sequence[RunView]) -> list[str]:
         name = f"ecdf-{latency.removesuffix('_s')}"
         sentences = "\n".join(_latency_sentence(runs, run, latency) for run in runs)
         svg = figures.ecdf(runs, latency, name)
-        drawn = _figure(svg, name, sentences, f"{title}: not measured, no request has one.", kind="small")
+        drawn = figure_of(svg, name, sentences, f"{title}: not measured, no request has one.", kind="small")
         finding = _latency_finding(runs, latency, title)
-        made.append(f"<section><h3>{_text(finding)}</h3><p class=what>{_text(_WHAT[latency])}</p>{drawn}</section>")
+        made.append(f"<section><h3>{text_of(finding)}</h3><p class=what>{text_of(_WHAT[latency])}</p>{drawn}</section>")
     if len(runs) == 1:
         rows = []
         for latency, title in LATENCY_NAMES.items():
@@ -179,7 +141,7 @@ def _latencies(runs: Sequence[RunView]) -> list[str]:
                 rows.append((title, *cells, f"{values['p50']['samples']:,}"))
         starred = any(row[3].endswith("*") or row[2].endswith("*") for row in rows)
         caption = "* too few samples to support this percentile" if starred else ""
-        table = _table(("latency", "P50", "P95", "P99", "samples"), rows, caption=caption)
+        table = table_of(("latency", "P50", "P95", "P99", "samples"), rows, caption=caption)
         made.append(f"<section><h3>In numbers</h3>{table}</section>")
     return [*out, f'<div class="grid">{"".join(made)}</div>']
 
@@ -207,15 +169,15 @@ def _latency_finding(runs: Sequence[RunView], latency: str, title: str) -> str:
 def _latency_sentence(runs: Sequence[RunView], run: RunView, latency: str) -> str:
     values = run.data["latencies"].get(latency)
     if values is None or not _known(run, latency):
-        return f"{_named(runs, run)}not measured."
+        return f"{named(runs, run)}not measured."
     told = ", ".join(f"{q.upper()} {time_cell(values, q)}" for q in ("p50", "p95", "p99"))
-    said = f"{_named(runs, run)}{told}; {values['p50']['samples']:,} samples."
+    said = f"{named(runs, run)}{told}; {values['p50']['samples']:,} samples."
     weak = [q.upper() for q in ("p50", "p95", "p99") if not values[q]["supported"]]
     if weak:
         said += f" * Too few samples to support {' and '.join(weak)}."
     histogram = run.histogram(latency)
-    if latency == "itl_s" and histogram is not None and histogram.count and histogram.counts[0]:
-        zero = histogram.counts[0] / histogram.count
+    zero = histogram.counts[0] / histogram.count if histogram is not None and histogram.count else 0.0
+    if latency == "itl_s" and zero >= 0.0005:  # else it would be told as 0.0 %
         said += f" {100 * zero:.1f} % of the gaps are 0: their tokens came from one step."
     return said
 
@@ -229,9 +191,9 @@ def _untimed(runs: Sequence[RunView]) -> list[str]:
     for run in runs:
         if run.timeline is None:
             why = "nothing has been recorded" if not run.data["requests"] else "no request has a point in time"
-            parts.append(f"{_named(runs, run)}{'not' if len(runs) > 1 else 'Not'} measured: {why}.")
+            parts.append(f"{named(runs, run)}{'not' if len(runs) > 1 else 'Not'} measured: {why}.")
         elif run.timeline.untimed:
-            parts.append(f"{_named(runs, run)}{run.timeline.untimed:,} requests without a point in time are not drawn.")
+            parts.append(f"{named(runs, run)}{run.timeline.untimed:,} requests without a point in time are not drawn.")
     return parts
 
 
@@ -240,21 +202,21 @@ def _over_time(runs: Sequence[RunView]) -> list[str]:
     sentences = []
     for run in runs:
         if run.timeline is not None:
-            line, last = run.timeline, run.data["last_session"]
+            line = run.timeline
             rate, ran = figures.tokens_in(line, 10), figures.running_in(line, 10)
             average = figure_text(run.data["output_tokens_per_s"])
             sentences.append(
-                f"{_named(runs, run)}{time_text(line.length_s)} until the last request ended, at most "
+                f"{named(runs, run)}{time_text(line.length_s)} until the last request ended, at most "
                 f"{ran.max():,.0f} requests at once, {ran.mean():,.1f} on average; at most {rate.max():,.0f} output "
                 f"tokens/s, {average} over the last job's wall time."
-                if "wall_s" in last else
-                f"{_named(runs, run)}{time_text(line.length_s)} until the last recorded request ended, at most "
+                if run.data["over"] == OVER_JOB else
+                f"{named(runs, run)}{time_text(line.length_s)} until the last recorded request ended, at most "
                 f"{ran.max():,.0f} requests at once, {ran.mean():,.1f} on average; at most {rate.max():,.0f} output "
                 "tokens/s. What ran when the job died is in no record."
             )  # fmt: skip
     sentences += [*_untimed(runs), "An answer's tokens are spread evenly from its first token to its end."]
     told, absent = "\n".join(sentences), " ".join(_untimed(runs)) or "No request ran in a slot."
-    return [f"<h2>{_text(_time_finding(runs))}</h2>", _figure(svg, "time", told, absent)]
+    return [f"<h2>{text_of(_time_finding(runs))}</h2>", figure_of(svg, "time", told, absent)]
 
 
 def _time_finding(runs: Sequence[RunView]) -> str:
@@ -267,11 +229,10 @@ def _time_finding(runs: Sequence[RunView]) -> str:
         return "Throughput over time: not measured"
     if not line.running.any():
         return "Throughput: no request ran in a slot"
-    if "wall_s" not in runs[0].data["last_session"]:
-        made = float(line.tokens.sum()) / line.length_s
-        return f"Throughput: {figure_text(made)} output tokens/s over the {time_text(line.length_s)} in the record"
-    tail = _tail_share(line)
     rate = f"{figure_text(runs[0].data['output_tokens_per_s'])} output tokens/s"
+    if runs[0].data["over"] != OVER_JOB:
+        return f"Throughput: {rate} over the {time_text(line.length_s)} in the record"
+    tail = _tail_share(line)
     if tail >= 0.1:
         return f"Throughput: {rate}; the last {100 * tail:.0f} % of the time ran with less than half the requests"
     return f"Throughput: {rate}, without a long tail at the end"
@@ -288,14 +249,14 @@ def _tail_share(line: Timeline) -> float:
 
 
 def _ranks(runs: Sequence[RunView]) -> list[str]:
-    out = [f"<h2>{_text(_rank_finding(runs))}</h2>"]
+    out = [f"<h2>{text_of(_rank_finding(runs))}</h2>"]
     length_s = max((run.timeline.length_s for run in runs if run.timeline is not None), default=0.0)
     for place, run in enumerate(runs):
         name = f"gantt-{place}"
         if len(runs) > 1:
-            out.append(f"<h3>{_text(run.name)}</h3>")
+            out.append(f"<h3>{text_of(run.name)}</h3>")
         svg = figures.gantt(run, name, length_s)
-        out.append(_figure(svg, name, _gantt_sentence(run), " ".join(_untimed([run])) or "No request ran in a slot."))
+        out.append(figure_of(svg, name, _gantt_sentence(run), " ".join(_untimed([run])) or "No request ran in a slot."))
         ranks = run.last_ranks()
         if len(runs) == 1 and ranks:
             out.append(_rank_table(ranks))
@@ -358,7 +319,7 @@ def _rank_table(ranks: list[dict[str, Any]]) -> str:
     ]  # fmt: skip
     more = f" {len(ranks) - RANKS_MAX} more ranks are in metrics.h5." if len(ranks) > RANKS_MAX else ""
     caption = "busy: time with a slot in use. starved: free slots, of the slot time in which work waited to start."
-    return _table(head, rows, caption=caption + more, left=3)
+    return table_of(head, rows, caption=caption + more, left=3)
 
 
 # ---------------------------------------------------------------- devices
@@ -371,7 +332,7 @@ def _devices(runs: Sequence[RunView]) -> list[str]:
         ranks = [device for device in run.devices if device.gpu < 0]
         title = "" if len(runs) == 1 else f"{run.name}: "
         if not run.devices:
-            out.append(f"<h2>{_text(title)}GPUs and processors</h2>")
+            out.append(f"<h2>{text_of(title)}GPUs and processors</h2>")
             why = "no sample of this run was kept" if run.data["requests"] else "nothing ran"
             out.append(f'<p class="absent">Utilisation, memory and power: not measured, {why}.</p>')
             continue
@@ -384,8 +345,8 @@ def _devices(runs: Sequence[RunView]) -> list[str]:
             heading = f"GPUs: utilisation {mean}" if what == "gpu" else f"Processors: each rank used {mean}"
             name = f"{what}-{place}"
             svg = figures.usage(found, panels, length_s, name)
-            out.append(f"<h2>{_text(title + heading)}</h2>")
-            out.append(_figure(svg, name, _device_sentence(found, panels), "Not measured: the driver does not say."))
+            out.append(f"<h2>{text_of(title + heading)}</h2>")
+            out.append(figure_of(svg, name, _device_sentence(found, panels), "Not measured: the driver does not say."))
     return out
 
 
@@ -425,114 +386,12 @@ def _energy(runs: Sequence[RunView]) -> list[str]:
     for run in runs:
         used = run.data["energy"]
         if used is None:
-            absent = f"{_named(runs, run)}energy an output token: not measured, no GPU has told its power."
-            out.append(f'<p class="absent">{_text(absent[0].upper() + absent[1:] if len(runs) == 1 else absent)}</p>')
+            absent = f"{named(runs, run)}energy an output token: not measured, no GPU has told its power."
+            out.append(f'<p class="absent">{text_of(absent[0].upper() + absent[1:] if len(runs) == 1 else absent)}</p>')
             continue
         if len(runs) == 1:
             each = used["joules_per_output_token"]
-            out.append(f"<h2>{_text('Energy' if each is None else f'Energy: {each:.3g} J an output token')}</h2>")
+            out.append(f"<h2>{text_of('Energy' if each is None else f'Energy: {each:.3g} J an output token')}</h2>")
         said = energy_sentence(used)
-        out.append(f"<p>{_text(_named(runs, run) + said)}. From the first to the last sample of each job.</p>")
+        out.append(f"<p>{text_of(named(runs, run) + said)}. From the first to the last sample of each job.</p>")
     return out
-
-
-# ---------------------------------------------------------------- what was run
-
-
-def _failures(runs: Sequence[RunView], reasons: Sequence[Sequence[tuple[int, str, str]]]) -> list[str]:
-    out = []
-    for run, of_run in zip(runs, reasons, strict=True):
-        if not of_run:
-            continue
-        out.append(f"<h2>{_text(_named(runs, run))}{run.data['failed']:,} failed</h2>")
-        rows = [(f"{count:,}", custom_id, message) for count, custom_id, message in of_run]
-        out.append(_table(("requests", "one of them", "why"), rows, left=3))
-        others = run.data["failed"] - sum(count for count, _, _ in of_run)
-        if others > 0:
-            out.append(f"<p>{others:,} failed for other reasons: see error in results.jsonl.</p>")
-    return out
-
-
-def _config(run: RunView) -> dict[str, Any]:
-    config = run.state.get("details", {}).get("config")
-    return config if isinstance(config, dict) else {}
-
-
-def _about(runs: Sequence[RunView]) -> list[str]:
-    facts = [_facts(run) for run in runs]
-    names = list(dict.fromkeys(name for of_run in facts for name in of_run))
-    rows = [(name, *(of_run.get(name, "") for of_run in facts)) for name in names]
-    head = ("", *(run.name for run in runs))
-    out = ["<h2>What was run</h2>", _table(head, rows, left=len(head)).replace("<table>", '<table class="facts">')]
-    out.append("<h2>How to repeat it</h2>")
-    for run in runs:
-        out.append(f"<pre>{_text(_command(run))}</pre>")
-    out.append(
-        "<p>With another run directory for -o: the same one goes on where it ended, or says that it is complete. All "
-        "figures are in metrics.h5, all answers in results.jsonl.</p>"
-    )
-    return out
-
-
-def _facts(run: RunView) -> dict[str, str]:
-    details, identity = run.state.get("details", {}), run.state.get("identity", {})
-    session = run.state["sessions"][-1] if run.state.get("sessions") else {}
-    workers = session.get("workers") or []
-    said = {
-        "state": state_text(run.status.complete, run.status.running, run.data["failed"]),
-        "run directory": str(run.path),
-        "model": details.get("model"),
-        "model fingerprint": identity.get("model"),
-        "input": details.get("input"),
-        "input SHA-256": (details.get("input_identity") or {}).get("sha256"),
-        "requests": "not counted" if run.status.total is None else f"{run.status.total:,}",
-        "seed": details.get("seed"),
-        "options that differ from the defaults": _changed(_config(run)),
-        "started": session.get("started_at"),
-        "jobs": len(run.state.get("sessions", [])),
-        "ranks": session.get("ranks"),
-        "hosts": _counted([worker.get("host") for worker in workers]),
-        "devices": _counted([worker.get("device") for worker in workers]),
-        "GPUs": ", ".join(dict.fromkeys(uuid for worker in workers for uuid in worker.get("gpus") or [])),
-        "launcher": session.get("launcher"),
-        "MPI": session.get("mpi"),
-        "Slurm job": session.get("slurm_job"),
-        "versions": ", ".join(f"{name} {version}" for name, version in (details.get("versions") or {}).items()),
-    }
-    return {name: str(value) for name, value in said.items() if value not in (None, "")}
-
-
-def _changed(config: dict[str, Any]) -> str:
-    """Options that are not at their defaults; those of sampling one by one."""
-    defaults = JobConfig(model="")
-    pairs = [(name, value, getattr(defaults, name)) for name, value in config.items() if hasattr(defaults, name)]
-    sampling = config.get("sampling") or {}
-    pairs += [(name, value, getattr(defaults.sampling, name, None)) for name, value in sampling.items()]
-    told = [
-        f"{name} = {_plain(value)}" for name, value, default in pairs
-        if name not in ("model", "sampling") and value != default and (value or default)
-    ]  # fmt: skip
-    return ", ".join(told) or "none"
-
-
-def _counted(texts: Sequence[str | None]) -> str:
-    counts: dict[str, int] = {}
-    for text in texts:
-        counts[str(text)] = counts.get(str(text), 0) + 1
-    return ", ".join(text if count == 1 else f"{count} × {text}" for text, count in counts.items())
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{name}: {_plain(item)}" for name, item in value.items()) + "}"
-    return f"{value}"
-
-
-def _command(run: RunView) -> str:
-    """The command line that started the run, behind the launcher that was there."""
-    words = run.state.get("details", {}).get("command") or []
-    session = run.state["sessions"][-1] if run.state.get("sessions") else {}
-    start = {"openmpi": "mpirun -n", "mpich": "mpirun -n", "slurm": "srun -n"}.get(session.get("launcher", ""))
-    ranks = session.get("ranks")
-    launched = f"{start} {ranks} " if start and ranks else ""
-    return f"{launched}llmpi {shlex.join(str(word) for word in words[1:])}"

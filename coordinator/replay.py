@@ -27,12 +27,14 @@ _SAMPLING = {name: name for name in ("temperature", "top_k", "top_p", "min_p")} 
 """Options of `llmpi batch` by the field of `Sampling` that they decide."""
 _RENAMED = {
     "lease": ("lease_s",), "commit_interval": ("commit_interval_s",), "lora": ("loras",),
-    "metrics_interval": ("metrics_interval_s",),
+    "metrics_interval": ("metrics_interval_s",), "engine_lease": ("engine_lease_s",),
+    "request_timeout": ("request_timeout_s",),
     "cache_type": ("cache_type_k", "cache_type_v"),
 }  # fmt: skip
 """Options whose field of `JobConfig` has another name."""
 NOT_CONFIGURATION = frozenset(
-    ("requests", "output", "ranks", "input_format", "prompt_column", "template", "id_column", "show", "quiet",
+    ("requests", "output", "ranks", "drain_timeout", "time_limit", "on_limit", "input_format", "prompt_column",
+     "template", "id_column", "show", "quiet",
      "as_json", "replay")
 )  # fmt: skip
 """Options of `llmpi batch` that are no part of `JobConfig`."""

@@ -20,11 +20,14 @@ from scheduling.vectors import from_base64
 from storage.metrics import Metrics, read_summary, read_telemetry
 from storage.recovery import RECORD_NAME, whole_lines
 from storage.rundir import METRICS_NAME
+from storage.summary import Sums
 from storage.usage import energy
 
 ANSWER_CHARACTERS = 300
 LATENCY_NAMES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "itl_s": "ITL", "queue_s": "queue", "e2e_s": "end-to-end"}
 PERCENTILES = ("p50", "p95", "p99")
+OVER_JOB, OVER_RECORD = "wall time of the last job", "until the last recorded request ended"
+"""What the rates of a run are over: the second where no job on it has ended in order."""
 REASONS = 3
 """Why requests failed: so many reasons are shown, ..."""
 REASONS_COUNTED = 10_000
@@ -41,7 +44,7 @@ def report_data(run_dir: Path, metrics: Metrics | None = None) -> dict[str, Any]
     """
     metrics = metrics or read_summary(run_dir / METRICS_NAME)
     summary, attributes = metrics.summary, metrics.attributes
-    wall_s = float(attributes.get("wall_s", float("nan")))
+    over_s, over = _over(metrics)
     latencies = {
         name: {
             f"p{round(q.q * 100)}": {"value": _number(q.value_s), "samples": q.samples, "supported": q.supported}
@@ -66,14 +69,29 @@ def report_data(run_dir: Path, metrics: Metrics | None = None) -> dict[str, Any]
         "cached_tokens": summary.cached_tokens,
         "output_tokens": summary.output_tokens,
         "last_session": {name: _plain(value) for name, value in attributes.items()},
-        "output_tokens_per_s": _number(_per(attributes.get("output_tokens", 0), wall_s)),
-        "prompt_tokens_per_s": _number(_per(attributes.get("prompt_tokens", 0), wall_s)),
-        "requests_per_s": _number(_per(attributes.get("requests", 0), wall_s)),
+        "over_s": _number(over_s),
+        "over": OVER_JOB if "wall_s" in attributes else OVER_RECORD,
+        "output_tokens_per_s": _number(_per(over.output_tokens, over_s)),
+        "prompt_tokens_per_s": _number(_per(over.prompt_tokens, over_s)),
+        "requests_per_s": _number(_per(over.requests, over_s)),
         "latencies": latencies,
         "ranks": [_rank(row) for row in metrics.ranks],
         "telemetry_samples": metrics.telemetry_samples,
         "energy": _energy(run_dir, metrics) if metrics.telemetry_samples else None,
     }
+
+
+def _over(metrics: Metrics) -> tuple[float, Sums]:
+    """What rates are of: seconds, and what was done in them. NaN seconds where nothing tells.
+
+    Of the last job that ended in order. If none did, of all that is recorded, until each job's last request ended.
+    """
+    attributes = metrics.attributes
+    if "wall_s" in attributes:
+        names = ("requests", "prompt_tokens", "output_tokens")
+        return float(attributes["wall_s"]), Sums(**{name: int(attributes.get(name, 0)) for name in names})
+    ends_s = metrics.summary.ends_s
+    return sum(ends_s.values()) if ends_s else float("nan"), metrics.summary.sums
 
 
 def _energy(run_dir: Path, metrics: Metrics) -> dict[str, Any] | None:
@@ -125,8 +143,10 @@ def print_report(data: dict[str, Any], stream: IO[str], run_dir: Path, *, show: 
         _print_answers(console, run_dir, show)
     last = data["last_session"]
     earlier = data["requests"] - last.get("requests", 0)
-    took = duration(last["wall_s"]) if "wall_s" in last else "an unknown time: no job on it has ended in order"
-    when = f"{earlier} of them earlier; the last job took" if earlier and "wall_s" in last else "in"
+    took = "an unknown time" if data["over_s"] is None else duration(data["over_s"])
+    when = f"{earlier} of them earlier; the last job took" if earlier and data["over"] == OVER_JOB else "in"
+    if data["over"] == OVER_RECORD:
+        took += f" {OVER_RECORD} (no job on it has ended in order)"
     console.print(
         f"\n{data['ok']} answered, {data['failed']} failed, {when} {took}"
         f" · {figure_text(data['output_tokens_per_s'])} output tokens/s"
@@ -150,6 +170,9 @@ def print_report(data: dict[str, Any], stream: IO[str], run_dir: Path, *, show: 
         note = "busy: time with a slot in use · starved: free slots, of the slot time in which work waited to start"
         console.print(Text(f"{'in, out: stolen · ' if narrow else ''}{note}", style="dim italic"))
         _print_speculation(console, ranks)
+        _print_copies(console, last)
+    if lost := last.get("workers_lost"):
+        console.print(Text.assemble("\n", ("left before the end", "bold"), f": {lost}"), soft_wrap=True)
     if data["energy"]:
         console.print(f"\n{energy_sentence(data['energy'])}", soft_wrap=True)
     if data["failed"]:
@@ -194,6 +217,16 @@ def _print_speculation(console: Console, ranks: list[dict[str, Any]]) -> None:
     if drafted:
         share = percent_text(accepted / drafted)
         console.print(f"\nspeculation: {accepted:,} of {drafted:,} drafted tokens were right ({share})")
+
+
+def _print_copies(console: Console, last: dict[str, Any]) -> None:
+    if last.get("copies"):
+        won, wasted = last["copies_won"], last["wasted_tokens"]
+        console.print(
+            f"\ncopies: {last['copies']:,} requests of slow ranks were started again on idle ones, {won:,} of them "
+            f"answered there first · {wasted:,} output tokens made in vain",
+            soft_wrap=True,
+        )
 
 
 def energy_sentence(used: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ What the ranks gathered must add up to what the record says.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy.typing as npt
 from coordinator.collect import Gathered
 from coordinator.loop import Coordinator
 from scheduling.histogram import LogHistogram
+from scheduling.ledger import WorkerState
 from scheduling.tables import RANK, REQUEST, TELEMETRY, conformed, finish_number
 from storage.files import Disk, OsDisk
 from storage.metrics import write_metrics
@@ -29,6 +30,8 @@ from workers.metrics import HISTOGRAMS
 
 Rows = npt.NDArray[Any]
 
+TEXT_MAX = 8_192
+"""Characters of an attribute's text: HDF5 keeps 64 KiB in one."""
 NO_COLLECTIVES = "none for the last session: made from the record and the segments"
 
 
@@ -65,6 +68,12 @@ def rank_rows(ranks: Rows, coordinator: Coordinator) -> Rows:
         row["stolen_in"], row["stolen_out"] = view.stolen_in, view.stolen_out
         row["engine_restarts"] = view.engine_losses
     return ranks
+
+
+def workers_lost(coordinator: Coordinator, names: Mapping[int, str]) -> str:
+    """Which workers left before the end, each with its reason; empty if none did."""
+    gone = [view for view in coordinator.plane.workers() if view.state is WorkerState.GONE]
+    return "; ".join(f"{names[view.id]}: {view.reason}" for view in gone)
 
 
 def check_gathered(run: RunDir, gathered: Gathered, own: OwnRows, coordinator: Coordinator, disk: Disk) -> None:
@@ -113,5 +122,9 @@ def _attributes(state: dict[str, Any]) -> dict[str, Any]:
     """What run.json says of the last session that came to its end."""
     ended = [session for session in state["sessions"] if "wall_s" in session]
     facts = ended[-1] if ended else {}
-    plain = {name: value for name, value in facts.items() if isinstance(value, int | float | str)}
+    plain = {
+        name: value[:TEXT_MAX] if isinstance(value, str) else value
+        for name, value in facts.items()
+        if isinstance(value, int | float | str)
+    }
     return {"collectives": NO_COLLECTIVES} | plain

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import cast
 
-from scheduling.errors import EXIT_OK, ConfigError
+from scheduling.errors import EXIT_OK, ConfigError, RankLostError
 from storage.export import Form, export_table
 from storage.recovery import RECORD_NAME, export_ordered, whole_lines
-from storage.rundir import METRICS_NAME, SEGMENTS_NAME, Status, read_run, request_stop
+from storage.rundir import METRICS_NAME, SEGMENTS_NAME, Status, is_held, read_run, request_stop
 from storage.rundir import status as run_status
 from storage.segments import segment_files
+
+POLL_S = 0.2
+OVERDUE_S = 60.0
+"""How long `llmpi stop --wait` waits beyond what the job has promised: networks show files late."""
 
 
 def show_status(run_dir: Path, as_json: bool) -> int:
@@ -42,12 +47,26 @@ def state_line(found: Status) -> str:
     return f"{found.path}: {found.done} of {total} done ({found.ok} answered, {found.failed} failed), {state}"
 
 
-def stop_run(run_dir: Path) -> int:
-    """Ask the job that works on a run to drain."""
+def stop_run(run_dir: Path, wait: bool) -> int:
+    """Ask the job that works on a run to drain. With `wait`: until it has, and exit as `show_status` does then.
+
+    Raises:
+        RunDirError: there is no run, or no job works on it.
+        RankLostError: the job has not ended long after it should have.
+    """
     holder = request_stop(run_dir)
     where = f" (process {holder.pid} on {holder.host})" if holder is not None else ""
-    print(f"asked the job on {run_dir}{where} to drain: it finishes what runs and stops")
-    return EXIT_OK
+    bound_s = read_run(run_dir)["details"].get("batch", {}).get("stopping", {}).get("drain_timeout_s")
+    when = "" if bound_s is None else f" within {bound_s:g} s"
+    print(f"asked the job on {run_dir}{where} to drain: it finishes what it can and ends{when}", flush=True)
+    if not wait:
+        return EXIT_OK
+    deadline = time.monotonic() + (bound_s or 0.0) + OVERDUE_S
+    while is_held(run_dir):
+        if time.monotonic() > deadline:
+            raise RankLostError(f"the job on {run_dir}{where} has not ended{when}, nor {OVERDUE_S:g} s after that")
+        time.sleep(POLL_S)
+    return show_status(run_dir, as_json=False)
 
 
 def outdated(run_dir: Path) -> bool:

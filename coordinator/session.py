@@ -37,6 +37,8 @@ from scheduling.placement import Plan, plan, plan_alone
 from workers.worker import Worker
 
 CLOSE_S = 10.0
+DEAF_S = 5.0
+"""A rank that has been silent for so long may not leave when it is told to. Heartbeats come every second."""
 
 
 class Session:
@@ -65,11 +67,15 @@ class Session:
         self._endpoint = Routed(self._routes, world.endpoint() if world is not None else None)
         self.hub = Hub(self._endpoint, remote)
         self._stuck = False
+        self.engine_end_s = m.ENGINE_END_S
+        """How long engines may take to end before they are killed."""
 
     # ------------------------------------------------------------ start
 
-    def start(self) -> list[str]:
+    def start(self, check: Callable[[], None] = lambda: None) -> list[str]:
         """Shake hands with all ranks, place and start the workers. Returns notes for people.
+
+        `check` is called while others are waited for; what it raises ends the start.
 
         Raises:
             HandshakeError, ConfigError, RankLostError: the job cannot start; all ranks have been released.
@@ -79,6 +85,7 @@ class Session:
             handshake = Handshake(self.hub, setup.hello(), self._clock)
             backoff = Backoff()
             while not handshake.step():
+                check()
                 self._around.sleep([], backoff.next_s(in_flight=True))
             self.hosts.update({rank: hello.host for rank, hello in handshake.hellos.items()})
             self.plan = self._fit(self._place())
@@ -141,7 +148,11 @@ class Session:
     def begin(self, source: Source, record: Recorder, callbacks: Callbacks, *, earlier: int = 0) -> Coordinator:
         """A coordinator for one input over the workers of this session. Drive it with `turn` or `run`."""
         config = self.setup.config
-        limits = Limits(prefetch=config.prefetch, lease_s=config.lease_s)
+        # Who listens to text as it is made hears one attempt from its beginning to its end.
+        copies = config.makes_copies and callbacks.on_delta is None
+        limits = Limits(
+            prefetch=config.prefetch, lease_s=config.lease_s, deaths=config.max_deaths, copies=copies
+        )  # fmt: skip
         now = self._clock()
         before = self.coordinator
         # Answers to what an earlier input left behind may still come: their numbers must not be this one's.
@@ -177,35 +188,47 @@ class Session:
 
     # ------------------------------------------------------------ end
 
-    def collect(self, take: Callable[[Rows], None] = lambda rows: None) -> Gathered | None:
+    def collect(
+        self, take: Callable[[Rows], None] = lambda rows: None, patience_s: float | None = None
+    ) -> Gathered | None:
         """Fetch everybody's metrics by collectives; `take` is given the rows of requests, a chunk at a time.
 
         None if a rank is silent or was lost meanwhile: then only the record can be told of, and as a collective over
-        all ranks may never end any more, `leave` ends the job.
+        all ranks may never end any more, `leave` ends the job. `patience_s`: in each collective; None: the usual.
         """
-        if self.coordinator is not None:
-            silent = [
-                view.id for view in self.coordinator.plane.workers()
-                if view.state is WorkerState.GONE and view.id in self._remote and view.silent
-            ]  # fmt: skip
-            if silent:
-                self._stuck = True
-                return None
+        if self._silent():
+            self._stuck = True
+            return None
         for rank in self._remote:
-            self.hub.send(rank, m.Collect(1))
+            self.hub.send(rank, m.Collect(1, self.engine_end_s))
         self.hub.flush()
         for worker in self.hosted:
-            worker.close()
+            worker.close(self.engine_end_s)
         self._stuck = bool(self._remote)  # until it has gone well: an error in between leaves the others in it
         try:
-            gathered = collect(self._collectives(), [worker.metrics for worker in self.hosted], self._clock(), take)
+            gathered = collect(
+                self._collectives(patience_s), [worker.metrics for worker in self.hosted], self._clock(), take
+            )
         except RankLostError:
             return None
         self._stuck = False
         return gathered
 
-    def _collectives(self) -> Collecting:
-        return SoloCollectives() if self.world is None else self.world.collectives()
+    def _silent(self) -> bool:
+        """Whether a rank has been lost without a word."""
+        views = [] if self.coordinator is None else self.coordinator.plane.workers()
+        return any(view.state is WorkerState.GONE and view.id in self._remote and view.silent for view in views)
+
+    def let_go(self) -> None:
+        """Instead of `collect`, where time is short: ranks that have said nothing lately are not waited for."""
+        views = [] if self.coordinator is None else self.coordinator.plane.workers()
+        deaf = [view for view in views if view.id in self._remote and self._clock() - view.heard > DEAF_S]
+        self._stuck = self._stuck or bool(deaf)
+
+    def _collectives(self, patience_s: float | None) -> Collecting:
+        if self.world is None:
+            return SoloCollectives()
+        return self.world.collectives() if patience_s is None else self.world.collectives(patience_s)
 
     def refuse(self, reason: str) -> None:
         """Tell ranks that wait in the handshake to leave."""
@@ -216,10 +239,10 @@ class Session:
     def close(self, reason: str = "done") -> None:
         """Release all ranks and end the engines hosted here. Never raises for a rank that is gone."""
         for rank in self._remote:
-            self.hub.send(rank, m.Stop(reason))
+            self.hub.send(rank, m.Stop(reason, self.engine_end_s))
         self._flush_all()
         for worker in self.hosted:
-            worker.close()
+            worker.close(self.engine_end_s)
 
     def leave(self, code: int) -> int:
         """The last word, after `close`: the exit code, or the end of the job where ranks cannot be released."""
@@ -232,6 +255,6 @@ class Session:
 
     def _flush_all(self) -> None:
         self.hub.flush()
-        deadline = self._clock() + CLOSE_S
+        deadline = self._clock() + min(CLOSE_S, 2 * self.engine_end_s)
         while self._endpoint.unsent_bytes() and self._clock() < deadline:
             self._around.sleep([], 1e-3)

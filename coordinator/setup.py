@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,15 @@ from coordinator.config import JobConfig, package_versions
 from coordinator.engines import ModelFacts, engine_factory
 from coordinator.modelnames import find_model
 from coordinator.simulated import read_service_times
+from coordinator.staging import adapter_role
 from scheduling import messages as m
 from scheduling.errors import UserError
 from scheduling.link import Spoke
 from scheduling.servicetime import ServiceTimes, service_times_json
 from storage.adapter import check_adapter
 from storage.gguf import check_gguf, fingerprint
-from storage.staging import Staged
+from storage.staging import Staged, StagedModel
+from workers.gpuhealth import GpuHealth
 from workers.gpus import load_nvml
 from workers.hosts import describe_host
 from workers.protocol import Adapter
@@ -74,7 +76,7 @@ def prepare(config: JobConfig, staged: Staged | None = None) -> Setup:
         if config.draft_model is not None:
             draft = model_facts(str(copies["draft"].path) if "draft" in copies else config.draft_model)
         info = check_gguf(path)
-        wanted = config.adapters()
+        wanted = _adapters(config, copies)
         sizes = [check_adapter(Path(adapter.path), info) for adapter in wanted]
         whole = tuple(Adapter(str(Path(adapter.path).resolve()), adapter.scale) for adapter in wanted)
         facts = ModelFacts(str(path.absolute()), info.shape, whole, sum(sizes), draft)
@@ -82,6 +84,15 @@ def prepare(config: JobConfig, staged: Staged | None = None) -> Setup:
         return Setup(config, facts, name, fingerprint(path), host, adapters=prints, model_digest=named.digest)
     except UserError as error:
         return Setup(config, ModelFacts(str(path)), name, "none", host, error)
+
+
+def _adapters(config: JobConfig, copies: Mapping[str, StagedModel]) -> list[Adapter]:
+    """Where this rank finds them: the `copies`, of those that were staged."""
+    found = []
+    for number, adapter in enumerate(config.adapters()):
+        copy = copies.get(adapter_role(number))
+        found.append(adapter if copy is None else Adapter(str(copy.path), adapter.scale))
+    return found
 
 
 def _prepare_simulated(config: JobConfig, name: str, host: m.Host) -> Setup:
@@ -112,9 +123,14 @@ def build_worker(
             rank=rank, hello=setup.hello(), model_name=setup.model_name, defaults=setup.config.sampling,
             engine_factory=engine_factory(setup.config, setup.model, stderr_log, setup.service_times),
             clock=clock, wall_clock=wall_clock, telemetry_factory=_telemetry,
-            metrics_interval_s=setup.config.metrics_interval_s,
+            metrics_interval_s=setup.config.metrics_interval_s, engine_lease_s=setup.config.engine_lease_s,
+            request_timeout_s=setup.config.request_timeout_s, health_factory=_health,
         ),
     )  # fmt: skip
+
+
+def _health(placement: m.Placement) -> GpuHealth:
+    return GpuHealth(load_nvml() if placement.gpu_uuids else None, placement.gpu_uuids)
 
 
 def _telemetry(placement: m.Placement, engine_pid: int | None) -> Callable[[], list[tuple[Any, ...]]]:

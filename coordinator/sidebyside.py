@@ -21,7 +21,7 @@ def comparison(runs: Named) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     rows = [
         _row("answered", runs, lambda data: data["ok"], lambda value: f"{value:,}", ratio=False),
         _row("failed", runs, lambda data: data["failed"], lambda value: f"{value:,}", ratio=False),
-        _row("wall time of the last job", runs, lambda data: data["last_session"].get("wall_s"), duration),
+        _row(_over(runs), runs, lambda data: data["over_s"], duration),
         _row("output tokens/s", runs, lambda data: data["output_tokens_per_s"], figure_text),
         _row("prompt tokens/s", runs, lambda data: data["prompt_tokens_per_s"], figure_text),
         _row("requests/s", runs, lambda data: data["requests_per_s"], figure_text),
@@ -33,6 +33,7 @@ def comparison(runs: Named) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     rows += [
         _row("busy, all ranks", runs, _busy, percent_text, ratio=False),
         _row("stolen", runs, lambda data: data["last_session"].get("stolen"), lambda value: f"{value:,}", ratio=False),
+        _row("copied", runs, lambda data: data["last_session"].get("copies"), lambda value: f"{value:,}", ratio=False),
         _row("J an output token", runs, _joules, lambda value: f"{value:.3g}"),
     ]
     return ("", *(name for name, _ in runs)), rows
@@ -49,6 +50,11 @@ def print_comparison(runs: Named, stream: IO[str]) -> None:
     table.caption = "×: ratio to the first run · *: too few samples to support this percentile"
     table.caption_justify = "left"
     console_for(stream).print(table)
+
+
+def _over(runs: Named) -> str:
+    """What the rates of `runs` are over."""
+    return ", or ".join(dict.fromkeys(data["over"] for _, data in runs))
 
 
 def _row(

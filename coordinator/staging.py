@@ -15,12 +15,13 @@ import psutil
 
 from coordinator.bytesdone import BytesDone
 from coordinator.config import JobConfig
-from coordinator.modelnames import find_model
+from coordinator.modelnames import Named, find_model
 from coordinator.mpi import World
 from coordinator.mpi_staging import MpiGroup
 from scheduling.errors import EXIT_INFRASTRUCTURE, LlmpiError, RankLostError
 from storage.relay import Channel
-from storage.staging import Group, Model, Node, Staged, model_of, stage
+from storage.stagemodel import Model, model_of
+from storage.staging import Group, Node, Staged, stage
 
 MAGIC = b"GGUF"
 
@@ -110,18 +111,26 @@ def _give_up(world: World | None, text: str) -> None:
 
 
 def models_of(config: JobConfig) -> list[Model]:
-    """The model and the one that drafts for it. Raises UserError or OSError if one cannot be found.
+    """The model, the one that drafts for it, and its adapters. Raises UserError or OSError if one cannot be found.
 
-    No model is named that is none by its first bytes: whoever opens it says so.
+    None is named that is no model by its first bytes: whoever opens it says so.
     """
-    found = []
-    for role, text in (("model", config.model), ("draft", config.draft_model)):
-        if text is None:
-            continue
-        named = find_model(text)
-        if all(_is_gguf(path) for path, _ in named.files()):
-            found.append(model_of(role, named.name, named.files(), named.digest))
-    return found
+    named = [("model", find_model(config.model))]
+    if config.draft_model is not None:
+        named.append(("draft", find_model(config.draft_model)))
+    for number, adapter in enumerate(config.adapters()):
+        path = Path(adapter.path)
+        named.append((adapter_role(number), Named(path, path.stem)))
+    return [
+        model_of(role, one.name, one.files(), one.digest)
+        for role, one in named
+        if all(_is_gguf(path) for path, _ in one.files())
+    ]
+
+
+def adapter_role(number: int) -> str:
+    """Of the adapter that comes at this place among `--lora`, from 0."""
+    return f"adapter {number}"
 
 
 def _is_gguf(path: Path) -> bool:

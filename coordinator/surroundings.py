@@ -54,11 +54,12 @@ def one_thread() -> Executor:
 @dataclass(frozen=True, slots=True)
 class Surroundings:
     """`clock` is monotonic and measures; `wall_clock` is seconds since the epoch. `executor` makes what writes metrics
-    beside the loop; `recorder` what writes answers, given disk, path, clock, seconds and bytes between two commits."""
+    beside the loop; `recorder` what writes answers, given disk, path, clock, seconds and bytes between two commits, and
+    what raises RunDirError once the record is another job's."""
 
     clock: Callable[[], float] = time.monotonic
     wall_clock: Callable[[], float] = time.time
     sleep: Sleep = sleep
     disk: Disk = field(default_factory=OsDisk)
-    recorder: Callable[[Disk, Path, Callable[[], float], float, int], FileRecorder] = RecordWriter
+    recorder: Callable[[Disk, Path, Callable[[], float], float, int, Callable[[], None]], FileRecorder] = RecordWriter
     executor: Callable[[], Executor] = one_thread

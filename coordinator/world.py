@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NoReturn, Protocol
 
-from coordinator.collect import Collecting
+from coordinator.collect import COLLECTIVE_PATIENCE_S, Collecting
 from scheduling.link import Endpoint
 
 
@@ -20,8 +20,8 @@ class Ranks(Protocol):
     def endpoint(self) -> Endpoint:
         """Carries envelopes between any two ranks."""
 
-    def collectives(self) -> Collecting:
-        """What all ranks do together, in the same order on each."""
+    def collectives(self, patience_s: float = COLLECTIVE_PATIENCE_S) -> Collecting:
+        """What all ranks do together, in the same order on each. A rank that takes longer is taken for lost."""
 
     def abort(self, code: int) -> NoReturn:
         """End all ranks now."""

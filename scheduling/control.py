@@ -13,9 +13,11 @@ A request's life (a request that has ended is simply no longer in `live`):
        └───give back── recalled ─keep──> running
        └─────────────────────────────────────┘
 
-Every request that is not waiting has exactly one owner. Answers are taken only from the owner and only for the
-current attempt; everything else is late, dropped and counted. Here is what events mean: attempts, deaths,
-acknowledgement, drain, stop. Who gets what next, stealing included, is `scheduling.dispatch`'s to decide.
+Every request that is not waiting has exactly one owner. Near the end one that runs may have one copy besides, with an
+owner and an attempt of its own: the first of the two that answers ends the request, and one that is lost leaves the
+other alone. Answers are taken only from an owner and only for its attempt; everything else is late, dropped and
+counted. Here is what events mean: attempts, deaths, acknowledgement, drain, limits, stop. Who gets what next, stealing
+included, is `scheduling.dispatch`'s to decide, and what is copied `scheduling.copies`'.
 
 An illegal event raises `ProtocolError` and changes nothing. `check()` verifies all invariants.
 """
@@ -25,7 +27,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from enum import Enum
 
-from scheduling.dispatch import Dispatcher
+from scheduling.copies import Copier
+from scheduling.dispatch import Dispatcher, unstarted
 from scheduling.errors import ProtocolError
 from scheduling.estimates import LengthEstimator
 from scheduling.events import (
@@ -36,6 +39,7 @@ from scheduling.events import (
     Event,
     Exhausted,
     Fail,
+    GiveUp,
     Heard,
     InputEnded,
     Instruction,
@@ -48,9 +52,11 @@ from scheduling.events import (
     Stop,
     Stream,
     Tick,
+    TimeLimited,
     WorkerLost,
     WorkerReady,
 )
+from scheduling.horizon import steps_of
 from scheduling.ledger import Ledger, Phase, RequestEntry, WorkerEntry, WorkerState, WorkerView, must
 from scheduling.limits import Limits as Limits
 from scheduling.policies import Policy, policy_named
@@ -90,9 +96,14 @@ class ControlPlane:
         self.totals = self._ledger.totals
         self._policy: Policy[RequestEntry] = policy_named(schedule)  # type: ignore[assignment]
         self._dispatcher = Dispatcher(self._ledger, self._policy, self.limits, first_recall)
+        self._copies = Copier(
+            self._ledger, self.estimator, self.limits, self._dispatcher.horizon, self._dispatcher.note_room
+        )
         self._unacknowledged: list[bool] = []
         self._acknowledged = 0
         self._stop_reason = ""
+        self._limit_reason = ""
+        self._give_up_at: float | None = None
 
     # ------------------------------------------------------------ the one way in
 
@@ -129,9 +140,15 @@ class ControlPlane:
                     raise ProtocolError("the input ended twice")
                 self.input_ended = True
             case DrainRequested():
-                self._drain(event.reason, now, out)
+                self._drain(event.reason, event.give_up_at, now, out)
+            case TimeLimited():
+                self._dispatcher.horizon.end_at = event.end_at
+                self._limit_reason = event.reason
         if self.mode is Mode.OPEN:
             self._dispatcher.dispatch(now, self.input_ended, out)
+            at_end = self._dispatcher.exhausted and not self._dispatcher.waiting
+            if at_end and self._policy.steals and self.limits.copies:
+                self._copies.dispatch(now, out)
         if self.mode is not Mode.STOPPED:
             self._stop_if_over(out)
         return out
@@ -154,7 +171,7 @@ class ControlPlane:
 
     @property
     def waiting(self) -> int:
-        return self._policy.waiting()
+        return self._dispatcher.waiting
 
     @property
     def unacknowledged(self) -> int:
@@ -163,7 +180,8 @@ class ControlPlane:
 
     @property
     def running(self) -> int:
-        return sum(len(worker.running) for worker in self._ledger.workers.values())
+        """Requests of which an entry runs, copied or not."""
+        return len(self._ledger.live) - self._ledger.unstarted
 
     def workers(self) -> list[WorkerView]:
         return [worker.view() for worker in self._ledger.workers.values()]
@@ -207,8 +225,10 @@ class ControlPlane:
         if self.mode is not Mode.OPEN:
             return  # read before the drain was known: the next start of the run reads it again
         for new in requests:
-            cost = new.prompt_tokens + self.estimator.output_tokens(new.output_limit)
-            request = RequestEntry(new.index, cost, new.output_limit)
+            output_tokens = self.estimator.output_tokens(new.output_limit)
+            steps = steps_of(new.prompt_tokens, output_tokens)
+            request = RequestEntry(new.index, new.prompt_tokens + output_tokens, new.output_limit, steps)
+            self._dispatcher.horizon.arrived(steps)
             self._ledger.add(request)
             self._policy.arrive(request)
         self.totals.accepted += len(requests)
@@ -232,12 +252,15 @@ class ControlPlane:
             self._ledger.refuse_unseen(index, worker)
         for answer in event.finished:
             self._ledger.refuse_unseen(answer.index, worker)
-        worker.heard = now
+        heard_before, worker.heard = worker.heard, now
+        self._copies.note_report(worker, event.made_tokens, now)
         for index, attempt in event.started:
             request = self._ledger.owned(worker, index, attempt)
             if request is not None and request.phase is not Phase.RUNNING:
                 self._ledger.move(request, worker, Phase.RUNNING)
-        deltas = [delta for delta in event.deltas if self._ledger.owned(worker, delta.index, delta.attempt) is not None]
+                request.started_at = now
+                self._dispatcher.horizon.started(now)
+        deltas = [delta for delta in event.deltas if self._ledger.streams(worker, delta.index, delta.attempt)]
         if deltas:
             out.append(Stream(deltas))
         accepted, late = [], []
@@ -245,8 +268,15 @@ class ControlPlane:
             request = self._ledger.owned(worker, answer.index, answer.attempt)
             if request is None:
                 late.append((answer.index, answer.attempt))
+                self._copies.note_late(worker, answer)
                 continue
             accepted.append(answer)
+            if request.twin is not None:
+                self._copies.answered(request, now, out)
+            if answer.ok and (request.started_at is not None or request.phase is Phase.QUEUED):
+                # One that was not said to have started has started and ended since the last report.
+                since = heard_before if request.started_at is None else request.started_at
+                self._dispatcher.horizon.ended(worker.id, now - since, request.steps)
             self._ledger.end(request, worker)
             self._unacknowledged.append(answer.ok)
             if answer.ok:
@@ -281,8 +311,12 @@ class ControlPlane:
         worker.heard = now
         worker.engine_losses += 1
         worker.reason = event.reason
-        started = {index for index, attempt in event.started if self._ledger.owned(worker, index, attempt) is not None}
-        self._disown(worker, started, event.reason, out)
+        # One that had started nothing died of what it was handed (of a prompt it read, say), nobody knows of which.
+        ran = event.started or event.unstarted
+        died_with = {index for index, attempt in ran if self._ledger.owned(worker, index, attempt) is not None}
+        if died_with:
+            self._dispatcher.note_death()
+        self._disown(worker, died_with, event.reason, out)
         if event.restarting:
             worker.state = WorkerState.JOINING
             self._dispatcher.worker_loading(worker)
@@ -295,8 +329,9 @@ class ControlPlane:
         worker.reason = reason
         for request in worker.holdings():
             # It may have started any of them, and may still answer: a new attempt makes such answers late.
-            request.attempt += 1
-        self.totals.retried += worker.owned
+            if request.twin is None:
+                request.renew()
+                self.totals.retried += 1
         self._disown(worker, set(), reason, out)
         self._leave(worker)
 
@@ -313,64 +348,107 @@ class ControlPlane:
             self._acknowledged = 0
 
     def _tick(self, now: float, out: list[Instruction]) -> None:
-        lease_s = self.limits.lease_s
-        if lease_s is None:
-            return
+        if self.limits.lease_s is not None:
+            self._end_leases(self.limits.lease_s, now, out)
+        if self.mode is not Mode.STOPPED and (end_at := self._dispatcher.horizon.end_at) is not None:
+            self._keep_time(end_at, now, out)
+        give_up_at = self._give_up_at
+        if self.mode is Mode.DRAINING and give_up_at is not None and now >= give_up_at:
+            self._give_up_running(out)
+
+    def _end_leases(self, lease_s: float, now: float, out: list[Instruction]) -> None:
         for worker in self._ledger.workers.values():
             silent_s = now - worker.heard
             if worker.state is not WorkerState.GONE and silent_s > lease_s:
                 worker.silent = True
                 self._worker_lost(worker, f"rank {worker.id} has been silent for {silent_s:.0f} s", out)
 
-    def _drain(self, reason: str, now: float, out: list[Instruction]) -> None:
-        if self.mode is not Mode.OPEN:
+    # ------------------------------------------------------------ drain and time limit
+
+    def _drain(self, reason: str, give_up_at: float | None, now: float, out: list[Instruction]) -> None:
+        """Start nothing more, from now on."""
+        if self.mode is Mode.STOPPED:
+            return
+        self._close(reason, give_up_at, out)
+        for worker in self._ledger.workers.values():
+            if queued := unstarted(worker):
+                self._dispatcher.recall(worker, queued, now, out)
+
+    def _close(self, reason: str, give_up_at: float | None, out: list[Instruction]) -> None:
+        """Hand nothing more out. What workers have queued may start."""
+        if give_up_at is not None and (self._give_up_at is None or give_up_at < self._give_up_at):
+            self._give_up_at = give_up_at
+        if self.mode is Mode.DRAINING:
             return
         self.mode = Mode.DRAINING
         self._stop_reason = reason
         out.append(Exhausted(True))
-        for request in self._policy.clear():
-            self._abandon(request)
+        for request in self._dispatcher.clear():
+            self._ledger.abandon(request)
+
+    def _keep_time(self, end_at: float, now: float, out: list[Instruction]) -> None:
+        """Before the time limit: what would be late does not start. When nothing more can start it is a drain."""
+        if now < end_at:
+            self._dispatcher.recall_late(now, out)
+        if now >= end_at or self.mode is Mode.DRAINING or self._dispatcher.nothing_in_time(now):
+            self._close(self._limit_reason, end_at, out)
+
+    def _give_up_running(self, out: list[Instruction]) -> None:
+        """Time is up: nothing that a worker still has is waited for."""
         for worker in self._ledger.workers.values():
-            if worker.queued:
-                self._dispatcher.recall(worker, list(worker.queued), now, out)
+            left = worker.holdings()
+            if not left:
+                continue
+            out.append(GiveUp(worker.id, [(request.index, request.attempt) for request in left]))
+            for request in left:
+                if request.twin is not None:
+                    self._ledger.part(request)  # the other is given up in its turn
+                    continue
+                self.totals.unfinished += 1
+                self._ledger.move(request, None, Phase.WAITING)
+                self._ledger.abandon(request)
+            self._dispatcher.note_room(worker)
 
     # ------------------------------------------------------------ requests change hands
-
-    def _abandon(self, request: RequestEntry) -> None:
-        """A drained request leaves without an end: the next start of the run takes it up."""
-        self._ledger.forget(request)
-        self.totals.accepted -= 1
 
     def _requeue(self, requests: list[RequestEntry]) -> None:
         """Requests in phase WAITING wait again, unless the plane drains."""
         if self.mode is Mode.OPEN:
-            self._policy.put_back(requests)
+            self._dispatcher.put_back(requests)
         else:
             for request in requests:
-                self._abandon(request)
+                self._ledger.abandon(request)
 
     def _disown(self, worker: WorkerEntry, died_with: set[int], reason: str, out: list[Instruction]) -> None:
         """Take everything from a worker. Those in `died_with` ran when its engine died."""
         back = []
+        where = f"on rank {worker.id}" + (", alone" if worker.apart else "")
         for request in worker.holdings():
-            self._ledger.move(request, None, Phase.WAITING)
+            attempt, runs_once = request.attempt, request.twin is None
+            if runs_once:
+                self._ledger.move(request, None, Phase.WAITING)
+            else:
+                request = self._ledger.part(request)  # it goes on elsewhere, which no death elsewhere speaks against
             if request.index in died_with:
-                request.attempt += 1
+                request.history += (f"attempt {attempt} {where}: {reason}",)
+            if not runs_once:
+                continue
+            if request.index in died_with:
+                request.renew()
                 request.deaths += 1
-                request.history += (f"attempt {request.attempt - 1} on rank {worker.id}: {reason}",)
                 self.totals.retried += 1
                 if request.deaths >= self.limits.deaths:
-                    self._give_up(request, out)
+                    self._give_up(request, attempt, out)
                     continue
             back.append(request)
         self._requeue(back)
 
-    def _give_up(self, request: RequestEntry, out: list[Instruction]) -> None:
+    def _give_up(self, request: RequestEntry, attempt: int, out: list[Instruction]) -> None:
         self._ledger.forget(request)
         self._unacknowledged.append(False)
         story = "; ".join(request.history)
         reason = f"{request.deaths} engines died while running this request: {story}"
-        out.append(Fail(request.index, request.attempt - 1, "engine_died", reason))
+        out.append(Fail(request.index, attempt, "engine_died", reason))
 
     def _leave(self, worker: WorkerEntry) -> None:
         worker.state = WorkerState.GONE
@@ -383,6 +461,8 @@ class ControlPlane:
             return
         if not self._ledger.live and self.mode is Mode.DRAINING:
             self._stop("drained", self._stop_reason, out)
+        elif not self._ledger.live and self.input_ended and self.totals.set_aside:
+            self._stop("drained", self._limit_reason, out)
         elif not self._ledger.live and self.input_ended:
             self._stop("done", "", out)
         elif all(worker.state is WorkerState.GONE for worker in self._ledger.workers.values()):

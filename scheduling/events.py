@@ -55,12 +55,13 @@ class InputEnded:
 
 @dataclass(frozen=True, slots=True)
 class Reported:
-    """A worker's progress. `started` holds (index, attempt) pairs."""
+    """A worker's progress. `started` holds (index, attempt) pairs. `made_tokens` are of requests that run, too."""
 
     worker: int
     started: list[tuple[int, int]]
     finished: list[Finished]
     deltas: list[Delta]
+    made_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +101,20 @@ class Committed:
 
 @dataclass(frozen=True, slots=True)
 class DrainRequested:
-    """Start nothing new, let what runs finish, then stop."""
+    """Start nothing new, let what runs finish, then stop. What still runs at `give_up_at` is given up; None: never.
 
+    Of several that come, the earliest time counts.
+    """
+
+    reason: str
+    give_up_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TimeLimited:
+    """Start nothing that is not expected to end by `end_at`. What still runs then is given up. It may come again."""
+
+    end_at: float
     reason: str
 
 
@@ -114,7 +127,7 @@ class Heard:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """Time has passed: leases are looked at."""
+    """Time has passed: leases and limits are looked at."""
 
 
 Event = (
@@ -128,6 +141,7 @@ Event = (
     | WorkerLost
     | Committed
     | DrainRequested
+    | TimeLimited
     | Heard
     | Tick
 )
@@ -138,7 +152,10 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class Assign:
-    """Send these (index, attempt) pairs to a worker. `stolen`: from index to victim, of those that were stolen."""
+    """Send these (index, attempt) pairs to a worker. `stolen`: from index to victim, of those that were stolen.
+
+    It may be the second attempt of a request that another worker runs.
+    """
 
     worker: int
     items: list[tuple[int, int]]
@@ -150,6 +167,14 @@ class Recall:
     worker: int
     recall: int
     indexes: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """A worker is to stop these (index, attempt) pairs: what it says of them is late from now on."""
+
+    worker: int
+    items: list[tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +204,17 @@ class Fail:
 
 
 @dataclass(frozen=True, slots=True)
+class GiveUp:
+    """These (index, attempt) pairs stay unanswered in this session, and are forgotten: the next one answers them.
+
+    `worker` still runs them, or holds them: what it says of them is late. None: nobody has them.
+    """
+
+    worker: int | None
+    items: list[tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
 class Stream:
     """Pass new text on to whoever listens."""
 
@@ -200,4 +236,4 @@ class Stop:
     reason: str
 
 
-Instruction = Assign | Recall | Record | Drop | Fail | Stream | Exhausted | Stop
+Instruction = Assign | Recall | Cancel | Record | Drop | Fail | GiveUp | Stream | Exhausted | Stop

@@ -14,10 +14,14 @@ class Limits:
     prefetch_max: most requests that a worker holds beyond its slots, however fast it is.
     recall_margin_s: stealing leaves a victim what it will start within this time at its measured rate.
     recall_patience_s: after this time an unanswered recall no longer counts as help that is on its way.
-    deaths: engine deaths while running a request after which the request is failed.
+    deaths: engine deaths while running a request after which the request is failed; the last one is one that it ran
+    alone in, if there are two or more.
     lease_s: a worker silent for longer is lost. None: never.
     waiting: most requests that wait at rank 0 (round-robin behind a slow worker). unacknowledged: most answers
     handed to the record and not yet durable; above it nothing is read.
+    copies: requests that run on slow workers near the end may be started a second time (`scheduling.copies`).
+    copy_gain_s, copy_gain_share: if that is expected to end them sooner by this time at least, and by this share of
+    what they would still take. copy_interval_s: how often that is looked at, at most.
     """
 
     prefetch: int | None = None
@@ -29,3 +33,12 @@ class Limits:
     lease_s: float | None = 60.0
     waiting: int = 65_536
     unacknowledged: int = 65_536
+    copies: bool = True
+    copy_gain_s: float = 0.5
+    copy_gain_share: float = 0.2
+    copy_interval_s: float = 0.25
+
+    @property
+    def suspect_deaths(self) -> int:
+        """Engine deaths after which a request is run alone: the next one shows whether it is to blame."""
+        return max(1, self.deaths - 1)

@@ -15,8 +15,11 @@ import msgspec
 
 from scheduling.fitting import Fit
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 """Raised with every change to a message of this module. Compared in the handshake."""
+
+ENGINE_END_S = 5.0
+"""How long an engine may take to end, where nothing presses."""
 
 
 # ---------------------------------------------------------------- worker -> rank 0
@@ -243,15 +246,17 @@ class Exhausted(msgspec.Struct, tag="exhausted", frozen=True):
 
 
 class Collect(msgspec.Struct, tag="collect", frozen=True):
-    """Enter the metrics collectives of this epoch."""
+    """Enter the metrics collectives of this epoch. The engine may take `engine_s` to end before it is killed."""
 
     epoch: int
+    engine_s: float = ENGINE_END_S
 
 
 class Stop(msgspec.Struct, tag="stop", frozen=True):
-    """Leave. Nothing will be asked of this worker any more."""
+    """Leave. Nothing will be asked of this worker any more. The engine may take `engine_s` to end."""
 
     reason: str
+    engine_s: float = ENGINE_END_S
 
 
 FromCoordinator = Welcome | Refuse | Assign | Recall | Cancel | Exhausted | Collect | Stop

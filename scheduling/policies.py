@@ -41,6 +41,9 @@ class Policy(Protocol[R]):
     def available(self, worker: int) -> int:
         """How many waiting requests this worker could be given now."""
 
+    def peek(self, worker: int) -> R:
+        """What `take` would give. Only when `available(worker)`."""
+
     def take(self, worker: int) -> R:
         """The next request for this worker. Only when `available(worker)`."""
 
@@ -77,6 +80,9 @@ class WorkStealing(Policy[R]):
 
     def available(self, worker: int) -> int:
         return len(self._queue)
+
+    def peek(self, worker: int) -> R:
+        return self._queue[0]
 
     def take(self, worker: int) -> R:
         return self._queue.popleft()
@@ -139,6 +145,9 @@ class RoundRobin(Policy[R]):
 
     def available(self, worker: int) -> int:
         return len(self._queues.get(worker, ()))
+
+    def peek(self, worker: int) -> R:
+        return self._queues[worker][0]
 
     def take(self, worker: int) -> R:
         self._count -= 1

@@ -2,8 +2,8 @@
 
 `simulate` plays discrete events: workers with slots and speeds, messages that take `latency_s` each way, a reader
 that has every line at hand, a record that is durable at once. The control plane is the very one of a real run and
-knows as little as there: all requests look alike to it, their lengths come out when they end. `list_schedule` and
-`lower_bound` say what is possible.
+knows as little as there: all requests look alike to it, their lengths come out when they end. Once a second a worker
+says how many tokens it has made. `list_schedule` and `lower_bound` say what is possible.
 
 Everything is deterministic: randomness is in the lengths that the caller gives. This module must not know how a
 policy decides, nor reach into the plane.
@@ -12,6 +12,7 @@ policy decides, nor reach into the plane.
 from __future__ import annotations
 
 import heapq
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,16 +23,25 @@ from scheduling.messages import Finished
 
 PROMPT_TOKENS = 64
 """The size that every request has in the control plane's eyes."""
+TOKENS_PER_S = 100
+"""What a slot of speed 1 makes of a request."""
+BEAT_S = 1.0
+"""How often a worker says how many tokens it has made, and that it lives."""
+TICK_S = 0.25
 
-_TO_PLANE, _TO_WORKER, _END = range(3)
+_TO_PLANE, _TO_WORKER, _END, _BEAT, _TICK = range(5)
+
+_What = ev.Event | ev.Instruction | tuple[int, int] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Simulated:
     """What came out. Times in seconds.
 
-    makespan_s: until rank 0 has the last answer. busy_s: per worker, summed over its slots. free_slot_s: slot-seconds
-    that were free while an unstarted request existed anywhere; slot_s: all slot-seconds until the last request ended.
+    makespan_s: until rank 0 has the last answer. busy_s: per worker, summed over its slots. requests: per worker, those
+    it was the first to answer. free_slot_s: slot-seconds that were free while an unstarted request existed anywhere;
+    slot_s: all slot-seconds until the last request ended. messages: but for those that are sent once a second.
+    wasted_s: slot-seconds of what ran twice and did not answer first.
     """
 
     makespan_s: float
@@ -42,6 +52,9 @@ class Simulated:
     free_slot_s: float
     slot_s: float
     messages: int
+    copies: int
+    copies_won: int
+    wasted_s: float
 
 
 def simulate(
@@ -78,9 +91,9 @@ def simulate(
 
 
 class _Worker:
-    """A simulated rank: a backlog in order of arrival, and a number of free slots."""
+    """A simulated rank: a backlog in order of arrival, a number of free slots, and since when each request runs."""
 
-    __slots__ = ("speed", "free", "backlog", "busy_s", "requests")
+    __slots__ = ("speed", "free", "backlog", "busy_s", "requests", "running", "tokens", "counted_at")
 
     def __init__(self, speed: float, slots: int) -> None:
         self.speed = speed
@@ -88,6 +101,14 @@ class _Worker:
         self.backlog: deque[tuple[int, int]] = deque()
         self.busy_s = 0.0
         self.requests = 0
+        self.running: dict[tuple[int, int], float] = {}
+        self.tokens = 0.0
+        self.counted_at = 0.0
+
+    def count(self, now: float) -> None:
+        """Tokens made until now. To be called before what runs changes."""
+        self.tokens += len(self.running) * (now - self.counted_at) * self.speed * TOKENS_PER_S
+        self.counted_at = now
 
 
 class _Cluster:
@@ -104,9 +125,16 @@ class _Cluster:
         self._slots = slots
         self._latency_s = latency_s
         self._workers = [_Worker(speed, slots) for speed in speeds]
-        self._plane = ControlPlane(range(len(speeds)), schedule, 0.0, limits=limits)
-        self._heap: list[tuple[float, int, int, int, ev.Event | ev.Instruction | tuple[int, int]]] = []
+        tokens = [math.ceil(length_s * TOKENS_PER_S) for length_s in service_s]
+        self._plane = ControlPlane(
+            range(len(speeds)), schedule, 0.0, limits=limits, output_limit_default=max([512, *tokens])
+        )
+        self._heap: list[tuple[float, int, int, int, _What]] = []
         self._sequence = 0
+        self._messages = 0
+        self._underway = 0
+        self._useful_s = 0.0
+        self._started: set[int] = set()
         self._read = 0
         self._unstarted = len(service_s)
         self._free = 0
@@ -117,11 +145,19 @@ class _Cluster:
     def run(self, ready_s: Sequence[float]) -> Simulated:
         for worker, at in enumerate(ready_s):
             self._push(at + self._latency_s, _TO_PLANE, worker, ev.WorkerReady(worker, self._slots))
+            self._push(at + BEAT_S, _BEAT, worker, None)
+        self._push(TICK_S, _TICK, 0, None)
         now = 0.0
         self._tell(None, now)
-        while self._heap and not self._plane.finished:
+        while self._underway and not self._plane.finished:
             now, _, kind, worker, what = heapq.heappop(self._heap)
-            if kind == _END:
+            self._underway -= kind not in (_BEAT, _TICK)
+            if kind == _TICK:
+                self._push(now + TICK_S, _TICK, 0, None)
+                self._tell(ev.Tick(), now)
+            elif kind == _BEAT:
+                self._beat(worker, now)
+            elif kind == _END:
                 self._end(worker, what, now)  # type: ignore[arg-type]
             elif kind == _TO_PLANE:
                 if isinstance(what, ev.WorkerReady):
@@ -133,6 +169,10 @@ class _Cluster:
                 self._start(worker, [], now)
             elif isinstance(what, ev.Recall):
                 self._give_back(worker, what, now)
+            elif isinstance(what, ev.Cancel):
+                self._cancel(worker, what.items, now)
+        for worker_left in self._workers:  # what was cancelled and has not heard of it yet ends with the run
+            worker_left.busy_s += sum(now - since for since in worker_left.running.values())
         totals = self._plane.totals
         return Simulated(
             makespan_s=now,
@@ -142,11 +182,16 @@ class _Cluster:
             recalls=totals.recalls,
             free_slot_s=self._free_slot_s,
             slot_s=self._ended_at * self._slots * len(self._workers),
-            messages=self._sequence - len(self._service_s),
+            messages=self._messages,
+            copies=totals.copies,
+            copies_won=totals.copies_won,
+            wasted_s=max(0.0, sum(worker.busy_s for worker in self._workers) - self._useful_s),
         )
 
-    def _push(self, at: float, kind: int, worker: int, what: ev.Event | ev.Instruction | tuple[int, int]) -> None:
+    def _push(self, at: float, kind: int, worker: int, what: _What) -> None:
         self._sequence += 1
+        self._messages += kind in (_TO_PLANE, _TO_WORKER)
+        self._underway += kind not in (_BEAT, _TICK)
         heapq.heappush(self._heap, (at, self._sequence, kind, worker, what))
 
     def _pass_time(self, now: float) -> None:
@@ -168,38 +213,67 @@ class _Cluster:
         if self._read == total and not self._plane.input_ended:
             out += self._plane.handle(ev.InputEnded(), now)
         for instruction in out:
-            if isinstance(instruction, (ev.Assign, ev.Recall)):
+            if isinstance(instruction, (ev.Assign, ev.Recall, ev.Cancel)):
                 self._push(now + self._latency_s, _TO_WORKER, instruction.worker, instruction)
             elif isinstance(instruction, ev.Record):
+                worker = self._workers[instruction.worker]
+                worker.requests += len(instruction.finished)
+                self._useful_s += sum(self._service_s[answer.index] for answer in instruction.finished) / worker.speed
                 self._plane.handle(ev.Committed(len(instruction.finished)), now)
 
     # ------------------------------------------------------------ a worker
 
+    def _beat(self, number: int, now: float) -> None:
+        worker = self._workers[number]
+        worker.count(now)
+        made = int(worker.tokens)
+        worker.tokens -= made
+        self._tell(ev.Reported(number, [], [], [], made), now)
+        self._push(now + BEAT_S, _BEAT, number, None)
+
     def _end(self, number: int, request: tuple[int, int], now: float) -> None:
         """A request has ended: the slot takes the next, and one report says both."""
+        if request in self._workers[number].running:  # else it was cancelled
+            self._ended_at = now
+            self._start(number, [self._stop(number, request, now)], now)
+
+    def _stop(self, number: int, request: tuple[int, int], now: float) -> Finished:
+        """Free the slot of what runs. Returns what was made of it."""
         self._pass_time(now)
         worker = self._workers[number]
+        worker.count(now)
+        ran_s = now - worker.running.pop(request)
         worker.free += 1
-        worker.requests += 1
         self._free += 1
-        self._ended_at = now
-        self._start(number, [Finished(request[0], request[1], True, PROMPT_TOKENS, 1, b"")], now)
+        worker.busy_s += ran_s
+        tokens = max(1, round(ran_s * worker.speed * TOKENS_PER_S))
+        return Finished(request[0], request[1], True, PROMPT_TOKENS, tokens, b"")
 
     def _start(self, number: int, finished: list[Finished], now: float) -> None:
         self._pass_time(now)
         worker = self._workers[number]
+        worker.count(now)
         started = []
         while worker.free and worker.backlog:
-            index, attempt = worker.backlog.popleft()
+            request = worker.backlog.popleft()
             worker.free -= 1
             self._free -= 1
-            self._unstarted -= 1
-            takes_s = self._service_s[index] / worker.speed
-            worker.busy_s += takes_s
-            started.append((index, attempt))
-            self._push(now + takes_s, _END, number, (index, attempt))
+            self._unstarted -= request[0] not in self._started
+            self._started.add(request[0])
+            worker.running[request] = now
+            started.append(request)
+            self._push(now + self._service_s[request[0]] / worker.speed, _END, number, request)
         if started or finished:
             self._push(now + self._latency_s, _TO_PLANE, number, ev.Reported(number, started, finished, []))
+
+    def _cancel(self, number: int, items: list[tuple[int, int]], now: float) -> None:
+        worker = self._workers[number]
+        finished = []
+        for request in items:
+            if request in worker.running:
+                finished.append(self._stop(number, request, now))
+        worker.backlog = deque(request for request in worker.backlog if request not in items)
+        self._start(number, finished, now)
 
     def _give_back(self, number: int, recall: ev.Recall, now: float) -> None:
         worker = self._workers[number]

@@ -1,8 +1,8 @@
 """Batch scripts for Slurm, to be used as they stand: `sbatch [options] SCRIPT RUN_DIR -m MODEL -i REQUESTS …`.
 
 mpirun.sbatch starts the ranks with mpirun inside the job, which works with any Slurm. srun.sbatch starts them as
-a step, where Slurm's PMI and MPI fit each other. Both drain the run two minutes before the time limit, and both
-end with the status that the record tells, for a launcher's own status cannot be trusted.
+a step, where Slurm's PMI and MPI fit each other. The run stops by itself before the time limit (docs/stopping.md), and
+both end with the status that the record tells, for a launcher's own status cannot be trusted.
 """
 
 from __future__ import annotations

@@ -17,8 +17,6 @@ aside, looks again who names or announces it, and puts it back if somebody does.
 from __future__ import annotations
 
 import contextlib
-import errno
-import hashlib
 import os
 import shutil
 import stat
@@ -30,23 +28,16 @@ from io import FileIO
 from pathlib import Path
 
 from scheduling.errors import ModelStoreError
+from storage.blobfiles import Progress, changed_s, copy_file, entries_of, hash_file, nothing, removed, unusable
 from storage.digest import ALGORITHM, Digest
 from storage.files import OsDisk
 
-CHUNK_BYTES = 4 << 20
 STALE_S = 24 * 3600.0
 """Partial files and announcements that have not changed for so long are nobody's."""
-MOVES_MAX = 100
 PULL_CHARACTERS = 25
 """With which the names of all files of one pull begin: 'pull-' and 20 digits."""
 SPARE_BYTES = 64 << 20
 """Of the disk, left free when a blob is copied in."""
-Progress = Callable[[int], None]
-"""Called with the bytes that were hashed since the last call."""
-
-
-def _nothing(_: int) -> None:
-    """Nobody looks."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +95,7 @@ class Blobs:
 
     def __iter__(self) -> Iterator[tuple[Digest, int]]:
         """(digest, bytes) of all blobs. Other files are passed over."""
-        for entry in _entries(self.root / "blobs"):
+        for entry in entries_of(self.root / "blobs"):
             name = entry.name.removeprefix(f"{ALGORITHM}-")
             with contextlib.suppress(ModelStoreError, FileNotFoundError):
                 digest = Digest(name)
@@ -134,7 +125,7 @@ class Blobs:
             yield Path(name)
 
     def ingest(
-        self, source: Path, *, expected: Digest | None = None, link: bool = False, progress: Progress = _nothing
+        self, source: Path, *, expected: Digest | None = None, link: bool = False, progress: Progress = nothing
     ) -> Ingested:
         """Copy `source` in, or give it a second name (`link`) where it is on the same file system.
 
@@ -172,7 +163,7 @@ class Blobs:
         fd, spare = self.scratch()
         try:
             with open(fd, "wb", buffering=0) as out:
-                digest, written = _copy(file.fileno(), out.fileno(), size, progress)
+                digest, written = copy_file(file.fileno(), out.fileno(), size, progress)
                 os.fchmod(fd, 0o644)
                 os.fsync(fd)
         except OSError as error:
@@ -272,7 +263,7 @@ class Blobs:
     def announcements(self) -> set[Digest]:
         """Raises ModelStoreError if one cannot be read: who knows what it is about."""
         found: set[Digest] = set()
-        for entry in _entries(self.root / "partial"):
+        for entry in entries_of(self.root / "partial"):
             if not entry.name.endswith(".adding"):
                 continue
             found.update(self._announced_in(Path(entry.path)))
@@ -340,7 +331,7 @@ class Blobs:
 
     def rescue(self, digest: Digest) -> bool:
         """Put back a blob that is needed, from where a collection has moved it. False if it is not there."""
-        for entry in _entries(self.root / "trash"):
+        for entry in entries_of(self.root / "trash"):
             if entry.name.startswith(f"{digest.file_name}."):
                 with contextlib.suppress(OSError):
                     os.replace(entry.path, self.path(digest))
@@ -351,15 +342,15 @@ class Blobs:
         """Remove what interrupted work has left, as far as that is allowed. Returns the bytes freed."""
         freed = 0
         for folder in ("partial", "pulls", "trash"):
-            entries = _entries(self.root / folder)
-            changed_s: dict[str, float] = {}
+            entries = entries_of(self.root / folder)
+            newest_s: dict[str, float] = {}
             for entry in entries:
                 key = _together(entry.name)
-                changed_s[key] = max(changed_s.get(key, 0.0), _changed_s(entry))
+                newest_s[key] = max(newest_s.get(key, 0.0), changed_s(entry))
             for entry in entries:
-                if self._clock() - changed_s[_together(entry.name)] >= STALE_S:
+                if self._clock() - newest_s[_together(entry.name)] >= STALE_S:
                     with contextlib.suppress(OSError):  # gone meanwhile, or another user's
-                        freed += _removed(entry, dry_run)
+                        freed += removed(entry, dry_run)
         return freed
 
     def folder(self, name: str) -> Path:
@@ -372,121 +363,6 @@ class Blobs:
         return folder
 
 
-# ---------------------------------------------------------------- bytes
-
-
-def hash_file(fd: int, progress: Progress = _nothing, size: int | None = None) -> Digest:
-    """The digest of an open file, from its beginning; no further than a piece beyond `size`, if that is given."""
-    hashed, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES))
-    place = 0
-    with contextlib.suppress(OSError):  # a hint
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-    while count := os.preadv(fd, [buffer], place):
-        hashed.update(buffer[:count])
-        place += count
-        progress(count)
-        if size is not None and place > size:
-            break
-    return Digest.of(hashed)
-
-
-def _copy(source: int, target: int, size: int, progress: Progress) -> tuple[Digest, int]:
-    """Copy a file of `size` bytes, and no further than a piece beyond: one that grows would never end."""
-    hashed, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES))
-    place = 0
-    while count := os.preadv(source, [buffer], place):
-        hashed.update(buffer[:count])
-        left = buffer[:count]
-        while left:
-            left = left[os.write(target, left) :]
-        place += count
-        progress(count)
-        if place > size:
-            break
-    return Digest.of(hashed), place
-
-
-def write_whole(scratch: tuple[int, Path], path: Path, data: bytes) -> None:
-    """Give `path` the content `data` durably and at once, by way of a file of our own."""
-    fd, temporary = scratch
-    try:
-        with open(fd, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fchmod(file.fileno(), 0o644)
-            os.fsync(file.fileno())
-        _moved(temporary, path)
-        with contextlib.suppress(FileNotFoundError):  # removed at once
-            OsDisk().sync_dir(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise unusable(path, error) from error
-
-
-def _moved(temporary: Path, path: Path) -> None:
-    """Who removes another model may remove the folder just after it was made: then it is made again."""
-    for _ in range(MOVES_MAX):
-        with contextlib.suppress(FileNotFoundError, FileExistsError):  # the latter if it goes while mkdir looks at it
-            path.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(temporary, path)
-            return
-    os.replace(temporary, path)
-
-
 def _together(name: str) -> str:
     """Files of one pull are as new as the newest of them."""
     return name[:PULL_CHARACTERS] if name.startswith("pull-") else name
-
-
-def _changed_s(entry: os.DirEntry[str]) -> float:
-    """When it, or anything in it, was last written, renamed or given a second name, in seconds since 1970.
-
-    A second name has the time of what it is a name of, and so does a blob that was moved: hence the time of the last
-    change of status as well.
-    """
-    newest = 0.0
-    for path in (entry.path, *(inner.path for inner in _inside(entry))):
-        with contextlib.suppress(OSError):
-            found = os.lstat(path)
-            newest = max(newest, found.st_mtime, found.st_ctime)
-    return newest
-
-
-def _inside(entry: os.DirEntry[str]) -> list[os.DirEntry[str]]:
-    if not entry.is_dir(follow_symlinks=False):
-        return []
-    with contextlib.suppress(ModelStoreError):
-        return _entries(Path(entry.path))
-    return []
-
-
-def _removed(entry: os.DirEntry[str], dry_run: bool) -> int:
-    """Remove it. Returns its bytes. Raises OSError."""
-    size = sum(one.stat(follow_symlinks=False).st_size for one in (entry, *_inside(entry)))
-    if dry_run:
-        return size
-    if entry.is_dir(follow_symlinks=False):
-        shutil.rmtree(entry.path)
-    else:
-        os.unlink(entry.path)
-    return size
-
-
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as found:
-            return list(found)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        raise unusable(folder, error) from error
-
-
-def unusable(path: Path, error: OSError) -> ModelStoreError:
-    """What to say of an operating system's refusal."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ModelStoreError(
-            f"{path} cannot be written: {error.strerror}; `llmpi models gc` or `llmpi models rm` make room, LLMPI_HOME "
-            "moves the store"
-        )
-    return ModelStoreError(f"{path} cannot be used: {error.strerror or error}; LLMPI_HOME names another place")

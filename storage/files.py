@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+REWRITE_BYTES = 1 << 20
+
 _FLOCK = struct.Struct("hhqqi4x")
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
@@ -28,6 +30,10 @@ class AppendFile(Protocol):
 
     def sync(self) -> None:
         """Make everything written so far durable."""
+
+    def rewrite(self, start: int) -> None:
+        """Write again what stands from byte `start` on. Pages that the system could not write are clean in its cache
+        from then on: of those, `sync` proves something only after this."""
 
     def truncate(self, size: int) -> None:
         """Cut the file to `size` bytes."""
@@ -86,6 +92,7 @@ class Disk(Protocol):
 
 class _OsAppendFile:
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
 
     def write(self, data: bytes) -> None:
@@ -95,6 +102,14 @@ class _OsAppendFile:
 
     def sync(self) -> None:
         os.fsync(self._fd)
+
+    def rewrite(self, start: int) -> None:
+        fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)  # what is opened for appending writes at the end only
+        try:
+            while data := os.pread(fd, REWRITE_BYTES, start):
+                start += os.pwrite(fd, data, start)
+        finally:
+            os.close(fd)
 
     def truncate(self, size: int) -> None:
         os.ftruncate(self._fd, size)

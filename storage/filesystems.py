@@ -26,20 +26,35 @@ NETWORK_FUSE = frozenset(
 )  # fmt: skip
 """What follows 'fuse.' of those; others (fuse.fuse-overlayfs, say) are local."""
 
+LOCKED_EVERYWHERE = frozenset({"ceph", "cephfs", "gfs2", "gpfs", "mmfs", "ocfs2"})
+"""Types of network file systems whose locks are always those of all hosts."""
+
 MEMORY = frozenset({"tmpfs", "ramfs"})
 
 
 @dataclass(frozen=True)
 class Mount:
-    """Where a file system is mounted, and its type ('ext4', 'nfs4', 'fuse.sshfs'; '' is unknown)."""
+    """Where a file system is mounted, its type ('ext4', 'nfs4', 'fuse.sshfs'; '' is unknown), and its options."""
 
     point: str
     type: str
+    options: frozenset[str] = frozenset()
 
     @property
     def network(self) -> bool:
         kind, _, fuse = self.type.partition(".")
         return kind in NETWORK or (kind == "fuse" and fuse.lower() in NETWORK_FUSE)
+
+    @property
+    def locks_reach(self) -> bool:
+        """Whether a lock taken here is seen by every host that has the files. False where that is not known."""
+        if not self.network:
+            return True
+        if self.type in ("nfs", "nfs4"):
+            return not self.options & {"nolock", "local_lock=all", "local_lock=posix"}
+        if self.type == "lustre":
+            return "flock" in self.options
+        return self.type in LOCKED_EVERYWHERE
 
     @property
     def memory(self) -> bool:
@@ -62,12 +77,13 @@ def mount_of(path: Path, table: str) -> Mount:
         # 36 35 98:0 /root /point options [optional fields] - type source super-options; see proc(5)
         before, dash, after = line.partition(" - ")
         left, right = before.split(" "), after.split(" ")
-        if not dash or len(left) < 5:
+        if not dash or len(left) < 6:
             continue
         point = _plain(left[4])
         above = point.rstrip("/") + "/"
         if (real == point or real.startswith(above)) and len(point) >= len(best.point):
-            best = Mount(point, right[0])
+            options = ",".join([left[5], *right[2:]])
+            best = Mount(point, right[0], frozenset(options.split(",")))
     return best
 
 

@@ -1,9 +1,13 @@
 """One job at a time on a run directory: a lock file that also says who holds it.
 
 The lock itself is the operating system's (see `storage.files.Disk.try_lock`): it ends with the process, however
-that ends. The file's content (host, process, since when) is for people, and it is what decides where a file system
-has no locks: then a holder on this host is looked up, and one on another host is believed. A content that is left
-over in a lock that could be had means that the last job died; that is taken over, and said.
+that ends. The file's content (host, process, since when, Slurm job) is for people. A content that is left over in a
+lock that could be had means that the last job died; that is taken over, and said.
+
+Where a file system has no locks, or has them for each host alone (NFS with `nolock`, Lustre without `flock`), the
+content decides. A holder on this host is looked up. One on another host is watched: a job on such a file system counts
+in a file beside the lock, the beat, and one whose count stands still for WATCH_S is dead. Nobody's clock is compared
+with anybody's. A job that finds another's name in its lock has been taken for dead and ends (`JobLock.check`).
 """
 
 from __future__ import annotations
@@ -12,32 +16,47 @@ import contextlib
 import json
 import os
 import socket
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
 from scheduling.errors import RunDirError
 from storage.files import Disk, Lock, LocksUnsupportedError, read_all
+from storage.filesystems import mount_of, read_mounts
+
+BEAT_SUFFIX = ".beat"
+BEAT_S = 5.0
+"""Between two beats."""
+WATCH_S = 20.0
+"""How long a beat may stand still. A network file system can show a change some seconds late."""
+LOOK_S = 1.0
+SETTLE_S = 2.0
+"""Two jobs that take over at once without locks write one after the other: whose name is there then has it."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that holds a run directory. `started_ticks`: its start since boot, 0 where unknown."""
+    """The process that holds a run directory. `started_ticks`: its start since boot, 0 where unknown. `slurm_job`: its
+    number, "" where there is none."""
 
     host: str
     pid: int
     since: str
     started_ticks: int = 0
+    slurm_job: str = ""
 
     def __str__(self) -> str:
-        return f"process {self.pid} on {self.host} (since {self.since})"
+        job = f", Slurm job {self.slurm_job}" if self.slurm_job else ""
+        return f"process {self.pid} on {self.host} (since {self.since}{job})"
 
 
-def this_process(now_unix_s: float) -> Holder:
+def this_process(now_unix_s: float, environ: Mapping[str, str] = os.environ) -> Holder:
     """This process as a holder."""
-    since = utc_text(now_unix_s)
-    return Holder(socket.gethostname(), os.getpid(), since, _started_ticks(os.getpid()))
+    since, job = utc_text(now_unix_s), environ.get("SLURM_JOB_ID", "")
+    return Holder(socket.gethostname(), os.getpid(), since, _started_ticks(os.getpid()), job)
 
 
 def utc_text(unix_s: float) -> str:
@@ -59,68 +78,188 @@ def alive(holder: Holder) -> bool:
     return not (ticks and holder.started_ticks and ticks != holder.started_ticks)
 
 
+def locks_reach(path: Path) -> bool:
+    """Whether a lock in the folder `path` is seen by every host that has the folder."""
+    return mount_of(path, read_mounts()).locks_reach
+
+
+@dataclass(frozen=True)
+class Judge:
+    """How a holder is told dead from alive. `reaches`: where locks are enough. `pause` is a sleep, in seconds."""
+
+    is_alive: Callable[[Holder], bool] = alive
+    reaches: Callable[[Path], bool] = locks_reach
+    pause: Callable[[float], None] = time.sleep
+
+    def lives(self, disk: Disk, path: Path, holder: Holder) -> bool:
+        """Whether the holder that the lock file `path` names still runs, no lock saying so. Takes up to WATCH_S."""
+        if not self.is_alive(holder):
+            return False
+        first = read_beat(disk, path)
+        if first is None or holder.host == socket.gethostname():
+            return True  # one that does not beat is believed
+        for _ in range(int(WATCH_S / LOOK_S)):
+            self.pause(LOOK_S)
+            if read_beat(disk, path) not in (first, None):
+                return True
+        return False
+
+
 class JobLock:
     """The lock of a run directory, held from construction to `release`.
 
-    `note` says what was taken over, or that the file system has no locks; None if there is nothing to say.
-    Raises RunDirError naming the holder if another job has it.
+    `note` says what was taken over, or that the file system has no locks; None if there is nothing to say. Raises
+    RunDirError naming the holder if another job has it.
     """
 
-    def __init__(self, disk: Disk, path: Path, me: Holder, is_alive: Callable[[Holder], bool] = alive) -> None:
+    def __init__(self, disk: Disk, path: Path, me: Holder, judge: Judge | None = None) -> None:
+        judge = judge or Judge()
         self._disk = disk
         self._path = path
+        self._me = me
         self._lock: Lock | None = None
+        self._beating: _Beat | None = None
         self.note: str | None = None
+        reaches = judge.reaches(path.parent)
         try:
             self._lock = disk.try_lock(path)
             free = self._lock is not None
         except LocksUnsupportedError:
-            earlier = read_holder(disk, path)
-            free = earlier is None or not is_alive(earlier)
-            self.note = f"the file system of {path.parent} has no locks: start no second job there"
+            reaches = False
+            free = True
+            self.note = f"the file system of {path.parent} has no locks: other jobs are told by their signs of life"
         earlier = read_holder(disk, path)
-        if not free:
-            raise _held(path, earlier, me)
-        if earlier is not None:
-            self.note = f"the last job here ({earlier}) ended without stopping in order: going on from its record"
         try:
+            if not free or (earlier is not None and not reaches and judge.lives(disk, path, earlier)):
+                raise _held(path, earlier, me)
+            if earlier is not None:
+                self.note = f"the last job here ({earlier}) ended without stopping in order: going on from its record"
             self._write(json.dumps(asdict(me)).encode() + b"\n")
-        except OSError:
-            self.release()
+            if not reaches:
+                self._beat(judge)
+        except BaseException:
+            self._let_go()
             raise
+
+    def _beat(self, judge: Judge) -> None:
+        self._beating = _Beat(self._disk, self._path, self._me)
+        judge.pause(SETTLE_S)
+        other = read_holder(self._disk, self._path)
+        if other is not None and other != self._me:
+            raise _held(self._path, other, self._me)
+        self._beating.start()
+
+    def check(self) -> None:
+        """Raises RunDirError if another job has taken this one for dead, and the directory with it. To be asked before
+        anything is written that must not be written twice; costs nothing where locks reach every host."""
+        if self._beating is None:
+            return
+        self._beating.look()
+        if (other := self._beating.taken_by) is not None:
+            raise RunDirError(
+                f"{self._path.parent} has been taken over by {other}, because this job had given no sign of life for "
+                f"{WATCH_S:g} s: it ends here, and the other one goes on"
+            )
 
     def release(self) -> None:
         """Let go. The file stays, empty: removing it would race with the next job's locking."""
-        with contextlib.suppress(OSError):
-            self._write(b"")
+        if self._beating is None or self._beating.taken_by is None:
+            with contextlib.suppress(OSError):
+                self._write(b"")
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._beating is not None:
+            self._beating.stop()
         if self._lock is not None:
             self._lock.release()
 
     def _write(self, content: bytes) -> None:
-        file = self._disk.open_append(self._path)
-        try:
-            file.truncate(0)
-            file.write(content)
-        finally:
-            file.close()
+        rewrite(self._disk, self._path, content)
+
+
+class _Beat(threading.Thread):
+    """Counts in the file beside the lock, so that other hosts see that this job lives."""
+
+    def __init__(self, disk: Disk, path: Path, me: Holder) -> None:
+        super().__init__(name="run-directory-beat", daemon=True)
+        self._disk = disk
+        self._path = path
+        self._me = me
+        self._count = 0
+        self._ended = threading.Event()
+        self.taken_by: Holder | None = None
+        self.once()
+
+    def look(self) -> None:
+        """See whose name is in the lock."""
+        named = read_holder(self._disk, self._path)
+        if named is not None and named != self._me:
+            self.taken_by = named
+
+    def once(self) -> None:
+        """Look, and count on. A disk that fails is found by who writes what counts."""
+        self.look()
+        if self.taken_by is None:
+            self._count += 1
+            with contextlib.suppress(OSError):
+                rewrite(self._disk, beat_path(self._path), f"{self._me.host}:{self._me.pid}:{self._count}\n".encode())
+
+    def run(self) -> None:
+        while self.taken_by is None and not self._ended.wait(BEAT_S):
+            self.once()
+
+    def stop(self) -> None:
+        self._ended.set()
+        if self.is_alive():
+            self.join(BEAT_S)
+
+
+def beat_path(path: Path) -> Path:
+    return path.with_name(path.name + BEAT_SUFFIX)
+
+
+def read_beat(disk: Disk, path: Path) -> bytes | None:
+    """Where the beat beside the lock file `path` stands; None where there is none, or it is being written."""
+    try:
+        return read_all(disk, beat_path(path), 4096) or None
+    except (OSError, ValueError):
+        return None
+
+
+def rewrite(disk: Disk, path: Path, content: bytes) -> None:
+    """Give a file another content. Not durable, and not at once: a reader may see it empty."""
+    file = disk.open_append(path)
+    try:
+        file.truncate(0)
+        file.write(content)
+    finally:
+        file.close()
 
 
 def read_holder(disk: Disk, path: Path) -> Holder | None:
     """Who the lock file names; None if nobody, or nothing readable."""
     try:
         found = json.loads(read_all(disk, path, 4096))
-        return Holder(str(found["host"]), int(found["pid"]), str(found["since"]), int(found["started_ticks"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        return Holder(
+            str(found["host"]), int(found["pid"]), str(found["since"]), int(found["started_ticks"]),
+            str(found.get("slurm_job", "")),
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
-def holder_of(disk: Disk, path: Path, is_alive: Callable[[Holder], bool] = alive) -> tuple[bool, Holder | None]:
+def holder_of(disk: Disk, path: Path, judge: Judge | None = None) -> tuple[bool, Holder | None]:
     """Whether a job runs under the lock file `path`, and who that is. Takes no lock and writes nothing."""
+    judge = judge or Judge()
     named = read_holder(disk, path)
     try:
         running = disk.locked(path)
+        reaches = judge.reaches(path.parent)
     except LocksUnsupportedError:
-        running = named is not None and is_alive(named)
+        running = reaches = False
+    if not running and not reaches and named is not None:
+        running = judge.lives(disk, path, named)
     return running, named if running else None
 
 

@@ -14,17 +14,16 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from scheduling.errors import ModelFileError, ModelStoreError
-from storage.blobs import MOVES_MAX, STALE_S, Blobs, Ingested, Progress, hash_file, unusable, write_whole
+from storage.blobfiles import Progress, unusable, write_whole
+from storage.blobs import Blobs, Ingested
 from storage.digest import Digest, is_digest
 from storage.gguf import GgufInfo, check_gguf
 from storage.manifest import (
@@ -35,8 +34,9 @@ from storage.manifest import (
     manifest_of,
     suggested_name,
 )
+from storage.verifying import Damaged, Verification, Verified
+from storage.views import Views
 
-HASH_THREADS_MAX = 4
 FACTS = (
     "architecture", "name", "parameters", "tensors", "context_tokens", "embedding_length", "blocks", "vocab_tokens",
     "quantization", "tokenizer", "tokenizer_pre", "chat_template_sha256",
@@ -56,24 +56,6 @@ def default_root(environment: Mapping[str, str]) -> Path:
 
 
 @dataclass(frozen=True)
-class Damaged:
-    """A manifest that cannot be read, or a blob that is not what its name says."""
-
-    what: str
-    why: str
-
-
-@dataclass(frozen=True)
-class Verified:
-    """What `ModelStore.verify` found."""
-
-    blobs: int
-    hashed_bytes: int
-    seconds: float
-    damaged: tuple[Damaged, ...]
-
-
-@dataclass(frozen=True)
 class Collected:
     """What `ModelStore.gc` removed, or would remove."""
 
@@ -82,16 +64,13 @@ class Collected:
     freed_bytes: int
 
 
-class _StoppedError(Exception):
-    """Nobody waits for the result any more."""
-
-
 class ModelStore:
     """The store below `root`. Nothing is written until something is added."""
 
     def __init__(self, root: Path, wall_clock: Callable[[], float] = time.time) -> None:
         self.root = root
         self.blobs = Blobs(root, wall_clock)
+        self._views = Views(self.blobs)
         self._clock = wall_clock
 
     # ------------------------------------------------ looking
@@ -166,7 +145,7 @@ class ModelStore:
     def path(self, model: Manifest) -> Path:
         """The file to load it from. Raises ModelStoreError if a blob is missing or of another size."""
         paths = [self.blobs.checked(file.digest, file.size) for file in model.files]
-        return paths[0] if len(paths) == 1 else self._view(model, paths)
+        return paths[0] if len(paths) == 1 else self._views.first_part(model.digest, paths)
 
     def use(self, model: Manifest) -> None:
         """Note that it is used. Where nobody may write, nothing is noted."""
@@ -317,7 +296,7 @@ class ModelStore:
             for digest in needed:
                 if not self.blobs.has(digest):
                     self.blobs.rescue(digest)
-            self._drop_views({model.digest for model in models})
+            self._views.drop_others({model.digest for model in models})
         freed += self.blobs.sweep(dry_run=dry_run)
         return Collected(tuple(model.name for model in evicted), count, freed)
 
@@ -337,97 +316,9 @@ class ModelStore:
         """What the models need whose manifests can be read."""
         return {file.digest for model in self.models() if isinstance(model, Manifest) for file in model.files}
 
-    # ------------------------------------------------ verifying
-
     def verify(self, models: Iterable[Manifest], progress: Progress = lambda _: None) -> Verified:
-        """Hash all files of `models` again. What an interrupted verification had done is not done again.
-
-        A blob that is not what its name says goes to quarantine.
-        """
-        sizes = {file.digest: file.size for model in models for file in model.files}
-        began_s, done = time.monotonic(), self._verified()
-        waiting = [digest for digest in sorted(sizes) if digest not in done]
-        damaged: list[Damaged] = []
-
-        def check(digest: Digest) -> tuple[int, Damaged | None]:
-            hashed, problem = self._verify(digest, heard)
-            if problem is None:
-                self._note_verified(digest)
-            return hashed, problem
-
-        threads = max(1, min(HASH_THREADS_MAX, os.cpu_count() or 1))
-        total, stopped = 0, threading.Event()
-
-        def heard(count: int) -> None:
-            if stopped.is_set():
-                raise _StoppedError
-            progress(count)
-
-        with ThreadPoolExecutor(threads) as pool:
-            futures = [pool.submit(check, digest) for digest in waiting]
-            try:
-                for future in futures:
-                    hashed, problem = future.result()
-                    total += hashed
-                    damaged += [problem] if problem is not None else []
-            except BaseException:
-                stopped.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-        with contextlib.suppress(OSError):  # where nobody may write, there is none of ours
-            self._verified_path.unlink(missing_ok=True)
-        return Verified(len(sizes), total, time.monotonic() - began_s, tuple(damaged))
-
-    def _verify(self, digest: Digest, progress: Progress) -> tuple[int, Damaged | None]:
-        path = self.blobs.path(digest)
-        try:
-            with open(path, "rb", buffering=0) as file:
-                opened = os.fstat(file.fileno())
-                actual = hash_file(file.fileno(), progress)
-        except FileNotFoundError as error:
-            named = digest in self._named()
-            if self.blobs.rescue(digest) or (named and self.blobs.has(digest)):
-                return self._verify(digest, progress)
-            if not named:
-                return 0, None  # removed meanwhile
-            return 0, Damaged(str(digest), f"{path} cannot be read: {error.strerror}")
-        except OSError as error:
-            return 0, Damaged(str(digest), f"{path} cannot be read: {error.strerror}")
-        if actual == digest:
-            return opened.st_size, None
-        try:
-            if not os.path.samestat(opened, path.lstat()):
-                return self._verify(digest, progress)  # somebody has put another one there meanwhile
-            kept = self.blobs.quarantine(path, digest, actual)
-        except (OSError, ModelStoreError) as error:
-            return opened.st_size, Damaged(str(digest), f"{path} is {actual}, and could not be put away: {error}")
-        return opened.st_size, Damaged(
-            str(digest), f"it is {actual} and lies in {kept} now; add or pull the model again"
-        )
-
-    @property
-    def _verified_path(self) -> Path:
-        return self.root / "partial" / "verified"
-
-    def _verified(self) -> set[Digest]:
-        """What a verification that was interrupted had found to be right, and nobody has touched since."""
-        found: set[Digest] = set()
-        with contextlib.suppress(OSError, ValueError):
-            if self._clock() - self._verified_path.stat().st_mtime >= STALE_S:
-                return found  # much may have happened to a disk since
-            for line in self._verified_path.read_text(encoding="ascii").splitlines():
-                text, _, when = line.partition(" ")
-                with contextlib.suppress(ModelStoreError, OSError, ValueError):
-                    digest = Digest.parse(text)
-                    if self.blobs.path(digest).stat().st_mtime_ns == int(when):
-                        found.add(digest)
-        return found
-
-    def _note_verified(self, digest: Digest) -> None:
-        with contextlib.suppress(OSError):  # where nobody may write, it begins anew
-            line = f"{digest} {self.blobs.path(digest).stat().st_mtime_ns}\n"
-            with open(self._verified_path, "a", encoding="ascii") as file:
-                file.write(line)
+        """Hash all files of `models` again: see `storage.verifying`."""
+        return Verification(self.blobs, self._named, self._clock).run(models, progress)
 
     # ------------------------------------------------ paths
 
@@ -436,42 +327,6 @@ class ModelStore:
 
     def _used_path(self, name: ModelName) -> Path:
         return self.root / "manifests" / name.name / f"{name.tag}.used"
-
-    def _view(self, model: Manifest, paths: Sequence[Path]) -> Path:
-        """Names by which llama.cpp finds the parts of a split model."""
-        folder = self.root / "views" / model.digest.hex
-        links = [folder / f"model-{place:05d}-of-{len(paths):05d}.gguf" for place in range(1, len(paths) + 1)]
-        try:
-            for _ in range(MOVES_MAX):
-                with contextlib.suppress(
-                    FileNotFoundError, FileExistsError
-                ):  # a collection removes views of models just removed
-                    self._link(links, paths)
-                    return links[0]
-            self._link(links, paths)
-        except OSError as error:
-            raise unusable(folder, error) from error
-        return links[0]
-
-    def _link(self, links: Sequence[Path], paths: Sequence[Path]) -> None:
-        for link, path in zip(links, paths, strict=True):
-            target = os.path.relpath(path, link.parent)
-            if not link.is_symlink() or os.readlink(link) != target:
-                link.parent.mkdir(parents=True, exist_ok=True)
-                fd, temporary = self.blobs.scratch()
-                os.close(fd)
-                temporary.unlink()
-                temporary.symlink_to(target)
-                os.replace(temporary, link)
-
-    def _drop_views(self, needed: set[Digest]) -> None:
-        top, names = self.root / "views", {digest.hex for digest in needed}
-        with contextlib.suppress(OSError):
-            for folder in list(top.iterdir()):
-                if folder.name not in names:
-                    for link in list(folder.iterdir()):
-                        link.unlink()
-                    folder.rmdir()
 
     def _unknown(self, text: str) -> ModelStoreError:
         some = [str(name) for _, name in zip(range(5), self.names(), strict=False)]

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
-from scheduling.errors import BugError, RecordError
+from scheduling.errors import BugError, RecordError, RunDirError
 from storage.files import AppendFile, Disk
 from storage.recovery import SYNCED_SUFFIX
 
@@ -51,7 +51,9 @@ class GroupCommit:
         commit_interval_s: float = COMMIT_INTERVAL_S,
         commit_bytes: int = COMMIT_BYTES,
         mark: AppendFile | None = None,
+        check_held: Callable[[], None] = lambda: None,
     ) -> None:
+        """`check_held` raises RunDirError if the record is another job's by now: then nothing is written any more."""
         self.path = path
         self.durable_bytes = file.size()
         self.durable_lines = 0
@@ -60,6 +62,7 @@ class GroupCommit:
         self.waiting_bytes = 0
         self._file = file
         self._mark = mark
+        self._check_held = check_held
         self._interval_s = commit_interval_s
         self._commit_bytes = commit_bytes
         self._waiting: list[bytes] = []
@@ -100,8 +103,12 @@ class GroupCommit:
         if not batch.lines:
             return 0
         try:
+            self._check_held()
             self._file.write(b"".join(batch.lines))
             self._file.sync()
+        except RunDirError as error:
+            self.failure = RecordError(str(error))
+            raise self.failure from error
         except OSError as error:
             self.failure = _record_error(self.path, error)
             self._cut_unacknowledged()
@@ -140,11 +147,12 @@ class RecordWriter:
         clock: Callable[[], float],
         commit_interval_s: float = COMMIT_INTERVAL_S,
         commit_bytes: int = COMMIT_BYTES,
+        check_held: Callable[[], None] = lambda: None,
     ) -> None:
         self._file = open_record(disk, path)
         self._mark = open_mark(disk, path, self._file)
         self._clock = clock
-        self._core = GroupCommit(self._file, path, commit_interval_s, commit_bytes, self._mark)
+        self._core = GroupCommit(self._file, path, commit_interval_s, commit_bytes, self._mark, check_held)
         self._commit_bytes = commit_bytes
         self._changed = threading.Condition()
         self._writing_bytes = 0

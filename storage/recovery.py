@@ -186,7 +186,9 @@ def recover(disk: Disk, path: Path) -> Recovery:
         try:
             if found.torn_bytes:
                 file.truncate(found.durable_bytes)
-            # Whole lines may be in the cache only: a job that was killed wrote them and never came to sync them.
+            # Whole lines may be in the cache only: a job that was killed wrote them and never came to sync them. Or its
+            # sync failed, and the system takes them for written since: they are written again.
+            file.rewrite(min(synced_bytes(disk, path), found.durable_bytes))
             file.sync()
         finally:
             file.close()

@@ -7,6 +7,7 @@
     metrics.d/      telemetry and counters, an interval each    (storage.segments)
     metrics.h5      made from the two above                     (storage.metrics)
     lock            held by the job that works here             (storage.joblock)
+    lock.beat       counts while it lives, where locks do not reach other hosts
     stop            there while somebody wants the job to drain
 
 The identity is what must not change between sessions of one run (input, model, sampling...); it is a dictionary
@@ -38,19 +39,20 @@ from scheduling.errors import (
     RunDirError,
 )
 from storage.files import FAILS_OF_DISKS, Disk, OsDisk, read_all, replace_file
-from storage.joblock import Holder, JobLock, alive, holder_of, this_process, utc_text
+from storage.joblock import BEAT_SUFFIX, Holder, JobLock, Judge, holder_of, this_process, utc_text
 from storage.recovery import RECORD_NAME, scan
 
 RUN_NAME = "run.json"
 REQUESTS_NAME = "requests.jsonl"
 LOCK_NAME = "lock"
+BEAT_NAME = LOCK_NAME + BEAT_SUFFIX
 STOP_NAME = "stop"
 METRICS_NAME = "metrics.h5"
 SEGMENTS_NAME = "metrics.d"
 
 _FORMAT = "llmpi-run"
 _VERSION = 1
-_BEFORE_RUN_JSON = {LOCK_NAME, STOP_NAME, f".{RUN_NAME}.tmp", REQUESTS_NAME, f".{REQUESTS_NAME}.tmp"}
+_BEFORE_RUN_JSON = {LOCK_NAME, BEAT_NAME, STOP_NAME, f".{RUN_NAME}.tmp", REQUESTS_NAME, f".{REQUESTS_NAME}.tmp"}
 _JOB_OUTPUT = (".out", ".err", ".log")
 _DIFFERENCES_SHOWN = 3
 
@@ -92,7 +94,7 @@ class RunDir:
         held: JobLock | None = None,
         disk: Disk | None = None,
         now_unix_s: Callable[[], float] = time.time,
-        is_alive: Callable[[Holder], bool] = alive,
+        judge: Judge | None = None,
     ) -> RunDir:
         """Make the directory, or take up the run that is in it.
 
@@ -105,7 +107,7 @@ class RunDir:
         """
         disk = disk or OsDisk()
         path = Path(path)
-        lock = lock_run(path, disk=disk, now_unix_s=now_unix_s, is_alive=is_alive) if held is None else held
+        lock = lock_run(path, disk=disk, now_unix_s=now_unix_s, judge=judge) if held is None else held
         try:
             state = read_run(path, disk) if disk.exists(path / RUN_NAME) else None
             wanted = _plain(identity)
@@ -164,8 +166,13 @@ class RunDir:
             self._store()
 
     def stop_requested(self) -> bool:
-        """Whether somebody asked this job to drain. To be polled about once a second."""
+        """Whether somebody asked this job to drain. To be polled about once a second. Raises like `check_held`."""
+        self.check_held()
         return self._disk.exists(self.path / STOP_NAME)
+
+    def check_held(self) -> None:
+        """Raises RunDirError if another job has taken the directory over, this one having given no sign of life."""
+        self._lock.check()
 
     def mark_complete(self, summary: Mapping[str, Json] | None = None) -> None:
         """Say that every request is recorded and the metrics are written: the last durable act of a run."""
@@ -209,13 +216,13 @@ def lock_run(
     *,
     disk: Disk | None = None,
     now_unix_s: Callable[[], float] = time.time,
-    is_alive: Callable[[Holder], bool] = alive,
+    judge: Judge | None = None,
 ) -> JobLock:
     """Make the directory if it is not there, and lock it. Raises like `RunDir.create_or_resume`."""
     disk = disk or OsDisk()
     try:
         _prepare(disk, path)
-        return JobLock(disk, path / LOCK_NAME, this_process(now_unix_s()), is_alive)
+        return JobLock(disk, path / LOCK_NAME, this_process(now_unix_s()), judge)
     except OSError as error:
         raise unusable(path, error) from error
 
@@ -250,7 +257,7 @@ class Status:
         return EXIT_SOME_FAILED if self.failed else EXIT_OK
 
 
-def status(path: Path, disk: Disk | None = None, is_alive: Callable[[Holder], bool] = alive) -> Status:
+def status(path: Path, disk: Disk | None = None, judge: Judge | None = None) -> Status:
     """Read how far the run in `path` is. Writes nothing; works while a job runs there.
 
     A run that calls itself complete but whose record lacks requests is not complete. Raises RunDirError if there
@@ -261,7 +268,7 @@ def status(path: Path, disk: Disk | None = None, is_alive: Callable[[Holder], bo
     state = read_run(path, disk)
     found = scan(disk, path / RECORD_NAME)
     try:
-        running, holder = holder_of(disk, path / LOCK_NAME, is_alive)
+        running, holder = holder_of(disk, path / LOCK_NAME, judge)
     except OSError:
         running, holder = False, None  # Not ours to read: then the record alone is told of.
     total: int | None = state["total"]
@@ -279,7 +286,7 @@ def status(path: Path, disk: Disk | None = None, is_alive: Callable[[Holder], bo
     )
 
 
-def request_stop(path: Path, disk: Disk | None = None, is_alive: Callable[[Holder], bool] = alive) -> Holder | None:
+def request_stop(path: Path, disk: Disk | None = None, judge: Judge | None = None) -> Holder | None:
     """Ask the job that works on `path` to drain; returns who that is, if known.
 
     Raises RunDirError if there is no run, or no job works on it.
@@ -288,13 +295,21 @@ def request_stop(path: Path, disk: Disk | None = None, is_alive: Callable[[Holde
     path = Path(path)
     read_run(path, disk)
     try:
-        running, holder = holder_of(disk, path / LOCK_NAME, is_alive)
+        running, holder = holder_of(disk, path / LOCK_NAME, judge)
         if not running:
             raise RunDirError(f"no job is running on {path}: there is nothing to stop.")
         replace_file(disk, path / STOP_NAME, b"stop\n")
     except OSError as error:
         raise unusable(path, error) from error
     return holder
+
+
+def is_held(path: Path, disk: Disk | None = None, judge: Judge | None = None) -> bool:
+    """Whether a job works on `path`. Raises RunDirError where that cannot be read."""
+    try:
+        return holder_of(disk or OsDisk(), Path(path) / LOCK_NAME, judge)[0]
+    except OSError as error:
+        raise unusable(path, error) from error
 
 
 def read_run(path: Path, disk: Disk | None = None) -> dict[str, Json]:

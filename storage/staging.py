@@ -11,7 +11,6 @@ Messages between ranks come by way of a `Group`: nothing here knows MPI.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -24,7 +23,9 @@ from scheduling.errors import LlmpiError, ModelStoreError, StagingError, Stopped
 from storage.digest import Digest
 from storage.filesystems import mount_of, read_mounts
 from storage.relay import Channel, Relay, Relayed
-from storage.stagedir import StageDir, StageFile, Writing, candidates
+from storage.stagedir import StageDir, Writing, candidates
+from storage.stagemodel import Model, Reading, as_message, facts_of, of_message, told_as_line
+from storage.stagesource import NoSource, SourceFiles
 
 MODES = ("never", "auto", "always")
 EXCHANGE_S = 120.0
@@ -44,21 +45,6 @@ class Group(Protocol):
 
     def chain(self, ranks: Sequence[int]) -> Channel:
         """Of `ranks`, this one among them."""
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model that rank 0 can read. `key` names it where no store does: path, size and time of change of its files."""
-
-    role: str
-    name: str
-    files: tuple[StageFile, ...]
-    digest: str | None = None
-    key: str = ""
-
-    @property
-    def size(self) -> int:
-        return sum(file.size for file in self.files)
 
 
 @dataclass(frozen=True)
@@ -87,17 +73,6 @@ class Staged:
     models: Mapping[str, StagedModel] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     facts: tuple[dict[str, Any], ...] = ()
-
-
-def model_of(role: str, name: str, files: Sequence[tuple[Path, Digest | None]], digest: str | None) -> Model:
-    """Raises OSError if a file cannot be looked at."""
-    hashed, found = hashlib.sha256(), []
-    for path, known in files:
-        real = os.path.realpath(path)
-        stat = os.stat(real)
-        hashed.update(f"{real}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode("utf-8", "surrogateescape"))
-        found.append(StageFile(real, stat.st_size, known))
-    return Model(role, name, tuple(found), digest, hashed.hexdigest())
 
 
 def stage(
@@ -136,10 +111,10 @@ def _plan(group: Group, mode: str, find: Callable[[], list[Model]], node: Node) 
     said: list[Any] = []
     if group.rank == 0:
         try:
-            said = [_plain(model) for model in find() if mode == "always" or _is_remote(model, node)]
+            said = [as_message(model) for model in find() if mode == "always" or _is_remote(model, node)]
         except (LlmpiError, OSError):
             said = []  # whoever opens the model says what is wrong with it
-    return [_model(one) for one in _exchange(group, said)[0]]
+    return [of_message(one) for one in _exchange(group, said)[0]]
 
 
 def _is_remote(model: Model, node: Node) -> bool:
@@ -177,7 +152,7 @@ class _Work:
         for number, model in enumerate(self._models):
             digests = self._digests(number, places)
             lacking = [rank for rank, place in places.items() if not place["direct"] and not place["has"][number]]
-            began_s, read = time.monotonic(), _Reading()
+            began_s, read = time.monotonic(), Reading()
             if lacking:
                 digests, read = self._send(model, digests, lacking, stopped, progress)
             path = Path(model.files[0].path) if own["direct"] else _copy(Path(own["folder"]), model, digests)
@@ -264,7 +239,7 @@ class _Work:
     def _send(
         self, model: Model, digests: Sequence[Digest | None], lacking: Sequence[int], stopped: Callable[[], None],
         progress: Callable[[int], None],
-    ) -> tuple[list[Digest], _Reading]:  # fmt: skip
+    ) -> tuple[list[Digest], Reading]:  # fmt: skip
         """Bring `model` to the nodes of `lacking`. Returns its digests, and what rank 0 has read."""
         rank = self._group.rank
         chain = [0, *(one for one in lacking if one != 0)]
@@ -298,7 +273,7 @@ class _Work:
             and (None in digests or list(digests) == final)
         )
         self._finish(model, final, well and rank in lacking, problems)
-        return final, _Reading(*heard[0]["read"])
+        return final, Reading(*heard[0]["read"])
 
     def _finish(self, model: Model, final: list[Digest], keep: bool, problems: list[str]) -> None:
         """Name the copy here, if it is right, and end on all ranks alike. Raises StagingError."""
@@ -322,10 +297,10 @@ class _Work:
     ) -> tuple[Relayed, int]:
         """This node's part, and the bytes that were read here."""
         problem: Exception | None = None
-        source: _Files | None = None
+        source: SourceFiles | None = None
         try:
             if self._group.rank == 0:
-                source = _Files(model.files)
+                source = SourceFiles(model.files)
             if keeps and self._dir is not None:
                 on_disk = not mount_of(self._dir.root, self._node.mounts).memory
                 self._writing = Writing(self._dir, model.files, reserve=on_disk)
@@ -334,7 +309,7 @@ class _Work:
         first = self._group.rank == 0
         relay = Relay(
             self._group.chain(chain), [file.size for file in model.files],
-            source=(source or _Nothing()) if first else None, sink=self._writing, problem=problem,
+            source=(source or NoSource()) if first else None, sink=self._writing, problem=problem,
             stopped=stopped, progress=progress if first else lambda _: None,
         )  # fmt: skip
         try:
@@ -357,91 +332,6 @@ def _copy(folder: Path, model: Model, digests: Sequence[Digest | None]) -> Path:
         return found.blobs.path(whole[0])
 
 
-@dataclass(frozen=True)
-class _Reading:
-    """What rank 0 has read of the source, and how long the calls took that read it."""
-
-    bytes: int = 0
-    seconds: float = 0.0
-
-
-class _Nothing:
-    """The source of files that could not be opened; never read."""
-
-    def read(self, file: int, place: int, into: memoryview) -> None:
-        raise StagingError("nothing can be read")
-
-
-class _Files:
-    """Files that rank 0 reads, each byte once. Raises StagingError."""
-
-    def __init__(self, files: Sequence[StageFile]) -> None:
-        self._files = files
-        self._open: list[int] = []
-        self.bytes_read = 0
-        try:
-            for file in files:
-                self._open.append(os.open(file.path, os.O_RDONLY | os.O_CLOEXEC))
-        except OSError as error:
-            self.close()
-            raise StagingError(f"{error.filename} cannot be read: {error.strerror}") from None
-
-    def read(self, file: int, place: int, into: memoryview) -> None:
-        path = self._files[file].path
-        while into:
-            try:
-                count = os.preadv(self._open[file], [into], place)
-            except OSError as error:
-                raise StagingError(f"{path} cannot be read at byte {place:,}: {error.strerror}") from None
-            if not count:
-                raise StagingError(f"{path} ends at byte {place:,} now: it was changed while it was read")
-            self.bytes_read += count
-            into, place = into[count:], place + count
-
-    def close(self) -> None:
-        for fd in self._open:
-            os.close(fd)
-        self._open.clear()
-
-
-# ---------------------------------------------------------------- what is told
-
-
-def facts_of(
-    model: Model, places: Mapping[int, Mapping[str, Any]], received: int, seconds: float, read: _Reading
-) -> dict[str, Any]:
-    """Figures of one model. `saved_s`: what it would take all nodes to read the file from the source, if that gave them
-    together what it gave one reader, less what staging took."""
-    nodes = len(places)
-    return {
-        "role": model.role, "model": model.name, "digest": model.digest, "source": model.files[0].path,
-        "bytes": model.size, "source_bytes_read": read.bytes, "read_s": round(read.seconds, 3),
-        "nodes": nodes, "nodes_staged": received,
-        "nodes_direct": sum(bool(place["direct"]) for place in places.values()),
-        "seconds": round(seconds, 3), "bytes_per_s": round(read.bytes / seconds) if read.bytes else None,
-        "reads_saved": max(0, nodes - (1 if received else 0)),
-        "saved_s": round(max(0.0, nodes * read.seconds - seconds), 1) if received else None,
-        "folders": sorted({str(place["folder"]) for place in places.values() if not place["direct"]}),
-    }  # fmt: skip
-
-
-def told_as_line(facts: Mapping[str, Any]) -> str:
-    """The same for people."""
-    nodes, had = facts["nodes_staged"], facts["nodes"] - facts["nodes_staged"] - facts["nodes_direct"]
-    size = f"{facts['bytes'] / 1e9:.1f} GB" if facts["bytes"] >= 1e8 else f"{facts['bytes'] / 1e6:.1f} MB"
-    if not nodes:
-        return f"{facts['model']} ({size}) is on {_nodes(facts['nodes'])} already: nothing was read"
-    saved = f", {facts['reads_saved']} reads saved" if facts["reads_saved"] != 1 else ", 1 read saved"
-    saved += f", about {facts['saved_s']:.1f} s" if facts["saved_s"] else ""
-    there = f"; {_nodes(had)} had it" if had else ""
-    rate = (facts["bytes_per_s"] or 0) / 1e9
-    return f"staged {size} to {_nodes(nodes)} in {facts['seconds']:.1f} s ({rate:.2f} GB/s; read once{saved}){there}"
-
-
-def _nodes(count: int) -> str:
-    return f"{count} node{'' if count == 1 else 's'}"
-
-
 # ---------------------------------------------------------------- messages
 
 
@@ -459,18 +349,6 @@ def _place(
 ) -> dict[str, Any]:
     """What a leader says of its node. `direct`: rank 0's, which loads the model from where it is."""
     return {"folder": folder, "direct": direct, "has": list(has), "known": list(known), "problem": problem}
-
-
-def _plain(model: Model) -> dict[str, Any]:
-    files = [[file.path, file.size, None if file.digest is None else str(file.digest)] for file in model.files]
-    return {"role": model.role, "name": model.name, "files": files, "digest": model.digest, "key": model.key}
-
-
-def _model(said: Mapping[str, Any]) -> Model:
-    files = tuple(
-        StageFile(path, size, None if text is None else Digest.parse(text)) for path, size, text in said["files"]
-    )
-    return Model(said["role"], said["name"], files, said["digest"], said["key"])
 
 
 def _of(digests: Sequence[Digest | None]) -> str:

@@ -58,6 +58,8 @@ class Summary:
     """Smallest end-to-end time; NaN if nothing was answered."""
     longest_s: float = math.nan
     histograms: dict[str, LogHistogram] = field(default_factory=lambda: {name: LogHistogram() for name in LATENCIES})
+    ends_s: dict[int, float] = field(default_factory=dict)
+    """By session: when its last request ended, since rank 0's welcome. Of sessions that have noted it."""
 
     def add(self, rows: Rows) -> None:
         """Count one chunk of `scheduling.tables.REQUEST` rows."""
@@ -70,6 +72,8 @@ class Summary:
             # fmin and fmax: a number against NaN is the number.
             self.shortest_s = float(np.fmin(self.shortest_s, answered["e2e_s"].min()))
             self.longest_s = float(np.fmax(self.longest_s, answered["e2e_s"].max()))
+        for session, end_s in last_ends_s(rows).items():
+            self.ends_s[session] = max(self.ends_s.get(session, 0.0), end_s)
 
     @property
     def failed(self) -> int:
@@ -111,6 +115,15 @@ def summarise(rows_iter: Iterable[Rows]) -> Summary:
     for rows in rows_iter:
         summary.add(rows)
     return summary
+
+
+def last_ends_s(rows: Rows) -> dict[int, float]:
+    """By session: the latest `end_s` of one chunk of `REQUEST` rows; {} where none has one."""
+    if "end_s" not in (rows.dtype.names or ()):
+        return {}  # of an older version
+    timed = rows[~np.isnan(rows["end_s"])]
+    sessions = np.unique(timed["session"]).tolist()
+    return {session: float(timed["end_s"][timed["session"] == session].max()) for session in sessions}
 
 
 def sums_of(rows: Rows) -> Sums:

@@ -15,12 +15,15 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from storage.summary import Rows
+from storage.summary import Rows, last_ends_s
 
 BINS = 2000
 """Finer than the pixels of a picture."""
 STEALS_MAX = 2000
 """Steals that are kept one by one for a rank; all are counted."""
+
+SHORTEST_S = 1e-9
+"""A shorter run has no time to be laid out over: no clock tells its bins apart."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -83,13 +86,9 @@ def timeline(rows_of: Callable[[], Iterable[Rows]]) -> Timeline | None:
     ends: dict[int, float] = {}
     untimed = 0
     for rows in rows_of():
-        if "end_s" not in (rows.dtype.names or ()):
-            untimed += len(rows)
-            continue
-        timed = rows[~np.isnan(rows["end_s"])]
-        untimed += len(rows) - len(timed)
-        for session in np.unique(timed["session"]).tolist():
-            latest = float(timed["end_s"][timed["session"] == session].max())
+        timed = "end_s" in (rows.dtype.names or ())
+        untimed += int(np.isnan(rows["end_s"]).sum()) if timed else len(rows)
+        for session, latest in last_ends_s(rows).items():
             ends[session] = max(ends.get(session, 0.0), latest)
     if not ends:
         return None
@@ -97,7 +96,7 @@ def timeline(rows_of: Callable[[], Iterable[Rows]]) -> Timeline | None:
     for session in sorted(ends):
         starts_s[session] = length_s
         length_s += ends[session]
-    if length_s <= 0:
+    if length_s < SHORTEST_S:
         return None
     drawing = _Drawing(length_s, starts_s)
     for rows in rows_of():

@@ -1,7 +1,7 @@
 """Several hosts on one machine: network namespaces behind a bridge, each with a name and a /local of its own.
 
 A host's processes run in its network namespace, a UTS namespace (its name) and a mount namespace (its scratch folder,
-and what it cannot see). `tc` limits each host's link. Open MPI's mpirun reaches them by a script in ssh's place.
+and what it cannot see). `tc` limits each host's link. mpirun reaches them by a script in ssh's place.
 Root is needed.
 """
 
@@ -31,7 +31,7 @@ class Hosts:
     agent: Path
 
     def options(self, slots: int = 1, count: int | None = None) -> tuple[str, ...]:
-        """Of mpirun, for `slots` ranks on each of the first `count` hosts."""
+        """Of Open MPI's mpirun, for `slots` ranks on each of the first `count` hosts."""
         hostfile = self.scratch / "hostfile"
         hostfile.write_text("".join(f"{address} slots={slots}\n" for address in self.addresses[:count]))
         network = self.addresses[0].rsplit(".", 1)[0] + ".0/24"
@@ -39,6 +39,16 @@ class Hosts:
             "--hostfile", str(hostfile), "--map-by", "slot", "--bind-to", "none",
             "--prtemca", "plm_ssh_agent", str(self.agent), "--prtemca", "prte_if_include", network,
             "--mca", "pml", "ob1", "--mca", "btl", "tcp,self", "--mca", "btl_tcp_if_include", network,
+        )  # fmt: skip
+
+    def mpich_options(self) -> tuple[str, ...]:
+        """Of MPICH's mpirun, for a rank on each host. They talk over their links, as hosts without common memory do."""
+        hostfile = self.scratch / "hostfile"
+        hostfile.write_text("".join(f"{address}:1\n" for address in self.addresses))
+        return (
+            "-f", str(hostfile), "-launcher", "ssh", "-launcher-exec", str(self.agent), "-localhost",
+            self.addresses[0], "-iface", "eth0", "-genv", "MPIR_CVAR_NOLOCAL", "1", "-genv", "UCX_TLS", "tcp,self",
+            "-genv", "UCX_NET_DEVICES", "eth0",
         )  # fmt: skip
 
     def local(self, name: str) -> Path:

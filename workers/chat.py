@@ -1,11 +1,13 @@
 """Chat templates: from messages to tokens.
 
 The template is the model's own (from the GGUF) or one that the user gave, in jinja2's immutable sandbox with the
-extensions and helpers that templates in the wild expect. Without either, ChatML is used.
+extensions and helpers that templates in the wild expect. Without either, ChatML is used. A sandbox keeps a template
+from files and objects, not from time and memory: the engine has it rendered in a process of its own
+(`workers.rendering`).
 
 What a user wrote must stay text: if a message contains the text of a control token ("<|im_end|>"), the template is
-rendered around placeholders and each message is turned into tokens on its own, with control tokens not recognised.
-Otherwise the rendered whole is tokenised at once, which is what the model was trained on.
+rendered around placeholders and each message is a part of its own, in which control tokens are not recognised.
+Otherwise the rendered whole is one part, tokenised at once, which is what the model was trained on.
 
 This module knows no llama.cpp: the tokenizer comes in as a function.
 """
@@ -19,6 +21,7 @@ from datetime import datetime
 from typing import Any, NoReturn, Protocol
 
 import jinja2
+import msgspec
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -41,6 +44,32 @@ class Tokenize(Protocol):
     """Text to token ids, as llama.cpp's tokenizer does it."""
 
     def __call__(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]: ...
+
+
+class Part(msgspec.Struct, frozen=True, array_like=True):
+    """A piece of a prompt that is tokenised by itself: what the template wrote, or what a user wrote."""
+
+    text: str
+    add_special: bool
+    parse_special: bool
+
+
+class Template(Protocol):
+    """A chat template in use: `ChatTemplate`, or one that is rendered elsewhere."""
+
+    def check(self) -> None:
+        """Raises `RequestError` if it cannot be compiled."""
+
+    def parts(self, messages: Sequence[Message]) -> list[Part]:
+        """The prompt, ready for the assistant's turn. Raises `RequestError` if the template fails."""
+
+
+def tokens_of(parts: Sequence[Part], tokenize: Tokenize) -> list[int]:
+    """The prompt as tokens."""
+    tokens: list[int] = []
+    for part in parts:
+        tokens += tokenize(part.text, add_special=part.add_special, parse_special=part.parse_special)
+    return tokens
 
 
 class _GenerationTag(Extension):
@@ -86,7 +115,7 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(CHATML if source is None else source)
         except Exception as error:  # also what the compiler does not expect: recursion too deep, for one
-            self._broken = f"the chat template cannot be compiled: {error}"
+            self._broken = f"the chat template cannot be compiled: {_reason(error)}"
 
     def check(self) -> None:
         """Raises `RequestError` if the template cannot be compiled."""
@@ -97,11 +126,11 @@ class ChatTemplate:
         """The prompt as text, ready for the assistant's turn. Raises `RequestError` if the template fails."""
         return self._render(messages, [message.content for message in messages])
 
-    def tokens(self, messages: Sequence[Message], tokenize: Tokenize) -> list[int]:
-        """The prompt as tokens. Raises `RequestError` if the template fails."""
+    def parts(self, messages: Sequence[Message]) -> list[Part]:
+        """The prompt in parts, most often one. Raises `RequestError` if the template fails."""
         if not any(self._has_control_text(message) for message in messages):
-            return tokenize(self.render(messages), add_special=self._add_special, parse_special=True)
-        return self._tokens_apart(messages, tokenize)
+            return [Part(self.render(messages), self._add_special, True)]
+        return self._parts_apart(messages)
 
     def _has_control_text(self, message: Message) -> bool:
         if self._control is None:
@@ -111,7 +140,7 @@ class ChatTemplate:
                 raise RequestError(f"the role or name {label!r} contains the text of a control token", "messages")
         return self._control.search(message.content) is not None
 
-    def _tokens_apart(self, messages: Sequence[Message], tokenize: Tokenize) -> list[int]:
+    def _parts_apart(self, messages: Sequence[Message]) -> list[Part]:
         for message in messages:
             if _OPEN in message.content or _CLOSE in message.content:
                 raise RequestError(
@@ -120,11 +149,10 @@ class ChatTemplate:
                     "messages",
                 )
         rendered = self._render(messages, [f"{_OPEN}{place}{_CLOSE}" for place in range(len(messages))])
-        parts = _PLACEHOLDER.split(rendered)
-        tokens: list[int] = []
-        for number, part in enumerate(parts):
+        parts: list[Part] = []
+        for number, part in enumerate(_PLACEHOLDER.split(rendered)):
             if number % 2:
-                tokens += tokenize(messages[int(part)].content, add_special=False, parse_special=False)
+                parts.append(Part(messages[int(part)].content, False, False))
                 continue
             if _OPEN in part or _CLOSE in part:
                 raise RequestError(
@@ -134,8 +162,8 @@ class ChatTemplate:
                 )
             add_special = self._add_special and number == 0
             if part or add_special:
-                tokens += tokenize(part, add_special=add_special, parse_special=True)
-        return tokens
+                parts.append(Part(part, add_special, True))
+        return parts
 
     def _render(self, messages: Sequence[Message], contents: Sequence[str]) -> str:
         if self._template is None:
@@ -149,4 +177,8 @@ class ChatTemplate:
         try:
             return self._template.render(messages=turns, add_generation_prompt=True, **self._names)
         except Exception as error:  # a template is a program of someone else's: it can raise anything
-            raise RequestError(f"the chat template failed: {error}", "messages") from error
+            raise RequestError(f"the chat template failed: {_reason(error)}", "messages") from error
+
+
+def _reason(error: Exception) -> str:
+    return "it takes too much memory" if isinstance(error, MemoryError) else str(error) or type(error).__name__

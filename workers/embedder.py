@@ -24,6 +24,7 @@ from scheduling.vectors import Vectors
 from workers.backlog import CANCELLED, Backlog, Task
 from workers.meter import Meter
 from workers.protocol import Answer, Choice, Frame
+from workers.seating import failed
 
 Ints = npt.NDArray[np.int32]
 
@@ -106,6 +107,7 @@ class Embedder:
         if not batch:
             self._emit()
             return False
+        self._emit()  # what has started, before it is computed: see `workers.stepper`
         began_s = self._clock()
         tokens = self._fill(batch)
         code = self._encoder.encode(tokens)
@@ -194,7 +196,7 @@ class Embedder:
     def _fail_batch(self, batch: list[_Input], code: int) -> None:
         """llama.cpp refused a batch: its requests fail."""
         self._errors_in_a_row += 1
-        reason = f"llama.cpp failed with code {code} on a batch of {len(batch)} inputs"
+        reason = f"llama.cpp {failed(code)} on a batch of {len(batch)} inputs"
         if code < -1 or self._errors_in_a_row >= ERRORS_IN_A_ROW_MAX:
             raise EngineError(f"{reason}; if memory is short, use a smaller --batch or --ctx")
         for one in batch:

@@ -1,7 +1,8 @@
 """The engine inside its process: one model, several contexts, the threads that drive them.
 
     reader (the main thread)   frames from the rank: submit, recall, cancel; end of file ends the engine
-    preparing thread           chat templates, tokenising and compiling grammars, ahead of admission
+    preparing threads          chat templates, tokenising and compiling grammars, ahead of admission: one for all in
+                               order, one for long texts, so that nobody waits for those
     one thread a context       `workers.stepper`, `workers.embedder` or `workers.scorer` (`workers.lanes` makes them),
                                over llama.cpp or over the simulation of it
     a pool                     helps the stepping threads to choose tokens
@@ -16,6 +17,7 @@ that is the backpressure. An exception in any thread ends the engine with `Engin
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 import traceback
@@ -26,7 +28,6 @@ import numpy as np
 
 from scheduling.errors import ConfigError, EngineError, ModelFileError, RequestError
 from workers.backlog import Backlog, Lane, Task
-from workers.chat import ChatTemplate
 from workers.constraints import Constraints
 from workers.continuations import ContinuationReader
 from workers.draft_model import check_same_tokenizer
@@ -34,6 +35,7 @@ from workers.frames import read_frame
 from workers.inputs import InputReader
 from workers.lanes import Lanes
 from workers.library import Library, Model
+from workers.longtexts import LONG_CHARACTERS, PREPARING_STACK_BYTES, longest_text
 from workers.meter import Meter
 from workers.outbox import Outbox, fail
 from workers.prompts import PromptReader
@@ -48,6 +50,7 @@ from workers.protocol import (
     Submit,
     decode_to_engine,
 )
+from workers.rendering import ConfinedTemplate, TemplateSource
 from workers.shares import slots_of_contexts
 from workers.stepper import Vocabulary
 from workers.text import PieceTable
@@ -108,6 +111,9 @@ class BatchingEngine:
             input_tokens=self._inputs.tokens_max,
         )
         self._threads: list[threading.Thread] = []
+        self._long_ones: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        self._one_at_a_time = threading.Lock()
+        """Of the preparing threads, where they open lanes and compile grammars."""
         self._open_lanes: dict[Lane, str] = {}
         """Lanes that were asked for, and why they could not be opened ("" where they could)."""
         lanes = [Lane(name) for name in config.lanes_at_start] if model.can_generate else [Lane.EMBED]
@@ -157,11 +163,13 @@ class BatchingEngine:
 
     @staticmethod
     def _prompt_reader(config: EngineConfig, model: Model, template: str | None, piece_bytes_max: int) -> PromptReader:
-        chat = ChatTemplate(
-            template,
-            bos=model.token_text(model.bos),
-            eos=model.token_text(model.eos),
-            control_texts=model.control_texts(),
+        chat = ConfinedTemplate(
+            TemplateSource(
+                template,
+                bos=model.token_text(model.bos),
+                eos=model.token_text(model.eos),
+                control_texts=tuple(model.control_texts()),
+            )
         )
         if config.chat_template is not None:
             chat.check()
@@ -210,12 +218,12 @@ class BatchingEngine:
 
     def serve(self, in_fd: int) -> None:
         """Run until end of file on `in_fd`."""
-        preparing = threading.Thread(target=self._guard, args=(self._prepare,), name="prepare", daemon=True)
-        preparing.start()
+        preparing = self._start_preparing()
         self._guard(lambda: self._read(in_fd))
         self._backlog.close()
+        self._long_ones.put(None)
         deadline_s = time.monotonic() + JOIN_S
-        for thread in (preparing, *self._threads):
+        for thread in (*preparing, *self._threads):
             thread.join(max(0.0, deadline_s - time.monotonic()))
         self._meter.close(time.monotonic())
 
@@ -238,23 +246,46 @@ class BatchingEngine:
             answers = [task.answer(now_s) for task in tasks]
             self._outbox.send(Frame(finished=answers, running=self._backlog.running))
 
+    def _start_preparing(self) -> list[threading.Thread]:
+        threads = [
+            threading.Thread(target=self._guard, args=(body,), name=name, daemon=True)
+            for name, body in (("prepare", self._prepare), ("prepare-long", self._prepare_long))
+        ]
+        earlier = threading.stack_size(PREPARING_STACK_BYTES)
+        try:
+            for thread in threads:
+                thread.start()
+        finally:
+            threading.stack_size(earlier)
+        return threads
+
     def _prepare(self) -> None:
         while (task := self._backlog.next_raw()) is not None:
-            try:
-                if task.job.request.inputs:
-                    self._prepare_inputs(task)
-                else:
-                    self._prepare_prompt(task)
-            except RequestError as error:
-                task.error = str(error)
-            except Exception as error:  # one prompt must not end the engine
-                traceback.print_exc()
-                task.error = f"preparing the prompt failed: {type(error).__name__}: {error}"
-            if task.error is None and (task.limit >= 1 or task.lane is Lane.SCORE):
-                self._backlog.ready(task)
-            elif self._backlog.end_unstarted(task):
-                task.choices = [Choice("", "length", 0) for _ in task.choices]
-                self._answer([task])
+            if longest_text(task.job.request) > LONG_CHARACTERS:
+                self._long_ones.put(task)
+            else:
+                self._prepare_one(task)
+
+    def _prepare_long(self) -> None:
+        while (task := self._long_ones.get()) is not None:
+            self._prepare_one(task)
+
+    def _prepare_one(self, task: Task) -> None:
+        try:
+            if task.job.request.inputs:
+                self._prepare_inputs(task)
+            else:
+                self._prepare_prompt(task)
+        except RequestError as error:
+            task.error = str(error)
+        except Exception as error:  # one prompt must not end the engine
+            traceback.print_exc()
+            task.error = f"preparing the prompt failed: {type(error).__name__}: {error}"
+        if task.error is None and (task.limit >= 1 or task.lane is Lane.SCORE):
+            self._backlog.ready(task)
+        elif self._backlog.end_unstarted(task):
+            task.choices = [Choice("", "length", 0) for _ in task.choices]
+            self._answer([task])
 
     def _prepare_prompt(self, task: Task) -> None:
         self._prompts.check_sampling(task.sampling)
@@ -264,9 +295,10 @@ class BatchingEngine:
         task.prompt = prompt
         task.limit = self._prompts.limit(task.sampling, int(prompt.size))
         task.lane = self._lane(task)
-        self._need(task.lane)
-        if task.sampling.constraint is not None:
-            task.grammar = self._constraints.grammar(task.sampling.constraint)
+        with self._one_at_a_time:
+            self._need(task.lane)
+            if task.sampling.constraint is not None:
+                task.grammar = self._constraints.grammar(task.sampling.constraint)
 
     def _prepare_inputs(self, task: Task) -> None:
         request = task.job.request
@@ -274,7 +306,8 @@ class BatchingEngine:
         task.prompt, task.starts = self._inputs.read(request)
         task.vectors = np.empty((len(request.inputs), request.dimensions or self._inputs.dimensions), np.float32)
         task.limit = 1
-        self._need(task.lane)
+        with self._one_at_a_time:
+            self._need(task.lane)
 
     def _lane(self, task: Task) -> Lane:
         if task.job.request.scores:

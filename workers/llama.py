@@ -17,8 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from scheduling.errors import EngineError, ModelFileError
+from workers.care import out_of_memory
 from workers.llama_backend import forget_errors, gpu_names, recent_errors, start_backend
 from workers.llama_contexts import LlamaContext, LlamaEncoder
+from workers.longtexts import LONG_CHARACTERS, LongTexts
 from workers.protocol import EngineConfig
 
 POOLING: dict[str, int] = {
@@ -33,11 +35,43 @@ _SPLIT_MODES = {
 }
 
 
+class LlamaTokenizer:
+    """A vocabulary's tokenizer. Thread-safe."""
+
+    def __init__(self, vocab: Any) -> None:
+        self._vocab = vocab
+
+    @classmethod
+    def of_file(cls, path: str) -> LlamaTokenizer:
+        """Of a model of which nothing else is loaded. Raises `ModelFileError` if llama.cpp refuses the file."""
+        start_backend()
+        params = lib.llama_model_default_params()
+        params.vocab_only, params.n_gpu_layers = True, 0
+        model = lib.llama_model_load_from_file(path.encode(), params)
+        if not model:
+            raise ModelFileError(f"llama.cpp cannot load {path}: {recent_errors()}")
+        return cls(lib.llama_model_get_vocab(model))
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        """Token ids of `text`. A long one can take long, much memory, or the whole stack."""
+        data = text.encode("utf-8", "replace")
+        capacity = len(data) + 8
+        tokens = np.empty(capacity, np.int32)
+        pointer = tokens.ctypes.data_as(lib.llama_token_p)
+        count = int(lib.llama_tokenize(self._vocab, data, len(data), pointer, capacity, add_special, parse_special))
+        if count < 0:
+            tokens = np.empty(-count, np.int32)
+            pointer = tokens.ctypes.data_as(lib.llama_token_p)
+            count = int(lib.llama_tokenize(self._vocab, data, len(data), pointer, -count, add_special, parse_special))
+        ids: list[int] = tokens[: max(count, 0)].tolist()
+        return ids
+
+
 class LlamaModel:
     """A loaded model and its vocabulary. Tokenising is thread-safe."""
 
     def __init__(self, config: EngineConfig) -> None:
-        """Raises `ModelFileError` if llama.cpp refuses the file, or an adapter."""
+        """Raises `ModelFileError` if llama.cpp refuses the file, or an adapter; `EngineError` if memory is short."""
         params = lib.llama_model_default_params()
         params.n_gpu_layers = config.gpu_layers if config.gpu_layers >= 0 else 0x7FFFFFFF
         params.load_mode = lib.LLAMA_LOAD_MODE_MMAP if config.use_mmap else lib.LLAMA_LOAD_MODE_NONE
@@ -50,10 +84,15 @@ class LlamaModel:
         forget_errors()
         self._model = lib.llama_model_load_from_file(config.model.encode(), params)
         if not self._model:
-            raise ModelFileError(f"llama.cpp cannot load {config.model}: {recent_errors()}")
+            why = f"llama.cpp cannot load {config.model}: {recent_errors()}"
+            if out_of_memory(why):
+                raise EngineError(f"{why}. Use fewer --gpu-layers, more --gpus-per-rank or a model of fewer bits")
+            raise ModelFileError(why)
         self._adapters = [self._load_adapter(adapter.path) for adapter in config.loras]
         self._adapter_scales = [adapter.scale for adapter in config.loras]
         self._vocab = lib.llama_model_get_vocab(self._model)
+        self._tokenizer = LlamaTokenizer(self._vocab)
+        self._long_texts = LongTexts(config.model)
         self.vocab_tokens = int(lib.llama_vocab_n_tokens(self._vocab))
         self.train_ctx_tokens = int(lib.llama_model_n_ctx_train(self._model))
         self.model_bytes = int(lib.llama_model_size(self._model))
@@ -150,18 +189,10 @@ class LlamaModel:
         return b""
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
-        """Token ids of `text`."""
-        data = text.encode("utf-8", "replace")
-        capacity = len(data) + 8
-        tokens = np.empty(capacity, np.int32)
-        pointer = tokens.ctypes.data_as(lib.llama_token_p)
-        count = int(lib.llama_tokenize(self._vocab, data, len(data), pointer, capacity, add_special, parse_special))
-        if count < 0:
-            tokens = np.empty(-count, np.int32)
-            pointer = tokens.ctypes.data_as(lib.llama_token_p)
-            count = int(lib.llama_tokenize(self._vocab, data, len(data), pointer, -count, add_special, parse_special))
-        ids: list[int] = tokens[: max(count, 0)].tolist()
-        return ids
+        """Token ids of `text`. Raises `RequestError` for a long one that llama.cpp cannot tokenise within bounds."""
+        if len(text) > LONG_CHARACTERS:
+            return self._long_texts.tokenize(text, add_special=add_special, parse_special=parse_special)
+        return self._tokenizer.tokenize(text, add_special=add_special, parse_special=parse_special)
 
     def context(
         self,

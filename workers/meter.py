@@ -28,7 +28,8 @@ class Meter:
         self._send = send
         self._lock = threading.Lock()
         self._since_s = now_s
-        self._busy_contexts = 0
+        self._stepped_s: dict[int, float] = {}
+        """When each context that has work last ended a step, by the thread that drives it."""
         self._busy_since_s = now_s
         self._reset()
 
@@ -43,15 +44,15 @@ class Meter:
     def wake(self, now_s: float) -> None:
         """A context has work again."""
         with self._lock:
-            if self._busy_contexts == 0:
+            if not self._stepped_s:
                 self._busy_since_s = now_s
-            self._busy_contexts += 1
+            self._stepped_s[threading.get_ident()] = now_s
 
     def sleep(self, now_s: float) -> None:
         """A context has run out of work."""
         with self._lock:
-            self._busy_contexts -= 1
-            if self._busy_contexts == 0:
+            self._stepped_s.pop(threading.get_ident(), None)
+            if not self._stepped_s:
                 self._busy_s += now_s - self._busy_since_s
                 self._flush(now_s)
 
@@ -71,6 +72,9 @@ class Meter:
     ) -> None:
         """Count one step of one context. `gaps_s`: times since the previous token of each sequence (1-D)."""
         with self._lock:
+            thread = threading.get_ident()
+            if thread in self._stepped_s:
+                self._stepped_s[thread] = now_s
             self._steps += 1
             self._reading_steps += prompt_tokens > 0
             self._prompt_tokens += prompt_tokens
@@ -99,7 +103,7 @@ class Meter:
     def close(self, now_s: float) -> None:
         """Send what is left."""
         with self._lock:
-            if self._busy_contexts:
+            if self._stepped_s:
                 self._busy_s += now_s - self._busy_since_s
                 self._busy_since_s = now_s
             self._flush(now_s)
@@ -124,6 +128,7 @@ class Meter:
                     sample_s=self._sample_s,
                     itl_buckets=buckets.tolist(),
                     itl_counts=self._gaps[buckets].tolist(),
+                    stalled_s=now_s - min(self._stepped_s.values(), default=now_s),
                 )
             )
             self._reset()

@@ -9,8 +9,9 @@ number of sequences and their lengths. Times come in as arguments.
 
 from __future__ import annotations
 
-STRETCH = 3.0
-"""Gaps while prompts are read, in gaps without. Those who read a stream notice much more than that."""
+STRETCH = 2.75
+"""Gaps while prompts are read, in gaps without. Those who read a stream notice much more than 4, and contexts that
+share a GPU add to it what they read at the same time."""
 FEW, MANY = 0.05, 0.3
 """Sequences to be read, in those that decode: up to FEW only the gaps count, from MANY on a batch is filled."""
 SHORT_TOKENS = 256

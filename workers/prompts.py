@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from scheduling.errors import RequestError
 from scheduling.requests import Request, Sampling
-from workers.chat import ChatTemplate, Tokenize
+from workers.chat import Template, Tokenize, tokens_of
 
 
 class PromptReader:
@@ -22,7 +22,7 @@ class PromptReader:
 
     def __init__(
         self,
-        template: ChatTemplate,
+        template: Template,
         tokenize: Tokenize,
         *,
         vocab_tokens: int,
@@ -43,7 +43,7 @@ class PromptReader:
     def tokens(self, request: Request) -> npt.NDArray[np.int32]:
         """The prompt's tokens, 1-D. Raises `RequestError` if it cannot be run."""
         if request.kind == "chat":
-            ids = self._template.tokens(request.messages, self._tokenize)
+            ids = tokens_of(self._template.parts(request.messages), self._tokenize)
         elif isinstance(request.prompt, str):
             ids = self._tokenize(request.prompt, add_special=True, parse_special=False)
         else:

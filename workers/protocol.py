@@ -2,8 +2,9 @@
 
 Each frame is a 4-byte little-endian length and a msgpack body, one of the tagged structs below. The rank sends
 `EngineStart` once, then `Submit`, `Recall`, `Cancel` as it likes; end of file on the pipe ends the engine. The
-engine answers `EngineLoaded` or `EngineFailed` once, then sends at most one `Frame` per decode step of a context,
-`Returned` for each `Recall`, and `Stats` about once a second. Keys are the requests' indexes.
+engine answers `EngineLoaded` or `EngineFailed` once, then sends at most two `Frame`s per decode step of a context (what
+starts with it before, what ends with it after), `Returned` for each `Recall`, and `Stats` about once a second. Keys are
+the requests' indexes.
 
 The same structs are spoken by the null and the simulated engine, so that a worker cannot tell them apart.
 All times are seconds measured on the engine's own monotonic clock.
@@ -227,6 +228,7 @@ class Stats(msgspec.Struct, tag="stats", frozen=True, kw_only=True):
     prompt_tokens: those that were computed, for each choice of a request. cached_tokens: those that were in the cache.
     busy_s: time in which at least one slot was in use. slot_s: integral of used slots over time.
     drafted_tokens, accepted_tokens: by speculation; tokens that were checked, and those of them that were put out.
+    stalled_s: since the last step of the context that has work and has made none for longest.
     itl_buckets / itl_counts: a sparse `scheduling.histogram` of gaps between tokens of a sequence, in seconds.
     """
 
@@ -246,6 +248,7 @@ class Stats(msgspec.Struct, tag="stats", frozen=True, kw_only=True):
     accepted_tokens: int = 0
     itl_buckets: list[int] = []
     itl_counts: list[int] = []
+    stalled_s: float = 0.0
 
 
 FromEngine = EngineLoaded | EngineFailed | Frame | Returned | Stats

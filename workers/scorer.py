@@ -36,7 +36,7 @@ from workers.meter import Meter
 from workers.protocol import Answer, Choice, Frame
 from workers.sampling import NOT_FINITE, Floats, RowSampler
 from workers.scoreplan import Part, Plan, Run
-from workers.seating import Decoder
+from workers.seating import Decoder, failed
 from workers.sequences import Sequence, Sequences
 from workers.stepper import ERRORS_IN_A_ROW_MAX, Vocabulary
 from workers.text import TextStream
@@ -117,6 +117,7 @@ class Scorer:
         if not plan.runs:
             self._emit()
             return False
+        self._emit()  # what has started, before it is computed: see `workers.stepper`
         began_s, used = self._clock(), len(plan.runs)
         parts = plan.parts(self._decoder.batch_tokens, self._outputs)
         rows = sum(part.count for part in parts)
@@ -166,7 +167,7 @@ class Scorer:
         self._errors_in_a_row += 1
         if code < -1 or self._errors_in_a_row >= ERRORS_IN_A_ROW_MAX:
             raise EngineError(
-                f"llama_decode failed with code {code} on {rows} tokens of {len(parts)} sequences that are scored; if "
+                f"llama_decode {failed(code)} on {rows} tokens of {len(parts)} sequences that are scored; if "
                 "memory is short, use a smaller --ctx or --batch"
             )
         for run in {id(part.run): part.run for part in parts}.values():

@@ -25,6 +25,8 @@ from workers.shortlist import Shortlist
 from workers.slots import NOBODY, Ints, Places, SlotArrays
 from workers.text import TextStream
 
+ALLOCATION_FAILED = -2
+"""llama_decode's code where ggml could not allocate what a pass needs."""
 READ_TOGETHER = 8
 """Prompts that are enough for a pass: waiting for more of them brings nothing."""
 
@@ -62,6 +64,11 @@ class Decoder(Protocol):
     def copy(self, source: int, target: int, length: int) -> None: ...
 
     def clear(self) -> None: ...
+
+
+def failed(code: int) -> str:
+    """What llama.cpp's code for a pass that was not computed says, as far as it says anything."""
+    return f"failed with code {code}" + (", out of memory," if code == ALLOCATION_FAILED else "")
 
 
 @dataclass

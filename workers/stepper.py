@@ -31,7 +31,7 @@ from workers.meter import Meter
 from workers.pace import SHORT_TOKENS, Pace
 from workers.protocol import Answer, Choice, Frame, Piece
 from workers.sampling import NOT_FINITE
-from workers.seating import Decoder, Seat, Seating
+from workers.seating import Decoder, Seat, Seating, failed
 from workers.shape import Shape
 from workers.slots import Ints, Pass, Places, SlotArrays
 from workers.speculation import Check, Speculation
@@ -112,6 +112,8 @@ class Stepper:
         self._seats.settle()
         if self._slots.free:
             self._started += self._seats.admit(self._clock())
+            if self._started:
+                self._emit()  # before they are computed: whoever finds this engine dead must know what it ran
         used = self._slots.count - self._slots.free
         if not used:
             self._emit()
@@ -207,7 +209,7 @@ class Stepper:
         self._errors_in_a_row += 1
         if code < -1 or self._errors_in_a_row >= ERRORS_IN_A_ROW_MAX:
             raise EngineError(
-                f"llama_decode failed with code {code} on {rows.token.size} tokens of {rows.slots.size} "
+                f"llama_decode {failed(code)} on {rows.token.size} tokens of {rows.slots.size} "
                 "sequences; if memory is short, use fewer --slots or a smaller --ctx"
             )
         for slot in rows.slots.tolist():

@@ -47,9 +47,9 @@ STDERR_TAIL_BYTES = 16 << 10
 STDERR_LOG_BYTES = 1 << 20
 PIPE_BYTES = 1 << 20
 KILL_WAIT_S = 5.0
+"""After SIGKILL a process can still hang in the kernel (a GPU driver, NFS): it is left behind then."""
 LAST_WORDS_S = 2.0
 """How long an ended engine's last words are waited for: the thread that reads them may be behind."""
-"""After SIGKILL a process can still hang in the kernel (a GPU driver, NFS): it is left behind then."""
 WAIT_STEP_S = 0.02
 
 ENGINE_COMMAND = (
@@ -299,12 +299,14 @@ class EngineProcess:
 
 
 def last_words(stderr: str) -> str:
-    """The line of a dead process's stderr that says most: the last one before Python's dump of its threads, if any."""
+    """The line of a dead process's stderr that says most: the last one before Python's dump of its threads, if any;
+    rather one in which llama.cpp passes on CUDA's error, which is followed by where it happened."""
     before, _, dump = stderr.partition("Fatal Python error:")
     lines = [line.strip() for line in before.splitlines() if line.strip()]
     if not lines and dump:
         lines = [f"Fatal Python error:{dump}".splitlines()[0]]
-    return lines[-1][:LAST_WORDS_CHARACTERS] if lines else ""
+    errors = [line for line in lines if line.startswith("CUDA error: ")]
+    return (errors or lines)[-1][:LAST_WORDS_CHARACTERS] if lines else ""
 
 
 def _signal_name(number: int) -> str:

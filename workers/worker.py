@@ -17,20 +17,18 @@ import numpy as np
 from scheduling import messages as m
 from scheduling.errors import LlmpiError, RequestError, UserError
 from scheduling.link import Spoke
-from scheduling.recordline import encode_embeddings, encode_failure, encode_result
-from scheduling.requests import Request, Sampling, derive_seed, parse_request
-from scheduling.tables import finish_number
-from scheduling.vectors import from_bytes
+from scheduling.requests import Sampling, derive_seed, parse_request
+from workers.care import LEASE_S, Lease, Restarts, gpu_is_gone, out_of_memory
+from workers.endings import Endings, Held
+from workers.gpuhealth import GpuHealth
 from workers.metrics import RankMetrics
 from workers.port import Engine
 from workers.protocol import Answer, EngineFailed, EngineLoaded, Frame, FromEngine, Job, Returned, Stats
 
 HEARTBEAT_S = 1.0
-RESTARTS_MAX = 3
-RESTART_BACKOFF_S = 0.5
+OVERDUE_CHECK_S = 0.25
 TELEMETRY_ROWS_MAX = 4096
 """Rows of telemetry that a worker keeps: rank 0 gets them earlier than after an interval then."""
-NAN = float("nan")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,18 +48,12 @@ class WorkerOptions:
     telemetry_interval_s: float = 1.0
     metrics_interval_s: float = 10.0
     """How often rank 0 is told what a killed job would lose."""
-
-
-class _Held:
-    """One request with this worker. `started` once the engine has taken it into a slot."""
-
-    __slots__ = ("attempt", "request", "started", "stolen_from")
-
-    def __init__(self, attempt: int, request: Request, stolen_from: int | None) -> None:
-        self.attempt = attempt
-        self.stolen_from = stolen_from
-        self.request = request
-        self.started = False
+    engine_lease_s: float = LEASE_S
+    """See `workers.care`."""
+    request_timeout_s: float | None = None
+    """A request that has run for longer is stopped, and has failed."""
+    health_factory: Callable[[m.Placement], GpuHealth] | None = None
+    """From placement to what knows of its GPUs when an engine has died. None: nobody is asked."""
 
 
 class Worker:
@@ -71,7 +63,7 @@ class Worker:
         self._spoke = spoke
         self._options = options
         self._clock = options.clock
-        self._held: dict[int, _Held] = {}
+        self._held: dict[int, Held] = {}
         self._started: list[tuple[int, int]] = []
         self._finished: list[m.Finished] = []
         self._deltas: list[m.Delta] = []
@@ -79,17 +71,26 @@ class Worker:
         self._engine: Engine | None = None
         self._loaded = False
         self._generation = 0
-        self._restarts = 0
+        self._lease = Lease(options.engine_lease_s, self._clock())
+        self._stalled = False
+        """One of the engine's contexts has had work for a lease and made no step, while others did."""
+        self._restarts = Restarts()
         self._restart_at: float | None = None
+        self._health: GpuHealth | None = None
+        self._overdue_at = 0.0
         self._placement = m.Placement()
         self._run_seed = 0
         self._work_exists = True
         self._sample: Callable[[], list[tuple[Any, ...]]] | None = None
         self._sample_at = 0.0
         self._counters_at = math.inf
-        self._born = self._last_said = self._clock()
+        self._last_said = self._clock()
         self.metrics = RankMetrics(options.rank, 0, options.hello.host.hostname)
+        self._endings = Endings(
+            options.rank, options.model_name, self.metrics, options.clock, options.wall_clock, options.request_timeout_s
+        )
         self.collect_epoch: int | None = None
+        self._engine_end_s = m.ENGINE_END_S
         self.stopped = False
         self.crashed = False
         self.refused: str | None = None
@@ -106,7 +107,8 @@ class Worker:
         said = self._engine.poll() if self._engine is not None else []
         for frame in said:
             self._hear(frame)
-        self._look_after_engine(now)
+        self._stop_overdue(now)
+        self._look_after_engine(now, heard=bool(said))
         self.metrics.pass_time(len(self._held), self._work_exists, now)
         self._take_telemetry(now)
         if self._started or self._finished or self._deltas or self._made_tokens:
@@ -165,9 +167,9 @@ class Worker:
                 self._handle(message)
         return bool(heard)
 
-    def close(self) -> None:
-        """End the engine, keeping what it last said of its work."""
-        self._close_engine(5.0)
+    def close(self, engine_s: float | None = None) -> None:
+        """End the engine within that time, or rank 0's, keeping what it last said of its work."""
+        self._close_engine(self._engine_end_s if engine_s is None else engine_s)
 
     # ------------------------------------------------------------ what rank 0 says
 
@@ -188,17 +190,21 @@ class Worker:
                 self.refused = message.reason
                 self.stopped = True
             case m.Collect():
+                self._engine_end_s = message.engine_s
                 self.collect_epoch = message.epoch
             case m.Stop():
+                self._engine_end_s = message.engine_s
                 self.stopped = True
 
     def on_welcome(self, message: m.Welcome) -> None:
         self._placement = message.placement
         self._run_seed = message.run_seed
         # All ranks count from here: a welcome reaches them at about the same time, however long each took to start.
-        self._born = self._clock()
+        self._endings.born = self._clock()
         self.metrics.session = message.session
         self.metrics.device = message.placement.note
+        if self._options.health_factory is not None:
+            self._health = self._options.health_factory(message.placement)
         self._start_engine()
 
     def on_assign(self, message: m.Assign) -> None:
@@ -210,12 +216,9 @@ class Worker:
             try:
                 request = parse_request(item.line, defaults, default_id=f"request-{item.index}")
             except RequestError as error:
-                self._finish_failed(
-                    item.index, item.attempt, f"request-{item.index}", "invalid_request", str(error),
-                    stolen_from=item.stolen_from,
-                )  # fmt: skip
+                self._finished.append(self._endings.refused(item, str(error)))
                 continue
-            self._held[item.index] = _Held(item.attempt, request, item.stolen_from)
+            self._held[item.index] = Held(item.attempt, request, item.stolen_from)
             seed = request.sampling.seed
             seed = derive_seed(self._run_seed, item.index) if seed is None else seed
             jobs.append(Job(item.index, seed, request.stream, request))
@@ -249,6 +252,7 @@ class Worker:
     def _on_loaded(self, loaded: EngineLoaded) -> None:
         now = self._clock()
         self._loaded = True
+        self._restarts.loaded(now)
         self._generation += 1
         self._counters_at = min(self._counters_at, now + self._options.metrics_interval_s)
         self.metrics.engine_ready(loaded.slots, now)
@@ -266,12 +270,12 @@ class Worker:
         )  # fmt: skip
 
     def _on_frame(self, frame: Frame) -> None:
-        held = self._held
+        held, now = self._held, self._clock()
         ended = {answer.key for answer in frame.finished} if frame.started and frame.finished else ()
         for key in frame.started:
             one = held.get(key)
             if one is not None:
-                one.started = True
+                one.started_at = now
                 if key not in ended:
                     self._started.append((key, one.attempt))
         for piece in frame.pieces:
@@ -283,6 +287,7 @@ class Worker:
 
     def _on_stats(self, stats: Stats) -> None:
         metrics = self.metrics
+        self._stalled = stats.stalled_s > self._options.engine_lease_s
         self._made_tokens += stats.output_tokens
         metrics.steps += stats.steps
         metrics.busy_s += stats.busy_s
@@ -302,122 +307,92 @@ class Worker:
 
     def _finish(self, answer: Answer) -> None:
         one = self._held.pop(answer.key, None)
-        if one is None:
-            return
-        self._restarts = 0
-        if answer.error is not None:
-            self._finish_failed(
-                answer.key, one.attempt, one.request.custom_id, "request_failed", answer.error,
-                answer.prompt_tokens, answer.queue_s, answer.e2e_s, answer.cached_tokens, one.stolen_from,
-            )  # fmt: skip
-            return
-        if one.request.inputs and any(choice.finish_reason == "cancelled" for choice in answer.choices):
-            # Some vectors are worth nothing: unlike a text, this answer has no useful beginning.
-            self._finish_failed(
-                answer.key, one.attempt, one.request.custom_id, "cancelled", "the request was cancelled",
-                answer.prompt_tokens, answer.queue_s, answer.e2e_s, stolen_from=one.stolen_from,
-            )  # fmt: skip
-            return
-        options, metrics = self._options, self.metrics
-        end_s = self._now_s()
-        line = self._line(one, answer, end_s)
-        tokens = answer.output_tokens
-        tpot_s = (answer.e2e_s - answer.ttft_s) / (tokens - 1) if tokens > 1 and len(answer.choices) == 1 else NAN
-        metrics.requests.append(
-            (
-                answer.key, options.rank, one.attempt, metrics.session, answer.prompt_tokens, answer.cached_tokens,
-                tokens, answer.queue_s, answer.ttft_s if tokens else NAN, tpot_s, answer.e2e_s,
-                end_s, _number_of(one.stolen_from), finish_number(answer.choices[0].finish_reason), 1,
-            )
-        )  # fmt: skip
-        metrics.finished += 1
-        metrics.prompt_tokens += answer.prompt_tokens
-        metrics.cached_tokens += answer.cached_tokens
-        metrics.output_tokens += tokens
-        self._finished.append(m.Finished(answer.key, one.attempt, True, answer.prompt_tokens, tokens, line))
-
-    def _now_s(self) -> float:
-        """Since the welcome; a ten thousandth of a second is finer than what a frame's way takes."""
-        return round(self._clock() - self._born, 4)
-
-    def _line(self, one: _Held, answer: Answer, end_s: float) -> bytes:
-        """The record's line of a request that was answered."""
-        options, request, session = self._options, one.request, self.metrics.session
-        if request.inputs:
-            return encode_embeddings(
-                request, answer.key, one.attempt, options.rank, session,
-                from_bytes(answer.vectors, len(request.inputs)), answer.prompt_tokens, answer.queue_s, answer.e2e_s,
-                options.model_name, end_s, one.stolen_from,
-            )  # fmt: skip
-        choices = [(choice.text, choice.finish_reason, choice.output_tokens) for choice in answer.choices]
-        return encode_result(
-            request, answer.key, one.attempt, options.rank, session, choices, answer.prompt_tokens,
-            answer.output_tokens, answer.queue_s, answer.ttft_s, answer.e2e_s, int(options.wall_clock()),
-            options.model_name, answer.cached_tokens, [choice.logprobs for choice in answer.choices],
-            end_s, one.stolen_from,
-        )  # fmt: skip
-
-    def _finish_failed(
-        self, index: int, attempt: int, custom_id: str, code: str, reason: str,
-        prompt_tokens: int = 0, queue_s: float = 0.0, e2e_s: float = 0.0, cached_tokens: int = 0,
-        stolen_from: int | None = None,
-    ) -> None:  # fmt: skip
-        rank, metrics, end_s = self._options.rank, self.metrics, self._now_s()
-        line = encode_failure(
-            custom_id, index, attempt, rank, metrics.session, code, reason, prompt_tokens, queue_s, e2e_s,
-            cached_tokens, end_s, stolen_from,
-        )  # fmt: skip
-        metrics.requests.append(
-            (
-                index, rank, attempt, metrics.session, prompt_tokens, cached_tokens, 0, queue_s, NAN, NAN, e2e_s,
-                end_s, _number_of(stolen_from), finish_number("error"), 0,
-            )
-        )  # fmt: skip
-        metrics.finished += 1
-        metrics.failed += 1
-        metrics.prompt_tokens += prompt_tokens
-        metrics.cached_tokens += cached_tokens
-        self._finished.append(m.Finished(index, attempt, False, prompt_tokens, 0, line))
+        if one is not None:
+            self._restarts.answered()
+            self._finished.append(self._endings.answered(one, answer))
 
     # ------------------------------------------------------------ the engine's life
 
     def _start_engine(self) -> None:
         self._loaded = False
         self._restart_at = None
+        self._stalled = False
+        self._lease.start(self._clock())
         try:
             self._engine = self._options.engine_factory(self._placement)
         except (LlmpiError, OSError) as error:
-            self._engine_down(
-                f"the engine cannot be started: {error}", restart=False, user=isinstance(error, UserError)
-            )
+            self._engine_down(f"the engine cannot be started: {error}", wait_s=None, user=isinstance(error, UserError))
 
-    def _look_after_engine(self, now: float) -> None:
+    def _look_after_engine(self, now: float, heard: bool) -> None:
         if self._restart_at is not None and now >= self._restart_at:
             self._start_engine()
-        if self._engine is not None and not self._engine.alive:
-            reason = self._engine.exit_reason()
-            self._restarts += 1
-            self._engine_down(reason, restart=self._restarts <= RESTARTS_MAX, user=False)
+        engine, loading = self._engine, not self._loaded
+        over = self._lease.turn(
+            now, heard=heard, loading=engine is not None and loading, working=engine is not None and bool(self._held)
+        )
+        if engine is None:
+            return
+        if not engine.alive:
+            self._engine_died(engine.exit_reason())
+        elif over or self._stalled:
+            self._engine_died(self._lease.story(loading), hangs=True)
 
     def _on_engine_failed(self, frame: EngineFailed) -> None:
-        # The engine itself says that it cannot go on: trying the same again would fail the same way.
-        self._engine_down(frame.reason, restart=False, user=frame.user_error)
+        if self._loaded and not frame.user_error:
+            self._engine_died(frame.reason)
+        else:  # it says itself that it cannot be loaded: trying the same again would fail the same way
+            self._engine_down(self._with_free_memory(frame.reason), wait_s=None, user=frame.user_error)
 
-    def _engine_down(self, reason: str, restart: bool, user: bool) -> None:
+    def _engine_died(self, reason: str, hangs: bool = False) -> None:
+        """Start another one, unless that is of no use, or was tried too often."""
+        trouble = self._health.trouble() if self._health is not None else ""
+        if trouble:
+            wait_s, reason = None, f"{reason}; {trouble}"
+        elif gpu_is_gone(reason):
+            wait_s = None
+        elif out_of_memory(reason):
+            wait_s = None
+            reason = f"{self._with_free_memory(reason)}; use fewer --slots, a smaller --ctx or fewer --gpu-layers"
+        else:
+            wait_s = self._restarts.died(self._clock())
+            if wait_s is None:
+                reason = f"{reason}; {self._restarts.deaths} of its engines have died, with too little done in between"
+        self._engine_down(reason, wait_s, user=False, close_s=0.0 if hangs else 1.0)
+
+    def _with_free_memory(self, reason: str) -> str:
+        free = self._health.free() if self._health is not None and out_of_memory(reason) else ""
+        return f"{reason} ({free})" if free else reason
+
+    def _engine_down(self, reason: str, wait_s: float | None, user: bool, close_s: float = 1.0) -> None:
+        """The engine is of no more use. `wait_s`: until the next one is started; None: there is none."""
         now = self._clock()
         self.metrics.engine_gone(len(self._held), self._work_exists, now)
         self._tell_progress()
-        started = [(index, one.attempt) for index, one in self._held.items() if one.started]
-        unstarted = [(index, one.attempt) for index, one in self._held.items() if not one.started]
+        started = [(index, one.attempt) for index, one in self._held.items() if one.started_at is not None]
+        unstarted = [(index, one.attempt) for index, one in self._held.items() if one.started_at is None]
         self._held.clear()
         self._spoke.send(
             m.EngineDown(
-                reason=reason, started=started, unstarted=unstarted, restarting=restart, user_error=user
+                reason=reason, started=started, unstarted=unstarted, restarting=wait_s is not None, user_error=user
             )
         )  # fmt: skip
-        self._close_engine(1.0)
-        if restart:
-            self._restart_at = now + RESTART_BACKOFF_S * 2.0 ** (self._restarts - 1)
+        self._close_engine(close_s)
+        if wait_s is not None:
+            self._restart_at = now + wait_s
+
+    def _stop_overdue(self, now: float) -> None:
+        """Have the engine stop what has run for too long; it ends with an answer."""
+        timeout_s = self._options.request_timeout_s
+        if timeout_s is None or now < self._overdue_at:
+            return
+        self._overdue_at = now + OVERDUE_CHECK_S
+        late = []
+        for key, one in self._held.items():
+            if one.started_at is not None and now - one.started_at > timeout_s and not one.overdue:
+                one.overdue = True
+                late.append(key)
+        if late and self._engine is not None:
+            self._engine.cancel(late)
 
     def _close_engine(self, timeout_s: float) -> None:
         engine, self._engine = self._engine, None
@@ -437,8 +412,4 @@ class Worker:
         self._sample_at = now + self._options.telemetry_interval_s
         rank, session = self._options.rank, self.metrics.session
         for row in self._sample():
-            self.metrics.telemetry.append((now - self._born, rank, session, *row))
-
-
-def _number_of(rank: int | None) -> int:
-    return -1 if rank is None else rank
+            self.metrics.telemetry.append((now - self._endings.born, rank, session, *row))

@@ -164,6 +164,7 @@ class FakeEngine:
         self.recalls: list[tuple[int, list[int]]] = []
         self.cancelled: list[int] = []
         self.closed = 0
+        self.close_s = 0.0
         self.reason = ""
 
     def say(self, *frames: FromEngine) -> None:
@@ -214,6 +215,7 @@ class FakeEngine:
 
     def close(self, timeout_s: float) -> None:
         self.closed += 1
+        self.close_s = timeout_s
 
 
 # ---------------------------------------------------------------- record and source

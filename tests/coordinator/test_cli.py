@@ -88,8 +88,8 @@ def test_every_flag_reaches_its_option(run: Run, started: list[Any]) -> None:
         "--ubatch", "32", "--threads", "5", "--gpu-layers", "7", "--no-flash-attention", "--device", "cpu",
         "--gpus-per-rank", "2", "--ranks-per-gpu", "3", "--coordinator-works", "--max-tokens", "9", "--temperature",
         "0.5", "--top-k", "40", "--top-p", "0.9", "--min-p", "0.1", "--seed", "11", "--format", "text",
-        "--no-precheck", "--prefetch", "6", "--lease", "12.5", "--commit-interval", "0.2", "--commit-bytes", "1000",
-        "--metrics-interval", "3",
+        "--no-precheck", "--no-copies", "--prefetch", "6", "--lease", "12.5", "--commit-interval", "0.2",
+        "--commit-bytes", "1000", "--metrics-interval", "3",
         "--pooling", "cls", "--show", "2", "--quiet", "--json", "--cache-type-k", "q4_0", "--lora", "a.gguf", "--lora",
         "b.gguf:0.5", "--rope-scaling", "yarn", "--rope-scale", "2", "--rope-freq-base", "50000", "--split", "row",
     )  # fmt: skip
@@ -99,7 +99,7 @@ def test_every_flag_reaches_its_option(run: Run, started: list[Any]) -> None:
         model="m.gguf", schedule="round-robin", slots=4, contexts=2, ctx=128, batch=64, ubatch=32, threads=5,
         gpu_layers=7, flash_attention=False, device="cpu", gpus_per_rank=2, ranks_per_gpu=3, coordinator_works=True,
         max_tokens=9, sampling=Sampling(temperature=0.5, top_k=40, top_p=0.9, min_p=0.1), seed=11, precheck=False,
-        prefetch=6, lease_s=12.5, commit_interval_s=0.2, commit_bytes=1000, metrics_interval_s=3.0,
+        copies=False, prefetch=6, lease_s=12.5, commit_interval_s=0.2, commit_bytes=1000, metrics_interval_s=3.0,
         pooling="cls", cache_type_k="q4_0",
         loras=("a.gguf", "b.gguf:0.5"), rope_scaling="yarn", rope_scale=2.0, rope_freq_base=50_000.0, split="row",
     )  # fmt: skip

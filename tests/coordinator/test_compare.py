@@ -98,7 +98,8 @@ def run_dir(path: Path, **changes: Any) -> Path:
         "versions": {"llmpi": changes.get("version", "1"), "python": "3.12"},
     }  # fmt: skip
     details["config"] |= changes.get("config", {})
-    worker = {"rank": 0, "host": changes.get("host", "a"), "device": "CPU", "gpus": [], "fit": {"slots": 4}}
+    worker = {"rank": 0, "host": changes.get("host", "a"), "device": "CPU", "gpus": []}
+    worker["fit"] = {"slots": 4, "said": f"memory {changes.get('free', 3)} GB free"}
     state = {
         "format": "llmpi-run", "version": 1, "complete": True, "total": 1, "details": details,
         "identity": {"model": "f", "adapters": [], "input": {"bytes": 3, "format": "jsonl", "ends_sha256": "s"}},
@@ -111,7 +112,7 @@ def run_dir(path: Path, **changes: Any) -> Path:
 
 
 def test_two_runs_alike_differ_in_nothing(tmp_path: Path) -> None:
-    found = compare_runs(run_dir(tmp_path / "1"), run_dir(tmp_path / "2"))
+    found = compare_runs(run_dir(tmp_path / "1"), run_dir(tmp_path / "2", free=4))
     assert (found.configuration, found.versions, found.machines) == ([], [], [])
     said = io.StringIO()
     found.print(said)

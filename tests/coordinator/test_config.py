@@ -37,6 +37,7 @@ NAN = float("nan")
         ({"draft_max": 32}, "the most that is accepted is 31"),
         ({"draft_model": "m.gguf", "speculate": False}, "leave out one of them"),
         ({"prefetch": -1}, "--prefetch"),
+        ({"copies": True, "schedule": "round-robin"}, "--copies needs --schedule work-stealing"),
         ({"commit_bytes": 0}, "--commit-bytes"),
         ({"commit_interval_s": 0.0}, "--commit-interval"),
         ({"lease_s": -1.0}, "--lease"),
@@ -62,6 +63,14 @@ def test_who_asks_for_several_gpus_wants_them() -> None:
     assert JobConfig(model="m").want_gpu is None
     assert JobConfig(model="m", gpus_per_rank=2).want_gpu is True
     assert JobConfig(model="m", gpus_per_rank=2, device="cpu").want_gpu is False
+
+
+@pytest.mark.parametrize(
+    ("schedule", "copies", "made"),
+    [("work-stealing", None, True), ("work-stealing", False, False), ("round-robin", None, False)],
+)
+def test_copies_are_made_where_work_is_stolen(schedule: str, copies: bool | None, made: bool) -> None:
+    assert JobConfig(model="m", schedule=schedule, copies=copies).makes_copies is made
 
 
 def test_defaults_are_valid() -> None:

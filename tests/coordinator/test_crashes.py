@@ -66,8 +66,9 @@ class Writer:
     acknowledged_lines: list[bytes] = []  # noqa: RUF012 - of all sessions of a test
 
     def __init__(
-        self, disk: Disk, path: Path, clock: Callable[[], float], commit_interval_s: float, commit_bytes: int
-    ) -> None:
+        self, disk: Disk, path: Path, clock: Callable[[], float], commit_interval_s: float, commit_bytes: int,
+        check_held: Callable[[], None],
+    ) -> None:  # fmt: skip
         self._file = open_record(disk, path)
         self._core = GroupCommit(self._file, path, 0.0, 1, open_mark(disk, path, self._file))
         self._lines: list[bytes] = []

@@ -219,12 +219,45 @@ def test_payloads_are_forgotten_when_their_requests_end() -> None:
 # ---------------------------------------------------------------- workers that fail
 
 
+def cannot_load(reason: str, user_error: bool = False) -> m.EngineDown:
+    return m.EngineDown(reason=reason, restarting=False, user_error=user_error)
+
+
 @pytest.mark.parametrize(("user_error", "kind"), [(True, UserError), (False, EngineError)])
-def test_engine_that_cannot_start_ends_the_job_with_the_ranks_name(user_error: bool, kind: type[Exception]) -> None:
+def test_engines_that_cannot_load_end_the_job_with_the_reason_and_the_ranks(
+    user_error: bool, kind: type[Exception]
+) -> None:
     stage = Stage(["one"], workers=2)
-    down = m.EngineDown(reason="libcuda.so is missing", restarting=False, user_error=user_error)
-    with pytest.raises(kind, match=r"rank 2 on node2: libcuda\.so is missing"):
-        stage.hear(2, down)
+    stage.hear(2, cannot_load("the model is damaged", user_error))
+    assert stage.coordinator.outcome is None
+    with pytest.raises(kind, match=r"^rank 1 on node1, rank 2 on node2: the model is damaged$"):
+        stage.hear(1, cannot_load("the model is damaged", user_error))
+
+
+def test_engines_that_cannot_load_for_different_reasons_are_told_each_with_its_own() -> None:
+    stage = Stage(["one"], workers=3)
+    stage.hear(2, cannot_load("out of memory"))
+    stage.hear(1, m.Crashed(reason="ValueError: no", traceback="Traceback"))
+    with pytest.raises(EngineError) as raised:
+        stage.hear(3, cannot_load("llama.cpp sees no GPU", user_error=True))
+    assert str(raised.value) == (
+        "rank 1 on node1: ValueError: no; rank 2 on node2: out of memory; rank 3 on node3: llama.cpp sees no GPU"
+    )
+
+
+@pytest.mark.parametrize("user_error", [True, False])
+@pytest.mark.parametrize("first", [1, 2])
+def test_one_rank_whose_engine_cannot_load_leaves_the_others_at_work(user_error: bool, first: int) -> None:
+    stage = Stage(["one"], workers=2)
+    for rank in (first, 3 - first):
+        if rank == 1:
+            assert assigned(stage.ready(1)) == [0]
+        else:
+            stage.hear(2, cannot_load("its GPU is broken", user_error))
+    assert stage.notes == ["rank 2 on node2: its engine was lost (its GPU is broken); this worker takes no more work"]
+    stage.hear(1, m.Report(finished=[finished(0)]))
+    stage.durable()
+    assert stage.coordinator.outcome == ev.Stop("done", "")
 
 
 def test_engine_that_is_being_restarted_before_it_was_ready_ends_nothing() -> None:
@@ -333,12 +366,46 @@ def test_unstarted_work_is_recalled_for_an_idle_worker_and_assigned_anew() -> No
     assert set(first.indexes) & set(assigned(stage.workers[2].take()) + assigned(stage.step(2)))
 
 
-def test_drain_starts_nothing_new_and_waits_for_what_runs() -> None:
-    stage = Stage(["x"] * 20)
+def test_a_straggler_is_copied_and_whoever_answers_second_is_cancelled_and_counts_for_nothing() -> None:
+    stage = Stage(["x"] * 2, workers=2, limits=Limits(prefetch=0))
+    stage.ready(1, slots=1)
+    stage.ready(2, slots=1)
+    stage.hear(1, m.Report(started=[(0, 1)]))
+    stage.hear(2, m.Report(started=[(1, 1)]))
+    stage.clock.pass_(2.0)
+    stage.hear(1, m.Report(made_tokens=400))
+    stage.hear(2, m.Report(made_tokens=20))
+    stage.hear(1, m.Report(finished=[finished(0, tokens=300)]))
+    stage.clock.pass_(1.0)
+    [item] = [item for message in stage.step(1) if isinstance(message, m.Assign) for item in message.items]
+    assert (item.index, item.attempt) == (1, 2)
+    assert json.loads(item.line)["custom_id"] == "id-1"
+    assert (stage.coordinator.snapshot().running, stage.coordinator.snapshot().queued) == (1, 0)
+    stage.workers[2].take()
+    stage.hear(1, m.Report(started=[(1, 2)], finished=[finished(1, attempt=2)]))
+    assert stage.workers[2].take() == [m.Cancel([1])]
+    # The metrics may be gathered before its answer comes: its row is known not to count already.
+    assert stage.coordinator.dropped == {(2, 1, 1)}
+    stage.durable()
+    assert stage.coordinator.outcome == ev.Stop("done", "")
+    stage.hear(2, m.Report(finished=[finished(1, tokens=33)]))
+    assert len(stage.record.take()) == 2
+    assert stage.coordinator.plane.totals.wasted_tokens == 33
+
+
+def draining(*events: ev.DrainRequested | ev.TimeLimited) -> tuple[Stage, list[int], list[Any]]:
+    """A stage whose worker runs the first of what it was given when these come; and what it is told then."""
+    stops: list[ev.DrainRequested | ev.TimeLimited] = []
+    stage = Stage(["x"] * 20, stops=lambda: [stops.pop(0) for _ in stops[:]])
     given = assigned(stage.ready(slots=2))
     stage.hear(1, m.Report(started=[(given[0], 1)]))
-    stage.coordinator.drain("asked to")
-    said = stage.step()
+    stops.extend(events)
+    stage.clock.pass_(TICK_S)
+    return stage, given, stage.step()
+
+
+def test_drain_starts_nothing_new_and_waits_for_what_runs() -> None:
+    stage, given, said = draining(ev.DrainRequested("asked to"))
     assert not assigned(said)
     [recall] = [message for message in said if isinstance(message, m.Recall)]
     assert recall.indexes == given[1:]
@@ -349,9 +416,40 @@ def test_drain_starts_nothing_new_and_waits_for_what_runs() -> None:
     assert stage.coordinator.outcome == ev.Stop("drained", "asked to")
 
 
+def test_what_runs_at_the_deadline_is_given_up_and_its_row_not_counted() -> None:
+    stage, given, _ = draining(ev.DrainRequested("asked to", 101.0))
+    stage.hear(1, m.Recalled(0, given[1:]))
+    assert stage.coordinator.outcome is None
+    assert stage.coordinator.in_flight
+    stage.clock.pass_(1.0)
+    stage.step()
+    assert stage.coordinator.outcome == ev.Stop("drained", "asked to")
+    assert stage.coordinator.dropped == {(1, given[0], 1)}, "its worker may have ended it meanwhile"
+    assert stage.record.take() == []
+
+
+def test_what_is_set_aside_before_a_time_limit_is_not_kept_in_memory() -> None:
+    stops: list[ev.TimeLimited] = []
+    stage = Stage(["x", *["y" * 64_000] * 5, "x"], stops=lambda: [stops.pop(0) for _ in stops[:]])
+    assert assigned(stage.ready(slots=1)) == [0, 1]
+    stage.hear(1, m.Report(started=[(0, 1)]))
+    stage.clock.pass_(1.0)
+    stage.hear(1, m.Report(finished=[finished(0)]))
+    stage.durable()
+    stops.append(ev.TimeLimited(104.0, "time is up"))
+    stage.clock.pass_(TICK_S)
+    [recall] = [message for message in stage.step() if isinstance(message, m.Recall)]
+    said = stage.hear(1, m.Recalled(0, recall.indexes))
+    for _ in range(5):
+        said += stage.step()
+    assert assigned(said) == [6], "what is long would be late, what is short would not"
+    assert stage.coordinator.plane.totals.set_aside == 5
+    assert stage.coordinator.snapshot().queued == 1, "the others are not kept in memory"
+
+
 def test_stop_request_is_looked_for_at_every_tick_and_drains() -> None:
-    reasons: list[str | None] = [None, "asked by llmpi stop"]
-    stage = Stage(["x"] * 5, stop_requested=lambda: reasons.pop(0) if reasons else None)
+    reasons: list[list[ev.DrainRequested]] = [[], [ev.DrainRequested("asked by llmpi stop")]]
+    stage = Stage(["x"] * 5, stops=lambda: reasons.pop(0) if reasons else [])
     stage.step()
     assert stage.coordinator.outcome is None
     stage.clock.pass_(TICK_S / 2)

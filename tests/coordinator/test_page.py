@@ -239,24 +239,25 @@ def test_many_ranks_and_devices_still_make_a_page(tmp_path: Path) -> None:
     assert "Of 100 devices the mean is drawn, and the range" in Read(text).text
 
 
-def test_a_million_requests_make_no_larger_page(tmp_path: Path) -> None:
+def test_the_page_does_not_grow_with_the_requests(tmp_path: Path) -> None:
+    """A tenth of a million fills each of its bins with fifty: there is nothing more to draw of more."""
     path = make_run(tmp_path / "large", 10, ranks=4)
-    count, random = 1_000_000, np.random.default_rng(1)
+    count, random = 100_000, np.random.default_rng(1)
     table = np.zeros(count, REQUEST)
     table["rank"], table["ok"], table["output_tokens"] = 1 + np.arange(count) % 4, 1, 50
     table["e2e_s"] = random.lognormal(1, 1, count)
-    table["end_s"] = table["e2e_s"] + np.arange(count) / 250
+    table["end_s"] = table["e2e_s"] + np.arange(count) / 25
     table["ttft_s"], table["queue_s"] = table["e2e_s"] / 5, table["e2e_s"] / 9
     table["tpot_s"] = table["e2e_s"] / 60
     table["stolen_from"] = np.where(random.random(count) < 0.3, 1, -1)
     ranks = np.zeros(4, RANK)
     ranks["rank"] = np.arange(1, 5)
     samples = np.concatenate([telemetry(4_000, rank) for rank in range(1, 5)])
-    parts = np.array_split(table, 20)
+    parts = np.array_split(table, 4)
     write_metrics(path / METRICS_NAME, parts, ranks, {"itl": LogHistogram()}, samples, {"wall_s": 4_100.0})
     text = made(path)
     assert len(text.encode()) < 1e6
-    assert Read(text).row("TTFT")[-1] == "1,000,000"
+    assert Read(text).row("TTFT")[-1] == "100,000"
 
 
 # ---------------------------------------------------------------- the command

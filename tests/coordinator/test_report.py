@@ -15,6 +15,7 @@ from rich.console import Console
 from coordinator import report
 from coordinator.report import print_report, report_data
 from coordinator.rundirs import export_answers
+from coordinator.sidebyside import comparison
 from scheduling.errors import RunDirError
 from scheduling.histogram import LogHistogram
 from scheduling.recordline import encode_embeddings, encode_failure, encode_result
@@ -58,6 +59,15 @@ def printed(run_dir: Path, show: int = 0) -> str:
     stream = io.StringIO()
     print_report(report_data(run_dir), stream, run_dir, show=show)
     return stream.getvalue()
+
+
+def test_workers_that_left_are_told_with_their_reasons(run_dir: Path) -> None:
+    assert "left before the end" not in printed(run_dir)
+    data = report_data(run_dir)
+    data["last_session"]["workers_lost"] = "rank 1 on node[7]: CUDA error: out of memory"
+    stream = io.StringIO()
+    print_report(data, stream, run_dir)
+    assert "left before the end: rank 1 on node[7]: CUDA error: out of memory" in stream.getvalue()
 
 
 def test_figures_are_plain_data(run_dir: Path) -> None:
@@ -108,6 +118,18 @@ def test_drafted_tokens_are_told_where_there_are_any(tmp_path: Path) -> None:
         text = printed(tmp_path)
         assert ("speculation: 1,000 of 2,000 drafted tokens were right (50 %)" in text) is said
         assert ("speculation" in text) is said
+
+
+def test_copies_are_told_where_there_were_any(tmp_path: Path) -> None:
+    for attributes, said in ({}, False), ({"copies": 0, "copies_won": 0, "wasted_tokens": 0}, False), (
+        {"copies": 1200, "copies_won": 7, "wasted_tokens": 3456}, True,
+    ):  # fmt: skip
+        ranks = np.zeros(2, RANK)
+        write_metrics(tmp_path / METRICS_NAME, [rows(3, failed=0)], ranks, {}, np.zeros(0, TELEMETRY), attributes)
+        text = " ".join(printed(tmp_path).split())
+        assert ("copies: 1,200 requests of slow ranks were started again" in text) is said
+        assert ("7 of them answered there first · 3,456 output tokens made in vain" in text) is said
+        assert ("copies:" in text) is said
 
 
 @pytest.mark.parametrize(("columns", "host"), [(80, False), (120, True)])
@@ -164,6 +186,29 @@ def test_a_line_that_is_being_written_is_no_answer_yet(
 def test_as_many_answers_as_asked_for(run_dir: Path) -> None:
     assert printed(run_dir, show=2).count("[red]id[/red]") == 2
     assert printed(run_dir, show=0).count("[red]id[/red]") == 0
+
+
+def test_rates_of_a_run_whose_jobs_were_all_killed_are_those_of_the_record(tmp_path: Path) -> None:
+    first, second = rows(60, failed=0), rows(40, failed=0)
+    first["session"], first["end_s"] = 0, np.linspace(1.0, 6.0, 60)
+    second["session"], second["end_s"] = 1, np.linspace(1.0, 4.0, 40)
+    second["end_s"][0] = np.nan
+    nothing = np.zeros(0, TELEMETRY)
+    write_metrics(tmp_path / METRICS_NAME, [first, second], np.zeros(0, RANK), {}, nothing, {})
+    data = report_data(tmp_path)
+    assert (data["over_s"], data["over"]) == (10.0, "until the last recorded request ended")
+    assert data["requests_per_s"] == 10.0
+    assert data["output_tokens_per_s"] == pytest.approx(
+        (first["output_tokens"].sum() + second["output_tokens"].sum()) / 10
+    )
+    stream = io.StringIO()
+    print_report(data, stream, tmp_path)
+    assert "in 10s until the last recorded request ended (no job on it has ended in order)" in stream.getvalue()
+    assert "?" not in stream.getvalue()
+    ended = {**data, "over": "wall time of the last job"}
+    assert comparison([("a", ended), ("b", data)])[1][2][0] == (
+        "wall time of the last job, or until the last recorded request ended"
+    )
 
 
 def test_nothing_answered_is_told_without_figures(tmp_path: Path) -> None:

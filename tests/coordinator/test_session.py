@@ -11,12 +11,13 @@ from coordinator.config import JobConfig
 from coordinator.engines import ModelFacts
 from coordinator.loop import Callbacks
 from coordinator.memory import MemoryRecord
-from coordinator.session import Session
+from coordinator.session import DEAF_S, Session
 from coordinator.setup import Setup
+from coordinator.surroundings import Surroundings
 from scheduling import messages as m
-from scheduling.errors import ConfigError, HandshakeError, UserError
+from scheduling.errors import ConfigError, HandshakeError, StoppedError, UserError
 from storage.summary import Sums
-from tests.coordinator.fakes import FakeCollectives, FakeEndpoint, FakeSource, Said, fake_rank
+from tests.coordinator.fakes import FakeClock, FakeCollectives, FakeEndpoint, FakeSource, Said, fake_rank
 
 HOST = m.Host(hostname="here", cpus=(0, 1, 2, 3))
 
@@ -39,7 +40,7 @@ class FakeWorld:
     def endpoint(self) -> FakeEndpoint:
         return self.network
 
-    def collectives(self) -> FakeCollectives:
+    def collectives(self, patience_s: float = 600.0) -> FakeCollectives:
         return FakeCollectives([])
 
 
@@ -59,6 +60,20 @@ def answer_all(session: Session, prompts: list[str], first_index: int = 0) -> li
 
 
 # ---------------------------------------------------------------- alone
+
+
+def test_what_somebody_listens_to_is_not_copied() -> None:
+    cases: list[tuple[dict[str, Any], Callbacks, bool]] = [
+        ({}, Callbacks(), True),
+        ({}, Callbacks(on_delta=lambda delta: None), False),
+        ({"copies": False}, Callbacks(), False),
+        ({"schedule": "round-robin"}, Callbacks(), False),
+    ]
+    for options, callbacks, copies in cases:
+        session = Session(setup(**options), None)
+        session.start()
+        assert session.begin(FakeSource(["a"]), MemoryRecord(), callbacks).plane.limits.copies is copies
+        session.close()
 
 
 def test_alone_it_hosts_a_worker_itself() -> None:
@@ -198,3 +213,42 @@ def test_refuse_reaches_ranks_that_have_not_even_said_hello() -> None:
     session.refuse("the model does not exist")
     for said in world.ranks.values():
         assert said.take_one(m.Refuse) == m.Refuse("the model does not exist")
+
+
+def test_ranks_are_told_how_long_their_engines_may_take_to_end() -> None:
+    session, world = session_of(2)
+    session.engine_end_s = 0.5
+    session.collect()
+    session.close("drained")
+    assert world.ranks[1].take() == [m.Collect(1, 0.5), m.Stop("drained", 0.5)]
+
+
+def test_a_start_that_is_interrupted_releases_all_ranks() -> None:
+    session, world = session_of(3)
+
+    def interrupted() -> None:
+        raise StoppedError("SIGTERM received")
+
+    with pytest.raises(StoppedError):
+        session.start(interrupted)
+    for said in world.ranks.values():
+        assert said.take_one(m.Refuse) == m.Refuse("SIGTERM received")
+
+
+@pytest.mark.parametrize("silent_s", [0.0, DEAF_S + 1.0])
+def test_without_a_collective_a_rank_that_says_nothing_lately_ends_the_job_instead_of_holding_it(
+    silent_s: float,
+) -> None:
+    clock = FakeClock()
+    world = FakeWorld(2)
+    aborted: list[int] = []
+    world.abort = aborted.append  # type: ignore[attr-defined]
+    session = Session(setup(), world, around=Surroundings(clock=clock))  # type: ignore[arg-type]
+    world.ranks[1].say(session.setup.hello())
+    session.start()
+    session.begin(FakeSource([]), MemoryRecord(), Callbacks())
+    clock.pass_(silent_s)
+    session.let_go()
+    session.close("drained")
+    assert session.leave(3) == 3
+    assert aborted == ([3] if silent_s else [])

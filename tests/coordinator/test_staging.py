@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from coordinator.staging import models_of, stage_models
 from scheduling.errors import StagingError, StoppedError
 from storage.stagedir import StageDir
 from storage.staging import Staged
+from tests.adapters import random_pair, write_adapter
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +32,26 @@ def test_the_copy_is_loaded_and_the_model_stays_what_it_was(tiny_model: Path, tm
     assert Path(here.model.draft.path).is_relative_to(tmp_path)
     assert (here.fingerprint, here.model_name) == (there.fingerprint, there.model_name)
     assert staged.notes[0].startswith("staged ")
+
+
+def test_adapters_are_staged_each_with_its_scale(tiny_model: Path, tmp_path: Path) -> None:
+    far = tmp_path / "far"
+    far.mkdir()
+    first, second = (
+        write_adapter(far / f"{name}.gguf", {"blk.0.attn_q.weight": random_pair(64, 64, seed=seed)})
+        for seed, name in enumerate(("one", "two"))
+    )
+    config = JobConfig(
+        model=str(tiny_model), loras=(f"{first}:0.5", str(second)), stage="always", stage_dir=str(tmp_path)
+    )
+    there, staged = prepare(config), stage_models(config, None)
+    assert there.problem is None
+    shutil.rmtree(far)
+    here = prepare(config, staged)
+    assert here.problem is None
+    assert all(Path(adapter.path).is_relative_to(tmp_path) for adapter in here.model.adapters)
+    assert [adapter.scale for adapter in here.model.adapters] == [0.5, 1.0]
+    assert here.hello().model_fingerprint == there.hello().model_fingerprint
 
 
 def test_local_models_are_not_staged_by_default(tiny_model: Path, tmp_path: Path) -> None:

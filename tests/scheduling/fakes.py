@@ -18,6 +18,7 @@ from scheduling.control import ControlPlane, Limits
 from scheduling.errors import BugError, ProtocolError
 from scheduling.events import (
     Assign,
+    Cancel,
     Committed,
     DrainRequested,
     EngineLost,
@@ -31,6 +32,7 @@ from scheduling.events import (
     RequestRejected,
     RequestsArrived,
     Tick,
+    TimeLimited,
     WorkerLost,
     WorkerReady,
 )
@@ -43,21 +45,24 @@ def answer(index: int, attempt: int = 1, ok: bool = True, output_tokens: int = 5
     return Finished(index, attempt, ok, 3, output_tokens, b"")
 
 
-def frozen(value: Any) -> Any:
-    """All that can be reached from `value`, as nested tuples that compare by content."""
-    if isinstance(value, dict):
-        return tuple((frozen(key), frozen(item)) for key, item in value.items())
-    if isinstance(value, (list, tuple, deque)):
-        return tuple(frozen(item) for item in value)
-    if isinstance(value, (set, frozenset)):
-        return tuple(sorted(map(repr, value)))
+def frozen(value: Any, inside: tuple[int, ...] = ()) -> Any:
+    """All that can be reached from `value`, as nested tuples that compare by content. `inside`: ids of where it is."""
+    if id(value) in inside:
+        return "..."
     if value is None or isinstance(value, (int, float, str, bytes, Enum)):
         return value
+    if isinstance(value, (set, frozenset)):
+        return tuple(sorted(map(repr, value)))
+    inside = (*inside, id(value))
+    if isinstance(value, dict):
+        return tuple((frozen(key, inside), frozen(item, inside)) for key, item in value.items())
+    if isinstance(value, (list, tuple, deque)):
+        return tuple(frozen(item, inside) for item in value)
     if is_dataclass(value):
-        return tuple(frozen(getattr(value, field.name)) for field in fields(value))
+        return tuple(frozen(getattr(value, field.name), inside) for field in fields(value))
     slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
     names = [*slots, *getattr(value, "__dict__", ())]
-    return (type(value).__name__, *((name, frozen(getattr(value, name))) for name in names))
+    return (type(value).__name__, *((name, frozen(getattr(value, name), inside)) for name in names))
 
 
 def refused(plane: ControlPlane, event: Event, now: float = 0.0) -> str:
@@ -83,21 +88,35 @@ class Scenario:
     prefetch: int | None = None
     faults: bool = True
     drain: bool = False
+    copies: bool = True
+    eager: bool = False
+    """What runs is copied whether or not that would help."""
+    killers: tuple[int, ...] = ()
+    """Requests that kill every engine: those with even numbers while they run, the others when they are handed over."""
+    limit: bool = False
     steps: int = 250
+    last_steps: int = 0
+    """With a reader that does not tarry: what follows the input's end happens, too."""
 
 
 def scenario_of(seed: int) -> Scenario:
     """A scenario of any kind, from a seed alone."""
     rng = random.Random(seed)
+    straggles = rng.random() < 0.4
     return Scenario(
         seed=seed,
-        schedule=rng.choice(["work-stealing", "work-stealing", "work-stealing", "round-robin"]),
-        workers=rng.randint(1, 5),
+        schedule="round-robin" if rng.random() < 0.25 and not straggles else "work-stealing",
+        workers=rng.randint(2, 3) if straggles else rng.randint(1, 5),
         slots=tuple(rng.choices([1, 2, 3, 5], k=3)),
-        requests=rng.randint(0, 40),
+        requests=rng.randint(3, 10) if straggles else rng.randint(0, 40),
         prefetch=rng.choice([None, 0, 1, 4, 8]),
         faults=rng.random() < 0.8,
         drain=rng.random() < 0.2,
+        eager=straggles,
+        steps=30 if straggles else 250,
+        last_steps=600 if straggles else 0,
+        killers=tuple(rng.sample(range(40), rng.choice([0, 0, 1, 2]))),
+        limit=rng.random() < 0.25,
     )
 
 
@@ -112,8 +131,10 @@ class FakeWorker:
         self.id = worker
         self.slots = slots
         self.generation = 0
+        self.slowness = 1
+        """It finishes something in one of so many rounds."""
         self.outbox: deque[tuple[Event, int]] = deque()
-        self.inbox: deque[tuple[Assign | Recall, int]] = deque()
+        self.inbox: deque[tuple[Assign | Recall | Cancel, int]] = deque()
         self.start_process()
 
     def start_process(self) -> None:
@@ -126,6 +147,7 @@ class FakeWorker:
         self.recalls: deque[tuple[int, list[int]]] = deque()
         self.started: list[tuple[int, int]] = []
         self.finished: list[Finished] = []
+        self.tokens = 0.0
         self.outbox.clear()
         self.inbox.clear()
 
@@ -145,6 +167,8 @@ class FakeWorker:
         message, generation = self.inbox.popleft()
         if isinstance(message, Recall):
             self.recalls.append((message.recall, [index for index in message.indexes if index in self.held]))
+        elif isinstance(message, Cancel):
+            self.cancel(message.items)
         elif self.engine_up and generation == self.generation:
             for index, attempt in message.items:
                 assert index not in self.held.keys() | self.running.keys(), f"request {index} came twice"
@@ -158,7 +182,20 @@ class FakeWorker:
             self.started.append((index, self.running[index]))
 
     def finish(self, index: int, ok: bool) -> None:
-        self.finished.append(answer(index, self.running.pop(index), ok))
+        self.finished.append(answer(index, self.running.pop(index), ok, 5 + index * 37 % 250))
+
+    def cancel(self, items: list[tuple[int, int]]) -> None:
+        """Stop these. A real worker is told their indexes alone, so it must not have them in another attempt."""
+        for index, attempt in items:
+            if index in self.held:
+                self.running[index] = self.held.pop(index)
+            if index in self.running:
+                assert self.running[index] == attempt, f"attempt {self.running[index]} of {index} is cancelled instead"
+                self.finish(index, ok=True)
+
+    def pass_time(self, elapsed_s: float) -> None:
+        if self.alive:
+            self.tokens += len(self.running) * 2000.0 / self.slowness * elapsed_s
 
     def confirm(self) -> None:
         """Answer the oldest recall with what has not started."""
@@ -167,9 +204,11 @@ class FakeWorker:
             self.say(RecallConfirmed(self.id, recall, [i for i in indexes if self.held.pop(i, None) is not None]))
 
     def report(self) -> None:
-        if self.alive and (self.started or self.finished):
-            self.say(Reported(self.id, self.started, self.finished, []))
+        made = int(self.tokens)
+        if self.alive and (self.started or self.finished or made):
+            self.say(Reported(self.id, self.started, self.finished, [], made))
             self.started, self.finished = [], []
+            self.tokens -= made
 
     def lose_engine(self, restarting: bool, report_first: bool) -> None:
         """`report_first` False: what it knew of its requests comes after the bad news, and is late."""
@@ -193,19 +232,32 @@ class World:
         self.now = 0.0
         self.story: deque[str] = deque(maxlen=80)
         ids = list(range(1, scenario.workers + 1))
-        self.limits = Limits(prefetch=scenario.prefetch, prefetch_max=8, lease_s=60.0, deaths=2)
+        self.limits = Limits(
+            prefetch=scenario.prefetch, prefetch_max=8, lease_s=60.0, deaths=2, copies=scenario.copies,
+            copy_gain_s=-1e9 if scenario.eager else 0.05, copy_gain_share=-1e9 if scenario.eager else 0.2,
+            copy_interval_s=0.03,
+        )  # fmt: skip
         self.oracle = Oracle(ids, scenario.schedule, self.limits)
         self.workers = {i: FakeWorker(i, scenario.slots[i % len(scenario.slots)]) for i in ids}
+        for worker in self.workers.values():
+            worker.slowness = self.rng.choice([1, 1, 4, 12])
         self.haste = [self.rng.random() ** 2 + 0.05 for _ in ids]
         self.generations: dict[int, int] = {}
         self.delivered: list[Event] = []
         self.next_index = 0
+        self.rejected: set[int] = set()
         self.asked = 0
+        self.rounds = 0
 
     def run(self) -> Oracle:
         """Play it to its end. Raises AssertionError, with the story, if anything is wrong."""
         try:
             for _ in range(self.scenario.steps):
+                self.step()
+            for _ in range(self.scenario.last_steps):
+                if self.oracle.stops:
+                    break
+                self.read()
                 self.step()
             self.settle()
         except (AssertionError, BugError, ProtocolError, KeyError, ValueError) as error:
@@ -217,10 +269,12 @@ class World:
 
     def step(self) -> None:
         """One thing happens somewhere."""
-        self.now += 0.01
+        self.elapse(0.01)
         [worker] = self.rng.choices(list(self.workers.values()), self.haste)
         dice = self.rng.random()
-        if dice < 0.30:
+        if self.scenario.faults and self.oracle.copy and self.rng.random() < 0.1:
+            self.strike()
+        elif dice < 0.30:
             self.hear(worker)
         elif dice < 0.85:
             self.work(worker, dice)
@@ -231,16 +285,24 @@ class World:
         else:
             self.fault(worker)
         if self.scenario.drain and self.rng.random() < 0.01:
-            self.tell(DrainRequested("asked to"))
+            wait_s = self.rng.choice([None, 0.0, 0.3, 60.0])
+            self.tell(DrainRequested("asked to", None if wait_s is None else self.now + wait_s))
+        if self.scenario.limit and self.rng.random() < 0.02:
+            self.tell(TimeLimited(self.now + self.rng.choice([0.1, 0.5, 1.0, 3.0]), "time is up"))
+
+    def elapse(self, elapsed_s: float) -> None:
+        self.now += elapsed_s
+        for worker in self.workers.values():
+            worker.pass_time(elapsed_s)
 
     def work(self, worker: FakeWorker, dice: float) -> None:
         if dice < 0.45:
-            worker.receive()
+            self.receive(worker)
         elif dice < 0.55:
             worker.start()
-        elif dice < 0.66 and worker.running and worker.alive:
+        elif dice < 0.66 and worker.running and worker.alive and self.rng.random() < 2 / worker.slowness:
             index = self.rng.choice(list(worker.running))
-            worker.finish(index, ok=self.rng.random() < 0.9)
+            self.finish(worker, index, ok=self.rng.random() < 0.9)
         elif dice < 0.74:
             worker.report()
         elif dice < 0.80:
@@ -249,6 +311,17 @@ class World:
             self.tell(Heard(worker.id) if self.rng.random() < 0.5 else Tick())
         else:
             worker.load()
+
+    def receive(self, worker: FakeWorker) -> None:
+        worker.receive()
+        if any(index % 2 and index in self.scenario.killers for index in worker.held):
+            worker.lose_engine(True, report_first=True)
+
+    def finish(self, worker: FakeWorker, index: int, ok: bool) -> None:
+        if index in self.scenario.killers:
+            worker.lose_engine(True, self.rng.random() < 0.7)
+        else:
+            worker.finish(index, ok)
 
     def fault(self, worker: FakeWorker) -> None:
         kind = self.rng.randrange(10)
@@ -276,9 +349,19 @@ class World:
                      and any(attempt[index] > number for index, number in each.started)]  # fmt: skip
             self.repeat(self.rng.choice(stale or self.delivered[-30:]))
 
+    def strike(self) -> None:
+        """A fault where something runs twice: at the copy, or at its original."""
+        index, (copy, _) = self.rng.choice(list(self.oracle.copy.items()))
+        worker = self.workers[self.rng.choice([copy, self.oracle.owner[index]])]
+        if self.rng.random() < 0.3:
+            self.tell(WorkerLost(worker.id, "silent"))
+            worker.start_process()
+        elif worker.alive and worker.engine_up:
+            worker.lose_engine(True, self.rng.random() < 0.7)
+
     def pass_time(self, elapsed_s: float) -> None:
         """Those alive have sent heartbeats meanwhile, but for one now and then whose link is slow."""
-        self.now += elapsed_s
+        self.elapse(elapsed_s)
         for worker in self.workers.values():
             if worker.alive and self.rng.random() < 0.8:
                 self.tell(Heard(worker.id))
@@ -312,9 +395,10 @@ class World:
         index = self.next_index
         self.next_index += 1
         if self.rng.random() < 0.05:
+            self.rejected.add(index)
             self.tell(RequestRejected(index, "no JSON"))
         else:
-            self.tell(RequestsArrived([NewRequest(index, self.rng.randint(1, 50), self.rng.choice([None, 8]))]))
+            self.tell(RequestsArrived([NewRequest(index, self.rng.randint(1, 50), self.rng.choice([None, 256]))]))
 
     def commit(self, count: int) -> None:
         count = min(count, len(self.oracle.unacknowledged))
@@ -337,7 +421,7 @@ class World:
             self.delivered.append(event)
         for instruction in out:
             self.story.append(f"     -> {instruction}")
-            if isinstance(instruction, (Assign, Recall)):
+            if isinstance(instruction, (Assign, Recall, Cancel)):
                 generation = self.generations[instruction.worker]
                 self.workers[instruction.worker].inbox.append((instruction, generation))
 
@@ -345,7 +429,8 @@ class World:
 
     def settle(self) -> None:
         """Without faults, and fairly: everything ends within a bounded number of rounds."""
-        rounds = 40 + 8 * (self.scenario.requests + len(self.workers))
+        killers = len(self.scenario.killers)
+        rounds = 12 * (40 + (8 + 8 * killers) * (self.scenario.requests + len(self.workers)))
         for _ in range(rounds):
             if self.oracle.stops:
                 break
@@ -354,12 +439,20 @@ class World:
         if self.oracle.stops[0].outcome == "done":
             assert len(self.oracle.ended) == self.scenario.requests
         for worker in self.workers.values():  # what is still under way changes nothing any more
+            while worker.inbox and worker.alive:
+                worker.receive()
+            worker.report()
             while worker.outbox:
                 self.hear(worker)
+            given_up = self.oracle.unfinished > 0  # they may be at it still
+            if self.oracle.workers[worker.id].state is WorkerState.READY and worker.alive and not given_up:
+                left = [*worker.held, *worker.running]
+                assert not left, f"rank {worker.id} still has {left} when all is over"
 
     def round(self, finishes: int | None = None) -> None:
         """Everyone does everything there is to do, once; a worker finishes at most `finishes` requests."""
-        self.now += 0.01
+        self.elapse(0.01)
+        self.rounds += 1
         if self.next_index < self.scenario.requests and self.oracle.plane.wanted():
             self.read_line()
         elif self.next_index == self.scenario.requests and not self.oracle.input_ended:
@@ -367,14 +460,18 @@ class World:
         for worker in self.workers.values():
             worker.load()
             while worker.inbox and worker.alive:
-                worker.receive()
+                self.receive(worker)
             worker.start()
             worker.confirm()
-            for index in list(worker.running)[:finishes] if worker.alive else ():
-                worker.finish(index, ok=True)
+            finishing = worker.alive and self.rounds % worker.slowness == 0
+            for index in list(worker.running)[:finishes] if finishing else ():
+                if index in worker.running:  # whose engine has not been killed by the one before
+                    self.finish(worker, index, ok=True)
             worker.report()
             while worker.outbox:
                 self.hear(worker)
             if not worker.alive:
                 self.tell(WorkerLost(worker.id, "dead"))
+        if self.scenario.drain or self.scenario.limit:
+            self.tell(Tick())
         self.commit(len(self.oracle.unacknowledged))

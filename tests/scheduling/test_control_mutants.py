@@ -6,13 +6,16 @@ A mutant replaces a method of the real control plane, its ledger or a policy by 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from scheduling.control import ControlPlane
+from scheduling.copies import Copier
 from scheduling.dispatch import Dispatcher
 from scheduling.events import (
+    Cancel,
     Committed,
     EngineLost,
     Exhausted,
@@ -21,6 +24,7 @@ from scheduling.events import (
     Record,
     Reported,
 )
+from scheduling.horizon import Horizon
 from scheduling.ledger import Ledger, Phase, RequestEntry, WorkerEntry
 from scheduling.policies import RoundRobin, WorkStealing
 from tests.scheduling.fakes import World, scenario_of
@@ -123,7 +127,7 @@ def a_lost_workers_requests_are_lost(patch: pytest.MonkeyPatch) -> None:
 def a_lost_workers_attempts_stay(patch: pytest.MonkeyPatch) -> None:
     def lost(original: Any, plane: ControlPlane, worker: WorkerEntry, reason: str, out: list[Instruction]) -> None:
         for request in (*worker.queued.values(), *worker.recalled.values(), *worker.running.values()):
-            request.attempt -= 1
+            request.attempts -= 1
         original(plane, worker, reason, out)
 
     wrap(patch, ControlPlane, "_worker_lost", lost)
@@ -240,6 +244,67 @@ def deaths_are_not_counted(patch: pytest.MonkeyPatch) -> None:
 
 
 @mutant
+def engines_that_had_started_nothing_died_of_nothing(patch: pytest.MonkeyPatch) -> None:
+    def lost(original: Any, plane: ControlPlane, event: EngineLost, now: float, out: list[Instruction]) -> None:
+        original(plane, replace(event, unstarted=[]), now, out)
+
+    wrap(patch, ControlPlane, "_engine_lost", lost)
+
+
+@mutant
+def suspects_have_neighbours(patch: pytest.MonkeyPatch) -> None:
+    def put_back(original: Any, dispatcher: Dispatcher, requests: Iterable[RequestEntry]) -> None:
+        dispatcher._policy.put_back(requests)
+
+    wrap(patch, Dispatcher, "put_back", put_back)
+
+
+@mutant
+def a_suspect_is_given_neighbours_later(patch: pytest.MonkeyPatch) -> None:
+    def note_room(original: Any, dispatcher: Dispatcher, worker: WorkerEntry) -> None:
+        original(dispatcher, worker)
+        if worker.apart and worker.owned < worker.target:
+            dispatcher._hungry[worker.id] = None
+
+    wrap(patch, Dispatcher, "note_room", note_room)
+
+
+@mutant
+def suspects_wait_for_ever(patch: pytest.MonkeyPatch) -> None:
+    wrap(patch, Dispatcher, "_try_suspects", lambda original, dispatcher, now, out: None)
+
+
+@mutant
+def suspects_are_tried_where_nothing_ever_worked(patch: pytest.MonkeyPatch) -> None:
+    def try_suspects(original: Any, dispatcher: Dispatcher, now: float, out: list[Instruction]) -> None:
+        before = {worker: worker.requests for worker in dispatcher._ledger.workers.values()}
+        for worker in before:
+            worker.requests = 0
+        original(dispatcher, now, out)
+        for worker, requests in before.items():
+            worker.requests = requests
+
+    wrap(patch, Dispatcher, "_try_suspects", try_suspects)
+
+
+@mutant
+def a_worker_stays_apart(patch: pytest.MonkeyPatch) -> None:
+    def note_room(original: Any, dispatcher: Dispatcher, worker: WorkerEntry) -> None:
+        apart = worker.apart
+        original(dispatcher, worker)
+        worker.apart = worker.apart or apart
+        if worker.apart:
+            dispatcher._hungry.pop(worker.id, None)
+
+    wrap(patch, Dispatcher, "note_room", note_room)
+
+
+@mutant
+def a_drain_forgets_suspects(patch: pytest.MonkeyPatch) -> None:
+    wrap(patch, Dispatcher, "clear", lambda original, dispatcher: dispatcher._policy.clear())
+
+
+@mutant
 def a_restarting_worker_is_fed(patch: pytest.MonkeyPatch) -> None:
     def loading(original: Any, dispatcher: Dispatcher, worker: WorkerEntry) -> None:
         original(dispatcher, worker)
@@ -314,6 +379,202 @@ def the_last_commit_goes_unnoticed(patch: pytest.MonkeyPatch) -> None:
         return instructions
 
     wrap(patch, ControlPlane, "handle", handle)
+
+
+@mutant
+def who_was_slower_is_not_cancelled(patch: pytest.MonkeyPatch) -> None:
+    def answered(original: Any, copier: Copier, request: RequestEntry, now: float, out: list[Instruction]) -> None:
+        original(copier, request, now, out)
+        out.pop()
+
+    wrap(patch, Copier, "answered", answered)
+
+
+@mutant
+def the_winner_is_cancelled(patch: pytest.MonkeyPatch) -> None:
+    def answered(original: Any, copier: Copier, request: RequestEntry, now: float, out: list[Instruction]) -> None:
+        original(copier, request, now, out)
+        out[-1] = Cancel(request.owner or 0, [(request.index, request.attempt)])
+
+    wrap(patch, Copier, "answered", answered)
+
+
+@mutant
+def room_where_one_was_cancelled_is_forgotten(patch: pytest.MonkeyPatch) -> None:
+    def answered(original: Any, copier: Copier, request: RequestEntry, now: float, out: list[Instruction]) -> None:
+        copier._note_room, note_room = lambda worker: None, copier._note_room
+        original(copier, request, now, out)
+        copier._note_room = note_room
+
+    wrap(patch, Copier, "answered", answered)
+
+
+@mutant
+def a_copy_that_won_is_not_counted(patch: pytest.MonkeyPatch) -> None:
+    def answered(original: Any, copier: Copier, request: RequestEntry, now: float, out: list[Instruction]) -> None:
+        won = copier._ledger.totals.copies_won
+        original(copier, request, now, out)
+        copier._ledger.totals.copies_won = won
+
+    wrap(patch, Copier, "answered", answered)
+
+
+@mutant
+def a_copy_has_the_attempt_of_its_original(patch: pytest.MonkeyPatch) -> None:
+    def copy(original: Any, ledger: Ledger, request: RequestEntry, worker: WorkerEntry) -> RequestEntry:
+        twin: RequestEntry = original(ledger, request, worker)
+        twin.attempt = request.attempt
+        return twin
+
+    wrap(patch, Ledger, "copy", copy)
+
+
+@mutant
+def the_attempt_of_a_lost_copy_is_given_out_again(patch: pytest.MonkeyPatch) -> None:
+    def part(original: Any, ledger: Ledger, request: RequestEntry) -> RequestEntry:
+        other: RequestEntry = original(ledger, request)
+        other.attempts = other.attempt
+        return other
+
+    wrap(patch, Ledger, "part", part)
+
+
+@mutant
+def a_copy_is_lost_with_its_original(patch: pytest.MonkeyPatch) -> None:
+    def part(original: Any, ledger: Ledger, request: RequestEntry) -> RequestEntry:
+        other: RequestEntry = original(ledger, request)
+        if other.attempt > request.attempt and other.owner is not None:
+            ledger.move(other, None, Phase.WAITING)
+        return other
+
+    wrap(patch, Ledger, "part", part)
+
+
+@mutant
+def only_the_original_may_answer(patch: pytest.MonkeyPatch) -> None:
+    def owned(original: Any, ledger: Ledger, worker: WorkerEntry, index: int, attempt: int) -> RequestEntry | None:
+        request = ledger.live.get(index)
+        found: RequestEntry | None = original(ledger, worker, index, attempt)
+        return found if found is request else None
+
+    wrap(patch, Ledger, "owned", owned)
+
+
+@mutant
+def copies_are_made_while_there_is_other_work(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Dispatcher, "exhausted", True)
+
+
+@mutant
+def copies_go_where_no_slot_is_free(patch: pytest.MonkeyPatch) -> None:
+    def free(original: Any, copier: Copier, now: float) -> list[tuple[float, int, WorkerEntry]]:
+        return [(pace, slots + 1, worker) for pace, slots, worker in original(copier, now)]
+
+    wrap(patch, Copier, "_free", free)
+
+
+@mutant
+def what_an_engine_died_with_is_copied(patch: pytest.MonkeyPatch) -> None:
+    def dispatch(original: Any, copier: Copier, now: float, out: list[Instruction]) -> None:
+        histories = {request: request.history for request in copier._ledger.live.values()}
+        for request in histories:
+            request.history = ()
+        original(copier, now, out)
+        for request, history in histories.items():
+            request.history = history
+
+    wrap(patch, Copier, "dispatch", dispatch)
+
+
+@mutant
+def the_death_of_one_of_two_counts_for_the_other(patch: pytest.MonkeyPatch) -> None:
+    def part(original: Any, ledger: Ledger, request: RequestEntry) -> RequestEntry:
+        other: RequestEntry = original(ledger, request)
+        other.deaths += 1
+        return other
+
+    wrap(patch, Ledger, "part", part)
+
+
+@mutant
+def nothing_is_given_up(patch: pytest.MonkeyPatch) -> None:
+    wrap(patch, ControlPlane, "_give_up_running", lambda original, plane, out: None)
+
+
+@mutant
+def what_is_recalled_is_waited_for_when_time_is_up(patch: pytest.MonkeyPatch) -> None:
+    def holdings(original: Any, worker: WorkerEntry) -> list[RequestEntry]:
+        found: list[RequestEntry] = original(worker)
+        return [request for request in found if request.phase is not Phase.RECALLED]
+
+    def give_up(original: Any, plane: ControlPlane, out: list[Instruction]) -> None:
+        with pytest.MonkeyPatch.context() as inner:
+            wrap(inner, WorkerEntry, "holdings", holdings)
+            original(plane, out)
+
+    wrap(patch, ControlPlane, "_give_up_running", give_up)
+
+
+@mutant
+def the_first_of_several_times_counts(patch: pytest.MonkeyPatch) -> None:
+    def close(original: Any, plane: ControlPlane, reason: str, give_up_at: float | None, out: Any) -> None:
+        original(plane, reason, give_up_at if plane._give_up_at is None else None, out)
+
+    wrap(patch, ControlPlane, "_close", close)
+
+
+@mutant
+def what_is_queued_may_be_late(patch: pytest.MonkeyPatch) -> None:
+    wrap(patch, Dispatcher, "recall_late", lambda original, dispatcher, now, out: None)
+
+
+@mutant
+def what_is_assigned_may_be_late(patch: pytest.MonkeyPatch) -> None:
+    def take(original: Any, dispatcher: Dispatcher, worker: WorkerEntry, now: float, out: Any) -> RequestEntry:
+        return dispatcher._policy.take(worker.id)
+
+    wrap(patch, Dispatcher, "_take", take)
+
+
+@mutant
+def what_is_late_here_is_late_everywhere(patch: pytest.MonkeyPatch) -> None:
+    wrap(patch, Dispatcher, "_in_time_somewhere", lambda original, dispatcher, worker, request, now: False)
+
+
+@mutant
+def a_time_limit_never_closes_early(patch: pytest.MonkeyPatch) -> None:
+    wrap(patch, Dispatcher, "nothing_in_time", lambda original, dispatcher, now: False)
+
+
+@mutant
+def requests_run_from_their_assignment(patch: pytest.MonkeyPatch) -> None:
+    def ended(original: Any, horizon: Horizon, worker: int, elapsed_s: float, tokens: float) -> None:
+        original(horizon, worker, elapsed_s + 0.1, tokens)
+
+    def reported(original: Any, plane: ControlPlane, *args: Any) -> None:
+        with pytest.MonkeyPatch.context() as inner:
+            wrap(inner, Horizon, "ended", ended)
+            original(plane, *args)
+
+    wrap(patch, ControlPlane, "_reported", reported)
+
+
+@mutant
+def what_was_set_aside_is_forgotten_at_the_end(patch: pytest.MonkeyPatch) -> None:
+    def stop(original: Any, plane: ControlPlane, outcome: str, reason: str, out: Any) -> None:
+        original(plane, "done" if plane.input_ended else outcome, reason, out)
+
+    wrap(patch, ControlPlane, "_stop", stop)
+
+
+@mutant
+def suspects_may_be_late(patch: pytest.MonkeyPatch) -> None:
+    def try_suspects(original: Any, dispatcher: Dispatcher, now: float, out: list[Instruction]) -> None:
+        end_at, dispatcher.horizon.end_at = dispatcher.horizon.end_at, None
+        original(dispatcher, now, out)
+        dispatcher.horizon.end_at = end_at
+
+    wrap(patch, Dispatcher, "_try_suspects", try_suspects)
 
 
 def seeds_to_find(limit: int) -> int | None:

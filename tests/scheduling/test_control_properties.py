@@ -35,13 +35,26 @@ def test_a_drain_starts_nothing_new_and_ends(scenario: Scenario) -> None:
 
 
 @pytest.mark.slow
+@quick
+@given(
+    st.builds(
+        Scenario, schedule=st.sampled_from(["work-stealing", "round-robin"]), limit=st.just(True), drain=st.booleans(),
+        faults=st.booleans(), **shapes,
+    )
+)  # fmt: skip
+def test_before_a_time_limit_nothing_starts_that_would_be_late_and_at_it_all_is_over(scenario: Scenario) -> None:
+    outcome = World(scenario).run().stops[0].outcome
+    assert outcome in ("done", "drained", "no workers")
+
+
+@pytest.mark.slow
 @settings(max_examples=50, suppress_health_check=[HealthCheck.too_slow])
-@given(st.builds(Scenario, faults=st.just(False), **shapes))
-def test_without_faults_nothing_is_late_or_retried_and_all_is_done(scenario: Scenario) -> None:
+@given(st.builds(Scenario, faults=st.just(False), copies=st.booleans(), last_steps=st.sampled_from([0, 200]), **shapes))
+def test_without_faults_nothing_is_late_but_of_copies_nothing_is_retried_and_all_is_done(scenario: Scenario) -> None:
     oracle = World(scenario).run()
     totals = oracle.plane.totals
     assert oracle.stops[0].outcome == "done"
-    assert (totals.late, totals.retried) == (0, 0)
+    assert (totals.late, totals.retried) == (totals.copies, 0)
     assert totals.done + totals.failed == scenario.requests
 
 
@@ -71,6 +84,25 @@ def test_without_faults_no_worker_is_idle_for_long_while_work_could_move(scenari
             has_none = worker.engine_up and not worker.held and not worker.running
             idle[worker.id] = idle[worker.id] + 1 if has_none and elsewhere else 0
             assert idle[worker.id] <= 4, f"rank {worker.id} has been idle for {idle[worker.id]} rounds"
+
+
+@pytest.mark.slow
+@settings(max_examples=80, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.builds(
+        Scenario,
+        killers=st.lists(st.integers(0, 30), max_size=3).map(tuple),
+        faults=st.just(False),
+        schedule=st.sampled_from(["work-stealing", "round-robin"]),
+        **shapes,
+    )
+)
+def test_of_requests_that_ran_together_only_those_that_kill_engines_are_failed_for_it(scenario: Scenario) -> None:
+    world = World(scenario)
+    oracle = world.run()
+    assert oracle.stops[0].outcome == "done"
+    assert oracle.given_up <= set(scenario.killers)
+    assert oracle.given_up | world.rejected >= {index for index in scenario.killers if index < scenario.requests}
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from scheduling.events import (
     Drop,
     EngineLost,
     Event,
+    Exhausted,
     Fail,
     Heard,
     InputEnded,
@@ -300,12 +301,110 @@ def test_an_answer_that_arrives_twice_is_recorded_once() -> None:
 
 def test_a_request_whose_engines_keep_dying_fails_with_its_story() -> None:
     plane = request_in(RETRIED)
+    plane.handle(report(OWNER, [], (0, 2), (1, 2)), 1.0)
     plane.handle(EngineLost(OWNER, "second", [(IT, 2)], [], True), 1.0)
     plane.handle(WorkerReady(OWNER, 3), 1.0)
     out = plane.handle(EngineLost(OWNER, "third", [(IT, 3)], [], True), 1.0)
     [failure] = [each for each in out if isinstance(each, Fail)]
     assert (failure.index, failure.attempt, failure.code) == (IT, 3, "engine_died")
-    assert "attempt 2 on rank 1: second" in failure.reason
+    assert failure.reason == (
+        "3 engines died while running this request: attempt 1 on rank 1: x; attempt 2 on rank 1: second; "
+        "attempt 3 on rank 1, alone: third"
+    )
+
+
+def test_requests_that_died_together_are_run_one_at_a_time_before_one_is_failed() -> None:
+    plane = request_in(RETRIED)
+    plane.handle(new(3, 4), 1.0)
+    plane.handle(EngineLost(OWNER, "second", [(0, 2), (1, 2), (IT, 2)], [(3, 1), (4, 1)], True), 1.0)
+    assert plane.handle(WorkerReady(OWNER, 3), 1.0) == [Assign(OWNER, [(3, 1), (4, 1)])]
+    assert plane.waiting == 3  # until there is nothing else for a worker that owns nothing
+    assert plane.handle(report(OWNER, [], (3, 1)), 1.0) == [Record(OWNER, [answer(3)])]
+    assert plane.handle(report(OWNER, [], (4, 1)), 1.0) == [Record(OWNER, [answer(4)]), Assign(OWNER, [(0, 3)])]
+    assert plane.handle(new(5), 1.0) == []  # it has two slots free, and nothing is to run beside a suspect
+    out = plane.handle(EngineLost(OWNER, "third", [(0, 3)], [], True), 1.0)
+    assert [each.index for each in out if isinstance(each, Fail)] == [0]
+    assert plane.handle(WorkerReady(OWNER, 3), 1.0) == [Assign(OWNER, [(5, 1)])]
+    assert plane.handle(report(OWNER, [], (5, 1)), 1.0)[-1] == Assign(OWNER, [(1, 3)])
+    assert plane.handle(report(OWNER, [], (1, 3)), 1.0)[-1] == Assign(OWNER, [(IT, 3)])
+    plane.check()
+
+
+def die_together(plane: ControlPlane, worker: int, *requests: tuple[int, int]) -> list[object]:
+    """The worker's engine dies while it runs `requests`, and the next one is ready."""
+    out = plane.handle(EngineLost(worker, "x", list(requests), [], True), 1.0)
+    out += plane.handle(WorkerReady(worker, 2), 1.0)
+    plane.check()
+    return [each for each in out if not isinstance(each, Exhausted)]
+
+
+def test_where_engines_die_and_nothing_is_answered_a_few_suspects_come_first() -> None:
+    """Else a worker would lose all the engines that it may, and the next start of the run would do the same again."""
+    plane = ControlPlane([OWNER], "work-stealing", 0.0, limits=Limits(prefetch=0))
+    plane.handle(WorkerReady(OWNER, 2), 0.0)
+    plane.handle(new(*range(8)), 0.0)
+    assert die_together(plane, OWNER, (0, 1), (1, 1)) == [Assign(OWNER, [(0, 2), (1, 2)])]
+    assert die_together(plane, OWNER, (0, 2), (1, 2)) == [Assign(OWNER, [(2, 1), (3, 1)])]
+    assert die_together(plane, OWNER, (2, 1), (3, 1)) == [Assign(OWNER, [(2, 2), (3, 2)])]
+    assert die_together(plane, OWNER, (2, 2), (3, 2)) == [Assign(OWNER, [(0, 3)])]
+    [failed, assigned] = die_together(plane, OWNER, (0, 3))
+    assert (isinstance(failed, Fail), assigned) == (True, Assign(OWNER, [(1, 3)]))
+    [failed, assigned] = die_together(plane, OWNER, (1, 3))
+    assert (isinstance(failed, Fail), assigned) == (True, Assign(OWNER, [(4, 1), (5, 1)])), "the engine may be broken"
+
+
+def test_suspects_come_first_until_none_is_left_where_engines_are_known_to_work() -> None:
+    plane = ControlPlane([OWNER], "work-stealing", 0.0, limits=Limits(prefetch=0))
+    plane.handle(WorkerReady(OWNER, 2), 0.0)
+    plane.handle(new(*range(9)), 0.0)
+    plane.handle(report(OWNER, [], (0, 1), (1, 1)), 0.0)
+    for first in (2, 4):
+        for attempt in (1, 2):
+            out = die_together(plane, OWNER, (first, attempt), (first + 1, attempt))
+    assert out == [Assign(OWNER, [(2, 3)])]
+    for index in (2, 3, 4):
+        assert plane.handle(report(OWNER, [], (index, 3)), 1.0)[-1] == Assign(OWNER, [(index + 1, 3)])
+    assert plane.handle(report(OWNER, [], (5, 3)), 1.0)[-1] == Assign(OWNER, [(6, 1), (7, 1)])
+
+
+def test_where_something_is_answered_between_deaths_suspects_wait_for_the_end() -> None:
+    plane = ControlPlane([OWNER], "work-stealing", 0.0, limits=Limits(prefetch=0))
+    plane.handle(WorkerReady(OWNER, 2), 0.0)
+    plane.handle(new(*range(9)), 0.0)
+    for attempt in (1, 2):
+        die_together(plane, OWNER, (0, attempt), (1, attempt))
+    plane.handle(report(OWNER, [], (2, 1)), 1.0)
+    for attempt in (1, 2):
+        out = die_together(plane, OWNER, (3, attempt), (4, attempt))
+    assert out == [Assign(OWNER, [(5, 1), (6, 1)])]
+
+
+def test_an_engine_that_had_started_nothing_died_of_what_it_was_handed() -> None:
+    plane = plane_of()
+    plane.handle(new(0), 0.0)
+    plane.handle(WorkerReady(OWNER, 2), 0.0)
+    for attempt in (1, 2):
+        plane.handle(EngineLost(OWNER, "x", [], [(0, attempt)], True), 0.0)
+        assert plane.handle(WorkerReady(OWNER, 2), 0.0) == [Assign(OWNER, [(0, attempt + 1)])]
+    [failure] = plane.handle(EngineLost(OWNER, "x", [], [(0, 3)], True), 0.0)
+    assert isinstance(failure, Fail)
+
+
+@pytest.mark.parametrize("restarts", [True, False])
+def test_a_worker_that_never_answered_is_given_no_suspect_while_another_has(restarts: bool) -> None:
+    plane = plane_of()
+    plane.handle(WorkerReady(OTHER, 1), 0.0)
+    plane.handle(new(0), 0.0)
+    plane.handle(report(OTHER, [], (0, 1)), 0.0)
+    plane.handle(new(1), 0.0)
+    plane.handle(EngineLost(OTHER, "x", [(1, 1)], [], True), 0.0)
+    plane.handle(WorkerReady(OTHER, 1), 0.0)
+    plane.handle(EngineLost(OTHER, "x", [(1, 2)], [], True), 0.0)
+    assert plane.handle(WorkerReady(OWNER, 1), 0.0) == []
+    if restarts:
+        assert plane.handle(WorkerReady(OTHER, 1), 0.0) == [Assign(OTHER, [(1, 3)])]
+    else:
+        assert plane.handle(EngineLost(OTHER, "x", [], [], False), 0.0) == [Assign(OWNER, [(1, 3)])]
 
 
 def test_without_workers_and_without_requests_the_run_still_ends() -> None:
@@ -343,8 +442,8 @@ def test_what_a_victim_is_about_to_start_is_not_recalled_though_its_index_is_hig
     plane.handle(new(0, 1, 2, 3, 4), 0.0)
     plane.handle(WorkerReady(2, 2), 0.0)  # has 3 and 4 queued for its two slots
     plane.handle(EngineLost(1, "x", [], [(0, 1), (1, 1), (2, 1)], True), 0.0)  # and now 0 and 1 behind them
-    assert plane.handle(WorkerReady(3, 1), 0.0) == [Assign(3, [(2, 1)])]
-    assert plane.handle(report(3, [(2, 1)], (2, 1)), 0.1) == [Record(3, [answer(2)]), Recall(2, 0, [0])]
+    assert plane.handle(WorkerReady(3, 1), 0.0) == [Assign(3, [(2, 2)])]
+    assert plane.handle(report(3, [(2, 2)], (2, 2)), 0.1) == [Record(3, [answer(2, 2)]), Recall(2, 0, [0])]
 
 
 def test_workers_that_still_load_keep_their_share_of_a_short_input() -> None:

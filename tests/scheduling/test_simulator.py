@@ -41,6 +41,18 @@ def test_round_robin_waits_for_the_slow_worker_and_stealing_does_not() -> None:
     assert stealing.stolen == 1
 
 
+def test_a_straggler_is_started_again_where_it_ends_sooner() -> None:
+    """Three requests run one after the other on the fast worker while one runs on the slow one."""
+    alone = simulate([1.0] * 4, [1.0, 0.1], "work-stealing", latency_s=0.0, limits=Limits(copies=False, lease_s=None))
+    assert alone.makespan_s == pytest.approx(10.0)
+    assert alone.wasted_s == pytest.approx(0.0)
+    run = simulate([1.0] * 4, [1.0, 0.1], "work-stealing", latency_s=0.0)
+    assert run.makespan_s == pytest.approx(4.0, abs=0.25 + 1e-9)
+    assert (run.copies, run.copies_won, run.requests) == (1, 1, (4, 0))
+    assert run.wasted_s == pytest.approx(run.makespan_s)
+    assert simulate([1.0] * 4, [1.0, 0.1], "round-robin", latency_s=0.0).copies == 0
+
+
 def test_free_slots_count_only_while_there_is_unstarted_work() -> None:
     run = simulate([1.0, 1.0, 1.0], [1.0, 1.0], "work-stealing", latency_s=0.0)
     assert run.free_slot_s == 0.0
@@ -90,10 +102,23 @@ def test_every_request_runs_once_and_none_beats_the_bound(
     run = simulate(service_s, speeds, schedule, slots=slots)
     assert sum(run.requests) == len(service_s)
     work_s = sum(busy_s * speed for busy_s, speed in zip(run.busy_s, speeds, strict=True))
-    assert work_s == pytest.approx(sum(service_s))
+    assert (work_s == pytest.approx(sum(service_s))) == (run.copies == 0)
+    assert (run.wasted_s > 1e-9) == (run.copies > 0)
     bound_s = lower_bound(service_s, speeds, slots)
     assert run.makespan_s >= bound_s * (1 - 1e-9)
     assert list_schedule(service_s, speeds, slots) >= bound_s * (1 - 1e-9)
+
+
+@given(lengths, speeds, st.integers(1, 3))
+@settings(max_examples=25)
+def test_copies_make_no_run_longer(service_s: list[float], speeds: list[float], slots: int) -> None:
+    """They use slots that nothing else could use."""
+    with_copies = simulate(service_s, speeds, "work-stealing", slots=slots)
+    without = simulate(service_s, speeds, "work-stealing", slots=slots, limits=Limits(copies=False, lease_s=None))
+    assert with_copies.makespan_s <= without.makespan_s + 1e-9
+    assert without.copies == 0
+    if with_copies.copies == 0:
+        assert with_copies == without
 
 
 @given(lengths, st.integers(1, 5), st.integers(1, 3))
@@ -136,3 +161,19 @@ def test_stealing_reaches_its_goals_with_many_requests() -> None:
         free.append(run.free_slot_s / run.slot_s)
     assert np.median(over_bound) <= 1.05
     assert np.median(free) <= 0.01
+
+
+@pytest.mark.slow
+def test_copies_reach_their_goal_and_leave_equal_workers_alone() -> None:
+    """One of four workers is five times slower: the run must end a third sooner, and waste little."""
+    ratio, wasted = [], []
+    for seed in range(30):
+        service_s, speeds = lognormal(200, seed), [1.0, 1.0, 1.0, 0.2]
+        run = simulate(service_s, speeds, "work-stealing", slots=8)
+        without = simulate(service_s, speeds, "work-stealing", slots=8, limits=Limits(copies=False, lease_s=None))
+        ratio.append(run.makespan_s / without.makespan_s)
+        wasted.append(run.wasted_s / sum(run.busy_s))
+        equal = simulate(service_s, [1.0] * 4, "work-stealing", slots=8)
+        assert equal.copies == 0
+    assert np.median(ratio) <= 0.67
+    assert np.median(wasted) <= 0.15

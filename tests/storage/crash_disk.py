@@ -218,6 +218,10 @@ class _CrashFile:
         self.disk._operate("sync", self.path)
         self.inode.durable = self.inode.now
 
+    def rewrite(self, start: int) -> None:
+        self.disk._operate("rewrite", self.path)
+        self.file.rewrite(start)
+
     def truncate(self, size: int) -> None:
         self.disk._operate("truncate", self.path)
         self.file.truncate(size)

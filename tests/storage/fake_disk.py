@@ -19,10 +19,14 @@ class PowerCutError(BaseException):
 
 @dataclass
 class Content:
-    """`now` is what a reader sees, `durable` what a crash leaves."""
+    """`now` is what a reader sees, `durable` what a crash leaves.
+
+    `dropped`: (start, end) of what a failed sync has left clean in the cache, as Linux does: no later sync writes it.
+    """
 
     now: bytes = b""
     durable: bytes = b""
+    dropped: tuple[int, int] = (0, 0)
 
 
 @dataclass
@@ -137,12 +141,25 @@ class _FakeFile:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def sync(self) -> None:
-        self.disk.check("sync")
-        self.content.durable = self.content.now
+        content = self.content
+        try:
+            self.disk.check("sync")
+        except OSError:
+            content.dropped = (len(content.durable), len(content.now))
+            raise
+        start, end = content.dropped
+        content.durable = content.now[:start] + bytes(end - start) + content.now[end:]
+
+    def rewrite(self, start: int) -> None:
+        self.disk.check("rewrite")
+        if start <= self.content.dropped[0]:
+            self.content.dropped = (0, 0)
 
     def truncate(self, size: int) -> None:
         self.disk.check("truncate")
         self.content.now = self.content.now[:size]
+        if size <= self.content.dropped[0]:
+            self.content.dropped = (0, 0)
 
     def size(self) -> int:
         return len(self.content.now)

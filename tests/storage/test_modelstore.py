@@ -20,7 +20,8 @@ from storage.blobs import STALE_S, Blobs
 from storage.digest import Digest
 from storage.gguf import check_gguf
 from storage.manifest import Manifest, ModelName, suggested_name
-from storage.modelstore import Damaged, ModelStore, default_root, one_model_in
+from storage.modelstore import ModelStore, default_root, one_model_in
+from storage.verifying import Damaged, Verification
 from tests.storage.small_models import small_model, split_model
 
 
@@ -179,43 +180,6 @@ def test_a_blob_that_is_cut_or_lost_is_said_and_can_be_added_again(store: ModelS
         store.path(added)
     assert store.add(model) == added
     assert digest_of(store.path(added)) == added.digest
-
-
-def test_verify_finds_a_flipped_bit_and_puts_the_file_away(store: ModelStore, model: Path, tmp_path: Path) -> None:
-    added = store.add(model)
-    other = store.add(small_model(tmp_path / "other.gguf", seed=1))
-    data = bytearray(store.path(added).read_bytes())
-    data[-1] ^= 1
-    store.path(added).write_bytes(data)
-    result = store.verify([added, other])
-    assert (result.blobs, result.hashed_bytes) == (2, added.size + other.size)
-    assert [one.what for one in result.damaged] == [str(added.digest)]
-    assert str(Digest(hashlib.sha256(data).hexdigest())) in result.damaged[0].why
-    assert not store.blobs.has(added.digest)
-    assert store.verify([other]).damaged == ()
-
-
-def test_verify_goes_on_where_it_was_interrupted(
-    store: ModelStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("storage.modelstore.HASH_THREADS_MAX", 1)
-    added = [store.add(small_model(tmp_path / f"{seed}.gguf", seed)) for seed in range(4)]
-    seen = 0
-
-    def interrupt(_: int) -> None:
-        nonlocal seen
-        seen += 1
-        if seen == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        store.verify(added, interrupt)
-    again: list[int] = []
-    result = store.verify(added, again.append)
-    assert result.blobs == 4
-    # Two were done, and perhaps the one after that before the thread heard of it.
-    assert 1 <= len(again) <= 2
-    assert store.verify(added).hashed_bytes == sum(model.size for model in added), "a whole one begins anew"
 
 
 @pytest.mark.parametrize(
@@ -477,50 +441,6 @@ def test_a_model_that_is_removed_while_others_look_is_not_damaged(
     store.gc()
 
 
-def test_a_file_that_is_removed_while_it_is_verified_is_not_damaged(store: ModelStore, model: Path) -> None:
-    added = store.add(model)
-    store.remove(added.name)
-    assert store.verify([added]).damaged == ()
-
-
-def test_what_is_replaced_while_it_is_verified_is_not_put_away(store: ModelStore, model: Path) -> None:
-    added = store.add(model)
-    blob = store.blobs.path(added.digest)
-    blob.write_bytes(b"damaged")
-    fired: list[bool] = []
-
-    def mend(_: int) -> None:
-        if not fired:
-            fired.append(True)
-            store.add(model)
-
-    assert store.verify([added], mend).damaged == ()
-    assert store.path(added).read_bytes() == model.read_bytes()
-
-
-def test_two_that_verify_at_once_both_tell_the_damage(store: ModelStore, model: Path) -> None:
-    added = store.add(model)
-    store.blobs.path(added.digest).write_bytes(b"damaged")
-    found: list[int | None] = []
-
-    def too(_: int) -> None:
-        if not found:
-            found.append(None)
-            found[:] = [len(ModelStore(store.root).verify([added]).damaged)]
-
-    assert len(store.verify([added], too).damaged) == 1
-    assert found == [1]
-
-
-def test_a_verification_of_long_ago_is_not_gone_on_with(store: ModelStore, model: Path) -> None:
-    added = store.add(model)
-    store._note_verified(added.digest)
-    assert store.verify([added]).hashed_bytes == 0
-    store._note_verified(added.digest)
-    make_old(store._verified_path, STALE_S + 1)
-    assert store.verify([added]).hashed_bytes == added.size
-
-
 @pytest.mark.parametrize("while_it_is_made", [False, True])
 def test_a_folder_that_another_removes_is_made_again(
     store: ModelStore, model: Path, monkeypatch: pytest.MonkeyPatch, while_it_is_made: bool
@@ -619,7 +539,7 @@ def test_a_store_that_may_only_be_read_is_verified_and_used(
     store: ModelStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     added = store.add(split_model(tmp_path / "files")[0])
-    store._note_verified(added.files[0].digest)
+    Verification(store.blobs, set, time.time).note(added.files[0].digest)
 
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")

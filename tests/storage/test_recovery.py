@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import tracemalloc
 from pathlib import Path
 
@@ -13,8 +15,9 @@ from hypothesis import strategies as st
 
 from scheduling.errors import RecordError, RunDirError
 from scheduling.recordline import line_checks, seal
-from storage import recovery
+from storage import files, recovery
 from storage.files import OsDisk
+from storage.record import GroupCommit, open_mark, open_record
 from storage.recovery import ABSENT, FAILED, OK, export_ordered, recover, rows, scan
 from tests.storage.fake_disk import Content, FakeDisk
 from tests.storage.samples import PATH, RUN, disk_with, failed_line, ok_line
@@ -149,6 +152,34 @@ def test_recovered_lines_are_synced_before_they_count() -> None:
     disk.files[PATH].now = ok_line(0)
     recover(disk, PATH)
     assert disk.crash().files[PATH].now == ok_line(0)
+
+
+def test_lines_of_a_failed_sync_are_written_again_before_they_count() -> None:
+    disk = FakeDisk(dirs={RUN})
+    commit = GroupCommit(open_record(disk, PATH), PATH, mark=open_mark(disk, PATH, open_record(disk, PATH)))
+    commit.add([ok_line(0)], 0.0)
+    commit.commit()
+    disk.fail |= {"sync": errno.EIO, "truncate": errno.EIO}
+    commit.add([ok_line(1)], 0.0)
+    with pytest.raises(RecordError):
+        commit.commit()
+    disk.fail.clear()
+    assert recover(disk, PATH).ok == 2, "what was not acknowledged could not be cut off either"
+    assert scan(disk.crash(), PATH).ok == 2
+
+
+def test_a_file_is_written_again_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "REWRITE_BYTES", 7)
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(100)))
+    file = OsDisk().open_append(path)
+    before = path.stat().st_mtime_ns
+    os.utime(path, ns=(0, 0))
+    for start in (0, 99, 100, 200):
+        file.rewrite(start)
+    file.close()
+    assert path.read_bytes() == bytes(range(100))
+    assert path.stat().st_mtime_ns >= before, "it was written"
 
 
 def test_scan_changes_nothing() -> None:

@@ -16,7 +16,7 @@ import pytest
 from scheduling.errors import BugError, RecordError, RunDirError
 from scheduling.recordline import encode_failure
 from storage.files import OsDisk
-from storage.joblock import Holder, alive, read_holder, this_process
+from storage.joblock import Holder, Judge, alive, read_holder, this_process
 from storage.record import GroupCommit, open_record
 from storage.recovery import recover
 from storage.rundir import RunDir, read_run, request_stop, status
@@ -289,16 +289,22 @@ def test_a_complete_run_stays_as_it_is(tmp_path: Path) -> None:
     assert (tmp_path / "run.json").read_bytes() == before
 
 
+def judge(lives: bool) -> Judge:
+    return Judge(is_alive=lambda holder: lives, pause=lambda seconds: None)
+
+
 def test_without_locks_a_living_holder_is_believed_and_a_dead_one_is_not() -> None:
     disk, path = FakeDisk(locks_work=False), Path("/run")
-    first = RunDir.create_or_resume(path, IDENTITY, disk=disk)
+    first = RunDir.create_or_resume(path, IDENTITY, disk=disk, judge=judge(True))
     assert "has no locks" in first.notes[0]
     with pytest.raises(RunDirError, match="in use by"):
-        RunDir.create_or_resume(path, IDENTITY, disk=disk, is_alive=lambda holder: True)
-    assert status(path, disk, is_alive=lambda holder: True).running
-    assert not status(path, disk, is_alive=lambda holder: False).running
-    second = RunDir.create_or_resume(path, IDENTITY, disk=disk, is_alive=lambda holder: False)
+        RunDir.create_or_resume(path, IDENTITY, disk=disk, judge=judge(True))
+    assert status(path, disk, judge(True)).running
+    assert not status(path, disk, judge(False)).running
+    second = RunDir.create_or_resume(path, IDENTITY, disk=disk, judge=judge(False))
     assert "ended without stopping" in second.notes[0]
+    second.close()
+    first.close()
 
 
 def test_a_holder_on_another_host_is_taken_to_live_and_how_to_free_it_is_said(tmp_path: Path) -> None:

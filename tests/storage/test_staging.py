@@ -15,7 +15,8 @@ from scheduling.errors import StagingError, StoppedError
 from storage.digest import Digest
 from storage.relay import CHUNK_BYTES
 from storage.stagedir import StageDir, candidates
-from storage.staging import Model, Node, Staged, model_of, stage, told_as_line
+from storage.stagemodel import Model, model_of, told_as_line
+from storage.staging import Node, Staged, stage
 from tests.storage.stage_fakes import FakeGroup, Ranks
 
 
@@ -312,3 +313,5 @@ def test_line_for_people() -> None:
     }  # fmt: skip
     line = "staged 4.2 GB to 4 nodes in 11.2 s (0.38 GB/s; read once, 3 reads saved, about 30.0 s)"
     assert told_as_line(told) == line
+    alone = told | {"nodes": 1, "nodes_staged": 1, "nodes_direct": 0, "reads_saved": 0, "saved_s": 0.0}
+    assert told_as_line(alone) == "staged 4.2 GB to 1 node in 11.2 s (0.38 GB/s; read once)"

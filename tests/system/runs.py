@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -185,8 +186,12 @@ class Gate:
         (self.folder / "open").touch()
 
     def held(self) -> list[psutil.Process]:
-        """The engines that stand still."""
-        return [psutil.Process(int(file.name.split(".")[1])) for file in self.folder.glob("held.*")]
+        """The engines that stand still and live."""
+        found = []
+        for file in self.folder.glob("held.*"):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found.append(psutil.Process(int(file.name.split(".")[1])))
+        return list(filter(lives, found))
 
 
 def command_of(process: psutil.Process) -> str:
@@ -200,9 +205,18 @@ def engines_of(job: Job) -> list[psutil.Process]:
     return [process for process in job.processes() if "workers.engine_main" in command_of(process)]
 
 
+def children_of(processes: Iterable[psutil.Process]) -> set[int]:
+    found: set[int] = set()
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            found.update(child.pid for child in process.children(recursive=True))
+    return found
+
+
 def ranks_of(job: Job) -> list[psutil.Process]:
-    """The job's processes that are ranks: Python, but neither engines nor the launcher."""
-    others = {job.process.pid, *(engine.pid for engine in engines_of(job))}
+    """The job's processes that are ranks: Python, but neither engines, what those start, nor the launcher."""
+    engines = engines_of(job)
+    others = {job.process.pid, *(engine.pid for engine in engines), *children_of(engines)}
     found = []
     for process in job.processes():
         words = command_of(process).split()

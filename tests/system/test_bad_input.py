@@ -10,7 +10,7 @@ import pytest
 
 from scheduling.errors import EXIT_INFRASTRUCTURE
 from tests.launch import ROOT, Launcher, run_alone
-from tests.system.runs import Gate, Run, check_one_clear_line, our_lines, prompts, write_lines
+from tests.system.runs import Gate, Run, check_one_clear_line, our_lines, prompts, until, write_lines
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 
@@ -224,7 +224,7 @@ def test_model_that_llama_refuses_ends_all_ranks(mpirun: Launcher, tmp_path: Pat
 
 
 @pytest.mark.mpi
-def test_engine_that_cannot_start_on_one_rank_ends_all_with_its_reason(
+def test_engine_that_cannot_start_on_one_rank_leaves_the_others_at_work(
     mpirun: Launcher, tiny_model: Path, tmp_path: Path, given: Path
 ) -> None:
     """As on a host whose llama.cpp build lacks a library: the engine process of rank 2 cannot import it."""
@@ -241,15 +241,20 @@ def test_engine_that_cannot_start_on_one_rank_ends_all_with_its_reason(
         "runpy.run_module('llmpi', run_name='__main__')\n"
     )
     # The other engine must not be done with everything before that.
-    gate = Gate.closed(tmp_path / "gate")
+    gate, run = Gate.closed(tmp_path / "gate"), Run(tmp_path / "run")
     lines = [line | {"max_tokens": 20 + k % 2} for k, line in enumerate(prompts(20, ignore_eos=True))]
     given = write_lines(tmp_path / "many.jsonl", lines)
-    done = mpirun(
-        3, "batch", "-m", tiny_model, "-i", given, "-o", tmp_path / "run", "--ctx", 128, "--slots", 2,
-        program=[program], env=gate.env, timeout_s=PROMPT_S,
-    )  # fmt: skip
-    check_one_clear_line(done, 2, "rank 2", "libcudart.so.12")
-    assert run_alone("status", tmp_path / "run").rc == 3
+    command = ("batch", "-m", tiny_model, "-i", given, "-o", run.path, "--ctx", 128, "--slots", 2, "-q")
+    with mpirun.start(3, *command, program=[program], env=gate.env) as job:
+        until(lambda: "this worker takes no more work" in job.stderr, "a worker that leaves")
+        gate.open()
+        done = job.wait(PROMPT_S)
+    assert done.rc == 0, done.output
+    assert "libcudart.so.12" in done.stderr
+    run.check_whole(line["custom_id"] for line in lines)
+    report = run_alone("report", run.path, "--no-html")
+    assert "left before the end: rank 2 on " in report.stdout, report.output
+    assert "libcudart.so.12" in report.stdout
 
 
 @pytest.mark.mpi
@@ -280,6 +285,9 @@ def test_chat_template_that_cannot_be_compiled_ends_all_ranks(
         (("--top-p", "1.5"), "--top-p"),
         (("--lease", "0"), "--lease"),
         (("--lease", "nan"), "--lease"),
+        (("--engine-lease", "0"), "--engine-lease"),
+        (("--request-timeout", "-1"), "--request-timeout"),
+        (("--max-deaths", "1"), "--max-deaths"),
         (("--format", "yaml"), "yaml"),
         (("--ranks", "0"), "--ranks"),
         (("--ranks", "-3"), "--ranks"),

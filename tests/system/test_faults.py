@@ -18,7 +18,7 @@ from typing import Any
 import h5py
 import pytest
 
-from tests.launch import Argument, Finished, Launcher, run_alone, start_alone
+from tests.launch import ROOT, Argument, Finished, Launcher, run_alone, start_alone
 from tests.system.runs import Run, check_one_clear_line, prompts, until, wait_gone, write_lines
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
@@ -175,4 +175,37 @@ def test_files_that_may_not_grow_end_the_job_in_order(tmp_path: Path, undisturbe
     done = run_alone(*job)
     assert done.rc == 0, done.output
     run.check_whole(IDS)
+    assert answers(run) == answers(undisturbed)
+
+
+FAILING_SYNC = """
+import errno, os
+sync, calls = os.fsync, []
+def fails(fd):
+    if "results.jsonl" in os.readlink(f"/proc/self/fd/{fd}"):
+        calls.append(fd)
+        if len(calls) > WHOLE:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+    sync(fd)
+os.fsync = fails
+"""
+
+
+def test_a_sync_that_fails_is_the_last_and_only_what_was_synced_before_is_acknowledged(
+    tmp_path: Path, undisturbed: Timed
+) -> None:
+    run, whole = Run(tmp_path / "run"), 3
+    (tmp_path / "failing").mkdir()
+    (tmp_path / "failing" / "sitecustomize.py").write_text(f"WHOLE = {whole}\n{FAILING_SYNC}")
+    job = words(tmp_path, run, "0.0", "--commit-interval", "0.005")
+    path = {"PYTHONPATH": os.pathsep.join((str(tmp_path / "failing"), str(ROOT)))}
+    check_full(run_alone(*job, env=path), run, "Input/output error")
+    synced = int((run.path / "results.synced").read_text())
+    assert (run.path / "results.jsonl").stat().st_size == synced, "what was not synced is cut off"
+    assert 0 < len(run.by_id()) < REQUESTS
+    before = run.by_id()
+    done = run_alone(*job)
+    assert done.rc == 0, done.output
+    run.check_whole(IDS)
+    assert all(run.by_id()[name] == line for name, line in before.items())
     assert answers(run) == answers(undisturbed)

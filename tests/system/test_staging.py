@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.adapters import random_pair, write_adapter
 from tests.hosts import cannot, hosts
 from tests.launch import ROOT, Launcher
 from tests.system.runs import Run, prompts, write_lines
@@ -35,23 +36,26 @@ def watched(folder: Path, source: Path) -> tuple[str, Path]:
     return os.pathsep.join((str(folder), str(ROOT))), log
 
 
-@pytest.mark.parametrize("mpirun", ["openmpi"], indirect=True)
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize(
+    ("mpirun", "count"), [("openmpi", 2), ("openmpi", 4), ("mpich", 2)], indirect=["mpirun"]
+)  # fmt: skip
 def test_model_reaches_every_host_and_is_read_once(
     mpirun: Launcher, tiny_model: Path, tmp_path: Path, count: int
 ) -> None:
-    """Other hosts see an empty folder where the source is, so what they load is the copy."""
+    """Other hosts see an empty folder where model and adapter are, so what they load is the copy."""
     source = tmp_path / "far" / "model.gguf"
     source.parent.mkdir()
     source.write_bytes(tiny_model.read_bytes())
     size, digest = source.stat().st_size, hashlib.sha256(source.read_bytes()).hexdigest()
+    adapter = write_adapter(source.with_name("adapter.gguf"), {"blk.0.attn_q.weight": random_pair(64, 64)})
     path, log = watched(tmp_path / "watch", source)
     requests = write_lines(tmp_path / "in.jsonl", prompts(8 * count, max_tokens=3))
     with hosts(count, tmp_path, hidden=dict.fromkeys(range(1, count), source.parent)) as made:
-        words = [str(mpirun.mpirun), *made.options(), "-n", str(count), "-x", "PYTHONPATH", str(mpirun.python), "-m"]
-        words += ["llmpi", "batch", "-m", str(source), "-i", str(requests), "-o", str(tmp_path / "run"), "--ctx", "64"]
+        options = (*made.options(), "-x", "PYTHONPATH") if mpirun.kind == "openmpi" else made.mpich_options()
+        words = [str(mpirun.mpirun), *options, "-n", str(count), str(mpirun.python), "-m", "llmpi", "batch"]
+        words += ["-m", str(source), "-i", str(requests), "-o", str(tmp_path / "run"), "--ctx", "64"]
         words += ["--slots", "2", "--stage", "always", "--stage-dir", str(tmp_path / "local"), "--coordinator-works"]
-        words += ["--schedule", "round-robin"]
+        words += ["--schedule", "round-robin", "--lora", f"{adapter}:0.5"]
         env = {**os.environ, **mpirun.env, "PYTHONPATH": path}
         before = [made.sent_bytes(name) for name in made.names]
         done = subprocess.run(
@@ -65,8 +69,11 @@ def test_model_reaches_every_host_and_is_read_once(
         assert [hashlib.sha256(copy.read_bytes()).hexdigest() for copy in copies] == [digest] * (count - 1)
     session = Run(tmp_path / "run").about()["sessions"][-1]
     assert [worker["host"] for worker in session["workers"]] == list(made.names)
-    [told] = session["staging"]
+    told, also = session["staging"]
     assert (told["source_bytes_read"], told["nodes_staged"], told["nodes"]) == (size, count - 1, count)
+    assert (also["role"], also["source_bytes_read"], also["nodes_staged"]) == (
+        "adapter 0", adapter.stat().st_size, count - 1
+    )  # fmt: skip
     # Rank 0's host loads the source itself, for it lies on the file system of the copies; no other host opens it.
     assert set(log.read_text().splitlines()) == {made.names[0]}
     # Each link carried the file once, whatever else was said: a reader that sent it to everyone would show.

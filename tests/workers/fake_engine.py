@@ -12,6 +12,8 @@ import sys
 from workers.frames import read_frame, write_all
 from workers.protocol import EngineLoaded, Frame, Recall, Returned, Submit, decode_to_engine, encode
 
+FLOOD_BYTES = 100 << 20
+
 LOADED = EngineLoaded(
     load_s=0.0,
     vocab_tokens=1,
@@ -37,8 +39,9 @@ def serve(in_fd: int, out_fd: int) -> None:
 def main(behaviour: str, in_fd: int, out_fd: int) -> None:
     read_frame(in_fd)
     if behaviour == "flood":
-        for _ in range(64):
-            os.write(2, b"noise " * 10_000)
+        noise = b"noise " * 10_000
+        for _ in range(FLOOD_BYTES // len(noise)):
+            os.write(2, noise)
         os.write(2, b"\nthe very last line\n")
     write_all(out_fd, encode(LOADED))
     if behaviour == "abort":
@@ -58,8 +61,9 @@ def main(behaviour: str, in_fd: int, out_fd: int) -> None:
     elif behaviour == "mute":
         os.close(out_fd)
         signal.pause()
-    elif behaviour == "last words":
-        serve(in_fd, out_fd)
+    elif behaviour in ("last words", "chatter"):
+        if behaviour == "last words":
+            serve(in_fd, out_fd)
         for number in range(3000):
             write_all(out_fd, encode(Frame(started=[number] * 300)))
     elif behaviour == "environment":

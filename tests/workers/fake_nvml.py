@@ -8,12 +8,17 @@ from typing import Any
 
 
 class NVMLError(Exception):
-    """As nvidia-ml-py's: the base of all that the library raises."""
+    """As nvidia-ml-py's: the base of all that the library raises. `value`: the library's number for what it is."""
+
+    def __init__(self, text: str, value: int = 999) -> None:
+        super().__init__(text)
+        self.value = value
 
 
 @dataclass
 class FakeGpu:
-    """One GPU, or with `parts` one that is cut into MIG devices. `broken`: its handle cannot be had."""
+    """One GPU, or with `parts` one that is cut into MIG devices. `broken`: its handle cannot be had. `lost`: it has
+    left the bus, and nothing can be asked of it."""
 
     uuid: str
     name: str = "NVIDIA H200"
@@ -25,6 +30,7 @@ class FakeGpu:
     parts: list[FakeGpu] = field(default_factory=list)
     instance: tuple[int, int] = (0, 0)
     broken: str = ""
+    lost: bool = False
     missing: frozenset[str] = frozenset()
     """Names of functions that this device does not support."""
     used_bytes: int = 1 << 30
@@ -40,12 +46,17 @@ class FakeNvml:
     NVMLError = NVMLError
     NVML_CLOCK_SM = 1
     NVML_TEMPERATURE_GPU = 0
+    NVML_ERROR_GPU_IS_LOST = 15
+    nvmlEventTypeXidCriticalError = 8  # noqa: N815
 
     def __init__(self, gpus: list[FakeGpu], *, no_driver: bool = False, text_as_bytes: bool = False) -> None:
         self.gpus = gpus
         self.no_driver = no_driver
         self.text_as_bytes = text_as_bytes
         self.open = 0
+        self.events: list[tuple[FakeGpu, int]] = []
+        """(GPU, Xid) that the driver has logged; told of GPUs that are registered."""
+        self.registered: list[FakeGpu] = []
 
     def _text(self, value: str) -> Any:
         return value.encode() if self.text_as_bytes else value
@@ -80,7 +91,23 @@ class FakeNvml:
     def nvmlDeviceGetIndex(self, gpu: FakeGpu) -> int:  # noqa: N802
         return self.gpus.index(gpu)
 
+    def nvmlEventSetCreate(self) -> list[FakeGpu]:  # noqa: N802
+        return self.registered
+
+    def nvmlDeviceRegisterEvents(self, gpu: FakeGpu, kinds: int, events: list[FakeGpu]) -> None:  # noqa: N802
+        assert kinds == self.nvmlEventTypeXidCriticalError
+        events.append(self._asked("events", gpu))
+
+    def nvmlEventSetWait_v2(self, events: list[FakeGpu], timeout_ms: int) -> Any:  # noqa: N802
+        while self.events:
+            gpu, xid = self.events.pop(0)
+            if gpu in events:
+                return SimpleNamespace(device=gpu, eventData=xid)
+        raise NVMLError("Timeout", 10)
+
     def nvmlDeviceGetUUID(self, gpu: FakeGpu) -> Any:  # noqa: N802
+        if gpu.lost:
+            raise NVMLError("GPU is lost", self.NVML_ERROR_GPU_IS_LOST)
         return self._text(gpu.uuid)
 
     def nvmlDeviceGetName(self, gpu: FakeGpu) -> Any:  # noqa: N802

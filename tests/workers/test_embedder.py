@@ -212,6 +212,7 @@ def test_a_context_that_cannot_go_on_ends_the_engine(codes: list[int]) -> None:
         rig.submit(key, (4,))
     with pytest.raises(EngineError, match=f"code {codes[0]}"):
         rig.run()
+    assert 0 in rig.frames[0].started, "what it died of was told before"
 
 
 def test_a_cancelled_request_ends_without_being_computed_further() -> None:

@@ -284,6 +284,24 @@ def test_a_fatal_code_or_repeated_errors_end_the_engine(codes: list[int]) -> Non
         rig.run()
 
 
+def test_a_context_that_is_out_of_memory_says_so() -> None:
+    rig = Rig()
+    rig.submit(job(1))
+    rig.decoder.codes = [-2]
+    with pytest.raises(EngineError, match="code -2, out of memory, on"):
+        rig.run()
+
+
+def test_what_starts_is_told_before_it_is_computed() -> None:
+    """An engine that dies of it cannot tell afterwards."""
+    rig = Rig(slots=2)
+    rig.submit(job(1), job(2), job(3))
+    rig.decoder.codes = [-3]
+    with pytest.raises(EngineError):
+        rig.run()
+    assert [frame.started for frame in rig.frames] == [[1, 2]]
+
+
 def test_cancel_frees_the_slot_and_answers_with_what_there_is() -> None:
     rig = Rig(slots=1)
     rig.submit(job(1, (31,), max_tokens=50), job(2))

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.launch import ROOT
@@ -157,10 +158,25 @@ def test_what_an_engine_says_while_it_is_closed_is_not_lost(start: Start) -> Non
 def test_a_flood_on_stderr_is_drained_and_bounded(start: Start, tmp_path: Path) -> None:
     log = tmp_path / "engine.log"
     engine = start("flood", log)
-    listen(engine, loaded)
+    listen(engine, loaded)  # it says so after 100 MB of noise
     engine.close(PATIENCE_S)
     wait_for_reason(engine, f"exit code 0; its last words: the very last line (more in {log})")
     assert log.stat().st_size == STDERR_LOG_BYTES
+
+
+@pytest.mark.slow
+def test_an_engine_that_nobody_listens_to_waits_and_nothing_it_says_is_lost(start: Start) -> None:
+    engine = start("chatter")  # more than its pipe holds
+    process = psutil.Process(engine.pid)
+    stands = [0.0]
+
+    def stands_still() -> bool:
+        before, stands[0] = stands[0], sum(process.cpu_times()[:2])
+        return process.status() == psutil.STATUS_SLEEPING and before == stands[0] > 0
+
+    until(stands_still, lambda: "it does not wait for us")
+    assert len(listen(engine)) == 1 + 3000
+    assert engine.exit_reason() == "exit code 0"
 
 
 @pytest.mark.slow
@@ -179,6 +195,11 @@ def test_a_log_that_cannot_be_written_stops_nothing(start: Start, tmp_path: Path
         ("cells.cpp:7: full\nFatal Python error: Aborted\n\nThread 0x1\n  File x\n", "cells.cpp:7: full"),
         ("Fatal Python error: Segmentation fault\n\nThread 0x1\n", "Fatal Python error: Segmentation fault"),
         ("x" * 5_000, "x" * 300),
+        (
+            "CUDA error: out of memory\n  current device: 0, in function alloc\n  cuMemCreate()\n"
+            "ggml-cuda.cu:103: CUDA error\nFatal Python error: Aborted\n",
+            "CUDA error: out of memory",
+        ),
     ],
 )
 def test_last_words_are_the_line_that_says_most(stderr: str, words: str) -> None:
