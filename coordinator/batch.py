@@ -51,11 +51,12 @@ def run_batch(config: JobConfig, options: BatchOptions, argv: list[str]) -> int:
         with contextlib.suppress(LlmpiError):  # rank 0 tells why, once
             staged = stage_models(config, world)
             serve_rank(prepare(config, staged), world, options.output / "logs")
-        return EXIT_OK
+        return world.leave(EXIT_OK)
     with StopSignals() as signals:
         keeper = Timekeeper(options.stopping, signals, age_s=age_s())
         staged = stage_models(config, world, stopped=lambda: keeper.check("the model was staged"), quiet=options.quiet)
-        return Lead(prepare(config, staged), options, launch, world, staged, signals, keeper=keeper).run()
+        code = Lead(prepare(config, staged), options, launch, world, staged, signals, keeper=keeper).run()
+    return code if world is None else world.leave(code)
 
 
 def replayed(

@@ -300,6 +300,14 @@ def infer(
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it is made.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
+    echo: Annotated[
+        bool,
+        typer.Option(
+            "--echo",
+            help="With --raw: the prompt before the answer; with --logprobs and --max-tokens 0 or 1 also its "
+            "log-probabilities.",
+        ),
+    ] = False,
     logprobs: Annotated[
         int | None,
         typer.Option(metavar="N", help="With --json: each token's log-probability and those of the N likeliest ones."),
@@ -326,8 +334,8 @@ def infer(
     from coordinator.infer import run_infer, run_score
 
     config = JobConfig(
-        model=model, slots=1, max_tokens=max_tokens, seed=seed, stage=stage.value, stage_dir=stage_dir,
-        chat_template=read_text("--chat-template", chat_template),
+        model=model, slots=1, max_tokens=max(max_tokens, 1) if echo else max_tokens, seed=seed, stage=stage.value,
+        stage_dir=stage_dir, chat_template=read_text("--chat-template", chat_template),
         sampling=checked_sampling(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, **held_to(json_schema, grammar_file)
         ),
@@ -336,10 +344,20 @@ def infer(
     text = sys.stdin.read() if prompt == "-" else prompt
     if continuation:
         refuse_beside_continuation(
-            {"--system": system, "--stream": stream, "--json-schema": json_schema, "--grammar-file": grammar_file}
+            {
+                "--system": system,
+                "--stream": stream,
+                "--echo": echo,
+                "--json-schema": json_schema,
+                "--grammar-file": grammar_file,
+            }
         )
         raise typer.Exit(run_score(config, text, continuation, logprobs, as_json))
-    raise typer.Exit(run_infer(config, text, system=system, raw=raw, stream=stream, logprobs=logprobs, as_json=as_json))
+    done = run_infer(
+        config, text, system=system, raw=raw, echo=echo, max_tokens=max_tokens, stream=stream, logprobs=logprobs,
+        as_json=as_json,
+    )  # fmt: skip
+    raise typer.Exit(done)
 
 
 @app.command()

@@ -162,11 +162,13 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True):
     def want_gpu(self) -> bool | None:
         """Whether workers need a GPU; None: where there is one. What is simulated needs none."""
         if self.device == "auto":
-            return False if self.engine == "simulated" else None
+            return False if self.engine == "simulated" else True if self.gpus_per_rank > 1 else None
         return self.device == "gpu"
 
     def _check_engine(self) -> None:
         """Options of llama.cpp that need one another."""
+        if isinstance(self.gpu_layers, int) and self.gpu_layers < -1:
+            raise ConfigError(f"--gpu-layers is {self.gpu_layers}: it must be 0 or more, or -1 for all")
         for flag, number in (("--rope-scale", self.rope_scale), ("--rope-freq-base", self.rope_freq_base)):
             if number is not None and not 0 < number < float("inf"):
                 raise ConfigError(f"{flag} is {number}: it must be a number above 0")

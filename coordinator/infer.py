@@ -11,6 +11,7 @@ import msgspec
 from coordinator.config import JobConfig
 from coordinator.pool import Pool, Result
 from scheduling.errors import EXIT_OK, ConfigError, RequestError
+from scheduling.requests import parse_request, request_line
 
 
 def run_infer(
@@ -19,25 +20,37 @@ def run_infer(
     *,
     system: str | None,
     raw: bool,
+    echo: bool,
+    max_tokens: int,
     stream: bool,
     logprobs: int | None,
     as_json: bool,
 ) -> int:
     """Print the answer; with `stream` as it is made, with `as_json` as one object with its timings.
 
-    Raises ConfigError for `logprobs` without `as_json`, which alone has room for them, and for both ways of printing.
+    `echo`: the prompt before it, with its log-probabilities if `logprobs` asks for them and `max_tokens` is 0 or 1.
+
+    Raises:
+        ConfigError: for `logprobs` without `as_json`, which alone has room for them, for both ways of printing, for
+            `echo` or `raw` beside what they cannot go with.
+        RequestError: the request cannot be run.
     """
+    if echo and (stream or not raw):
+        raise ConfigError("--echo gives back a text that is continued as it is: give --raw, and leave out --stream")
+    if raw and system is not None:
+        raise ConfigError("--system is a message of a chat, and --raw continues a text as it is: give one of them")
     if stream and as_json:
         raise ConfigError("--stream prints a text as it is made, --json one object at the end: give one of them")
     if logprobs is not None and not as_json:
         raise ConfigError("--logprobs needs --json, which prints the numbers")
-    request: dict[str, Any] = {"custom_id": "infer", **_sampling_fields(config)}
+    request: dict[str, Any] = {"custom_id": "infer", **_sampling_fields(config), "max_tokens": max_tokens}
     if raw:
-        request |= {"prompt": prompt, "logprobs": logprobs}
+        request |= {"prompt": prompt, "logprobs": logprobs, "echo": echo}
     else:
         messages = [{"role": "system", "content": system}] if system is not None else []
         request["messages"] = [*messages, {"role": "user", "content": prompt}]
         request |= {"logprobs": True, "top_logprobs": logprobs} if logprobs is not None else {}
+    _check(request)
     with _pool(config) as pool:
         if stream:
             for piece in pool.stream(request):
@@ -54,6 +67,7 @@ def run_infer(
 def run_score(config: JobConfig, prompt: str, continuations: list[str], logprobs: int | None, as_json: bool) -> int:
     """Print a line for each continuation: ln P, whether greedy decoding says it, the text as JSON."""
     request = {"custom_id": "infer", "prompt": prompt, "continuations": continuations, "logprobs": logprobs}
+    _check(request)
     with _pool(config) as pool:
         for result in pool.generate([request]):
             if as_json or result.error is not None:
@@ -63,6 +77,11 @@ def run_score(config: JobConfig, prompt: str, continuations: list[str], logprobs
                 greedy = "greedy" if score.is_greedy else ""
                 print(f"{score.logprob:12.6f}  {greedy:6}  {json.dumps(text, ensure_ascii=False)}")
     return EXIT_OK
+
+
+def _check(request: dict[str, Any]) -> None:
+    """Raises RequestError, before a model is loaded for it."""
+    parse_request(request_line(request))
 
 
 def _pool(config: JobConfig) -> Pool:
@@ -75,7 +94,7 @@ def _sampling_fields(config: JobConfig) -> dict[str, Any]:
     constraint = {} if sampling.constraint is None else sampling.constraint.field()
     return {
         "temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p,
-        "min_p": sampling.min_p, "max_tokens": config.max_tokens, **constraint,
+        "min_p": sampling.min_p, **constraint,
     }  # fmt: skip
 
 
@@ -84,7 +103,7 @@ def _print(result: Result, as_json: bool) -> None:
         from coordinator.values import print_json
 
         print_json(msgspec.to_builtins(result) | {"text": result.text})
-    elif result.error is not None:
+    if result.error is not None:
         raise RequestError(result.error)
-    else:
+    if not as_json:
         print(result.text)

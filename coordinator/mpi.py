@@ -28,6 +28,8 @@ from coordinator.mpi_endpoint import MpiEndpoint
 from scheduling.errors import EXIT_INFRASTRUCTURE, EXIT_OK, RankFailedError, RankLostError
 
 GATHER_CHUNK_BYTES = 64 << 20
+LEAVE_S = 1.0
+"""For what was sent to others to leave too."""
 OPENMPI_FT_KEYVAL = 12
 """MPI_FT of Open MPI's mpi.h, which mpi4py does not name: whether ranks may die without ending the job."""
 
@@ -55,6 +57,9 @@ class World:
         self.rank: int = world.Get_rank()
         self.size: int = world.Get_size()
         self.fault_tolerant = _fault_tolerant(MPI)
+        self.reduced = False
+        """Whether the collectives go on without some ranks."""
+        self._endpoint: MpiEndpoint | None = None
         self.unfinished: list[Any] = []
         """Collectives that failed: MPI may still write to their buffers."""
 
@@ -63,7 +68,8 @@ class World:
         return str(self.MPI.Get_library_version()).strip("\x00 \n").splitlines()[0]
 
     def endpoint(self) -> MpiEndpoint:
-        return MpiEndpoint(self.MPI, self.messages_comm)
+        self._endpoint = MpiEndpoint(self.MPI, self.messages_comm)
+        return self._endpoint
 
     def collectives(self, patience_s: float = COLLECTIVE_PATIENCE_S) -> Collectives:
         return Collectives(self, patience_s=patience_s)
@@ -95,6 +101,18 @@ class World:
         leave.daemon = True
         leave.start()
         self.MPI.COMM_WORLD.Abort(code)
+        os._exit(code)
+
+    def leave(self, code: int) -> int:
+        """The last call of a rank that ends in order; gives `code` back, if the process is to end as any other.
+
+        Where ranks have died it ends here: MPI's own end is a barrier, in which Open MPI may wait for the dead.
+        """
+        if not self.reduced and (self._endpoint is None or not self._endpoint.lost()):
+            return code
+        sys.stdout.flush()
+        sys.stderr.flush()
+        time.sleep(LEAVE_S)
         os._exit(code)
 
     def die(self, code: int) -> NoReturn:
@@ -220,7 +238,7 @@ class Collectives:
         finally:
             watch.cancel()
         comm.Set_errhandler(self._MPI.ERRORS_RETURN)
-        self._world.collectives_comm = comm
+        self._world.collectives_comm, self._world.reduced = comm, True
         self._use(comm)
         if 0 not in self.ranks:
             raise RankLostError("rank 0 is gone")

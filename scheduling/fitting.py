@@ -335,6 +335,8 @@ class _Fitting:
             parts.append(f"{layout.gpu_layers} of {self.shape.offloadable} layers on the GPU")
         elif self.room.gpu_bytes and not gpus and self.ask.gpu_layers is None:
             parts.append("nothing on the GPU, which is too small")
+        elif not self.room.gpu_bytes and self.ask.gpu_layers:
+            parts.append(f"no GPU for what --gpu-layers {self.ask.gpu_layers} asks")
         return ", ".join(parts)
 
     def _refusal(self, layouts: Iterator[Layout], gpus: int) -> ConfigError:

@@ -241,6 +241,11 @@ def _scoring(sampling: Sampling, body: Body) -> Sampling:
     """Raises RequestError for what scoring cannot do."""
     if sampling.n != 1:
         refuse("n", sampling.n, "1 where tokens are scored: they have one answer")
+    held = _held_to(body)
+    if held:
+        refuse(held[0], "…", "left out where tokens are scored: they are given, and nothing is held to a form")
+    # A run's default is for what is generated.
+    sampling = msgspec.structs.replace(sampling, constraint=None)
     if body.continuations is not None:
         asked = body.max_tokens or body.max_completion_tokens
         if asked:
@@ -301,12 +306,16 @@ def _sampling(b: Body, d: Sampling) -> Sampling:
     )
 
 
+def _held_to(b: Body) -> list[str]:
+    """The parameters given that hold the text to something."""
+    given = {"grammar": b.grammar is not None, "json_schema": b.json_schema is not None}
+    given["response_format"] = isinstance(b.response_format, ObjectFormat | SchemaFormat)
+    return [name for name, is_given in given.items() if is_given]
+
+
 def _constraint(b: Body, d: Sampling) -> Constraint | None:
     form = b.response_format
-    given: dict[str, object] = {"grammar": b.grammar, "json_schema": b.json_schema}
-    if isinstance(form, ObjectFormat | SchemaFormat):
-        given["response_format"] = form
-    names = [name for name, value in given.items() if value is not None]
+    names = _held_to(b)
     if len(names) > 1:
         raise RequestError(f"{names[0]} and {names[1]} are both given; give one of them", names[1])
     if b.grammar is not None:

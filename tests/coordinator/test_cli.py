@@ -234,6 +234,13 @@ def test_only_rank_0_speaks_and_carries_the_status(
         (("infer", "-m", "m.gguf"), "--prompt"),
         (("infer", "-m", "m.gguf", "-p", "x", "--stream", "--json"), "--stream"),
         (("infer", "-m", "m.gguf", "-p", "x", "--logprobs", "2"), "--logprobs"),
+        (("infer", "-m", "m.gguf", "-p", "x", "--logprobs", "21", "--json"), "top_logprobs is 21"),
+        (("infer", "-m", "m.gguf", "-p", "x", "--continuation", ""), "continuations"),
+        (("infer", "-m", "m.gguf", "-p", "x", "--continuation", "y", "--echo"), "--echo"),
+        (("infer", "-m", "m.gguf", "-p", "x", "--echo"), "--raw"),
+        (("infer", "-m", "m.gguf", "-p", "x", "--echo", "--raw", "--stream"), "--stream"),
+        (("infer", "-m", "m.gguf", "-p", "x", "--echo", "--raw", "--max-tokens", "0"), "max_tokens is 0"),
+        (("infer", "-m", "m.gguf", "-p", "x", "--raw", "--system", "y"), "--system"),
         (("export", "run", "--order", "random"), "random"),
     ],
 )

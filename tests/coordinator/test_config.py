@@ -28,6 +28,7 @@ NAN = float("nan")
         ({"ubatch": 0}, "--ubatch"),
         ({"threads": 0}, "--threads"),
         ({"gpus_per_rank": 0}, "--gpus-per-rank"),
+        ({"gpu_layers": -2}, "--gpu-layers"),
         ({"ranks_per_gpu": 0}, "--ranks-per-gpu"),
         ({"max_tokens": 0}, "--max-tokens"),
         ({"max_tokens": MAX_TOKENS_LIMIT + 1}, str(MAX_TOKENS_LIMIT)),
@@ -56,6 +57,12 @@ NAN = float("nan")
 def test_option_out_of_range_is_refused_by_its_flag(options: dict[str, Any], word: str) -> None:
     with pytest.raises(ConfigError, match=word):
         JobConfig(model="m", **options)
+
+
+def test_who_asks_for_several_gpus_wants_them() -> None:
+    assert JobConfig(model="m").want_gpu is None
+    assert JobConfig(model="m", gpus_per_rank=2).want_gpu is True
+    assert JobConfig(model="m", gpus_per_rank=2, device="cpu").want_gpu is False
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,12 @@ def test_a_gpu_that_is_too_small_for_anything_is_left_alone() -> None:
     assert "nothing on the GPU" in fitted.said
 
 
+@pytest.mark.parametrize(("asked", "is_said"), [(None, False), (0, False), (-1, True), (99, True)])
+def test_layers_that_no_gpu_takes_are_spoken_of(asked: int | None, is_said: bool) -> None:
+    said = fit(B1, Ask(gpu_layers=asked), Room(host_bytes=HOST), alike(8, 256)).said
+    assert (f"no GPU for what --gpu-layers {asked} asks" in said) == is_said
+
+
 def test_a_model_that_no_gpu_holds_alone_is_divided() -> None:
     fitted = fit(B70, Ask(), gpu(24, 24), alike(1000, 256))
     assert (fitted.gpu_layers, fitted.tensor_split) == (-1, ())

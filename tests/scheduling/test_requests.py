@@ -229,6 +229,9 @@ def test_nul_and_very_long_prompts_are_accepted() -> None:
 
 # ---------------------------------------------------------------- log-probabilities
 
+GRAMMAR = 'root ::= "a"'
+SCORED: dict[str, object] = {"prompt": "a", "continuations": ["b"]}
+
 
 def test_log_probabilities_are_asked_for_as_each_endpoint_has_it() -> None:
     assert parse({**CHAT, "logprobs": True, "top_logprobs": 5}).logprobs == 5
@@ -249,7 +252,11 @@ def test_a_prompt_or_continuations_are_scored() -> None:
     assert given.sampling.max_tokens == 0, "whatever the default for requests that generate"
 
 
-SCORED: dict[str, object] = {"prompt": "a", "continuations": ["b"]}
+def test_a_runs_form_of_answers_is_not_for_what_is_scored() -> None:
+    held = Sampling(constraint=parse({"prompt": "a", "grammar": GRAMMAR}).sampling.constraint)
+    assert parse({"prompt": "a"}, defaults=held).sampling.constraint is not None
+    assert parse({**SCORED, "response_format": {"type": "text"}}, defaults=held).sampling.constraint is None
+    assert parse({**SCORED}, defaults=held).sampling.constraint is None
 
 
 @pytest.mark.parametrize(
@@ -267,7 +274,10 @@ SCORED: dict[str, object] = {"prompt": "a", "continuations": ["b"]}
         ({"prompt": "a", "echo": True, "logprobs": 1}, "max_tokens", "(or 1, for one token more)"),
         ({"prompt": "a", "echo": True, "logprobs": 1, "max_tokens": 2}, "max_tokens", "leave out echo"),
         ({"prompt": "a", "echo": True, "logprobs": 1, "max_tokens": 1, "n": 2}, "n", "one answer"),
+        ({"prompt": "a", "echo": True, "logprobs": 1, "max_tokens": 1, "grammar": GRAMMAR}, "grammar", "are scored"),
         ({**SCORED, "n": 2}, "n", "one answer"),
+        ({**SCORED, "json_schema": {}}, "json_schema", "are scored"),
+        ({**SCORED, "response_format": {"type": "json_object"}}, "response_format", "are scored"),
         ({**SCORED, "echo": True}, "echo", "beside continuations"),
         ({**SCORED, "max_tokens": 5}, "max_tokens", "nothing is generated"),
     ],

@@ -133,11 +133,13 @@ def requests(engine: Engine) -> list[Line]:
 
 def words(schedule: Schedule, model: Path, given: Path, run: Run) -> tuple[Argument, ...]:
     """The command, without its launcher."""
-    common: tuple[Argument, ...] = ("-i", given, "-o", run.path, "--ctx", 512, "--slots", 4, "-q")
+    common: tuple[Argument, ...] = ("-i", given, "-o", run.path, "--ctx", 512, "-q")
     intervals = ("--metrics-interval", "0.5", "--commit-interval", "0.01", "--lease", "3")
     if schedule.engine == "tiny":
-        return ("batch", "-m", model, *common, *intervals, "--threads", 1, "--schedule", schedule.policy)
-    simulated = ("--engine", "simulated", "--time-scale", f"{TIME_SCALE * (schedule.ranks - 1):g}")
+        # Else the last bits of its logits depend on what else runs, and with them some answer (docs/determinism.md).
+        alone = ("--slots", 1, "--no-speculate", "--no-prefix-reuse", "--threads", 1)
+        return ("batch", "-m", model, *common, *intervals, *alone, "--schedule", schedule.policy)
+    simulated = ("--slots", 4, "--engine", "simulated", "--time-scale", f"{TIME_SCALE * (schedule.ranks - 1):g}")
     return ("batch", "-m", "any", *simulated, *common, *intervals, "--schedule", schedule.policy)
 
 

@@ -316,8 +316,10 @@ def test_unknown_command_and_missing_option() -> None:
 
 def test_infer_with_a_prompt_longer_than_the_context(tiny_model: Path) -> None:
     done = run_alone("infer", "-m", tiny_model, "-p", "long words " * 300, "--ctx", 128, timeout_s=PROMPT_S)
-    assert done.rc in (1, 2), done.output
-    check_one_clear_line(done, done.rc, "128")
+    check_one_clear_line(done, 2, "128")
+    told = run_alone("infer", "-m", tiny_model, "-p", "long words " * 300, "--ctx", 128, "--json", timeout_s=PROMPT_S)
+    assert told.rc == 2
+    assert "128" in json.loads(told.stdout)["error"]
 
 
 def test_infer_prints_the_answer_alone(tiny_model: Path) -> None:

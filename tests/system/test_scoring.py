@@ -85,6 +85,17 @@ def test_infer_says_how_likely_texts_are(tiny_model: Path) -> None:
     assert all(len(table) >= 3 for table in told["logprobs"][0]["top_logprobs"])
 
 
+def test_infer_scores_a_prompt_as_continuations_do(tiny_model: Path) -> None:
+    options = ("infer", "-m", tiny_model, "--ctx", 128, "--json")
+    echo = ("--raw", "--echo", "--max-tokens", 0, "--logprobs", 1)
+    told = json.loads(run_alone(*options, "-p", "one two three four", *echo).stdout)
+    assert (told["text"], told["output_tokens"]) == ("one two three four", 0)
+    known = told["logprobs"][0]["token_logprobs"]
+    assert known[0] is None
+    given = json.loads(run_alone(*options, "-p", "one", "--continuation", " two three four").stdout)
+    assert given["scores"][0]["logprob"] == pytest.approx(sum(known[1:]), abs=0.01)
+
+
 def test_infer_tells_log_probabilities_of_its_answer(tiny_model: Path) -> None:
     options = ("infer", "-m", tiny_model, "-p", "hello", "--max-tokens", 3, "--ctx", 128, "--logprobs", 1)
     told = json.loads(run_alone(*options, "--json").stdout)
