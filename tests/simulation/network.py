@@ -153,8 +153,10 @@ class SimulatedEndpoint:
 
     def __init__(self, network: Network, rank: int) -> None:
         self._network, self._rank = network, rank
+        self.posts = 0
 
     def post(self, address: int, payload: bytes) -> None:
+        self.posts += 1
         self._network.post(self._rank, address, payload)
 
     def receive(self) -> list[tuple[int, bytes]]:

@@ -17,10 +17,13 @@ from coordinator.collect import COLLECTIVE_PATIENCE_S, Blocks, collect
 from coordinator.serve import step
 from scheduling.errors import RankFailedError, RankLostError
 from scheduling.link import Endpoint, Spoke
-from tests.simulation.agenda import Agenda, Trace
+from tests.simulation.agenda import Agenda, Trace, ViolationError
 from tests.simulation.engines import SimulatedEngine
+from tests.simulation.network import SimulatedEndpoint
 from workers.worker import Worker
 
+SILENT_S = 2.5
+"""Heartbeats come every second."""
 POLL_S = 0.2
 """How often a rank looks about while nothing happens that it could see."""
 
@@ -35,7 +38,7 @@ class WorkerRank:
     """See the module's text. `make` makes the worker on its link; `board` is where collectives meet."""
 
     def __init__(
-        self, rank: int, agenda: Agenda, trace: Trace, dice: Random, endpoint: Endpoint, board: Board,
+        self, rank: int, agenda: Agenda, trace: Trace, dice: Random, endpoint: SimulatedEndpoint, board: Board,
         make: Callable[[Spoke], Worker], abort: Callable[[], None],
     ) -> None:  # fmt: skip
         self.rank = rank
@@ -49,6 +52,7 @@ class WorkerRank:
         self._agenda, self._trace, self._dice = agenda, trace, dice
         self._endpoint, self._board, self._make = endpoint, board, make
         self._stopped = False
+        self._posts, self._posted_s = 0, agenda.now_s
         self._due_s = float("inf")
         agenda.after(dice.expovariate(5.0), self._start)
 
@@ -75,6 +79,7 @@ class WorkerRank:
 
     def _turn(self, worker: Worker) -> None:
         busy = step(worker)
+        self._judge_silence()
         if worker.collect_epoch is not None:
             worker.collect_epoch = None
             collectives = self._board.of(self.rank, self._must_live)
@@ -95,6 +100,14 @@ class WorkerRank:
         self.stir(self._agenda.now_s + (0.0 if busy else POLL_S * self._dice.random()))
         if self.engine is not None and (next_s := self.engine.next_s()) < float("inf"):
             self.stir(next_s)
+
+    def _judge_silence(self) -> None:
+        """A rank that turns says something now and then."""
+        now_s = self._agenda.now_s
+        if self._endpoint.posts != self._posts:
+            self._posts, self._posted_s = self._endpoint.posts, now_s
+        elif now_s - self._posted_s > SILENT_S:
+            raise ViolationError(f"rank {self.rank} lives and has said nothing for {now_s - self._posted_s:.1f} s")
 
     def _must_live(self, call: int) -> None:
         """Called before each part of a collective."""
