@@ -112,6 +112,8 @@ class Coordinator:
         self._heard = dict.fromkeys(hub.workers, self._born)
         self._silent: set[int] = set()
         self._rejoins: dict[int, int] = {}
+        """The last number that each worker was told to rejoin with: it says that with every `Ready` from then on."""
+        self._returning: set[int] = set()
         self._next_rejoin = 0
 
     # ------------------------------------------------------------ one turn
@@ -143,6 +145,7 @@ class Coordinator:
         left = list(before._payloads)
         self._heard, self._silent = before._heard, before._silent
         self._rejoins, self._next_rejoin = before._rejoins, before._next_rejoin
+        self._returning = before._returning
         for worker, ready in before.ready.items():
             self.ready[worker] = ready
             self._generations[worker] = ready.generation
@@ -211,7 +214,8 @@ class Coordinator:
     def _on_ready(self, worker: int, ready: m.Ready) -> None:
         if ready.rejoin != self._rejoins.get(worker, 0):
             return  # said before it heard that it is to begin anew: then it says it again
-        if self._rejoins.pop(worker, None) is not None:
+        if worker in self._returning:
+            self._returning.discard(worker)
             self.note(f"{self._names[worker]}: takes work again")
         self._generations[worker] = ready.generation
         self.ready[worker] = ready
@@ -230,6 +234,7 @@ class Coordinator:
         self._tell(ev.WorkerReturned(worker))
         self._next_rejoin += 1
         self._rejoins[worker] = self._next_rejoin
+        self._returning.add(worker)
         self._hub.send(worker, m.Rejoin(self._next_rejoin))
 
     def _on_engine_down(self, worker: int, down: m.EngineDown) -> None:

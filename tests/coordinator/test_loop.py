@@ -355,6 +355,19 @@ def test_a_worker_that_returns_and_is_silent_again_is_lost_again() -> None:
     assert m.Rejoin(2) in stage.hear(1, m.Heartbeat())
 
 
+def test_a_worker_that_has_returned_takes_work_after_its_engine_has_died_too() -> None:
+    stage = silent_stage()
+    stage.hear(1, m.Heartbeat())
+    stage.hear(1, ready_again(rejoin=1, generation=2))
+    stage.hear(1, m.EngineDown(reason="it was killed by signal 11"))
+    assert stage.coordinator.plane.workers()[0].state is WorkerState.JOINING
+    stage.hear(1, ready_again(rejoin=1, generation=3))
+    assert stage.coordinator.plane.workers()[0].state is WorkerState.READY
+    assert len([note for note in stage.notes if "takes work again" in note]) == 1
+    stage.hear(2, m.Crashed(reason="x"))
+    assert assigned(stage.step(1)) == [0]
+
+
 def ready_again(rejoin: int, generation: int = 1) -> m.Ready:
     return m.Ready(slots=2, generation=generation, load_s=0.1, backend="FAKE", rejoin=rejoin)
 

@@ -186,7 +186,8 @@ class Oracle:
             case WorkerLost():
                 self._expect_lost(event.worker)
             case WorkerReturned():
-                self.workers[event.worker] = Known(WorkerState.JOINING, self.workers[event.worker].slots, now)
+                before = self.workers[event.worker]
+                self.workers[event.worker] = Known(WorkerState.JOINING, before.slots, now, before.answered)
             case Heard():
                 self.workers[event.worker].heard = now
             case Tick():

@@ -230,7 +230,7 @@ def run_json_is_renamed_before_it_is_synced() -> list[Patch]:
 
 
 @bug
-def a_record_is_closed_with_lines_that_wait() -> list[Patch]:
+def the_last_of_several_lines_is_never_written() -> list[Patch]:
     def append(original: Any, writer: RecordWriter, lines: Sequence[bytes]) -> None:
         original(writer, lines[:-1] if len(lines) > 1 else lines)
 

@@ -82,6 +82,8 @@ class Case:
         self.now_s = 0.0
         self.sessions = 0
         self.calm_sessions = 0
+        self.dropped = 0
+        """Answers that rank 0 did not want, in the last session that had a loop."""
 
     def _shape(self, dice: Random, size: int) -> Shape:
         config = JobConfig(
@@ -90,6 +92,7 @@ class Case:
             precheck=self.work.precheck,
             prefetch=dice.choice((None, None, 0, 1, 4)),
             lease_s=dice.choice((2.5, 5.0, 10.0)),
+            rank0_lease_s=dice.choice((None, 6.0, 20.0)),
             engine_lease_s=dice.choice((1.5, 4.0, 12.0)),
             request_timeout_s=2.0 if dice.random() < 0.1 else None,
             max_deaths=dice.choice((2, 3, 3)),
@@ -110,7 +113,7 @@ class Case:
         simulated = Setup(config, ModelFacts(""), "simulated", "simulated", Host(hostname="node", cpus=(0, 1)))
         return Shape(
             self.seed, size, simulated, self.folder / "in.jsonl", self.folder / "disk" / "run", tempers,
-            dice.choice(("openmpi", "mpich")), dice.choice((3.0, 8.0, 20.0)),
+            dice.choice(("openmpi", "mpich")), dice.choice((3.0, 8.0, 20.0)), dice.random() < 0.4,
         )  # fmt: skip
 
     # ------------------------------------------------------------ sessions
@@ -123,7 +126,7 @@ class Case:
                 break
             self.now_s += Random(f"{self.seed} {self.sessions}").uniform(0.5, 10.0)
         assert told is not None
-        self.books.judge_complete(told)
+        self.books.judge_complete(told, self.dropped)
         self.weather = replace(self.weather, calm_at_s=min(self.now_s, self.weather.calm_at_s))
         again, _ = self._session()
         if again.code != ended.code:
@@ -144,18 +147,22 @@ class Case:
         faults = Faults(world)
         ended = world.run()
         self.sessions += 1
+        if world.lead is not None and (coordinator := world.lead.session.coordinator) is not None:
+            self.dropped = len(coordinator.dropped)
         self.now_s = world.agenda.now_s
         if faults.power_lost:
             self.storage.power_lost(world.dice("power"))
         else:
             self.storage.processes_died()
         told = self.books.judge_between()
-        self._judge_end(ended, told)
+        self._judge_end(ended, told, calm)
         return ended, told
 
-    def _judge_end(self, ended: Ended, told: Status | None) -> None:
+    def _judge_end(self, ended: Ended, told: Status | None, calm: bool) -> None:
         """The exit status is one of those promised, and says what the run directory says."""
         if ended.code is None:
+            if calm:
+                raise ViolationError("the job was ended though nothing went wrong")
             return
         if ended.code not in (EXIT_OK, EXIT_SOME_FAILED, EXIT_RESUMABLE, EXIT_INFRASTRUCTURE):
             raise ViolationError(f"a session ended with status {ended.code}: {ended.error}")

@@ -83,10 +83,13 @@ class Faults:
         self.world.trace.fault(self.world.agenda.now_s, "rank dies in a collective", victim)
         self.world.worker_dies(victim)
         if noticed:
-            self._launcher_notices()
+            self._death_is_noticed(victim)
 
-    def _launcher_notices(self) -> None:
-        """Without fault tolerance it ends the whole job."""
+    def _death_is_noticed(self, rank: int) -> None:
+        """Where MPI does not tolerate it the launcher ends the whole job."""
+        if self.world.shape.fault_tolerant:
+            self.world.death_is_told(rank)
+            return
         self.world.agenda.after(self._dice.uniform(0.0, NOTICED_S), lambda: self._end(power=False))
 
     def _end(self, power: bool) -> None:
@@ -146,7 +149,7 @@ class Faults:
         if rank is None:
             return False
         self.world.worker_dies(rank.rank)
-        self._launcher_notices()
+        self._death_is_noticed(rank.rank)
         return True
 
     def rank_vanishes(self, dice: Random) -> bool:
@@ -243,7 +246,7 @@ AT_ANY_TIME: dict[str, Callable[[Faults, Random], bool]] = {
     "engine hangs": Faults.engine_hangs,
     "engine stalls in part": Faults.engine_stalls_in_part,
     "engine slows down": Faults.engine_slows_down,
-    "rank killed, job ended": Faults.rank_killed,
+    "rank killed": Faults.rank_killed,
     "rank vanishes": Faults.rank_vanishes,
     "rank stopped": Faults.rank_stopped,
     "rank raises": Faults.rank_raises,

@@ -6,7 +6,7 @@ a dying rank had on its way may be lost from any point on. A link that is cut ho
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from random import Random
 
@@ -39,6 +39,7 @@ class Network:
         self._held: dict[tuple[int, int], list[_Envelope]] = {}
         self._cut: set[int] = set()
         self._dead: set[int] = set()
+        self._told: set[int] = set()
         self._calm = False
 
     def endpoint(self, rank: int) -> SimulatedEndpoint:
@@ -111,6 +112,22 @@ class Network:
                     envelope.lost = True
                     self._trace.fault(self._agenda.now_s, "message lost with its sender", source, target)
 
+    def all_come_s(self, rank: int) -> float:
+        """When the last of what the rank has under way comes."""
+        due_s = [e.due_s for (source, _), line in self._under_way.items() if source == rank for e in line if not e.lost]
+        return max(due_s, default=self._agenda.now_s)
+
+    def tell_death(self, rank: int) -> None:
+        """MPI tells of it: nothing that the rank sent comes after that."""
+        self._told.add(rank)
+        for (source, _), line in self._under_way.items():
+            if source == rank:
+                for envelope in line:
+                    envelope.lost = True
+
+    def told(self) -> Collection[int]:
+        return self._told
+
     def cut(self, rank: int) -> None:
         """Nothing comes from or to the rank any more."""
         self._cut.add(rank)
@@ -136,8 +153,10 @@ class SimulatedEndpoint:
 
     def __init__(self, network: Network, rank: int) -> None:
         self._network, self._rank = network, rank
+        self.posts = 0
 
     def post(self, address: int, payload: bytes) -> None:
+        self.posts += 1
         self._network.post(self._rank, address, payload)
 
     def receive(self) -> list[tuple[int, bytes]]:
@@ -145,3 +164,6 @@ class SimulatedEndpoint:
 
     def unsent_bytes(self) -> int:
         return self._network.unsent_bytes(self._rank)
+
+    def lost(self) -> Collection[int]:
+        return self._network.told()

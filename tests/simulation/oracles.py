@@ -141,8 +141,11 @@ class Books:
 
     # ------------------------------------------------------------ the end
 
-    def judge_complete(self, told: Status) -> None:
-        """Each request exactly once, and metrics.h5 says what the record says."""
+    def judge_complete(self, told: Status, dropped: int) -> None:
+        """Each request exactly once, and metrics.h5 says what the record says.
+
+        `dropped`: answers that rank 0 did not want in the last session, whether or not they came.
+        """
         rows = [decode_row(line) for line in self._storage.content(self.record).splitlines()]
         if sorted(row.llmpi.index for row in rows) != list(range(len(self.work.expected))):
             raise ViolationError("the run is complete, and its record does not hold each request once")
@@ -153,16 +156,19 @@ class Books:
         if "sums_differ" in attributes:
             raise ViolationError(f"what the ranks counted differs from the record: {attributes['sums_differ']}")
         self._judge_table(table, rows)
-        if str(attributes["collectives"]).endswith(" ranks"):
-            self._judge_counters(ranks[ranks["session"] == attributes["session"]], attributes, rows)
+        took_part = str(attributes["collectives"])
+        if took_part.endswith(" ranks") and " of " not in took_part:
+            self._judge_counters(ranks[ranks["session"] == attributes["session"]], attributes, rows, dropped)
 
     @staticmethod
-    def _judge_counters(ranks: Any, attributes: dict[str, Any], rows: list[Row]) -> None:
-        """What the ranks of the last session counted is what they have in the record, and what came too late."""
+    def _judge_counters(ranks: Any, attributes: dict[str, Any], rows: list[Row], dropped: int) -> None:
+        """What the ranks of the last session counted is what they have in the record, and what was not wanted."""
         recorded = sum(row.llmpi.session == attributes["session"] and row.llmpi.end_s is not None for row in rows)
         counted, late = int(ranks["requests"].sum()), int(attributes["late_answers_dropped"])
-        if counted != recorded + late:
-            raise ViolationError(f"the ranks counted {counted} requests; {recorded} are recorded, {late} came late")
+        if not recorded + late <= counted <= recorded + dropped:
+            raise ViolationError(
+                f"the ranks counted {counted} requests; {recorded} are recorded, {late} came late, {dropped} dropped"
+            )
 
     @staticmethod
     def _judge_table(table: Any, rows: list[Row]) -> None:

@@ -6,7 +6,7 @@ killed, or cut off. Its sleep ends early when an envelope arrives or its engine 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any, NoReturn
 
@@ -15,12 +15,15 @@ import numpy.typing as npt
 
 from coordinator.collect import COLLECTIVE_PATIENCE_S, Blocks, collect
 from coordinator.serve import step
-from scheduling.errors import RankLostError
+from scheduling.errors import RankFailedError, RankLostError
 from scheduling.link import Endpoint, Spoke
-from tests.simulation.agenda import Agenda, Trace
+from tests.simulation.agenda import Agenda, Trace, ViolationError
 from tests.simulation.engines import SimulatedEngine
+from tests.simulation.network import SimulatedEndpoint
 from workers.worker import Worker
 
+SILENT_S = 2.5
+"""Heartbeats come every second."""
 POLL_S = 0.2
 """How often a rank looks about while nothing happens that it could see."""
 
@@ -35,10 +38,11 @@ class WorkerRank:
     """See the module's text. `make` makes the worker on its link; `board` is where collectives meet."""
 
     def __init__(
-        self, rank: int, agenda: Agenda, trace: Trace, dice: Random, endpoint: Endpoint, board: Board,
-        make: Callable[[Spoke], Worker],
+        self, rank: int, agenda: Agenda, trace: Trace, dice: Random, endpoint: SimulatedEndpoint, board: Board,
+        make: Callable[[Spoke], Worker], abort: Callable[[], None],
     ) -> None:  # fmt: skip
         self.rank = rank
+        self._abort = abort
         self.engine: SimulatedEngine | None = None
         self.worker: Worker | None = None
         self.alive = True
@@ -48,6 +52,7 @@ class WorkerRank:
         self._agenda, self._trace, self._dice = agenda, trace, dice
         self._endpoint, self._board, self._make = endpoint, board, make
         self._stopped = False
+        self._posts, self._posted_s = 0, agenda.now_s
         self._due_s = float("inf")
         agenda.after(dice.expovariate(5.0), self._start)
 
@@ -74,13 +79,19 @@ class WorkerRank:
 
     def _turn(self, worker: Worker) -> None:
         busy = step(worker)
+        self._judge_silence()
         if worker.collect_epoch is not None:
             worker.collect_epoch = None
-            worker.close()
+            collectives = self._board.of(self.rank, self._must_live)
             try:
-                collect(self._board.of(self.rank, self._must_live), [worker.metrics], self._agenda.now_s)
+                collect(collectives, [worker.metrics], self._agenda.now_s, reduced=worker.reduced)
             except RankDiedError:
                 return
+        if (reason := worker.why_leave()) is not None and not worker.stopped:
+            worker.close()
+            self._trace.note(self._agenda.now_s, "rank", self.rank, "ends the job:", reason)
+            self._abort()
+            return
         if worker.stopped:
             worker.close()
             self.ended = True
@@ -89,6 +100,14 @@ class WorkerRank:
         self.stir(self._agenda.now_s + (0.0 if busy else POLL_S * self._dice.random()))
         if self.engine is not None and (next_s := self.engine.next_s()) < float("inf"):
             self.stir(next_s)
+
+    def _judge_silence(self) -> None:
+        """A rank that turns says something now and then."""
+        now_s = self._agenda.now_s
+        if self._endpoint.posts != self._posts:
+            self._posts, self._posted_s = self._endpoint.posts, now_s
+        elif now_s - self._posted_s > SILENT_S:
+            raise ViolationError(f"rank {self.rank} lives and has said nothing for {now_s - self._posted_s:.1f} s")
 
     def _must_live(self, call: int) -> None:
         """Called before each part of a collective."""
@@ -118,15 +137,14 @@ class Board:
         self.size = size
         self._agenda, self._dice, self._arrived = agenda, dice, arrived
         self._calls: dict[int, dict[int, Rows]] = {}
-        self._counts = dict.fromkeys(range(size), 0)
+        self.gone: set[int] = set()
+        """Ranks whose death MPI has told of."""
 
     def of(self, rank: int, before: Callable[[int], None] = lambda call: None) -> Collectives:
         return Collectives(self, rank, before)
 
-    def give(self, rank: int, values: Rows) -> int:
-        """Put down one rank's values of its next call, which others see a little later."""
-        call = self._counts[rank]
-        self._counts[rank] += 1
+    def give(self, rank: int, call: int, values: Rows) -> None:
+        """Put down one rank's values of a call, which others see a little later."""
 
         def lay_down() -> None:
             self._calls.setdefault(call, {})[rank] = values
@@ -136,19 +154,22 @@ class Board:
             lay_down()
         else:
             self._agenda.after(self._dice.expovariate(200.0) * (1 + call), lay_down)
-        return call
 
-    def all_of(self, call: int) -> list[Rows] | None:
-        """What all ranks have brought, by rank; None while some are missing."""
+    def all_of(self, call: int, ranks: Sequence[int]) -> list[Rows] | None:
+        """What these ranks have brought, in their order; None while some are missing."""
         there = self._calls.get(call, {})
-        return [there[rank] for rank in range(self.size)] if len(there) == self.size else None
+        return [there[rank] for rank in ranks] if all(rank in there for rank in ranks) else None
 
 
 class Collectives:
-    """One rank's `coordinator.collect.Collecting`. Only rank 0 waits for the others and is given the result."""
+    """One rank's `coordinator.collect.Collecting`. Only rank 0 waits for the others and is given the result.
+
+    A rank brings the same whenever the others begin again, so that only rank 0 has to.
+    """
 
     def __init__(self, board: Board, rank: int, before: Callable[[int], None]) -> None:
         self.rank, self.size = rank, board.size
+        self.ranks: Sequence[int] = range(board.size)
         self._board, self._before = board, before
         self._call = 0
         self.sleep: Callable[[float], None] | None = None
@@ -169,14 +190,26 @@ class Collectives:
         if self.rank == 0:
             take(together)
 
+    def agree(self, well: bool) -> bool:
+        return well
+
+    def shrink(self) -> None:
+        if self.rank == 0 and not self._board.gone:
+            raise RankLostError("ranks were lost, and the others cannot go on")
+        self.ranks = [rank for rank in self.ranks if rank not in self._board.gone]
+        self._call = 0
+
     def _together(self, values: Rows, operation: Callable[[list[Rows]], Rows]) -> Rows:
         self._before(self._call)
+        call = self._call
         self._call += 1
-        call = self._board.give(self.rank, np.array(values))
+        self._board.give(self.rank, call, np.array(values))
         if self.sleep is None:
             return values
         deadline_s = self.clock() + self.patience_s
-        while (parts := self._board.all_of(call)) is None:
+        while (parts := self._board.all_of(call, self.ranks)) is None:
+            if self._board.gone.intersection(self.ranks):
+                raise RankFailedError("a rank has died")
             if self.clock() > deadline_s:
                 raise RankLostError(f"a collective did not end within {self.patience_s:.0f} s")
             self.sleep(5e-4)
@@ -190,9 +223,11 @@ class SimulatedRanks:
 
     def __init__(
         self, endpoint: Endpoint, board: Board, sleep: Callable[[float], None], clock: Callable[[], float],
-        abort: Callable[[int], NoReturn],
+        abort: Callable[[int], NoReturn], fence: Callable[[Sequence[int]], bool], fault_tolerant: bool,
     ) -> None:  # fmt: skip
         self.size = board.size
+        self.fault_tolerant = fault_tolerant
+        self._fence = fence
         self._endpoint, self._board, self._sleep, self._clock, self._abort = endpoint, board, sleep, clock, abort
 
     def library(self) -> str:
@@ -206,5 +241,11 @@ class SimulatedRanks:
         own.sleep, own.clock, own.patience_s = self._sleep, self._clock, patience_s
         return own
 
+    def fence(self, pids: Sequence[int]) -> bool:
+        return self._fence(pids)
+
     def abort(self, code: int) -> NoReturn:
+        self._abort(code)
+
+    def die(self, code: int) -> NoReturn:
         self._abort(code)

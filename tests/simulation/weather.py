@@ -15,7 +15,7 @@ RATES_PER_S: dict[str, tuple[float, float]] = {
     "engine hangs": (0.03, 0.5),
     "engine stalls in part": (0.03, 0.5),
     "engine slows down": (0.03, 0.3),
-    "rank killed, job ended": (0.01, 0.2),
+    "rank killed": (0.01, 0.2),
     "rank vanishes": (0.01, 0.1),
     "rank stopped": (0.03, 0.5),
     "rank raises": (0.01, 0.15),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,9 @@ from tests.simulation.weather import Weather
 from workers.port import Engine
 from workers.worker import Worker, WorkerOptions
 
+PID = 1000
+TOLD_S = 0.5
+"""How soon MPI tells of the death of a rank, at most."""
 PUNCTUAL_S = 1.0
 LEAVE_S = 30.0
 """How long the ranks have to end after rank 0 has returned."""
@@ -57,6 +60,8 @@ class Shape:
     tempers: dict[int, Temper]
     launcher: str
     drain_timeout_s: float
+    fault_tolerant: bool
+    """The death of a rank is told to the others, and does not end the job."""
 
     @property
     def config(self) -> JobConfig:
@@ -99,9 +104,12 @@ class World:
         for rank in range(1, shape.size):
             self.workers[rank] = WorkerRank(
                 rank, self.agenda, trace, self.dice(f"rank {rank}"), self.network.endpoint(rank), self.board,
-                partial(self._make_worker, rank),
+                partial(self._make_worker, rank), self.everyone_dies,
             )  # fmt: skip
-        self._ranks = SimulatedRanks(endpoint, self.board, partial(self.rank0.sleep, []), self.rank0.clock, self._abort)
+        self._ranks = SimulatedRanks(
+            endpoint, self.board, partial(self.rank0.sleep, []), self.rank0.clock, self._abort, self._fence,
+            shape.fault_tolerant,
+        )  # fmt: skip
         if now_s >= weather.calm_at_s:
             self.calm_down()
 
@@ -150,7 +158,7 @@ class World:
         return Worker(
             spoke,
             WorkerOptions(
-                rank=rank, hello=msgspec.structs.replace(setup.hello(), pid=1), model_name=setup.model_name,
+                rank=rank, hello=msgspec.structs.replace(setup.hello(), pid=PID + rank), model_name=setup.model_name,
                 defaults=setup.config.sampling,
                 engine_factory=partial(self._make_engine, rank),
                 clock=clock or (lambda: self.agenda.now_s + offset_s), wall_clock=wall_clock or self.rank0.wall_clock,
@@ -215,6 +223,25 @@ class World:
         if self.workers[rank].alive:
             self.workers[rank].die()
             self.network.die(rank)
+
+    def death_is_told(self, rank: int) -> None:
+        """MPI notices a dead rank a little later, when everything has come that will."""
+
+        def tell() -> None:
+            self.network.tell_death(rank)
+            self.board.gone.add(rank)
+            self.trace.note(self.agenda.now_s, "MPI tells of the death of rank", rank)
+            self._stir_rank0()
+
+        self.agenda.at(self.network.all_come_s(rank) + self._dice.uniform(0.0, TOLD_S), tell)
+
+    def _fence(self, pids: Sequence[int]) -> bool:
+        victims = [pid - PID for pid in pids if self.shape.fault_tolerant and self.workers[pid - PID].alive]
+        for rank in victims:
+            self.trace.note(self.agenda.now_s, "rank 0 kills rank", rank)
+            self.worker_dies(rank)
+            self.death_is_told(rank)
+        return bool(victims)
 
     def calm_down(self) -> None:
         """From here on nothing goes wrong, and what can heal has healed."""
