@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from coordinator.closing import ENGINE_S, Closing, Size, closing_in
+from coordinator.closing import ENGINE_S, GOODBYE_S, Closing, Size, closing_in
 from coordinator.intervals import Intervals
 from coordinator.loop import Coordinator
 from coordinator.replay import Replay
@@ -59,10 +59,15 @@ class Ending:
         if source.total is not None:
             run.set_total(source.total)
         own = OwnRows(coordinator)
-        left_s = self._left_s(outcome.outcome)
+        began, left_s = self._clock(), self._left_s(outcome.outcome)
         closing = self._closing(left_s, found, coordinator)
         if closing.gather:
-            gathered = self._session.collect(own, own.begin, None if left_s is None else left_s / 2)
+            gathered = self._session.collect(
+                own, own.begin, None if left_s is None else left_s / 2, lambda: self._give_up_at(outcome.outcome, began)
+            )
+            closing = self._closing(
+                self._left_s(outcome.outcome), found, coordinator
+            )  # somebody may have said until when
         else:
             gathered = None
             self._session.let_go()
@@ -129,6 +134,13 @@ class Ending:
         """
         exit_by = self._keeper.exit_by
         return None if exit_by is None or outcome == "done" else max(0.0, exit_by - self._clock())
+
+    def _give_up_at(self, outcome: str, began: float) -> float | None:
+        """Until when ranks that do not answer are waited for. At least half of the time, however little it was."""
+        exit_by = self._keeper.exit_by
+        if exit_by is None or outcome == "done":
+            return None
+        return exit_by - min(GOODBYE_S, max(0.0, exit_by - began) / 2)
 
     def _closing(self, left_s: float | None, found: Recovery, coordinator: Coordinator) -> Closing:
         """What there is time for. Engines that stand in its way are killed."""

@@ -37,6 +37,8 @@ from scheduling.placement import Plan, plan, plan_alone
 from workers.worker import Worker
 
 EPOCH = 1
+LAST_S = 0.5
+"""What a collective that has been entered is given at least, however late it is."""
 CLOSE_S = 10.0
 """What ranks have to take in what they were sent, or to end their engine, before they are left behind."""
 FENCE_S = 5.0
@@ -204,6 +206,7 @@ class Session:
         take: Callable[[Rows], None] = lambda rows: None,
         begin: Callable[[], None] = lambda: None,
         patience_s: float | None = None,
+        give_up_at: Callable[[], float | None] = lambda: None,
     ) -> Gathered | None:
         """Fetch everybody's metrics by collectives. `take` is given the rows of requests, a chunk at a time, `begin` is
         called before the first, also where they come again.
@@ -211,16 +214,18 @@ class Session:
         Ranks that MPI knows to be gone are left out. None if one is silent, or MPI does not let the others go on: then
         only the record can be told of, and `leave` ends the job, because who waits for such a rank waits for ever.
         A rank is waited for half of `patience_s` at most before, and as long in each of the collectives; None: for its
-        lease, and CLOSE_S.
+        lease, and CLOSE_S. `give_up_at` says until when, for that may become earlier meanwhile.
         """
         self._unreachable = list(self._remote)  # until it has gone well: an error in between leaves the others in it
         wait_s = self.setup.config.lease_s + CLOSE_S if patience_s is None else patience_s / 2
-        if missing := self._call_together(wait_s):
+        if missing := self._call_together(wait_s, give_up_at):
             self._unreachable = missing
             return None
         for rank in self._remote:
             self.hub.send(rank, m.Enter(EPOCH, bool(self.hub.lost)))
         self.hub.flush()
+        if (at := give_up_at()) is not None:
+            wait_s = min(wait_s, max(LAST_S, at - self._clock()))
         collectives = self._collectives(wait_s)
         hosted = [worker.metrics for worker in self.hosted]
         try:
@@ -230,7 +235,7 @@ class Session:
         self._unreachable = []
         return gathered
 
-    def _call_together(self, wait_s: float) -> list[int]:
+    def _call_together(self, wait_s: float, give_up_at: Callable[[], float | None]) -> list[int]:
         """Have all engines end and all ranks wait to enter the collectives. Returns the ranks that do not answer."""
         coordinator = self.coordinator
         assert coordinator is not None
@@ -244,7 +249,11 @@ class Session:
         def missing() -> list[int]:
             return [r for r in self._remote if r not in self.hub.lost and coordinator.collecting.get(r) != EPOCH]
 
-        self._turn_until(lambda: not set(missing()) - silent, wait_s)
+        def through() -> bool:
+            at = give_up_at()
+            return not set(missing()) - silent or (at is not None and self._clock() >= at)
+
+        self._turn_until(through, wait_s)
         if missing() and self.world is not None:
             here = [rank for rank in missing() if self.hosts[rank].hostname == self.hosts[0].hostname]
             if self.world.fence([self._pids[rank] for rank in here]):

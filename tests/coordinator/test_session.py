@@ -295,6 +295,22 @@ def test_a_rank_that_does_not_come_is_waited_for_as_long_as_is_stated() -> None:
         session.leave(0)
 
 
+def test_who_is_asked_to_stop_meanwhile_waits_no_longer_than_that_allows() -> None:
+    session, world, clock = begun(3)
+    world.ranks[1].say(m.Collecting(1))
+    until: list[float] = []
+    clock.at(105.0, lambda: until.append(112.0))
+    assert session.collect(give_up_at=lambda: min(until, default=None)) is None
+    assert clock.now == pytest.approx(112.0, abs=0.1)
+
+
+def test_collectives_are_given_no_more_time_than_there_is() -> None:
+    session, world, _ = begun(2)
+    world.ranks[1].say(m.Collecting(1))
+    assert session.collect(give_up_at=lambda: 103.0) is not None
+    assert world.patience_s == pytest.approx(3.0, abs=0.1)
+
+
 def test_ranks_that_mpi_knows_to_be_gone_are_left_out() -> None:
     session, world, _ = begun(3)
     world.survivors = Survivors([])
