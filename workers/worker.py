@@ -7,7 +7,9 @@ assigned until it has been reported or given back, so that when the engine dies 
 
 from __future__ import annotations
 
+import contextlib
 import math
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -161,14 +163,15 @@ class Worker:
         """A descriptor that wakes a sleeping caller when the engine has said something."""
         return self._engine.fileno() if self._engine is not None else None
 
-    def crash(self, reason: str, traceback: str) -> None:
+    def crash(self, reason: str, trace: str) -> None:
         """An exception of our own ended the turn: say so to rank 0 and take no more work."""
         self._tell_progress()  # what is counted here must reach the record too
         self.crashed = True
-        self._spoke.send(m.Crashed(reason=reason, traceback=traceback))
+        self._spoke.send(m.Crashed(reason=reason, traceback=trace))
         self._spoke.flush()
         self._held.clear()
-        self._close_engine(0.0)
+        with contextlib.suppress(Exception):  # of the same cause, maybe: one is told
+            self._close_engine(0.0)
 
     def listen(self) -> bool:
         """A turn after a crash: only what ends this worker, or asks for its metrics, still counts."""
@@ -199,9 +202,15 @@ class Worker:
         return None
 
     def close(self, engine_s: float | None = None) -> None:
-        """End the engine within that time, or rank 0's, keeping what it last said of its work."""
-        self._close_engine(self._engine_end_s if engine_s is None else engine_s)
+        """End the engine within that time, or rank 0's, keeping what it last said of its work.
+
+        An exception of our own in what is kept is told to rank 0 and stops nobody.
+        """
         self._restart_at = None
+        try:
+            self._close_engine(self._engine_end_s if engine_s is None else engine_s)
+        except Exception as error:
+            self.crash(f"{type(error).__name__}: {error}", traceback.format_exc())
 
     # ------------------------------------------------------------ what rank 0 says
 

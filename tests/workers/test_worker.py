@@ -764,6 +764,22 @@ def test_after_a_crash_it_only_listens_to_what_ends_it() -> None:
     assert bench.worker.stopped
 
 
+def test_an_exception_while_the_engine_is_closed_is_told_and_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench().ready()
+    bench.rank0.take()
+
+    def poll() -> list[Any]:
+        raise ValueError("no")
+
+    monkeypatch.setattr(bench.engine, "poll", poll)
+    bench.worker.close()
+    *_, told = bench.rank0.take()
+    assert isinstance(told, m.Crashed)
+    assert told.reason == "ValueError: no"
+    assert "in poll" in told.traceback
+    assert bench.engine.closed
+
+
 def test_answers_that_are_counted_are_told_before_a_crash() -> None:
     """Else the metrics would count requests that the record does not have from this rank."""
     times = [1.0]
