@@ -582,7 +582,8 @@ def test_an_interrupted_process_ends_at_once_and_the_next_one_goes_on(site: Site
     site.files["/model.gguf"] = MODEL
     site.script = [Answer(stall_after=120_000)]
     program = (
-        "import sys; from pathlib import Path; from storage.sources import pull\n"
+        "import signal, sys; from pathlib import Path; from storage.sources import pull\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # whoever started the tests may ignore it
         "try: pull(sys.argv[1], Path(sys.argv[2]), progress=lambda done, total: print(done, flush=True))\n"
         "except KeyboardInterrupt: sys.exit(7)"
     )
