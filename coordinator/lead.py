@@ -170,7 +170,8 @@ class Lead:
         if source.total is not None:
             run.set_total(source.total)
         if run.complete and run.total is not None and found.done < run.total:
-            self._view.note(f"{run.path} was complete, but its record lacks {run.total - found.done} answers: going on")
+            lacking = run.total - found.done
+            self._view.note(f"{run.path} was complete, but its record lacks {lacking} of {run.total} answers: going on")
             run.reopen()
         if run.complete:
             self._view.note(f"{run.path} is complete already: {found.ok} answered, {found.failed} failed")
