@@ -398,7 +398,8 @@ class Coordinator:
 
     def _give_up(self, instruction: ev.GiveUp) -> None:
         for index, attempt in instruction.items:
-            self._payload_bytes -= len(self._payloads.pop(index)[0])
+            line, _ = self._payloads.pop(index, (b"", ""))  # gone already, if it ran twice
+            self._payload_bytes -= len(line)
             if instruction.worker is not None:
                 # Its worker may end it in spite of that, after rank 0 has stopped listening.
                 self.dropped.add((instruction.worker, index, attempt))

@@ -534,6 +534,34 @@ def test_what_is_set_aside_before_a_time_limit_is_not_kept_in_memory() -> None:
     assert stage.coordinator.snapshot().queued == 1, "the others are not kept in memory"
 
 
+def test_what_runs_twice_is_given_up_once_at_the_deadline_of_a_drain() -> None:
+    asked: list[ev.DrainRequested] = []
+    stage = Stage(["one", "two"], 2, Limits(prefetch=0), stops=lambda: asked.copy())
+    stage.ready(1, 1)
+    stage.ready(2, 1)
+    stage.hear(1, m.Report(started=[(0, 1)]))
+    stage.hear(2, m.Report(started=[(1, 1)]))
+    stage.clock.pass_(1.0)
+    stage.hear(1, m.Report(made_tokens=1000))
+    stage.hear(2, m.Report(made_tokens=20))
+    stage.clock.pass_(1.0)
+    stage.hear(2, m.Report(made_tokens=20))
+    stage.clock.pass_(0.5)
+    assert [item.attempt for item in _items(stage.hear(1, m.Report(finished=[finished(0, tokens=512)])))] == [2]
+    stage.durable()
+    asked.append(ev.DrainRequested("asked to", stage.clock() + 1.0))
+    for _ in range(2):
+        stage.clock.pass_(1.0)
+        stage.step()
+    assert stage.coordinator.outcome == ev.Stop("drained", "asked to")
+    assert stage.coordinator.plane.totals.unfinished == 1
+    assert not stage.coordinator.in_flight
+
+
+def _items(messages: list[Any]) -> list[m.WorkItem]:
+    return [item for message in messages if isinstance(message, m.Assign) for item in message.items]
+
+
 def test_stop_request_is_looked_for_at_every_tick_and_drains() -> None:
     reasons: list[list[ev.DrainRequested]] = [[], [ev.DrainRequested("asked by llmpi stop")]]
     stage = Stage(["x"] * 5, stops=lambda: reasons.pop(0) if reasons else [])
