@@ -119,7 +119,6 @@ class RunDir:
                 state |= {"total": None, "sessions": [], "complete": False}
             refuse_other_run(path, state["identity"], wanted)
             run = cls(path, disk, lock, state, now_unix_s)
-            disk.remove(path / STOP_NAME)
             if not run.complete:
                 state["details"] = _plain(details or {})
                 started = {"session": run.session, "started_at": utc_text(now_unix_s())}
@@ -171,8 +170,20 @@ class RunDir:
         return self._disk.exists(self.path / STOP_NAME)
 
     def check_held(self) -> None:
-        """Raises RunDirError if another job has taken the directory over, this one having given no sign of life."""
+        """Raises RunDirError if another job has taken the directory over, this one having given no sign of life, or if
+        it is there no more: then what is written would be acknowledged and found by nobody."""
         self._lock.check()
+        if not self._disk.exists(self.path / RUN_NAME) and self._is_gone():
+            raise RunDirError(f"{self.path} was removed or renamed while this job worked on it: it ends here")
+
+    def _is_gone(self) -> bool:
+        """Whether that is so, and not a file system that answers nothing just now."""
+        try:
+            return RUN_NAME not in self._disk.list_dir(self.path)
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False
 
     def mark_complete(self, summary: Mapping[str, Json] | None = None) -> None:
         """Say that every request is recorded and the metrics are written: the last durable act of a run."""
@@ -222,7 +233,13 @@ def lock_run(
     disk = disk or OsDisk()
     try:
         _prepare(disk, path)
-        return JobLock(disk, path / LOCK_NAME, this_process(now_unix_s()), judge)
+        lock = JobLock(disk, path / LOCK_NAME, this_process(now_unix_s()), judge)
+        try:
+            disk.remove(path / STOP_NAME)  # meant for an earlier job; from now on it is for this one
+        except BaseException:
+            lock.release()
+            raise
+        return lock
     except OSError as error:
         raise unusable(path, error) from error
 
