@@ -17,6 +17,7 @@ from coordinator.launch import detect, find_mpirun, own_mpirun, run_own_mpirun
 from coordinator.lead import BatchOptions, Lead
 from coordinator.ranks import open_world, serve_rank
 from coordinator.replay import read_recorded
+from coordinator.session import CLOSE_S
 from coordinator.setup import prepare
 from coordinator.signals import StopSignals, ignore_stop_signals
 from coordinator.staging import stage_models
@@ -51,12 +52,13 @@ def run_batch(config: JobConfig, options: BatchOptions, argv: list[str]) -> int:
         with contextlib.suppress(LlmpiError):  # rank 0 tells why, once
             staged = stage_models(config, world)
             serve_rank(prepare(config, staged), world, options.output / "logs")
-        return world.leave(EXIT_OK)
+        return EXIT_OK
     with StopSignals() as signals:
         keeper = Timekeeper(options.stopping, signals, age_s=age_s())
+        if world is not None:
+            world.goodbye_s = lambda: keeper.goodbye_s(config.lease_s + CLOSE_S)
         staged = stage_models(config, world, stopped=lambda: keeper.check("the model was staged"), quiet=options.quiet)
-        code = Lead(prepare(config, staged), options, launch, world, staged, signals, keeper=keeper).run()
-    return code if world is None else world.leave(code)
+        return Lead(prepare(config, staged), options, launch, world, staged, signals, keeper=keeper).run()
 
 
 def replayed(

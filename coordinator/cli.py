@@ -11,11 +11,12 @@ import sys
 import traceback
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from coordinator.launch import Launch, detect
+from coordinator.leaving import leave
 from coordinator.modelcli import models
 from coordinator.options import EngineOptions, GeneratingOptions, ModelOptions, given_on_command_line, takes
 from coordinator.values import held_to, numbers_of, read_text, refuse_beside_continuation, refuse_missing
@@ -581,7 +582,11 @@ def _usage_text(error: typer.TyperException) -> str:
 
 def main() -> None:
     """Entry point: run a command, print what a person should know of a failure, exit with its code."""
-    sys.exit(_run())
+    try:
+        code: Any = _run()
+    except SystemExit as ended:
+        code = EXIT_OK if ended.code is None else ended.code
+    sys.exit(leave(code) if isinstance(code, int) else code)
 
 
 def _run() -> int:

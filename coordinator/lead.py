@@ -37,7 +37,7 @@ from coordinator.timekeeper import StopOptions, Timekeeper
 from coordinator.timelimit import requeue
 from coordinator.world import Ranks
 from scheduling import events as ev
-from scheduling.errors import EXIT_INFRASTRUCTURE, InputError, RecordError, RunDirError
+from scheduling.errors import EXIT_INFRASTRUCTURE, InputError, LlmpiError, RecordError, RunDirError
 from storage.files import Disk
 from storage.recovery import Recovery, recover
 from storage.rundir import RUN_NAME, RunDir, holds_answers, read_run
@@ -132,7 +132,7 @@ class Lead:
             self._view.close()
             self.session.refuse(str(error))
             self.session.close(str(error))
-            self.session.leave(EXIT_INFRASTRUCTURE)
+            self.session.leave(error.exit_code if isinstance(error, LlmpiError) else EXIT_INFRASTRUCTURE)
             raise
         finally:
             self._view.close()
