@@ -28,7 +28,7 @@ from storage.stagemodel import Model, Reading, as_message, facts_of, of_message,
 from storage.stagesource import NoSource, SourceFiles
 
 MODES = ("never", "auto", "always")
-EXCHANGE_S = 120.0
+EXCHANGE_S = 60.0
 """How long the others may take to come to an exchange."""
 SLOWEST_BYTES_PER_S = 5e6
 """A transfer slower than that is taken for one that never ends."""
@@ -250,7 +250,9 @@ class _Work:
             said["problem"] = "" if relayed.problem is None else _words(relayed.problem)
             said["stopped"] = isinstance(relayed.problem, StoppedError)
             said["read"] = [count, relayed.read_s]
-        heard = _exchange(self._group, said, EXCHANGE_S + model.size / SLOWEST_BYTES_PER_S)
+        # Rank 0 is in the chain, and the last to be through with it: from there on nobody has anything to wait for.
+        sending_s = 0.0 if rank == 0 else model.size / SLOWEST_BYTES_PER_S
+        heard = _exchange(self._group, said, EXCHANGE_S + sending_s)
         if heard[0]["stopped"]:
             raise StoppedError(heard[0]["problem"])
         problems = [self._named(one, heard[one]["problem"]) for one in chain if heard[one]["problem"]]

@@ -16,7 +16,7 @@ from storage.digest import Digest
 from storage.relay import CHUNK_BYTES
 from storage.stagedir import StageDir, candidates
 from storage.stagemodel import Model, model_of, told_as_line
-from storage.staging import Node, Staged, stage
+from storage.staging import EXCHANGE_S, Node, Staged, stage
 from tests.storage.stage_fakes import FakeGroup, Ranks
 
 
@@ -315,3 +315,11 @@ def test_line_for_people() -> None:
     assert told_as_line(told) == line
     alone = told | {"nodes": 1, "nodes_staged": 1, "nodes_direct": 0, "reads_saved": 0, "saved_s": 0.0}
     assert told_as_line(alone) == "staged 4.2 GB to 1 node in 11.2 s (0.38 GB/s; read once)"
+
+
+def test_rank_0_waits_as_long_for_a_lost_rank_however_large_the_model_is(tmp_path: Path) -> None:
+    nodes = Nodes(tmp_path, "aabb")
+    nodes.staged([model([written(tmp_path / "shared" / "m.gguf", DATA)])])
+    assert nodes.ranks.patience_s[0] == EXCHANGE_S
+    # The others wait for as long as it may be sent; rank 0 ends the job if somebody does not come.
+    assert all(nodes.ranks.patience_s[rank] > EXCHANGE_S for rank in (1, 2, 3))
