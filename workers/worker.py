@@ -109,14 +109,15 @@ class Worker:
     def step(self) -> bool:
         """One turn. True if anything happened: then do not sleep before the next."""
         now = self._clock()
-        heard = self._listen(now)
-        for message in heard:
-            self._handle(message)
+        # The engine first: what comes after its death is not to be laid to it.
         said = self._engine.poll() if self._engine is not None else []
         for frame in said:
             self._hear(frame)
-        self._stop_overdue(now)
         self._look_after_engine(now, heard=bool(said))
+        heard = self._listen(now)
+        for message in heard:
+            self._handle(message)
+        self._stop_overdue(now)
         self._begin_anew()
         self.metrics.pass_time(len(self._held), self._work_exists, now)
         self._take_telemetry(now)

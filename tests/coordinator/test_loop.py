@@ -315,6 +315,33 @@ def test_silent_worker_is_lost_after_its_lease() -> None:
     assert again == [0]
 
 
+def test_silence_is_found_also_where_every_turn_of_rank_0_takes_long() -> None:
+    stage = Stage(["one"], workers=2)
+    assert assigned(stage.ready(1)) == [0]
+    stage.ready(2)
+    again: list[int] = []
+    for _ in range(90):  # of a disk that answers after 1.5 s, say
+        stage.clock.pass_(1.5)
+        again += assigned(stage.hear(2, m.Heartbeat()))
+    assert again == [0]
+
+
+def test_a_disk_that_hangs_while_it_is_asked_for_a_stop_costs_no_worker() -> None:
+    hangs_s = [100.0]
+
+    def stops() -> list[ev.DrainRequested]:
+        stage.clock.pass_(hangs_s.pop() if hangs_s and stage.coordinator.in_flight else 0.0)
+        return []
+
+    stage = Stage(["one"], stops=stops)
+    stage.ready(1)
+    stage.clock.pass_(TICK_S)
+    stage.step()
+    assert not hangs_s
+    assert [view.state for view in stage.coordinator.plane.workers()] == [WorkerState.READY]
+    assert stage.coordinator.outcome is None
+
+
 def silent_stage() -> Stage:
     """Rank 1 was given request 0 and is silent for its lease; rank 2 has it now."""
     stage = Stage(["one"], workers=2)
