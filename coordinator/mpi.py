@@ -110,8 +110,9 @@ class World:
         os._exit(code)
 
     def leave(self, code: int) -> int:
-        """The last call of every rank that ends by itself: MPI is ended, in order or not. Gives `code` back, or ends the
-        process with it, where MPI's own end cannot be had: see `coordinator.farewell`.
+        """The last call of every rank that ends by itself: MPI is ended, in order or not (`coordinator.farewell`).
+
+        Gives `code` back, or ends the process with it where MPI's own end cannot be had.
         """
         if self._left or self.size == 1:
             return code

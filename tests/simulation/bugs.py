@@ -13,12 +13,10 @@ from typing import Any
 from unittest import mock
 
 from coordinator import lead
-from coordinator.loop import Coordinator
 from coordinator.rundata import OwnRows
 from coordinator.session import Session
 from coordinator.source import FileSource
 from coordinator.timekeeper import Timekeeper
-from scheduling import events as ev
 from scheduling import messages as m
 from scheduling.control import ControlPlane
 from scheduling.dispatch import Dispatcher
@@ -200,16 +198,6 @@ def nothing_is_synced() -> list[Patch]:
         return written
 
     return [wrapped(GroupCommit, "write", write)]
-
-
-@bug
-def what_runs_twice_is_given_up_twice() -> list[Patch]:
-    def give_up(original: Any, coordinator: Coordinator, instruction: ev.GiveUp) -> None:
-        for index, _ in instruction.items:
-            coordinator._payloads[index]  # there for the first of the two only
-        original(coordinator, instruction)
-
-    return [wrapped(Coordinator, "_give_up", give_up)]
 
 
 @bug

@@ -27,9 +27,6 @@ NOTICED_S = 0.5
 OPEN_MPI_PATIENCE_S = 0.2
 """Between the SIGTERM that mpirun passes on and its SIGKILL."""
 
-COPY_MET = 0.5
-"""How often something happens to a job in which a request has begun to run twice."""
-
 
 class Faults:
     """Of one session. `power_lost`: the machine of rank 0 went down, not only its processes."""
@@ -41,8 +38,6 @@ class Faults:
         for kind, rate in world.weather.rates_per_s.items():
             self._plan(kind, rate)
         self._plan_operations()
-        world.when_copied = self._copied
-        self._copy_dice = world.dice("copies")
         world.agenda.at(world.weather.calm_at_s, self._calm_down)
 
     def _calm_down(self) -> None:
@@ -60,19 +55,6 @@ class Faults:
         if AT_ANY_TIME[kind](self, self._dice):
             self.world.trace.fault(self.world.agenda.now_s, kind)
         self._plan(kind, rate)
-
-    def _copied(self) -> None:
-        """A request runs twice, which is rare: something may happen to it soon."""
-        dice, world = self._copy_dice, self.world
-        if dice.random() < COPY_MET and world.weather.rates_per_s:
-            world.agenda.after(dice.uniform(0.0, 1.0), lambda: self._strike_copy(dice))
-
-    def _strike_copy(self, dice: Random) -> None:
-        if self.world.calm or self.world.rank0.dead:
-            return
-        kind = dice.choice(("asked to stop", "asked to stop", "engine killed", "rank killed", "rank stopped"))
-        if AT_ANY_TIME[kind](self, dice):
-            self.world.trace.fault(self.world.agenda.now_s, f"{kind} beside a copy")
 
     def _plan_operations(self) -> None:
         """At which operations on disk something happens."""

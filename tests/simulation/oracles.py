@@ -229,9 +229,6 @@ class Watched(Protocol):
     def must_be_heard(self, rank: int) -> bool:
         """Whether a rank lives, and nothing has kept its messages back for longer than its lease."""
 
-    def copied(self) -> None:
-        """A request runs twice from now on."""
-
 
 class WatchedPlane(ControlPlane):
     """The control plane, with the oracle of tests.scheduling beside it."""
@@ -250,7 +247,6 @@ class WatchedPlane(ControlPlane):
     def handle(self, event: Event, now: float) -> list[Instruction]:
         self._watched.note(type(event).__name__, *_facts(event))
         silent = self._silent() if isinstance(event, Tick) else set()
-        copies = self.totals.copies
         if isinstance(event, Committed):
             self._durable += event.count
             if self._durable > len(self._watched.books.promised) - self._before:
@@ -263,8 +259,6 @@ class WatchedPlane(ControlPlane):
             self._watched.note("->", type(instruction).__name__, *_facts(instruction))
         if isinstance(event, Tick):
             self._judge_tick(silent)
-        if self.totals.copies > copies:
-            self._watched.copied()
         return out
 
     def _silent(self) -> set[int]:

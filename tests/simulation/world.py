@@ -92,8 +92,6 @@ class World:
         self.aborted: int | None = None
         self.asked_to_stop = False
         self.lead: Lead | None = None
-        self.when_copied: Callable[[], None] = lambda: None
-        """Told when a request begins to run twice."""
         self._number = number
         self._dice = self.dice("world")
         self.network = Network(self.agenda, trace, weather, self.dice("network"), self._arrived)
@@ -125,9 +123,6 @@ class World:
     def must_be_heard(self, rank: int) -> bool:
         calm_s = self.agenda.now_s - self.weather.calm_at_s
         return calm_s > self.shape.config.lease_s + 1.0 and (rank not in self.workers or self.workers[rank].alive)
-
-    def copied(self) -> None:
-        self.when_copied()
 
     # ------------------------------------------------------------ who is woken
 
