@@ -15,7 +15,8 @@ import msgspec
 
 from scheduling.errors import ConfigError, RequestError
 from scheduling.policies import POLICIES, policy_named
-from scheduling.requests import MAX_TOKENS_LIMIT, Request, Sampling, parse_request
+from scheduling.requests import Request, Sampling, parse_request
+from scheduling.wireform import MAX_TOKENS_LIMIT
 from workers.care import LEASE_S
 from workers.loading import CacheType, RopeScaling, Split
 from workers.protocol import Adapter
