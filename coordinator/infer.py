@@ -11,7 +11,8 @@ import msgspec
 from coordinator.config import JobConfig
 from coordinator.pool import Pool, Result
 from scheduling.errors import EXIT_OK, ConfigError, RequestError
-from scheduling.requests import parse_request, request_line
+from scheduling.requestlines import request_line
+from scheduling.requests import parse_request
 
 
 def run_infer(

@@ -28,7 +28,6 @@ from types import FrameType
 from typing import Any, Protocol
 
 from scheduling.errors import EXIT_RESUMABLE, ConfigError
-from workers.hosts import local_rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +74,8 @@ def detect(environ: Mapping[str, str]) -> Launch:
         if all(environ.get(name) for name in signs.needs):
             told = {name: environ[name] for name in (*signs.needs, signs.size, signs.rank) if name in environ}
             size, rank = _number(environ.get(signs.size)), _number(environ.get(signs.rank))
+            from workers.hosts import local_rank  # of a rank: `llmpi --help` has no use for what that loads
+
             return Launch(signs.launcher, size, rank, local_rank(environ), told)
     return Launch("none", None, None, None, {})
 

@@ -29,7 +29,8 @@ from coordinator.transport import Backoff
 from scheduling.errors import EXIT_OK, ConfigError, HandshakeError, RequestError, StagingError
 from scheduling.logprobs import Score
 from scheduling.messages import Delta
-from scheduling.requests import Request, Sampling, parse_request, request_line, text_line
+from scheduling.requestlines import request_line, text_line
+from scheduling.requests import Request, Sampling, parse_request
 from scheduling.vectors import Vectors, from_base64
 
 Prompt = str | Mapping[str, Any] | Request

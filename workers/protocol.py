@@ -21,10 +21,7 @@ from scheduling.constraints import Constraint
 from scheduling.logprobs import TokenLogprobs
 from scheduling.requests import Request
 from scheduling.servicetime import ServiceTimes
-
-CacheType = Literal["f16", "q8_0", "q4_0"]
-RopeScaling = Literal["none", "linear", "yarn"]
-Split = Literal["layer", "row", "tensor"]
+from workers.loading import CacheType, RopeScaling, Split
 
 FRAME_LENGTH = struct.Struct("<I")
 FRAME_BYTES_MAX = 1 << 30

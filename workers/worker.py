@@ -20,7 +20,8 @@ import numpy as np
 from scheduling import messages as m
 from scheduling.errors import LlmpiError, RequestError, UserError
 from scheduling.link import Spoke
-from scheduling.requests import Sampling, derive_seed, parse_request
+from scheduling.requests import Sampling, parse_request
+from scheduling.seeds import derive_seed
 from workers.care import LEASE_S, Lease, Restarts, gpu_is_gone, out_of_memory
 from workers.endings import Endings, Held
 from workers.gpuhealth import GpuHealth

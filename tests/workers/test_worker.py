@@ -12,7 +12,9 @@ import pytest
 from scheduling import messages as m
 from scheduling.errors import ConfigError
 from scheduling.link import Spoke
-from scheduling.requests import Sampling, derive_seed, text_line
+from scheduling.requestlines import text_line
+from scheduling.requests import Sampling
+from scheduling.seeds import derive_seed
 from scheduling.tables import RANK, TELEMETRY
 from scheduling.vectors import to_bytes
 from tests.coordinator.fakes import FakeClock, FakeEndpoint, FakeEngine, answer, fake_rank0, hello, loaded
