@@ -66,6 +66,10 @@ def batch(
         int | None,
         typer.Option("--ranks", min=1, help="Ranks to start, where llmpi starts its own mpirun. [default: one a GPU]"),
     ] = None,
+    hostfile: Annotated[
+        Path | None,
+        typer.Option(help="Hosts to start ranks on, where llmpi starts its own mpirun; all their slots, or --ranks N."),
+    ] = None,
     ranks_per_gpu: Annotated[int, typer.Option(help="Workers that share a GPU.")] = 1,
     coordinator_works: Annotated[
         bool | None,
@@ -194,7 +198,8 @@ def batch(
     refuse_missing(needed if replay is None else {"-o/--output": output})
     options = BatchOptions(
         input=requests or Path(), output=output or Path(), format=input_format,
-        columns=Columns(prompt_column, template, id_column), ranks=ranks, show=show, quiet=quiet, as_json=as_json,
+        columns=Columns(prompt_column, template, id_column), ranks=ranks, hostfile=hostfile,
+        show=show, quiet=quiet, as_json=as_json,
         stopping=StopOptions(
             drain_timeout_s=drain_timeout, on_limit=on_limit,
             time_limit_s=limit_s, slurm_limit=time_limit is None or limit_s is not None,
