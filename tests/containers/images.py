@@ -7,9 +7,10 @@ there is one, for compiling takes many minutes.
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,18 +78,17 @@ class Builder:
             self("umount", container)
             self("rm", container)
 
-    def config(self, tag: str) -> str:
-        return self("inspect", "--type", "image", f"localhost/{tag}")
 
-
-def in_container(tree: Path, mounts: Mapping[Path, str], environ: Mapping[str, str], command: str) -> str:
-    """A shell command that runs `command` in a container as its user 1000, as a container engine would: `mounts` bound
-    to places in it, only `environ` as variables, /proc and /dev its own."""
-    lines = ["set -e"]
-    for kind, place in (("proc", "proc"), ("sysfs", "sys")):
-        lines.append(f"mount -t {kind} {kind} {tree}/{place}")
+def in_container(tree: Path, mounts: Mapping[Path, str], environ: Mapping[str, str], command: Sequence[str]) -> str:
+    """A shell script that becomes `command` in a container as its user 1000, as a container engine would start it:
+    `mounts` bound to places in it, `environ` its only variables, /proc, /sys and /dev there. To be run in a mount
+    namespace of its own."""
+    lines = ["set -e", f"mount -t proc proc {tree}/proc", f"mount -t sysfs sysfs {tree}/sys"]
     lines.append(f"mount --rbind /dev {tree}/dev")
-    lines += [f"mount --bind {here} {tree}{there}" for here, there in mounts.items()]
-    variables = " ".join(f"{name}='{value}'" for name, value in environ.items())
-    lines.append(f"exec chroot --userspec=1000:1000 {tree} /usr/bin/env -i {variables} {command}")
+    for here, there in mounts.items():
+        lines += [f"mkdir -p {tree}{there}", f"mount --bind {here} {tree}{there}"]
+    lines.append(f"mount -t tmpfs tmpfs {tree}/tmp")
+    variables = [f"{name}={value}" for name, value in environ.items()]
+    inside = ["/usr/bin/env", "-i", "-C", "/data", *variables, *command]
+    lines.append(f"exec {shlex.join(['chroot', '--userspec=1000:1000', str(tree), *inside])}")
     return "\n".join(lines)

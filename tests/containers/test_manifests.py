@@ -80,6 +80,10 @@ def test_kubernetes_knows_every_field(overlay: str) -> None:
             kubernetes_validate.validate(pod, "1.30", strict=True)
 
 
+def test_the_pod_for_files_is_one() -> None:
+    kubernetes_validate.validate(yaml.safe_load((FOLDER / "files.yaml").read_text()), "1.30", strict=True)
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_the_operator_knows_every_field(overlay: str) -> None:
     job = the_job(overlaid(FOLDER / overlay))
