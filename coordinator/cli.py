@@ -18,6 +18,8 @@ from coordinator.commands.bench import bench
 from coordinator.commands.infer import embed, infer
 from coordinator.commands.models import models
 from coordinator.commands.runs import export, report, status, stop
+from coordinator.commands.submit import HERE as SBATCH_WORDS
+from coordinator.commands.submit import job, submit
 from coordinator.launch import Launch, detect
 from scheduling.errors import EXIT_INFRASTRUCTURE, EXIT_OK, EXIT_USAGE, LlmpiError
 
@@ -31,7 +33,8 @@ app = typer.Typer(
 )
 for command in (batch, infer, embed, status, stop, report, export):
     app.command()(command)
-for group in (bench, models):
+app.command(context_settings=SBATCH_WORDS)(submit)
+for group in (bench, models, job):
     app.add_typer(group)
 
 

@@ -31,6 +31,7 @@ from coordinator.rundata import rank_rows
 from coordinator.session import Session
 from coordinator.setup import Setup
 from coordinator.signals import StopSignals
+from coordinator.slurmjobs.chain import NEXT, PREVIOUS
 from coordinator.source import FileSource, same_input
 from coordinator.surroundings import Surroundings
 from coordinator.timekeeper import StopOptions, Timekeeper
@@ -254,6 +255,8 @@ class Lead:
             "mpi": None if self._world is None else self._world.library(),
             "fault_tolerant": self._world is not None and self._world.fault_tolerant,
             "slurm_job": os.environ.get("SLURM_JOB_ID"),
+            "slurm_previous": os.environ.get(PREVIOUS) or None,
+            "slurm_next": os.environ.get(NEXT) or None,
             "workers": [
                 {
                     "rank": rank,

@@ -52,7 +52,11 @@ SEGMENTS_NAME = "metrics.d"
 
 _FORMAT = "llmpi-run"
 _VERSION = 1
-_BEFORE_RUN_JSON = {LOCK_NAME, BEAT_NAME, STOP_NAME, f".{RUN_NAME}.tmp", REQUESTS_NAME, f".{REQUESTS_NAME}.tmp"}
+SLURM_NAME = "slurm"
+"""Folder for the scripts and logs of jobs, which are there before a run is."""
+_BEFORE_RUN_JSON = {
+    LOCK_NAME, BEAT_NAME, STOP_NAME, f".{RUN_NAME}.tmp", REQUESTS_NAME, f".{REQUESTS_NAME}.tmp", SLURM_NAME,
+}  # fmt: skip
 _JOB_OUTPUT = (".out", ".err", ".log")
 _DIFFERENCES_SHOWN = 3
 
