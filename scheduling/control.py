@@ -28,7 +28,7 @@ from collections.abc import Iterable
 from enum import Enum
 
 from scheduling.copies import Copier
-from scheduling.dispatch import Dispatcher, unstarted
+from scheduling.dispatch import Dispatcher
 from scheduling.errors import ProtocolError
 from scheduling.estimates import LengthEstimator
 from scheduling.events import (
@@ -318,7 +318,7 @@ class ControlPlane:
         ran = event.started or event.unstarted
         died_with = {index for index, attempt in ran if self._ledger.owned(worker, index, attempt) is not None}
         if died_with:
-            self._dispatcher.note_death()
+            self._dispatcher.suspects.note_death()
         self._disown(worker, died_with, event.reason, out)
         if event.restarting:
             worker.state = WorkerState.JOINING
@@ -382,7 +382,7 @@ class ControlPlane:
             return
         self._close(reason, give_up_at, out)
         for worker in self._ledger.workers.values():
-            if queued := unstarted(worker):
+            if queued := worker.unstarted():
                 self._dispatcher.recall(worker, queued, now, out)
 
     def _close(self, reason: str, give_up_at: float | None, out: list[Instruction]) -> None:
@@ -400,8 +400,13 @@ class ControlPlane:
     def _keep_time(self, end_at: float, now: float, out: list[Instruction]) -> None:
         """Before the time limit: what would be late does not start. When nothing more can start it is a drain."""
         if now < end_at:
-            self._dispatcher.recall_late(now, out)
-        if now >= end_at or self.mode is Mode.DRAINING or self._dispatcher.nothing_in_time(now):
+            for worker, late in self._dispatcher.deadline.late(now):
+                self._dispatcher.recall(worker, late, now, out)
+        if (
+            now >= end_at
+            or self.mode is Mode.DRAINING
+            or self._dispatcher.deadline.nothing_in_time(now, self._dispatcher.target)
+        ):
             self._close(self._limit_reason, end_at, out)
 
     def _give_up_running(self, out: list[Instruction]) -> None:

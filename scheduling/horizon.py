@@ -51,16 +51,14 @@ class Horizon:
     """See the module's text. `end_at` None: there is no time limit.
 
     `shortest` and `longest` are the estimated steps of the shortest and the longest request that has arrived.
-    `set_aside_since` counts requests that were set aside since one could be started.
     """
 
-    __slots__ = ("end_at", "shortest", "longest", "set_aside_since", "_first_started", "_paces", "_together")
+    __slots__ = ("end_at", "shortest", "longest", "_first_started", "_paces", "_together")
 
     def __init__(self) -> None:
         self.end_at: float | None = None
         self.shortest = math.inf
         self.longest = 0.0
-        self.set_aside_since = 0
         self._first_started: float | None = None
         self._paces: dict[int, Pace] = {}
         self._together = Pace()

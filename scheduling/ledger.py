@@ -138,6 +138,10 @@ class WorkerEntry:
         free = self.slots - len(self.running) - len(self.recalled)
         return len(self.queued) - max(0, free)
 
+    def unstarted(self) -> list[int]:
+        """What is queued, in its order, but for copies of what runs elsewhere: those stay where they are."""
+        return [index for index, request in self.queued.items() if request.twin is None]
+
     def view(self) -> WorkerView:
         return WorkerView(
             self.id, self.state, self.slots, len(self.queued), len(self.running), self.load_tokens, self.requests,

@@ -13,6 +13,7 @@ import pytest
 
 from scheduling.control import ControlPlane
 from scheduling.copies import Copier
+from scheduling.deadline import Deadline
 from scheduling.dispatch import Dispatcher
 from scheduling.events import (
     Cancel,
@@ -27,6 +28,7 @@ from scheduling.events import (
 from scheduling.horizon import Horizon
 from scheduling.ledger import Ledger, Phase, RequestEntry, WorkerEntry
 from scheduling.policies import RoundRobin, WorkStealing
+from scheduling.suspects import Suspects
 from tests.scheduling.fakes import World, scenario_of
 
 SEEDS = 400
@@ -271,20 +273,20 @@ def a_suspect_is_given_neighbours_later(patch: pytest.MonkeyPatch) -> None:
 
 @mutant
 def suspects_wait_for_ever(patch: pytest.MonkeyPatch) -> None:
-    wrap(patch, Dispatcher, "_try_suspects", lambda original, dispatcher, now, out: None)
+    wrap(patch, Suspects, "hand_out", lambda original, suspects, hungry, recalling, now, out: None)
 
 
 @mutant
 def suspects_are_tried_where_nothing_ever_worked(patch: pytest.MonkeyPatch) -> None:
-    def try_suspects(original: Any, dispatcher: Dispatcher, now: float, out: list[Instruction]) -> None:
-        before = {worker: worker.requests for worker in dispatcher._ledger.workers.values()}
+    def hand_out(original: Any, suspects: Suspects, *args: Any) -> None:
+        before = {worker: worker.requests for worker in suspects._ledger.workers.values()}
         for worker in before:
             worker.requests = 0
-        original(dispatcher, now, out)
+        original(suspects, *args)
         for worker, requests in before.items():
             worker.requests = requests
 
-    wrap(patch, Dispatcher, "_try_suspects", try_suspects)
+    wrap(patch, Suspects, "hand_out", hand_out)
 
 
 @mutant
@@ -325,9 +327,9 @@ def a_restarting_worker_has_no_share_kept(patch: pytest.MonkeyPatch) -> None:
 @mutant
 def the_target_of_a_worker_that_left_is_still_read_for(patch: pytest.MonkeyPatch) -> None:
     def left(original: Any, dispatcher: Dispatcher, worker: WorkerEntry) -> None:
-        target = dispatcher._target
+        target = dispatcher.target
         original(dispatcher, worker)
-        dispatcher._target = target
+        dispatcher.target = target
 
     wrap(patch, Dispatcher, "worker_left", left)
 
@@ -525,25 +527,25 @@ def the_first_of_several_times_counts(patch: pytest.MonkeyPatch) -> None:
 
 @mutant
 def what_is_queued_may_be_late(patch: pytest.MonkeyPatch) -> None:
-    wrap(patch, Dispatcher, "recall_late", lambda original, dispatcher, now, out: None)
+    wrap(patch, Deadline, "late", lambda original, deadline, now: [])
 
 
 @mutant
 def what_is_assigned_may_be_late(patch: pytest.MonkeyPatch) -> None:
-    def take(original: Any, dispatcher: Dispatcher, worker: WorkerEntry, now: float, out: Any) -> RequestEntry:
-        return dispatcher._policy.take(worker.id)
+    def take(original: Any, deadline: Deadline, worker: WorkerEntry, now: float, out: Any) -> RequestEntry:
+        return deadline._policy.take(worker.id)
 
-    wrap(patch, Dispatcher, "_take", take)
+    wrap(patch, Deadline, "take", take)
 
 
 @mutant
 def what_is_late_here_is_late_everywhere(patch: pytest.MonkeyPatch) -> None:
-    wrap(patch, Dispatcher, "_in_time_somewhere", lambda original, dispatcher, worker, request, now: False)
+    wrap(patch, Deadline, "in_time_somewhere", lambda original, deadline, worker, request, now: False)
 
 
 @mutant
 def a_time_limit_never_closes_early(patch: pytest.MonkeyPatch) -> None:
-    wrap(patch, Dispatcher, "nothing_in_time", lambda original, dispatcher, now: False)
+    wrap(patch, Deadline, "nothing_in_time", lambda original, deadline, now, target: False)
 
 
 @mutant
@@ -569,12 +571,13 @@ def what_was_set_aside_is_forgotten_at_the_end(patch: pytest.MonkeyPatch) -> Non
 
 @mutant
 def suspects_may_be_late(patch: pytest.MonkeyPatch) -> None:
-    def try_suspects(original: Any, dispatcher: Dispatcher, now: float, out: list[Instruction]) -> None:
-        end_at, dispatcher.horizon.end_at = dispatcher.horizon.end_at, None
-        original(dispatcher, now, out)
-        dispatcher.horizon.end_at = end_at
+    def hand_out(original: Any, suspects: Suspects, *args: Any) -> None:
+        horizon = suspects._deadline.horizon
+        end_at, horizon.end_at = horizon.end_at, None
+        original(suspects, *args)
+        horizon.end_at = end_at
 
-    wrap(patch, Dispatcher, "_try_suspects", try_suspects)
+    wrap(patch, Suspects, "hand_out", hand_out)
 
 
 def seeds_to_find(limit: int) -> int | None:
