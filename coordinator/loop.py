@@ -15,7 +15,8 @@ from coordinator.source import Source
 from coordinator.surroundings import Recorder
 from scheduling import events as ev
 from scheduling import messages as m
-from scheduling.control import ControlPlane, Mode
+from scheduling.control import ControlPlane
+from scheduling.ending import Mode
 from scheduling.errors import EngineError, LlmpiError, UserError
 from scheduling.ledger import WorkerState
 from scheduling.link import Hub

@@ -15,6 +15,7 @@ from scheduling.control import ControlPlane
 from scheduling.copies import Copier
 from scheduling.deadline import Deadline
 from scheduling.dispatch import Dispatcher
+from scheduling.ending import Ending, Mode
 from scheduling.events import (
     Cancel,
     Committed,
@@ -227,9 +228,9 @@ def a_drain_leaves_the_backlogs(patch: pytest.MonkeyPatch) -> None:
 @mutant
 def what_arrives_during_a_drain_waits_for_ever(patch: pytest.MonkeyPatch) -> None:
     def arrived(original: Any, plane: ControlPlane, requests: list[NewRequest]) -> None:
-        mode, plane.mode = plane.mode, type(plane.mode).OPEN
+        mode, plane._ending.mode = plane.mode, Mode.OPEN
         original(plane, requests)
-        plane.mode = mode
+        plane._ending.mode = mode
 
     wrap(patch, ControlPlane, "_arrived", arrived)
 
@@ -500,7 +501,7 @@ def the_death_of_one_of_two_counts_for_the_other(patch: pytest.MonkeyPatch) -> N
 
 @mutant
 def nothing_is_given_up(patch: pytest.MonkeyPatch) -> None:
-    wrap(patch, ControlPlane, "_give_up_running", lambda original, plane, out: None)
+    wrap(patch, Ending, "_give_up_running", lambda original, ending, out: None)
 
 
 @mutant
@@ -509,20 +510,20 @@ def what_is_recalled_is_waited_for_when_time_is_up(patch: pytest.MonkeyPatch) ->
         found: list[RequestEntry] = original(worker)
         return [request for request in found if request.phase is not Phase.RECALLED]
 
-    def give_up(original: Any, plane: ControlPlane, out: list[Instruction]) -> None:
+    def give_up(original: Any, ending: Ending, out: list[Instruction]) -> None:
         with pytest.MonkeyPatch.context() as inner:
             wrap(inner, WorkerEntry, "holdings", holdings)
-            original(plane, out)
+            original(ending, out)
 
-    wrap(patch, ControlPlane, "_give_up_running", give_up)
+    wrap(patch, Ending, "_give_up_running", give_up)
 
 
 @mutant
 def the_first_of_several_times_counts(patch: pytest.MonkeyPatch) -> None:
-    def close(original: Any, plane: ControlPlane, reason: str, give_up_at: float | None, out: Any) -> None:
-        original(plane, reason, give_up_at if plane._give_up_at is None else None, out)
+    def close(original: Any, ending: Ending, reason: str, give_up_at: float | None, out: Any) -> None:
+        original(ending, reason, give_up_at if ending._give_up_at is None else None, out)
 
-    wrap(patch, ControlPlane, "_close", close)
+    wrap(patch, Ending, "_close", close)
 
 
 @mutant
@@ -563,10 +564,10 @@ def requests_run_from_their_assignment(patch: pytest.MonkeyPatch) -> None:
 
 @mutant
 def what_was_set_aside_is_forgotten_at_the_end(patch: pytest.MonkeyPatch) -> None:
-    def stop(original: Any, plane: ControlPlane, outcome: str, reason: str, out: Any) -> None:
-        original(plane, "done" if plane.input_ended else outcome, reason, out)
+    def stop(original: Any, ending: Ending, outcome: str, reason: str, out: Any) -> None:
+        original(ending, "done" if ending.input_ended else outcome, reason, out)
 
-    wrap(patch, ControlPlane, "_stop", stop)
+    wrap(patch, Ending, "_stop", stop)
 
 
 @mutant

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from scheduling.control import ControlPlane, Limits, Mode
+from scheduling.control import ControlPlane, Limits
+from scheduling.ending import Mode
 from scheduling.events import (
     Assign,
     Committed,
