@@ -68,14 +68,17 @@ class Deadline:
         return any(w.state is WorkerState.READY and self.in_time(w, request, now) for w in others)
 
     def late(self, now: float) -> Iterator[tuple[WorkerEntry, list[int]]]:
-        """Workers with what they have queued and would not end in time any more, even if it started now."""
+        """Workers with what they have queued and would not end in time any more, even if it started now.
+
+        Looks through what a worker has queued only where its longest request is late or has left since the last look.
+        """
         for worker in self._ledger.workers.values():
-            if not worker.queued or self.horizon.in_time(worker.id, self.horizon.longest, now):
+            if self.horizon.in_time(worker.id, worker.longest_queued, now):
                 continue
-            queued = ((index, worker.queued[index]) for index in worker.unstarted())
-            late = [index for index, request in queued if not self.in_time(worker, request, now)]
+            late = [index for index in worker.unstarted() if not self.in_time(worker, worker.queued[index], now)]
             if late:
                 yield worker, late
+            worker.longest_queued = max((request.steps for request in worker.queued.values()), default=0.0)
 
     def nothing_in_time(self, now: float, target: int) -> bool:
         """Whether nothing more can start: not even the shortest that has come, or none of very many in a row.

@@ -187,6 +187,31 @@ def test_queued_work_that_has_become_late_is_recalled() -> None:
     plane.check()
 
 
+def test_queues_are_not_looked_through_while_the_longest_queued_is_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    plane = measured(prefetch=32)
+    arrive(plane, *[30] * 33, now=10.0, first=1)
+    plane.handle(TimeLimited(120.0, "time is up"), 10.0)
+    asked: list[float] = []
+    in_time = Horizon.in_time
+
+    def counted(horizon: Horizon, worker: int, steps: float, now: float, wait_s: float = 0.0) -> bool:
+        asked.append(steps)
+        return in_time(horizon, worker, steps, now, wait_s)
+
+    monkeypatch.setattr(Horizon, "in_time", counted)
+    assert plane.handle(Tick(), 115.0) == [], "the longest that was queued would be late, and has ended"
+    asked.clear()
+    assert plane.handle(Tick(), 116.0) == []
+    assert len(asked) == 2, "the longest that is queued, and the shortest of all"
+    [recall] = plane.handle(Tick(), 117.5)[:1]
+    assert isinstance(recall, Recall)
+    assert len(recall.indexes) == 33
+    asked.clear()
+    plane.handle(Tick(), 117.6)
+    assert len(asked) <= 2
+    plane.check()
+
+
 def test_when_not_even_the_shortest_could_start_it_is_a_drain_and_what_is_queued_in_time_still_starts() -> None:
     plane = measured(prefetch=1)
     arrive(plane, 30, 30, now=10.0, first=1)
