@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import msgspec
 
+from coordinator.callbacks import Callbacks, Snapshot
 from coordinator.collect import Rows
 from coordinator.compressed import STDIN, STDIN_VARIABLE
 from coordinator.config import package_versions
@@ -22,7 +23,6 @@ from coordinator.ending import Ending, size_of
 from coordinator.inputfile import Format, ends_identity, only_embeddings, sniff_format
 from coordinator.intervals import Intervals
 from coordinator.launch import Launch
-from coordinator.loop import Callbacks, Snapshot
 from coordinator.prepared import Prepared, prepare_input, tell_row
 from coordinator.progress import ProgressView
 from coordinator.replay import Replay

@@ -13,7 +13,7 @@ from typing import IO
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from coordinator.loop import Snapshot
+from coordinator.callbacks import Snapshot
 from coordinator.terminal import NARROW_COLUMNS, console_for
 
 PLAIN_FIRST_S = 10.0

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from coordinator import progress as progress_module
-from coordinator.loop import Snapshot
+from coordinator.callbacks import Snapshot
 from coordinator.progress import PLAIN_EVERY_S, ProgressView, duration
 from tests.coordinator.fakes import FakeClock
 
