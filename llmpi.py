@@ -18,7 +18,7 @@ if __name__ == "__main__":
 
     main()
 
-from coordinator.loop import Snapshot
+from coordinator.callbacks import Snapshot
 from coordinator.pool import Pool, Result
 from scheduling.errors import (
     ConfigError,

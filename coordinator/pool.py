@@ -16,9 +16,10 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from coordinator.callbacks import Callbacks, Snapshot
 from coordinator.config import JobConfig, checked_sampling
 from coordinator.launch import detect
-from coordinator.loop import Callbacks, Coordinator, Snapshot, outcome_error
+from coordinator.loop import Coordinator, outcome_error
 from coordinator.memory import MemoryRecord
 from coordinator.ranks import open_world, serve_rank
 from coordinator.session import Session

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import msgspec
 
+from coordinator.callbacks import Callbacks
 from coordinator.collect import Collecting, Gathered, Rows, collect
 from coordinator.engines import fitted_placements
 from coordinator.handshake import Handshake
-from coordinator.loop import Callbacks, Coordinator
+from coordinator.loop import Coordinator
 from coordinator.mpi import SoloCollectives
 from coordinator.rundata import NO_COLLECTIVES
 from coordinator.serve import drive, turn

@@ -227,6 +227,11 @@ def lock_run(
     try:
         _prepare(disk, path)
         return JobLock(disk, path / LOCK_NAME, this_process(now_unix_s()), judge)
+    except FileNotFoundError as error:
+        # What lacked above it has been made, so the kernel's "No such file or directory" would help nobody.
+        raise RunDirError(
+            f"cannot use {path} as run directory: nothing can be made there (is it below /proc?). Give another one."
+        ) from error
     except OSError as error:
         raise unusable(path, error) from error
 

@@ -170,7 +170,9 @@ def batch(
         typer.Option(help="When time is up: 'requeue' has Slurm put the job back into its queue."),
     ] = "stop",
     show: Annotated[int, typer.Option(min=0, help="Answers to print at the end.")] = 0,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress and no tables.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("-q", "--quiet", help="No progress and no tables; of notes only warnings.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer every request of a file exactly once, on all ranks."""

@@ -55,8 +55,8 @@ def add(
     raise typer.Exit(add_model(path, name, licence, link=link, pin=pin, replace=replace, as_json=as_json))
 
 
-@models.command("pull")
-def pull_(
+@models.command()
+def pull(
     source: Annotated[
         str,
         typer.Argument(

@@ -284,7 +284,9 @@ def test_what_does_not_go_together_is_refused_with_what_to_do(value: object, par
 
 # ---------------------------------------------------------------- properties
 
-_KEYS = sorted({*wireform.Plain.__struct_fields__, *wireform.Batch.__struct_fields__, "role", "content", "type", "text"})
+_KEYS = sorted(
+    {*wireform.Plain.__struct_fields__, *wireform.Batch.__struct_fields__, "role", "content", "type", "text"}
+)
 _JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["user", "text"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(_KEYS) | st.text(max_size=5), inner),
@@ -471,7 +473,11 @@ def test_prompt_tokens_are_estimated_from_bytes() -> None:
 
 def test_every_parameter_is_documented_with_what_is_allowed() -> None:
     page = (Path(__file__).parents[2] / "docs" / "requests.md").read_text(encoding="utf-8")
-    names = {*wireform.Plain.__struct_fields__, *wireform.Batch.__struct_fields__, *wireform.WireMessage.__struct_fields__}
+    names = {
+        *wireform.Plain.__struct_fields__,
+        *wireform.Batch.__struct_fields__,
+        *wireform.WireMessage.__struct_fields__,
+    }
     assert [name for name in sorted(names) if f"`{name}`" not in page] == []
 
 

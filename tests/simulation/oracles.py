@@ -18,7 +18,8 @@ import msgspec
 import numpy as np
 
 from coordinator.config import JobConfig
-from scheduling.control import ControlPlane, Limits, Mode
+from scheduling.control import ControlPlane, Limits
+from scheduling.ending import Mode
 from scheduling.errors import BugError, PeerError, RunDirError
 from scheduling.estimates import LengthEstimator
 from scheduling.events import Committed, Event, Instruction, Tick

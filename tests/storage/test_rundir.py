@@ -172,6 +172,11 @@ def test_a_directory_that_cannot_be_written_is_a_clear_error_and_leaves_no_lock(
         RunDir.create_or_resume(Path("/run"), IDENTITY, disk=FakeDisk(fail={operation: errno.ENOSPC}))
 
 
+def test_a_place_where_nothing_can_be_made_is_said_to_be_one() -> None:
+    with pytest.raises(RunDirError, match=r"cannot use /proc/run as run directory: nothing can be made there"):
+        RunDir.create_or_resume(Path("/proc/run"), IDENTITY)
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format":"llmpi-run","version":1}', "\udcff"])
 def test_a_damaged_run_json_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "run.json").write_bytes(content.encode("utf-8", "surrogateescape"))
