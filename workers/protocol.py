@@ -108,7 +108,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     pooling: Literal["mean", "cls", "last"] | None = None
     """How one vector is made of an input's: None is as the model says, else their mean."""
     lanes_at_start: tuple[str, ...] = ("generate",)
-    """Kinds of contexts (`workers.backlog.Lane`) that are made with the model; others when they are needed."""
+    """Kinds of contexts (`workers.task.Lane`) that are made with the model; others when they are needed."""
 
 
 class EngineStart(msgspec.Struct, tag="start", frozen=True):
