@@ -30,19 +30,16 @@ that neighbours that make a table wider change nothing.
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 
-from workers.sampling import NOT_FINITE, Doubles, Floats, Ids, RowSampler, Tokens, penalise, typical, uniforms
+from workers.parameters import Parameters
+from workers.sampling import NOT_FINITE, Doubles, Flags, Floats, Ids, RowSampler, Tokens, penalise, typical
+from workers.threads import ALONE, Threads
 
-PARALLEL_ELEMENTS_MIN = 1 << 20
-"""Logits below which a second thread costs more than it brings."""
 STRIPS = 64
 """Tokens in a column."""
 COLUMNS_MIN = 256
@@ -58,33 +55,8 @@ MARGIN_SUM = 1e-4
 
 LOWEST = np.finfo(np.float32).min
 
-Flags = npt.NDArray[np.bool_]
 History = Callable[[int], Tokens]
 """The tokens of prompt and output so far, of the place in the list of rows."""
-
-
-class Threads:
-    """A pool, and how many of its threads, the caller's included, share the work of one step."""
-
-    def __init__(self, pool: ThreadPoolExecutor | None = None, count: int = 1) -> None:
-        self._pool = pool
-        self._count = count if pool is not None else 1
-
-    def spread(self, part: Callable[[int, int], None], count: int) -> None:
-        """Call `part(first, last)` for pieces of [0, count)."""
-        threads = min(self._count, count)
-        if self._pool is None or threads < 2:
-            if count:
-                part(0, count)
-            return
-        edges = [count * place // threads for place in range(threads + 1)]
-        waiting = [self._pool.submit(part, first, last) for first, last in pairwise(edges[1:])]
-        part(0, edges[1])
-        for future in waiting:
-            future.result()
-
-
-ALONE = Threads()
 
 
 def largest(logits: Floats, rows: Ids, threads: Threads = ALONE) -> Tokens:
@@ -99,40 +71,6 @@ def largest(logits: Floats, rows: Ids, threads: Threads = ALONE) -> Tokens:
 
     threads.spread(part, rows.size)
     return chosen
-
-
-class Parameters:
-    """What the rows of a step ask for, an item for each: all that is known before their logits are."""
-
-    __slots__ = (
-        "by_k", "by_p", "by_typical", "log_min_p", "number", "samplers", "temperature", "top_k", "top_p", "typical_p",
-        "whole",
-    )  # fmt: skip
-
-    def __init__(self, samplers: Sequence[RowSampler], steps: npt.ArrayLike, vocab_tokens: int) -> None:
-        """`steps`: the numbers of the output tokens, from 0."""
-        self.samplers = samplers
-        numbers = np.array([sampler.numbers for sampler in samplers])
-        self.temperature, self.top_p, self.log_min_p, self.typical_p = numbers[:, :4].T
-        self.top_k: Ids = numbers[:, 4].astype(np.int64)
-        keys = np.array([sampler.key for sampler in samplers], np.uint64)
-        with np.errstate(over="ignore"):
-            self.number = uniforms(keys, np.asarray(steps))
-        self.by_k: Flags = (self.top_k > 0) & (self.top_k < vocab_tokens)
-        self.by_typical: Flags = self.typical_p < 1.0
-        # Greedy is top_k 1.
-        together = ~self.by_k & ~self.by_typical
-        self.by_p: Flags = together & (self.top_p < 1.0)
-        self.whole: Flags = together & (self.top_p >= 1.0) & (self.log_min_p == -np.inf)
-
-    def only(self, some: Ids) -> Parameters:
-        """Of the rows at `some`."""
-        one = copy.copy(self)
-        one.samplers = [self.samplers[place] for place in some.tolist()]
-        for name in self.__slots__:
-            if name != "samplers":
-                setattr(one, name, getattr(self, name)[some])
-        return one
 
 
 def choose(logits: Floats, rows: Ids, parameters: Parameters, history: History, threads: Threads = ALONE) -> Tokens:
