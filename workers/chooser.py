@@ -20,10 +20,11 @@ from workers.choosing import choose, largest
 from workers.constraints import Allowed, Constraints
 from workers.logprobs import Asker, Look
 from workers.parameters import Parameters
-from workers.sampling import NOT_FINITE
+from workers.passes import Pass
+from workers.sampling import NOT_FINITE, Flags
 from workers.seating import Decoder, Seating
 from workers.shortlist import Shortlist
-from workers.slots import Flags, Ints, Pass, SlotArrays
+from workers.slots import Ints, SlotArrays
 from workers.threads import PARALLEL_ELEMENTS_MIN, Threads
 
 

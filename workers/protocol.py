@@ -85,7 +85,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     tensor_split: tuple[float, ...] = ()
     """Each GPU's share of it; empty: llama.cpp decides, by free memory."""
     steady_batches: bool | None = None
-    """Shape batches as a GPU likes them (`workers.slots`). None: where there is one."""
+    """Shape batches as a GPU likes them (`workers.passes`). None: where there is one."""
     speculate: Literal["auto", "always", "never"] = "auto"
     """Draft tokens and check several at once where few sequences run (`workers.speculation`): where it is faster, or
     whenever there is a draft."""
