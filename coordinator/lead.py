@@ -40,7 +40,8 @@ from scheduling import events as ev
 from scheduling.errors import EXIT_INFRASTRUCTURE, InputError, RecordError, RunDirError
 from storage.files import Disk
 from storage.recovery import Recovery, recover
-from storage.rundir import RUN_NAME, RunDir, holds_answers, read_run
+from storage.rundir import RunDir, holds_answers
+from storage.runjson import RUN_NAME, read_run
 from storage.staging import Staged
 
 

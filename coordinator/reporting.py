@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from scheduling.errors import EXIT_OK, ConfigError
-from storage.rundir import Status, read_run
-from storage.rundir import status as run_status
+from storage.runjson import read_run
+from storage.runstatus import Status
+from storage.runstatus import status as run_status
 
 PAGE_NAME = "report.html"
 NEEDS = "the page needs matplotlib: pip install 'llmpi[report]'"

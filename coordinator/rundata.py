@@ -24,7 +24,8 @@ from storage.files import Disk, OsDisk
 from storage.metrics import write_metrics
 from storage.recovery import RECORD_NAME
 from storage.recovery import rows as record_rows
-from storage.rundir import METRICS_NAME, SEGMENTS_NAME, RunDir, read_run
+from storage.rundir import METRICS_NAME, SEGMENTS_NAME, RunDir
+from storage.runjson import read_run
 from storage.segments import latest, read_segments
 from storage.summary import Sums, check_reduced, check_sums, summarise, sums_of
 from workers.metrics import HISTOGRAMS, fitted

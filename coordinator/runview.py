@@ -11,7 +11,9 @@ from typing import Any
 from coordinator.report import report_data
 from scheduling.histogram import LogHistogram
 from storage.metrics import Metrics, read_requests, read_summary, read_telemetry
-from storage.rundir import METRICS_NAME, Status, read_run
+from storage.rundir import METRICS_NAME
+from storage.runjson import read_run
+from storage.runstatus import Status
 from storage.timeline import Timeline, timeline
 from storage.usage import Device, devices
 

@@ -22,7 +22,8 @@ from scheduling.errors import ConfigError
 from scheduling.histogram import LogHistogram
 from scheduling.tables import RANK, REQUEST
 from storage.metrics import write_metrics
-from storage.rundir import METRICS_NAME, status
+from storage.rundir import METRICS_NAME
+from storage.runstatus import status
 from tests.coordinator.runs import make_run, telemetry
 
 pytestmark = pytest.mark.slow
