@@ -91,14 +91,14 @@ def _print_tables(run_dirs: Sequence[Path], states: Sequence[Status], options: R
 
 
 def _write_page(run_dirs: Sequence[Path], states: Sequence[Status], options: ReportOptions) -> None:
-    from coordinator import figures
+    from coordinator.page import svg
 
-    if not figures.available():
+    if not svg.available():
         if options.html is not None:
             raise ConfigError(NEEDS)
         print(f"llmpi: {NEEDS}", file=sys.stderr)
         return
-    from coordinator.page import page
+    from coordinator.page.document import page
     from coordinator.report import failure_reasons
     from coordinator.runview import names_of, view_run
 

@@ -13,8 +13,8 @@ import h5py
 import numpy as np
 import pytest
 
-from coordinator import figures
-from coordinator.page import page
+from coordinator.page.document import page
+from coordinator.page.ranks import LANES_MAX
 from coordinator.report import failure_reasons, figure_text, percent_text, report_data, time_cell
 from coordinator.reporting import NEEDS, ReportOptions, show_report
 from coordinator.runview import RunView, names_of, view_run
@@ -236,7 +236,7 @@ def test_runs_of_the_same_name_are_told_apart_by_their_paths() -> None:
 def test_many_ranks_and_devices_still_make_a_page(tmp_path: Path) -> None:
     text = made(make_run(tmp_path / "wide", 2_000, ranks=100))
     assert len(text) < 2e6
-    assert f"{figures.LANES_MAX} of 100 ranks are drawn" in Read(text).text
+    assert f"{LANES_MAX} of 100 ranks are drawn" in Read(text).text
     assert "Of 100 devices the mean is drawn, and the range" in Read(text).text
 
 
@@ -265,9 +265,9 @@ def test_the_page_does_not_grow_with_the_requests(tmp_path: Path) -> None:
 
 
 def test_matplotlib_is_imported_when_a_picture_is_made_and_not_before() -> None:
-    code = "import coordinator.cli, coordinator.page, coordinator.reporting, sys; print(*sys.modules)"
+    code = "import coordinator.cli, coordinator.page.document, coordinator.reporting, sys; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "coordinator.figures" in done.stdout.split()
+    assert "coordinator.page.svg" in done.stdout.split()
     assert not {"matplotlib", "mpi4py", "llama_cpp", "pyarrow"} & set(done.stdout.split())
 
 
@@ -286,7 +286,7 @@ def test_without_matplotlib_tables_are_printed_and_one_line_says_what_to_install
 def test_the_page_goes_where_it_is_told(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("coordinator.page.page", lambda views, reasons: f"{len(views)} & {len(reasons)}")
+    monkeypatch.setattr("coordinator.page.document.page", lambda views, reasons: f"{len(views)} & {len(reasons)}")
     monkeypatch.chdir(tmp_path)
     (run / "report.html").unlink(missing_ok=True)
     show_report([run], ReportOptions(no_html=True))
