@@ -24,10 +24,10 @@ An illegal event raises `ProtocolError` and changes nothing. `check()` verifies 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import Enum
 
-from scheduling.copies import Copier
+from scheduling.copies import Copied, Copier
 from scheduling.dispatch import Dispatcher, unstarted
 from scheduling.errors import ProtocolError
 from scheduling.estimates import LengthEstimator
@@ -185,6 +185,11 @@ class ControlPlane:
     def running(self) -> int:
         """Requests of which an entry runs, copied or not."""
         return len(self._ledger.live) - self._ledger.unstarted
+
+    @property
+    def copies(self) -> Sequence[Copied]:
+        """The copies of stragglers one by one, in the order in which they were made, up to a number of them."""
+        return self._copies.told
 
     def workers(self) -> list[WorkerView]:
         return [worker.view() for worker in self._ledger.workers.values()]

@@ -19,9 +19,6 @@ from coordinator.runview import RunView
 from coordinator.sidebyside import comparison
 from coordinator.simulated import WARNING
 
-RUNS_MAX = 8
-"""Runs beside each other: as many as there are colours."""
-
 
 def page(runs: Sequence[RunView], reasons: Sequence[Sequence[tuple[int, str, str]]]) -> str:
     """The page for one run, or for several beside each other, ratios to the first.

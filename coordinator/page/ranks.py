@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,28 @@ RANKS_MAX = 512
 """Rows of the table of ranks."""
 
 
+@dataclass(frozen=True, slots=True)
+class Look:
+    """How a kind of mark looks. Hollow: only its edge is coloured."""
+
+    name: str
+    shape: str
+    size: float = 1.0
+    hollow: bool = False
+
+
+STOLEN = Look("stolen requests came", "v")
+WON = Look("copy, answered first", "D", 0.8)
+IN_VAIN = Look("copy, in vain", "D", 0.8, hollow=True)
+LOOKS = (STOLEN, WON, IN_VAIN)
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    at: float
+    look: Look
+
+
 def shown_ranks(line: Timeline) -> list[int]:
     """The ranks that a Gantt chart has room for."""
     ranks = list(line.lanes)
@@ -30,7 +53,8 @@ def shown_ranks(line: Timeline) -> list[int]:
 
 
 def gantt(run: RunView, name: str, length_s: float) -> str | None:
-    """A lane for each rank: filled as high as requests run, tinted where any does, marked where stolen work came.
+    """A lane for each rank: filled as high as requests run, tinted where any does, marked where stolen work came and
+    where copies of stragglers were started.
 
     `length_s`: of the axis of time, which runs that stand side by side share.
     """
@@ -39,7 +63,10 @@ def gantt(run: RunView, name: str, length_s: float) -> str | None:
         return None
     ranks = shown_ranks(line)
     each = 44 if len(ranks) <= 6 else 28 if len(ranks) <= 16 else 13
-    width, height = WIDTH, 66 + each * len(ranks)
+    marked = any(lane.steals or lane.copies for lane in line.lanes.values())
+    top = 18 + (22 if marked else 0)
+    right = 190 if any(lane.stolen_in and lane.copied_in for lane in line.lanes.values()) else 128
+    width, height = WIDTH, 48 + top + each * len(ranks)
     figure, [axes] = new_figure(width, height)
     full = max(lane.full for lane in line.lanes.values())
     factor = 4 if len(ranks) <= 16 else 10
@@ -55,7 +82,8 @@ def gantt(run: RunView, name: str, length_s: float) -> str | None:
         heights = base + 0.74 * np.minimum(np.append(busy, busy[-1]) / full, 1.0)
         axes.fill_between(edges, base, heights, step="post", color=of, alpha=0.9, linewidth=0)
         axes.plot([0, length_s], [base, base], color=MUTED, linewidth=0.6)
-        _steal_marks(axes, lane, base + 0.80, line.length_s, ranks, min(steps, 110), small=each < 20)
+        for of_rank, mark in _marks(lane, line.length_s, min(steps, 110)):
+            _draw(axes, mark, base + 0.86, colour(ranks.index(of_rank)) if of_rank in ranks else MUTED, small=each < 20)
         axes.annotate(_lane_text(counters.get(rank), lane), (1, base + 0.37), xycoords=("axes fraction", "data"),
                       xytext=(8, 0), textcoords="offset points", va="center", fontsize=11 if each > 20 else 9,
                       color=INK, annotation_clip=False)  # fmt: skip
@@ -66,7 +94,9 @@ def gantt(run: RunView, name: str, length_s: float) -> str | None:
     axes.tick_params(axis="y", labelsize=12 if each > 20 else 9, labelcolor=INK)
     breaks(axes, line, told=True)
     time_axis(axes, length_s)
-    set_margins(figure, width, height, 60, 128, 18, 40)
+    used = [mark.look for lane in line.lanes.values() for _, mark in _marks(lane, line.length_s, 1)]
+    _legend(axes, [look for look in LOOKS if look in used], above=bool(line.breaks_s))
+    set_margins(figure, width, height, 60, right, top, 40)
     return svg_of(figure, name)
 
 
@@ -75,6 +105,8 @@ def _lane_text(counters: dict[str, Any] | None, lane: Lane) -> str:
     parts = [f"{lane.requests:,} done" if share is None else f"busy {100 * share:.0f} %"]
     if lane.stolen_in:
         parts.append(f"{lane.stolen_in:,} stolen")
+    if lane.copied_in:
+        parts.append(f"{lane.copied_in:,} {'copy' if lane.copied_in == 1 else 'copies'}")
     return " · ".join(parts)
 
 
@@ -84,17 +116,39 @@ def _spans(on: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
     return list(zip(changes[::2].tolist(), changes[1::2].tolist(), strict=True))
 
 
-def _steal_marks(
-    axes: Any, lane: Lane, height: float, length_s: float, ranks: list[int], steps: int, *, small: bool
-) -> None:
-    """A mark for all that came within one step, in the colour of the first victim."""
-    seen: dict[int, tuple[float, int]] = {}
-    for at, victim in lane.steals:
-        seen.setdefault(int(at / length_s * max(steps, 1)), (at, victim))
-    for at, victim in seen.values():
-        of = colour(ranks.index(victim)) if victim in ranks else MUTED
-        axes.plot([at], [height + 0.06], "v", color=of, markersize=3 if small else 6, markeredgecolor=PAPER,
-                  markeredgewidth=0.4, clip_on=False, zorder=5)  # fmt: skip
+def _marks(lane: Lane, length_s: float, steps: int) -> Iterator[tuple[int, Mark]]:
+    """Marks, and the ranks whose colours they have: one for all of a kind that came within one step."""
+    found = [(at, STOLEN, victim) for at, victim in lane.steals]
+    found += [(at, WON if won else IN_VAIN, source) for at, source, won in lane.copies]
+    seen: dict[tuple[Look, int], tuple[int, Mark]] = {}
+    for at, look, rank in found:
+        seen.setdefault((look, int(at / length_s * max(steps, 1))), (rank, Mark(at, look)))
+    yield from seen.values()
+
+
+def _draw(axes: Any, mark: Mark, height: float, of: str, *, small: bool) -> None:
+    look = mark.look
+    axes.plot([mark.at], [height], look.shape, color=PAPER if look.hollow else of,
+              markersize=(4.0 if small else 6.0) * look.size, markeredgecolor=of if look.hollow else PAPER,
+              markeredgewidth=1.2 if look.hollow else 0.4, clip_on=False, zorder=5)  # fmt: skip
+
+
+def _legend(axes: Any, looks: Sequence[Look], *, above: bool) -> None:
+    """What the marks are, over the lanes. `above`: names of jobs stand right over these."""
+    from matplotlib.lines import Line2D
+
+    if looks:
+        handles = [
+            Line2D([], [], linestyle="", marker=look.shape, color=PAPER if look.hollow else MUTED,
+                   markersize=6.0 * look.size, markeredgecolor=MUTED if look.hollow else PAPER,
+                   markeredgewidth=1.2 if look.hollow else 0.4, label=look.name)
+            for look in looks
+        ]  # fmt: skip
+        axes.legend(
+            handles=handles, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=1.4 if above else 0.5,
+            ncols=len(looks), frameon=False, fontsize=11, labelcolor=INK, borderpad=0, handletextpad=0.1,
+            columnspacing=1.2,
+        )  # fmt: skip
 
 
 def chapter(runs: Sequence[RunView]) -> list[str]:
@@ -129,7 +183,8 @@ def _rank_finding(runs: Sequence[RunView]) -> str:
     if stolen is None:
         return said
     whom = "nothing was" if not stolen else "one request was" if stolen == 1 else f"{stolen:,} requests were"
-    return f"{said}; {whom} stolen"
+    copies = runs[0].data["last_session"].get("copies")
+    return f"{said}; {whom} stolen" + (f", {copies:,} copied" if copies else "")
 
 
 def _gantt_sentence(run: RunView) -> str:
@@ -143,7 +198,11 @@ def _gantt_sentence(run: RunView) -> str:
         lane = line.lanes[rank]
         busy = counters.get(rank, {}).get("busy_share")
         share = "" if busy is None else f"busy {percent_text(busy)}, "
-        parts.append(f"rank {rank}: {share}{lane.requests:,} requests, {lane.stolen_in:,} of them stolen")
+        told = f"rank {rank}: {share}{lane.requests:,} requests, {lane.stolen_in:,} of them stolen"
+        if lane.copied_in:
+            copies = "copy" if lane.copied_in == 1 else "copies"
+            told += f", {lane.copied_in:,} {copies} of stragglers started, {lane.copies_won:,} answered first"
+        parts.append(told)
     told = "; ".join(parts) + (f"; and {len(line.lanes) - 8} more." if len(shown) > 8 else ".")
     if len(shown) < len(line.lanes):
         told += f" {len(shown)} of {len(line.lanes)} ranks are drawn."
@@ -152,7 +211,12 @@ def _gantt_sentence(run: RunView) -> str:
         f"{full:,.0f}); it is empty while the rank is idle, as while it loads its model."
     )
     if any(lane.stolen_in for lane in line.lanes.values()):
-        told += " A mark is where stolen requests arrived, in the colour of the rank they were taken from."
+        told += " A triangle is where stolen requests arrived, in the colour of the rank they were taken from."
+    if any(lane.copied_in for lane in line.lanes.values()):
+        told += (
+            " A diamond is where a copy of a straggler was started, in the colour of the rank that this ran on: filled "
+            "where the copy answered first, hollow where it was in vain."
+        )
     return told + " Times of each rank count from rank 0's welcome, on its own clock."
 
 

@@ -180,9 +180,49 @@ def test_steals_are_told_where_there_are_any(run: Path, text: str, tmp_path: Pat
     stolen = line.lanes[2].stolen_in
     assert stolen > 0
     assert f"{stolen} of them stolen" in Read(text).text
-    assert "A mark is where stolen requests arrived" in Read(text).text
-    alone = make_run(tmp_path / "alone", 5, ranks=1, gpu=False)
-    assert "A mark is where" not in made(alone)
+    assert "A triangle is where stolen requests arrived" in Read(text).text
+    assert "stolen requests came" in Read(text).words, "what the marks are, in the picture"
+    alone = made(make_run(tmp_path / "alone", 5, ranks=1, gpu=False))
+    assert "A triangle is where" not in alone
+    assert "stolen requests came" not in alone
+
+
+def marks(text: str) -> list[tuple[str, str]]:
+    """Fill and edge of each mark in the lanes of ranks, the legend's included."""
+    picture = next(one for one in re.findall(r"<svg.*?</svg>", text, re.DOTALL) if "gantt-0" in one)
+    styles = [attributes.get("style") or "" for tag, attributes in Read(picture).tags if tag == "use"]
+    found = [re.fullmatch(r"fill: var\(--(\w+)\); stroke: var\(--(\w+)\).*", style) for style in styles]
+    return [(one[1], one[2]) for one in found if one]
+
+
+def test_copies_are_drawn_where_they_started_won_ones_filled_and_told(tmp_path: Path) -> None:
+    """In the colour of the rank that was slow: the second of three."""
+    copies = [(3, 2, 5.0, 1), (3, 2, 5.5, 0), (1, 2, 5.2, -1)]
+    text = made(make_run(tmp_path / "copied", 60, ranks=3, gpu=False, copies=copies))
+    said = Read(text)
+    assert (
+        "rank 3: busy 75 %, 20 requests, 0 of them stolen, 2 copies of stragglers started, 1 answered first"
+        in said.text
+    )
+    assert (
+        "rank 1: busy 75 %, 20 requests, 0 of them stolen, 1 copy of stragglers started, 0 answered first" in said.text
+    )
+    assert "A diamond is where a copy of a straggler was started" in said.text
+    assert "3 copied" in said.text
+    assert {"copy, answered first", "copy, in vain"} <= set(said.words)
+    without = marks(made(make_run(tmp_path / "plain", 60, ranks=3, gpu=False)))
+    drawn = marks(text)
+    for one in without:
+        drawn.remove(one)
+    second = "c1"
+    lanes = [(second, "paper"), ("paper", second), ("paper", second)]
+    assert sorted(drawn) == sorted([*lanes, ("muted", "paper"), ("paper", "muted")])
+
+
+def test_without_copies_nothing_is_said_of_them(text: str) -> None:
+    assert "copied" not in text
+    assert "diamond" not in text
+    assert "copy, " not in text
 
 
 def test_percentiles_that_the_count_cannot_support_are_flagged(tmp_path: Path) -> None:
