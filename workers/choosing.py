@@ -46,6 +46,8 @@ COLUMNS_MIN = 256
 CROWD_COLUMNS = 256
 """More columns than these above its floor, or more tokens than CROWD_TOKENS, and a row is worked at alone."""
 CROWD_TOKENS = 1024
+BUCKETS = 2048
+"""Into so many parts a row is cut that is drawn from as a whole."""
 FEW_COLUMNS = 64
 """Up to so many columns above min_p's floor, what min_p keeps is found before Z."""
 MARGIN = 1e-3
@@ -332,20 +334,19 @@ class Step:
         """As from a table, but only the part that the number falls into is sorted."""
         row = self.logits[self.rows[place]]
         ids = np.flatnonzero(row >= self.floor[place])
-        weights = np.exp((row[ids] - self.top[place]).astype(np.float64) / self.of.temperature[place])
+        below = (self.top[place] - row[ids]).astype(np.float64)
+        weights = np.exp(-below / self.of.temperature[place])
         target = float(self.of.number[place] * self.total[place])
-        while ids.size > CROWD_TOKENS:
-            logits = row[ids]
-            upper = logits > np.partition(logits, ids.size // 2)[ids.size // 2]
-            heavy = float(weights[upper].sum())
-            part = upper if target < heavy else ~upper
-            if part.all():
-                break  # those that are left are equal
-            target -= 0.0 if target < heavy else heavy
-            ids, weights = ids[part], weights[part]
+        while ids.size > CROWD_TOKENS and 0.0 < (reach := below.max() - below.min()) < np.inf:
+            # Buckets of like logits, the largest first. Rounding may put neighbours into one, and never out of order.
+            bucket = ((below - below.min()) * ((BUCKETS - 1) / reach)).astype(np.int64)
+            edges = np.cumsum(np.bincount(bucket, weights))
+            found = _first_over(edges, target)
+            target -= float(edges[found - 1]) if found else 0.0
+            part = np.flatnonzero(bucket == found)
+            ids, below, weights = ids[part], below[part], weights[part]
         order = np.argsort(-row[ids], kind="stable")
-        edges = np.cumsum(weights[order])
-        return int(ids[order[min(np.count_nonzero(edges <= target), np.count_nonzero(edges < edges[-1]))]])
+        return int(ids[order[_first_over(np.cumsum(weights[order]), target)]])
 
     def _row_candidates(self, place: int) -> tuple[Ids, Floats]:
         row, k = self.logits[self.rows[place]], int(self.of.top_k[place])
@@ -359,6 +360,11 @@ class Step:
         if self.of.by_typical[place]:
             ids = ids[typical(row[ids], self.of.typical_p[place])]
         return ids, row[ids]
+
+
+def _first_over(edges: Doubles, target: float) -> int:
+    """The first of rising edges over the target; the last that has any weight, if none is."""
+    return min(int(np.searchsorted(edges, target, side="right")), int(np.searchsorted(edges, edges[-1])))
 
 
 def _table(line: Ids, ids: Ids, logits: Floats) -> tuple[Ids, Floats, Ids]:
