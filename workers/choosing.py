@@ -340,7 +340,7 @@ class Step:
         while ids.size > CROWD_TOKENS and 0.0 < (reach := below.max() - below.min()) < np.inf:
             # Buckets of like logits, the largest first. Rounding may put neighbours into one, and never out of order.
             bucket = ((below - below.min()) * ((BUCKETS - 1) / reach)).astype(np.int64)
-            edges = np.cumsum(np.bincount(bucket, weights))
+            edges: Doubles = np.cumsum(np.bincount(bucket, weights), dtype=np.float64)
             found = _first_over(edges, target)
             target -= float(edges[found - 1]) if found else 0.0
             part = np.flatnonzero(bucket == found)
