@@ -26,8 +26,8 @@ from coordinator.signals import StopSignals, ignore_stop_signals
 from coordinator.staging import stage_models
 from coordinator.timekeeper import Timekeeper, age_s
 from scheduling.errors import EXIT_INFRASTRUCTURE, EXIT_OK, EXIT_USAGE, ConfigError, LlmpiError, RunDirError
-from storage.rundir import RUN_NAME
-from storage.rundir import status as run_status
+from storage.runjson import RUN_NAME
+from storage.runstatus import status as run_status
 
 
 def run_batch(config: JobConfig, options: BatchOptions, argv: list[str]) -> int:

@@ -27,7 +27,7 @@ from coordinator.prepared import Prepared, prepare_input, tell_row
 from coordinator.progress import ProgressView
 from coordinator.replay import Replay
 from coordinator.rows import Columns
-from coordinator.rundata import rank_rows
+from coordinator.rundata import copy_rows, rank_rows
 from coordinator.session import Session
 from coordinator.setup import Setup
 from coordinator.signals import StopSignals
@@ -41,7 +41,8 @@ from scheduling import events as ev
 from scheduling.errors import EXIT_INFRASTRUCTURE, InputError, RecordError, RunDirError
 from storage.files import Disk
 from storage.recovery import Recovery, recover
-from storage.rundir import RUN_NAME, RunDir, holds_answers, read_run
+from storage.rundir import RunDir, holds_answers
+from storage.runjson import RUN_NAME, read_run
 from storage.staging import Staged
 
 
@@ -192,7 +193,9 @@ class Lead:
             self._view.warn(note)
         run.add_session_facts(self._facts())
         around = self._around
-        self._intervals = Intervals(disk, run.segments_path, run.session, self._filled, around.clock, around.executor())
+        self._intervals = Intervals(
+            disk, run.segments_path, run.session, self._filled, around.clock, around.executor(), self._copies
+        )
         record = around.recorder(
             disk, run.record_path, around.clock, self._config.commit_interval_s, self._config.commit_bytes,
             run.check_held,
@@ -323,6 +326,11 @@ class Lead:
                 f"draining ({event.reason}): what runs may finish, and within {bound_s:g} s this job ends and the run "
                 "can be resumed; once more stops at once"
             )
+
+    def _copies(self) -> Rows:
+        coordinator = self.session.coordinator
+        assert coordinator is not None
+        return copy_rows(coordinator, self.session.number, self.session.welcomed_at)
 
     def _filled(self, ranks: Rows) -> Rows:
         """Rows of the rank table with what only rank 0 knows."""

@@ -77,6 +77,8 @@ class Session:
         self.hub = Hub(self._endpoint, remote)
         self._pids: dict[int, int] = {}
         self._unreachable: list[int] = []
+        self.welcomed_at = 0.0
+        """When rank 0 welcomed the ranks, on its clock: ranks count their time from there."""
         self.engine_end_s = m.ENGINE_END_S
         """How long engines may take to end before they are killed."""
 
@@ -103,6 +105,7 @@ class Session:
         except Exception as error:
             self.refuse(str(error))
             raise
+        self.welcomed_at = self._clock()
         for rank in self._remote:
             self.hub.send(rank, self._welcome(self.plan.placements[rank]))
         for worker in sorted(set(self.plan.placements) - set(self._remote)):

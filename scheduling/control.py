@@ -24,9 +24,9 @@ An illegal event raises `ProtocolError` and changes nothing. `check()` verifies 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from scheduling.copies import Copier
+from scheduling.copies import Copied, Copier
 from scheduling.dispatch import Dispatcher
 from scheduling.ending import Ending, Mode
 from scheduling.errors import ProtocolError
@@ -174,6 +174,11 @@ class ControlPlane:
     def running(self) -> int:
         """Requests of which an entry runs, copied or not."""
         return len(self._ledger.live) - self._ledger.unstarted
+
+    @property
+    def copies(self) -> Sequence[Copied]:
+        """The copies of stragglers one by one, in the order in which they were made, up to a number of them."""
+        return self._copies.told
 
     def workers(self) -> list[WorkerView]:
         return [worker.view() for worker in self._ledger.workers.values()]

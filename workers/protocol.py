@@ -82,7 +82,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     tensor_split: tuple[float, ...] = ()
     """Each GPU's share of it; empty: llama.cpp decides, by free memory."""
     steady_batches: bool | None = None
-    """Shape batches as a GPU likes them (`workers.slots`). None: where there is one."""
+    """Shape batches as a GPU likes them (`workers.passes`). None: where there is one."""
     speculate: Literal["auto", "always", "never"] = "auto"
     """Draft tokens and check several at once where few sequences run (`workers.speculation`): where it is faster, or
     whenever there is a draft."""
@@ -105,7 +105,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     pooling: Literal["mean", "cls", "last"] | None = None
     """How one vector is made of an input's: None is as the model says, else their mean."""
     lanes_at_start: tuple[str, ...] = ("generate",)
-    """Kinds of contexts (`workers.backlog.Lane`) that are made with the model; others when they are needed."""
+    """Kinds of contexts (`workers.task.Lane`) that are made with the model; others when they are needed."""
 
 
 class EngineStart(msgspec.Struct, tag="start", frozen=True):

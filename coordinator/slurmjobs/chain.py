@@ -15,8 +15,9 @@ from pathlib import Path
 
 from coordinator.slurmjobs.partitions import Client, run_client
 from scheduling.errors import EXIT_OK, EXIT_SOME_FAILED, ConfigError, InfrastructureError
-from storage.rundir import RUN_NAME, SLURM_NAME, read_run
-from storage.rundir import status as run_status
+from storage.rundir import SLURM_NAME
+from storage.runjson import RUN_NAME, read_run
+from storage.runstatus import status as run_status
 
 FOLDER = SLURM_NAME
 SCRIPT = "job.sbatch"

@@ -13,8 +13,9 @@ from coordinator.slurmjobs.chain import Queued, in_queue, read_links
 from coordinator.slurmjobs.partitions import Client, run_client
 from coordinator.terminal import console_for
 from scheduling.errors import EXIT_RESUMABLE, InfrastructureError
-from storage.rundir import RUN_NAME, Status
-from storage.rundir import status as run_status
+from storage.runjson import RUN_NAME
+from storage.runstatus import Status
+from storage.runstatus import status as run_status
 
 POLL_S = 2.0
 PATIENCE_S = 600.0

@@ -15,7 +15,7 @@ from coordinator.slurmjobs.jobscript import write_script
 from coordinator.slurmjobs.partitions import Client, check_fits, read_partitions, run_client
 from coordinator.values import print_json
 from scheduling.errors import EXIT_OK, ConfigError, RunDirError
-from storage.rundir import unusable
+from storage.runjson import unusable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

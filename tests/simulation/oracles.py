@@ -26,7 +26,7 @@ from scheduling.events import Committed, Event, Instruction, Tick
 from scheduling.recordline import Row, decode_row
 from storage.record import RecordWriter
 from storage.recovery import scan
-from storage.rundir import Status, status
+from storage.runstatus import Status, status
 from tests.scheduling.oracle import Oracle
 from tests.simulation.agenda import ViolationError
 from tests.simulation.disk import Outside, SimulatedDisk, Storage

@@ -19,7 +19,9 @@ from storage.files import OsDisk
 from storage.joblock import Holder, Judge, alive, read_holder, this_process
 from storage.record import GroupCommit, open_record
 from storage.recovery import recover
-from storage.rundir import RunDir, read_run, request_stop, status
+from storage.rundir import RunDir
+from storage.runjson import read_run
+from storage.runstatus import request_stop, status
 from tests.simulation.disk import Outside, SimulatedDisk, Storage
 from tests.storage.fake_disk import FakeDisk, PowerCutError
 from tests.storage.samples import ok_line
