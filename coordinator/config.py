@@ -15,9 +15,11 @@ import msgspec
 
 from scheduling.errors import ConfigError, RequestError
 from scheduling.policies import POLICIES, policy_named
-from scheduling.requests import MAX_TOKENS_LIMIT, Request, Sampling, parse_request
+from scheduling.requests import Request, Sampling, parse_request
+from scheduling.wireform import MAX_TOKENS_LIMIT
 from workers.care import LEASE_S
-from workers.protocol import Adapter, CacheType, RopeScaling, Split
+from workers.loading import CacheType, RopeScaling, Split
+from workers.protocol import Adapter
 
 Auto = Literal["auto"]
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
+from coordinator.callbacks import Callbacks, Snapshot
 from coordinator.source import Source
 from coordinator.surroundings import Recorder
 from scheduling import events as ev
 from scheduling import messages as m
-from scheduling.control import ControlPlane, Mode
+from scheduling.control import ControlPlane
+from scheduling.ending import Mode
 from scheduling.errors import EngineError, LlmpiError, UserError
 from scheduling.ledger import WorkerState
 from scheduling.link import Hub
@@ -30,43 +31,6 @@ READ_BYTES_MAX = 64 << 20
 PAYLOAD_BYTES_MAX = 256 << 20
 BACKLOG_BYTES_MAX = 256 << 20
 ASSIGN_BYTES_MAX = 8 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """How far a job is. Rates are over the time since the first request was handed out.
-
-    `output_tokens` are those of requests that have ended, `made_tokens` those of running ones too, about a second late.
-    """
-
-    elapsed_s: float
-    total: int | None
-    earlier: int
-    done: int
-    failed: int
-    running: int
-    queued: int
-    output_tokens: int
-    prompt_tokens: int
-    made_tokens: int
-    draining: bool
-    workers_ready: int
-    workers: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Callbacks:
-    """Who else wants to know. `on_result` is given each durable line; `on_tick` a snapshot four times a second.
-
-    `stops` is asked as often whether somebody wants the job to end, and until when.
-    """
-
-    on_result: Callable[[bytes], None] | None = None
-    on_delta: Callable[[m.Delta], None] | None = None
-    on_counters: Callable[[int, m.Counters], None] | None = None
-    on_tick: Callable[[Snapshot], None] | None = None
-    on_note: Callable[[str], None] | None = None
-    stops: Callable[[], Sequence[ev.DrainRequested | ev.TimeLimited]] | None = None
 
 
 class Coordinator:

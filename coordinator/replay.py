@@ -18,7 +18,8 @@ from coordinator.config import JobConfig
 from coordinator.inputfile import ends_identity, same_input
 from scheduling.errors import InputError, LlmpiError, ModelFileError, RunDirError
 from scheduling.requests import Sampling
-from storage.rundir import REQUESTS_NAME, RUN_NAME, read_run
+from storage.rundir import REQUESTS_NAME
+from storage.runjson import RUN_NAME, read_run
 
 _SAMPLING = {name: name for name in ("temperature", "top_k", "top_p", "min_p")} | {
     "json_schema": "constraint",

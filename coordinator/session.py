@@ -15,10 +15,11 @@ from pathlib import Path
 
 import msgspec
 
+from coordinator.callbacks import Callbacks
 from coordinator.collect import Collecting, Gathered, Rows, collect
 from coordinator.engines import fitted_placements
 from coordinator.handshake import Handshake
-from coordinator.loop import Callbacks, Coordinator
+from coordinator.loop import Coordinator
 from coordinator.mpi import SoloCollectives
 from coordinator.rundata import NO_COLLECTIVES
 from coordinator.serve import drive, turn
@@ -76,6 +77,8 @@ class Session:
         self.hub = Hub(self._endpoint, remote)
         self._pids: dict[int, int] = {}
         self._unreachable: list[int] = []
+        self.welcomed_at = 0.0
+        """When rank 0 welcomed the ranks, on its clock: ranks count their time from there."""
         self.engine_end_s = m.ENGINE_END_S
         """How long engines may take to end before they are killed."""
 
@@ -104,6 +107,7 @@ class Session:
                 self._unreachable = [rank for rank in self._remote if rank not in handshake.hellos]
             self.refuse(str(error))
             raise
+        self.welcomed_at = self._clock()
         for rank in self._remote:
             self.hub.send(rank, self._welcome(self.plan.placements[rank]))
         for worker in sorted(set(self.plan.placements) - set(self._remote)):

@@ -10,7 +10,8 @@ import pytest
 from coordinator.config import JobConfig, checked_sampling, package_versions
 from scheduling.constraints import Constraint
 from scheduling.errors import ConfigError
-from scheduling.requests import MAX_TOKENS_LIMIT, Sampling
+from scheduling.requests import Sampling
+from scheduling.wireform import MAX_TOKENS_LIMIT
 from workers.protocol import Adapter
 
 NAN = float("nan")

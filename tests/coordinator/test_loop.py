@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from coordinator.loop import ASSIGN_BYTES_MAX, TICK_S, Callbacks, Coordinator, Snapshot, outcome_error
+from coordinator.callbacks import Callbacks, Snapshot
+from coordinator.loop import ASSIGN_BYTES_MAX, TICK_S, Coordinator, outcome_error
 from scheduling import events as ev
 from scheduling import messages as m
 from scheduling.control import ControlPlane, Limits

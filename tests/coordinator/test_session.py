@@ -9,9 +9,9 @@ from typing import Any, NoReturn
 
 import pytest
 
+from coordinator.callbacks import Callbacks
 from coordinator.config import JobConfig
 from coordinator.engines import ModelFacts
-from coordinator.loop import Callbacks
 from coordinator.memory import MemoryRecord
 from coordinator.session import DEAF_S, Session
 from coordinator.setup import Setup

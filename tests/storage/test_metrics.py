@@ -19,9 +19,9 @@ import pytest
 from scheduling.errors import RecordError, RunDirError
 from scheduling.histogram import BUCKETS, LogHistogram
 from scheduling.recordline import encode_failure
-from scheduling.tables import FINISH_REASONS, RANK, REQUEST, TELEMETRY
+from scheduling.tables import COPY, FINISH_REASONS, RANK, REQUEST, TELEMETRY
 from storage.files import OsDisk
-from storage.metrics import read_requests, read_summary, read_telemetry, write_metrics
+from storage.metrics import read_copies, read_requests, read_summary, read_telemetry, write_metrics
 from storage.recovery import rows as record_rows
 from storage.summary import Rows
 from tests.launch import ROOT
@@ -60,6 +60,18 @@ def write(path: Path, chunks: list[Rows] | None = None) -> None:
     write_metrics(path, iter(given), ranks(), histograms(), [telemetry(3), telemetry(1)], ATTRIBUTES)
 
 
+def test_copies_are_read_back_and_an_older_file_has_none(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.h5"
+    copies = np.array([(7, 2, 0, 1, 3, 2.5, 4.0, 1), (8, 2, 0, 1, 3, 2.5, np.nan, -1)], COPY)
+    write_metrics(path, [rows(1, 1)], ranks(), histograms(), telemetry(1), ATTRIBUTES, copies=copies)
+    assert read_copies(path).tobytes() == copies.tobytes()
+    write(path)
+    assert len(read_copies(path)) == 0
+    with h5py.File(path, "r+") as file:
+        del file["copies"]
+    assert read_copies(path).dtype == COPY
+
+
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     path = tmp_path / "metrics.h5"
     write(path)
@@ -82,7 +94,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
 def test_the_file_explains_itself_to_any_hdf5_reader(tmp_path: Path) -> None:
     write(tmp_path / "m.h5")
     with h5py.File(tmp_path / "m.h5", "r") as file:
-        assert set(file) == {"requests", "ranks", "histograms", "telemetry"}
+        assert set(file) == {"requests", "ranks", "histograms", "telemetry", "copies"}
         requests = file["requests"]
         assert requests.dtype == REQUEST
         assert requests.chunks is not None
@@ -93,7 +105,7 @@ def test_the_file_explains_itself_to_any_hdf5_reader(tmp_path: Path) -> None:
         assert file["telemetry"].attrs["missing"] == "NaN, or -1 for integers; never 0"
         assert file["histograms/edges_s"].shape == (BUCKETS + 1,)
         assert math.isnan(file["histograms/itl"].attrs["sum_s"])
-        for name in ("requests", "ranks", "telemetry"):
+        for name in ("requests", "ranks", "telemetry", "copies"):
             for field in file[name].dtype.names:
                 if field.endswith("_s") and field not in ("starved_slot_s", "open_slot_s"):
                     assert f"{field}_unit" in file[name].attrs
@@ -157,7 +169,7 @@ LOCKED = """
 import sys, fcntl
 from pathlib import Path
 from tests.storage.test_metrics import write
-from storage.metrics import read_summary
+from storage.metrics import read_copies, read_summary
 path = Path(sys.argv[1])
 write(path)
 with open(path, "r+b") as other:
@@ -182,7 +194,7 @@ FULL = """
 import resource, sys
 from pathlib import Path
 from scheduling.errors import RecordError
-from storage.metrics import read_summary
+from storage.metrics import read_copies, read_summary
 from tests.storage.samples import rows
 from tests.storage.test_metrics import write
 path = Path(sys.argv[1])

@@ -20,7 +20,9 @@ from storage.files import OsDisk
 from storage.joblock import Holder, Judge, alive, read_holder, this_process
 from storage.record import GroupCommit, open_record
 from storage.recovery import recover
-from storage.rundir import RunDir, lock_run, read_run, request_stop, status
+from storage.rundir import RunDir, lock_run
+from storage.runjson import read_run
+from storage.runstatus import request_stop, status
 from tests.simulation.disk import Outside, SimulatedDisk, Storage
 from tests.storage.fake_disk import FakeDisk, PowerCutError
 from tests.storage.samples import ok_line
@@ -171,6 +173,11 @@ def test_a_directory_that_cannot_be_written_is_a_clear_error_and_leaves_no_lock(
     assert not disk.held
     with pytest.raises(RecordError, match="free space"):
         RunDir.create_or_resume(Path("/run"), IDENTITY, disk=FakeDisk(fail={operation: errno.ENOSPC}))
+
+
+def test_a_place_where_nothing_can_be_made_is_said_to_be_one() -> None:
+    with pytest.raises(RunDirError, match=r"cannot use /proc/run as run directory: nothing can be made there"):
+        RunDir.create_or_resume(Path("/proc/run"), IDENTITY)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format":"llmpi-run","version":1}', "\udcff"])
