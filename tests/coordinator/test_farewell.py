@@ -32,7 +32,7 @@ class FakeMPI:
     def Isend(self, what: list[Any], dest: int, tag: int) -> FakeRequest:
         assert tag == TAG
         self.sent.append((dest, bytes(what[0])))
-        return FakeRequest(lambda: self._reach(dest) or True)
+        return FakeRequest(lambda: self._reach(dest))
 
     def Irecv(self, into: list[Any], source: int, tag: int) -> FakeRequest:
         assert tag == TAG
@@ -44,9 +44,10 @@ class FakeMPI:
 
         return FakeRequest(come)
 
-    def _reach(self, rank: int) -> None:
+    def _reach(self, rank: int) -> bool:
         if rank in self.dead:
             raise self.Exception(f"rank {rank} has died")
+        return True
 
 
 class FakeRequest:

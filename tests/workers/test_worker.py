@@ -349,7 +349,7 @@ def test_dead_engine_gives_back_everything_started_and_unstarted_apart() -> None
 def test_what_comes_after_the_death_of_an_engine_is_not_laid_to_it() -> None:
     bench = Bench().ready()
     bench.engine.die()  # and its rank was stopped meanwhile, so that nobody has seen it
-    [down] = bench.assign(5)
+    *_, down = bench.assign(5)
     assert isinstance(down, m.EngineDown)
     assert (down.started, down.unstarted) == ([], [])
 
