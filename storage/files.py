@@ -11,6 +11,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import stat
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -148,10 +149,11 @@ class OsDisk:
         return open(path, "rb", buffering=1 << 16)
 
     def exists(self, path: Path) -> bool:
-        return os.path.lexists(path)
+        return _looked_at(os.lstat, path) is not None
 
     def is_dir(self, path: Path) -> bool:
-        return os.path.isdir(path)
+        found = _looked_at(os.stat, path)
+        return found is not None and stat.S_ISDIR(found.st_mode)
 
     def list_dir(self, path: Path) -> list[str]:
         return sorted(os.listdir(path))
@@ -220,6 +222,15 @@ class OsDisk:
             os.close(fd)
 
 
+def _looked_at(look: Callable[[Path], os.stat_result], path: Path) -> os.stat_result | None:
+    """None if nothing is there. A disk that fails says nothing of what is there: what it holds is not to be taken for
+    new and written over."""
+    try:
+        return look(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
 def _lock_error(error: OSError) -> OSError:
     return LocksUnsupportedError(*error.args) if error.errno in _NO_LOCKS else error
 
@@ -238,8 +249,15 @@ def replace_file(disk: Disk, path: Path, data: bytes) -> None:
     disk.sync_dir(path.parent)
 
 
-FAILS_OF_DISKS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.ESTALE})
-"""Errors of a disk that was right before, and may be again: not the fault of what was asked of it."""
+FAILS_OF_DISKS = frozenset(
+    {
+        errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.ESTALE, errno.ENOTCONN,
+        errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN,
+        errno.ENETUNREACH, errno.ENODEV, errno.ENXIO, errno.ESHUTDOWN, errno.ETIMEDOUT,
+    }
+)  # fmt: skip
+"""Errors of a disk that was right before, and may be again: not the fault of what was asked of it. Those of networks
+are of file systems behind one."""
 
 
 def read_all(disk: Disk, path: Path, limit_bytes: int = 1 << 26) -> bytes:

@@ -51,7 +51,7 @@ class Nodes:
     ) -> list[Any]:  # fmt: skip
         def body(group: FakeGroup) -> Staged:
             host = self.hosts[group.rank]
-            node = Node(host, {"TMPDIR": str(self.scratch(host))}, mounts)
+            node = Node(host, {"TMPDIR": str(self.scratch(host))}, lambda: mounts)
             return stage(group, mode, stage_dir, lambda: models, node, stopped=stopped)
 
         return self.ranks.run(body)
