@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from storage.filesystems import mount_of, read_mounts
+
 REWRITE_BYTES = 1 << 20
 
 _FLOCK = struct.Struct("hhqqi4x")
@@ -69,6 +71,10 @@ class Disk(Protocol):
     def is_dir(self, path: Path) -> bool: ...
 
     def list_dir(self, path: Path) -> list[str]: ...
+
+    def refresh(self, path: Path) -> None:
+        """See a file as it is by now, not as this host remembers it: to be called before one is judged by what is in it
+        that other hosts write. Never raises OSError."""
 
     def make_dirs(self, path: Path) -> None: ...
 
@@ -157,6 +163,20 @@ class OsDisk:
 
     def list_dir(self, path: Path) -> list[str]:
         return sorted(os.listdir(path))
+
+    def refresh(self, path: Path) -> None:
+        # NFS asks its server whenever a file is opened. FUSE file systems may go by a size that they have seen before
+        # (sshfs: for 20 s), so that a file seems empty, or ends early, or was not replaced; a change of its status,
+        # which changes nothing, makes them ask.
+        if not mount_of(path, read_mounts()).type.startswith("fuse"):
+            return
+        try:
+            os.chmod(path, stat.S_IMODE(os.stat(path).st_mode))
+        except PermissionError:
+            with contextlib.suppress(OSError):
+                os.utime(path)  # another user's, which we may write to
+        except OSError:
+            return  # who reads it is told why
 
     def make_dirs(self, path: Path) -> None:
         os.makedirs(path, exist_ok=True)
