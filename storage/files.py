@@ -45,7 +45,7 @@ class AppendFile(Protocol):
         """Length in bytes."""
 
     def close(self) -> None:
-        """Close. What was not synced may be lost."""
+        """Close. What was not synced may be lost. Never raises OSError."""
 
 
 class Lock(Protocol):
@@ -126,8 +126,7 @@ class _OsAppendFile:
 
     def close(self) -> None:
         fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        _close(fd)
 
 
 class _OsLock:
@@ -136,8 +135,7 @@ class _OsLock:
 
     def release(self) -> None:
         fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        _close(fd)
 
 
 class OsDisk:
@@ -239,6 +237,14 @@ class OsDisk:
                 return True
             raise _lock_error(error) from error
         finally:
+            os.close(fd)
+
+
+def _close(fd: int) -> None:
+    """A network file system may say only here that it has lost what was written, or that it has gone. What counts was
+    synced before; what was not is not counted."""
+    if fd >= 0:
+        with contextlib.suppress(OSError):
             os.close(fd)
 
 

@@ -32,6 +32,7 @@ class NetworkMount:
     folder: Path
     point: Path
     server: subprocess.Popen[bytes]
+    client: subprocess.Popen[bytes]
 
     def sent_bytes(self) -> int:
         """What the server has read of files and of its pipe so far: at least what it has sent of files."""
@@ -42,9 +43,15 @@ class NetworkMount:
         return int(dict(line.split(": ") for line in told.splitlines())[name])
 
     def cut(self) -> None:
-        """The server is gone; whoever uses the mount is told that its end point is not connected."""
+        """The server is gone. sshfs ends, and the mount with it: open files are not connected to anything, and at
+        `point` there is an empty folder."""
         self.server.kill()
-        self.server.wait(10)
+        self.client.wait(10)
+
+    def kill(self) -> None:
+        """sshfs itself is killed: the mount stays, and whatever is looked at below `point` is not connected."""
+        self.client.kill()
+        self.client.wait(10)
 
 
 def require() -> None:
@@ -75,7 +82,7 @@ def network_mount(folder: Path, point: Path, *options: str) -> Iterator[NetworkM
     try:
         until(lambda: client.poll() is not None or mount_of(point, read_mounts()).type == "fuse.sshfs", f"{point}")
         assert client.poll() is None, "sshfs has ended"
-        yield NetworkMount(folder, point, server)
+        yield NetworkMount(folder, point, server, client)
     finally:
         subprocess.run(["umount", "--lazy", str(point)], check=False, capture_output=True)
         for process in (server, client):
