@@ -146,6 +146,21 @@ def test_auto_stages_from_network_file_systems_alone(tmp_path: Path) -> None:
     assert "model" in came[1].models
 
 
+def test_auto_sees_what_an_automounter_mounts_when_the_model_is_looked_at(tmp_path: Path) -> None:
+    one = model([written(tmp_path / "far" / "m.gguf", DATA)])
+    nodes, tables = Nodes(tmp_path, "a"), ["1 0 0:1 / / rw - ext4 x rw\n"]
+
+    def look() -> list[Model]:
+        tables.append(tables[0] + f"2 1 0:2 / {(tmp_path / 'far').resolve()} rw - nfs4 x rw\n")
+        return [one]
+
+    def body(group: FakeGroup) -> Staged:
+        node = Node("a", {"TMPDIR": str(nodes.scratch("a"))}, lambda: tables[-1])
+        return stage(group, "auto", None, look, node)
+
+    assert "model" in nodes.ranks.run(body)[0].models
+
+
 def test_auto_without_room_reads_it_where_it_is_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = model([written(tmp_path / "far" / "m.gguf", DATA)])
     whole = StageDir.room_bytes
