@@ -75,10 +75,12 @@ def network_mount(folder: Path, point: Path, *options: str) -> Iterator[NetworkM
     point.mkdir(parents=True, exist_ok=True)
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        server = subprocess.Popen([_sftp_server()], stdin=theirs, stdout=theirs, stderr=subprocess.DEVNULL)
+        server = subprocess.Popen(
+            [_sftp_server()], stdin=theirs.fileno(), stdout=theirs.fileno(), stderr=subprocess.DEVNULL
+        )
         words = ["sshfs", "-f", f":{folder}", str(point), "-o", "passive"]
         words += [word for option in options for word in ("-o", option)]
-        client = subprocess.Popen(words, stdin=ours, stdout=ours, start_new_session=True)
+        client = subprocess.Popen(words, stdin=ours.fileno(), stdout=ours.fileno(), start_new_session=True)
     try:
         until(lambda: client.poll() is not None or mount_of(point, read_mounts()).type == "fuse.sshfs", f"{point}")
         assert client.poll() is None, "sshfs has ended"
