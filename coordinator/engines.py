@@ -132,8 +132,9 @@ def room_of(rank: int, placements: Mapping[int, Placement], hosts: Mapping[int, 
     mine = [gpus.get(uuid) for uuid in placement.gpu_uuids]
     sharing = [sum(uuid in placements[other].gpu_uuids for other in beside) for uuid in placement.gpu_uuids]
     return Room(
-        gpu_bytes=tuple(gpu and gpu.free_bytes for gpu in mine),
-        gpu_total_bytes=tuple(gpu and gpu.memory_bytes for gpu in mine), gpu_ranks=max(sharing, default=1),
+        gpu_bytes=tuple(None if gpu is None else gpu.free_bytes for gpu in mine),
+        gpu_total_bytes=tuple(None if gpu is None else gpu.memory_bytes for gpu in mine),
+        gpu_ranks=max(sharing, default=1),
         host_bytes=hosts[rank].memory_bytes, host_ranks=len(beside), workers=len(placements),
     )  # fmt: skip
 

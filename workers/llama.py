@@ -116,7 +116,7 @@ class LlamaModel:
         """About what a token's keys and values take, in 16 bits each."""
         self.takes_turns = not (gpu_names() and not 0 <= config.gpu_layers <= layers)
         """A CPU computes: two contexts at once would take its threads from each other, and wait for them."""
-        # Passes split by tensors talk from GPU to GPU: two at once end in a segmentation fault.
+        # Passes split by tensors talk from GPU to GPU: two contexts at once have ended in a segmentation fault.
         alone = self.takes_turns or config.split == "tensor"
         self.turn: AbstractContextManager[Any] = threading.Lock() if alone else nullcontext()
         self.bos = int(lib.llama_vocab_bos(self._vocab))

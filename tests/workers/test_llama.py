@@ -8,6 +8,7 @@ import pytest
 
 from scheduling.errors import ConfigError, ModelFileError
 from workers import llama
+from workers.llama_backend import start_backend
 from workers.protocol import EngineConfig
 
 
@@ -17,6 +18,6 @@ def test_a_backend_without_split_buffers_is_no_fault_of_the_model_file(
 ) -> None:
     said = "llama_model_load: error loading model: device CUDA0 does not support split buffers"
     monkeypatch.setattr(llama, "recent_errors", lambda: said)
-    llama.start_backend()
+    start_backend()
     with pytest.raises(error, match="--split layer" if split == "row" else "split buffers"):
         llama.LlamaModel(EngineConfig(model=str(tmp_path / "none.gguf"), slots=1, ctx_tokens=256, split=split))  # type: ignore[arg-type]
