@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 NETWORK = "10.231.{job}.{host}"
+JOBS = 250
 TBF = "tbf rate 1gbit burst 256kb latency 50ms"
 
 
@@ -87,21 +88,19 @@ def hosts(
     *,
     rate: str | None = None,
     hidden: Mapping[int, Path] | None = None,
-    job: int | None = None,
 ) -> Iterator[Hosts]:
     """`count` hosts. `rate`: of each one's link both ways, as tc writes it ('1gbit'). `hidden`: a folder that the
     host of that number sees empty."""
-    job = os.getpid() % 250 + 1 if job is None else job
+    job = _own_bridge()
     tag = f"llm{job}"
     names = tuple(f"{tag}h{number}" for number in range(count))
     addresses = tuple(NETWORK.format(job=job, host=number + 1) for number in range(count))
     made = Hosts(names, addresses, scratch, scratch / "agent")
-    (scratch / "local").mkdir(parents=True, exist_ok=True)
-    for name in names:
-        made.local(name).mkdir(exist_ok=True)
-    _write_agent(made, hidden or {})
     try:
-        _run("ip", "link", "add", f"{tag}br", "type", "bridge")
+        (scratch / "local").mkdir(parents=True, exist_ok=True)
+        for name in names:
+            made.local(name).mkdir(exist_ok=True)
+        _write_agent(made, hidden or {})
         _run("ip", "link", "set", f"{tag}br", "up")
         for number, (name, address) in enumerate(zip(names, addresses, strict=True)):
             outside = f"{tag}v{number}"
@@ -122,6 +121,19 @@ def hosts(
         for number in range(count):
             subprocess.run(["ip", "link", "del", f"{tag}v{number}"], capture_output=True, check=False)
         subprocess.run(["ip", "link", "del", f"{tag}br"], capture_output=True, check=False)
+
+
+def _own_bridge() -> int:
+    """Make the bridge of a job number that nobody uses. A bridge has its name alone: of two who try, one makes it."""
+    first = os.getpid() % JOBS
+    for job in ((first + step) % JOBS + 1 for step in range(JOBS)):
+        words = ("ip", "link", "add", f"llm{job}br", "type", "bridge")
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            return job
+        if "File exists" not in done.stderr:
+            raise RuntimeError(f"{' '.join(words)}: {done.stderr.strip()}")
+    raise RuntimeError(f"all {JOBS} networks are in use: ip link show type bridge")
 
 
 def _write_agent(made: Hosts, hidden: Mapping[int, Path]) -> None:

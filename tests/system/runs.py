@@ -122,6 +122,16 @@ def until(holds: Callable[[], Any], what: str) -> Any:
     return found
 
 
+def wait_for_answers(job: Job, run: Run) -> None:
+    """The job has recorded an answer, and still runs."""
+
+    def some() -> bool:
+        assert job.process.poll() is None, job.stdout + job.stderr
+        return run.lines_so_far() > 0
+
+    until(some, "answers in the record")
+
+
 def lives(process: psutil.Process) -> bool:
     """Whether the process runs. One that has ended does not, though its status may still wait to be collected."""
     try:
