@@ -88,19 +88,21 @@ def hosts(
     *,
     rate: str | None = None,
     hidden: Mapping[int, Path] | None = None,
+    job: int | None = None,
 ) -> Iterator[Hosts]:
     """`count` hosts. `rate`: of each one's link both ways, as tc writes it ('1gbit'). `hidden`: a folder that the
     host of that number sees empty."""
-    job = _own_bridge()
+    job = os.getpid() % 250 + 1 if job is None else job
+    job = _own_bridge(job)
     tag = f"llm{job}"
     names = tuple(f"{tag}h{number}" for number in range(count))
     addresses = tuple(NETWORK.format(job=job, host=number + 1) for number in range(count))
     made = Hosts(names, addresses, scratch, scratch / "agent")
+    (scratch / "local").mkdir(parents=True, exist_ok=True)
+    for name in names:
+        made.local(name).mkdir(exist_ok=True)
+    _write_agent(made, hidden or {})
     try:
-        (scratch / "local").mkdir(parents=True, exist_ok=True)
-        for name in names:
-            made.local(name).mkdir(exist_ok=True)
-        _write_agent(made, hidden or {})
         _run("ip", "link", "set", f"{tag}br", "up")
         for number, (name, address) in enumerate(zip(names, addresses, strict=True)):
             outside = f"{tag}v{number}"
@@ -123,10 +125,9 @@ def hosts(
         subprocess.run(["ip", "link", "del", f"{tag}br"], capture_output=True, check=False)
 
 
-def _own_bridge() -> int:
-    """Make the bridge of a job number that nobody uses. A bridge has its name alone: of two who try, one makes it."""
-    first = os.getpid() % JOBS
-    for job in ((first + step) % JOBS + 1 for step in range(JOBS)):
+def _own_bridge(first: int) -> int:
+    """Make the bridge of a job number that nobody uses, from `first` on. Of two who make the same one, one fails."""
+    for job in (*range(first, JOBS + 1), *range(1, first)):
         words = ("ip", "link", "add", f"llm{job}br", "type", "bridge")
         done = subprocess.run(words, capture_output=True, text=True, check=False)
         if done.returncode == 0:
