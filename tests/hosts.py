@@ -125,18 +125,6 @@ def hosts(
         subprocess.run(["ip", "link", "del", f"{tag}br"], capture_output=True, check=False)
 
 
-def _own_bridge(first: int) -> int:
-    """Make the bridge of a job number that nobody uses, from `first` on. Of two who make the same one, one fails."""
-    for job in (*range(first, JOBS + 1), *range(1, first)):
-        words = ("ip", "link", "add", f"llm{job}br", "type", "bridge")
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
-        if done.returncode == 0:
-            return job
-        if "File exists" not in done.stderr:
-            raise RuntimeError(f"{' '.join(words)}: {done.stderr.strip()}")
-    raise RuntimeError(f"all {JOBS} networks are in use: ip link show type bridge")
-
-
 def _write_agent(made: Hosts, hidden: Mapping[int, Path]) -> None:
     """What mpirun calls as it would call ssh: options, a host, a command."""
     cases = []
@@ -165,3 +153,15 @@ def _run(*words: str) -> str:
     if done.returncode:
         raise RuntimeError(f"{' '.join(words)}: {done.stderr.strip()}")
     return done.stdout
+
+
+def _own_bridge(first: int) -> int:
+    """Make the bridge of a job number that nobody uses, from `first` on. Of two who make the same one, one fails."""
+    for job in (*range(first, JOBS + 1), *range(1, first)):
+        words = ("ip", "link", "add", f"llm{job}br", "type", "bridge")
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            return job
+        if "File exists" not in done.stderr:
+            raise RuntimeError(f"{' '.join(words)}: {done.stderr.strip()}")
+    raise RuntimeError(f"all {JOBS} networks are in use: ip link show type bridge")
