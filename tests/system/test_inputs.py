@@ -102,7 +102,7 @@ def test_a_pipe_is_an_input(tmp_path: Path, table: Path) -> None:
     ("name", "content", "options", "words"),
     [
         ("a.csv", b"a,b\n1,2\n", (), ("no column 'prompt'", "'a', 'b'")),
-        ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n' * 50)[:-9], (), ("cut off",)),
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n' * 50, mtime=0)[:-9], (), ("cut off",)),
         ("a.csv", b"prompt\nx\n\"\"\n", (), ("line 2", "prompt")),
     ],
 )  # fmt: skip
