@@ -19,13 +19,10 @@ from typing import Any
 import h5py
 import psutil
 
+from tests.launch import PATIENCE_S as PATIENCE_S
 from tests.launch import ROOT, Finished, Job
 
 Line = dict[str, Any]
-
-PATIENCE_S = 300.0
-"""Bounds waiting for what never comes. On a loaded machine starting Python takes ten seconds, and any process may
-stand still for some: a test that waits for a condition waits as long as that takes."""
 
 
 def prompts(count: int, **body: Any) -> list[Line]:

@@ -19,7 +19,7 @@ from storage.sources.job import Job
 from storage.sources.partial import Partial
 from tests.launch import ROOT
 from tests.storage.sources.pulls import MODEL, content_of, kept_bytes, pull_from
-from tests.storage.sources.site import Answer, Site, Waits, gguf, patience, redirect, sha256
+from tests.storage.sources.site import STALL_S, Answer, Site, Waits, gguf, patience, redirect, sha256
 
 
 def test_a_file_comes_with_its_name_and_digest_and_progress_reaches_its_size(site: Site, scratch: Path) -> None:
@@ -309,7 +309,7 @@ def test_an_interrupted_process_ends_at_once_and_the_next_one_goes_on(site: Site
         assert process.stdout is not None
         assert any(line.strip() == "120000" for line in process.stdout)
         process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 7
+        assert process.wait(STALL_S / 2) == 7
     finally:
         process.kill()
         process.wait()
