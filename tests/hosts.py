@@ -15,6 +15,7 @@ import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 NETWORK = "10.231.{job}.{host}"
@@ -157,7 +158,7 @@ def _run(*words: str) -> str:
 
 def _own_bridge(first: int) -> int:
     """Make the bridge of a job number that nobody uses, from `first` on. Of two who make the same one, one fails."""
-    for job in (*range(first, JOBS + 1), *range(1, first)):
+    for job in chain(range(first, JOBS + 1), range(1, first)):
         words = ("ip", "link", "add", f"llm{job}br", "type", "bridge")
         done = subprocess.run(words, capture_output=True, text=True, check=False)
         if done.returncode == 0:
