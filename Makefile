@@ -30,7 +30,7 @@ WHEELS := .cache/wheels/$(BUILD)
 # pip would hand out a wheel that it built earlier with other CMAKE_ARGS, and this one to others.
 WHEEL_FLAGS := --no-cache-dir $(if $(CUSTOM_BUILD),--no-binary llama-cpp-python)
 # llmpi uses libllama alone: neither libmtmd (images) nor libllama-common (what llama.cpp's programs share), which
-# are half of the compiling.
+# are more than half of the compiling.
 LEAN_BUILD := -DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama_cpp_INCLUDE="$(CURDIR)/scripts/libllama_alone.cmake"
 CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc)
 export CMAKE_BUILD_PARALLEL_LEVEL
@@ -43,6 +43,7 @@ AS_ROOT := $(if $(filter 0,$(shell id -u)),OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_R
 # Tests run side by side, more of them than there are cores: half of their time they wait for processes that start.
 # 0 runs them one after the other, as --pdb needs it.
 TEST_PROCESSES ?= $(shell n=$$(nproc); echo $$((n < 6 ? n + 2 : 8)))
+SIDE_BY_SIDE := -n $(TEST_PROCESSES) --dist worksteal
 
 DEMO_RANKS := 3
 # mpirun counts cores, nproc hardware threads: with fewer than two threads a rank, be on the safe side.
@@ -81,10 +82,10 @@ demo-announced:
 
 test: $(VENV)/.test-$(BUILD) $(VENV_MPICH)/.mpich-$(BUILD) $(MODEL)
 	@export $(AS_ROOT) $(WITH_PATH) LLMPI_TEST_MODEL="$${LLMPI_TEST_MODEL:-$(CURDIR)/$(MODEL)}"
-	python -m pytest -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
+	python -m pytest $(SIDE_BY_SIDE) $(PYTEST_ARGS)
 
 quick: $(VENV)/.test-$(BUILD)
-	@$(BIN)/python -m pytest -m 'not slow and not system' $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not slow and not system' $(PYTEST_ARGS)
 
 # No build, no environment: .venv where it is there, else PYTHON, or whatever PYTHON was given.
 SIMULATE_PYTHON = $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(PYTHON)),$(PYTHON))

@@ -235,6 +235,7 @@ def test_a_rank_that_goes_on_after_its_lease_takes_work_again(
         (signal.SIGKILL, True, (), "rank 0 has died: its engine has ended, and it leaves"),
         (signal.SIGSTOP, False, ("--rank0-lease", 5), "nothing was heard of rank 0 for"),
     ],
+    ids=["killed", "stopped"],
 )
 def test_when_rank_0_is_killed_or_stops_for_too_long_nobody_stays_and_the_run_can_be_resumed(
     mpirun: Launcher,
