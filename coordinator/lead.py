@@ -42,7 +42,7 @@ from scheduling.errors import EXIT_INFRASTRUCTURE, InputError, LlmpiError, Recor
 from storage.files import Disk
 from storage.recovery import Recovery, recover
 from storage.rundir import RunDir, holds_answers
-from storage.runjson import RUN_NAME, read_run
+from storage.runjson import RUN_NAME, read_run, unusable
 from storage.staging import Staged
 
 
@@ -71,10 +71,14 @@ def refuse_edited_input(output: Path, source: FileSource, disk: Disk) -> dict[st
     Returns what is known of the input's content, from earlier sessions too.
 
     Raises:
-        RunDirError: the run was started with another content of the same input file.
+        RunDirError: the run was started with another content of the same input file, or cannot be read.
+        RecordError: the disk fails.
     """
-    if not disk.exists(output / RUN_NAME) or not holds_answers(output, disk):
-        return dict(source.identity())
+    try:
+        if not disk.exists(output / RUN_NAME) or not holds_answers(output, disk):
+            return dict(source.identity())
+    except OSError as error:
+        raise unusable(output, error) from error
     before = read_run(output, disk)["details"].get("input_identity")
     if isinstance(before, dict) and not same_input(before, source.identity()):
         raise RunDirError(

@@ -34,9 +34,8 @@ _RENAMED = {
 }  # fmt: skip
 """Options whose field of `JobConfig` has another name."""
 NOT_CONFIGURATION = frozenset(
-    ("requests", "output", "ranks", "drain_timeout", "time_limit", "on_limit", "input_format", "prompt_column",
-     "template", "id_column", "show", "quiet",
-     "as_json", "replay")
+    ("requests", "output", "hostfile", "ranks", "drain_timeout", "time_limit", "on_limit", "input_format",
+     "prompt_column", "template", "id_column", "show", "quiet", "as_json", "replay")
 )  # fmt: skip
 """Options of `llmpi batch` that are no part of `JobConfig`."""
 _OF_MODEL = frozenset(("model", "engine", "service_times", "time_scale", "lora"))

@@ -192,7 +192,14 @@ def _root_attributes(file: h5py.File, attributes: Mapping[str, Any]) -> None:
     for name, value in attributes.items():
         # HDF5 has no None: what is unknown is not there.
         if value is not None:
-            file.attrs[name] = value
+            file.attrs[name] = [_attribute(one) for one in value] if isinstance(value, list) else _attribute(value)
+
+
+def _attribute(value: Any) -> Any:
+    """As any reader takes it: no enumeration for yes and no, and texts that can be written in UTF-8, without NUL."""
+    if isinstance(value, bool | np.bool_):
+        return int(value)
+    return value.encode("utf-8", "replace").decode().replace("\0", "?") if isinstance(value, str) else value
 
 
 def _table(

@@ -152,7 +152,10 @@ class RunDir:
     def stop_requested(self) -> bool:
         """Whether somebody asked this job to drain. To be polled about once a second. Raises like `check_held`."""
         self.check_held()
-        return self._disk.exists(self.path / STOP_NAME)
+        try:
+            return self._disk.exists(self.path / STOP_NAME)
+        except OSError:
+            return False  # a disk that fails is found by who writes what counts
 
     def check_held(self) -> None:
         """Raises RunDirError if another job has taken the directory over, this one having given no sign of life, or if

@@ -30,6 +30,7 @@ def read_run(path: Path, disk: Disk | None = None) -> dict[str, Json]:
     """The content of run.json. Raises RunDirError if it is not there, unreadable or of another version."""
     disk = disk or OsDisk()
     file = path / RUN_NAME
+    disk.refresh(file)
     try:
         state = json.loads(read_all(disk, file))
     except FileNotFoundError as error:

@@ -91,9 +91,23 @@ def chapter(runs: Sequence[RunView]) -> list[str]:
                 f"{ran.max():,.0f} requests at once, {ran.mean():,.1f} on average; at most {rate.max():,.0f} output "
                 "tokens/s. What ran when the job died is in no record."
             )  # fmt: skip
-    sentences += [*untimed(runs), "An answer's tokens are spread evenly from its first token to its end."]
+    sentences += [
+        *_lost_engines(runs),
+        *untimed(runs),
+        "An answer's tokens are spread evenly from its first token to its end.",
+    ]
     told, absent = "\n".join(sentences), " ".join(untimed(runs)) or "No request ran in a slot."
     return [f"<h2>{text_of(_time_finding(runs))}</h2>", figure_of(svg, "time", told, absent)]
+
+
+def _lost_engines(runs: Sequence[RunView]) -> list[str]:
+    """What looks like idle slots before an engine died was work that was done again."""
+    parts = []
+    for run in runs:
+        if lost := sum(rank["engine_restarts"] for rank in run.data["ranks"]):
+            engines = "1 engine was" if lost == 1 else f"{lost:,} engines were"
+            parts.append(f"{named(runs, run)}{engines} lost: what ran then is drawn where it was answered, not before.")
+    return parts
 
 
 def _time_finding(runs: Sequence[RunView]) -> str:

@@ -21,6 +21,8 @@ NAN = float("nan")
     ("options", "word"),
     [
         ({"schedule": "fastest"}, "work-stealing"),
+        ({"draft_model": "m\udcff.gguf"}, "--draft-model is m.*not UTF-8"),
+        ({"loras": ("a\udcff.gguf",)}, "--lora is a.*not UTF-8"),
         ({"slots": 0}, "--slots"),
         ({"slots": 4097}, "4096"),
         ({"contexts": -1}, "--contexts"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -223,6 +224,14 @@ def test_without_copies_nothing_is_said_of_them(text: str) -> None:
     assert "copied" not in text
     assert "diamond" not in text
     assert "copy, " not in text
+
+
+def test_a_lost_engine_explains_the_dip_before_its_death(run: Path) -> None:
+    whole = view(run)
+    ranks = [rank | {"engine_restarts": int(rank["rank"] == 1)} for rank in whole.data["ranks"]]
+    told = Read(page([replace(whole, data=whole.data | {"ranks": ranks})], [failure_reasons(run)])).text
+    assert "1 engine was lost: what ran then is drawn where it was answered" in told
+    assert "engine was lost" not in Read(made(run)).text
 
 
 def test_percentiles_that_the_count_cannot_support_are_flagged(tmp_path: Path) -> None:

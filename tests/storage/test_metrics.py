@@ -25,6 +25,7 @@ from storage.metrics import read_copies, read_requests, read_summary, read_telem
 from storage.recovery import rows as record_rows
 from storage.summary import Rows
 from tests.launch import ROOT
+from tests.storage.hdf5_rules import check_any_reader_takes
 from tests.storage.samples import ok_line, rows
 
 ATTRIBUTES = {"run_id": "r", "ranks": 3, "wall_s": 1.5, "hosts": ["n1", "n2"], "gpu": None, "seed": np.int64(7)}
@@ -112,38 +113,33 @@ def test_the_file_explains_itself_to_any_hdf5_reader(tmp_path: Path) -> None:
                 assert file[name].dtype[field].kind in "iufS", "plain numbers and fixed texts only"
 
 
-def types_of(file: h5py.File) -> dict[str, np.dtype[Any]]:
-    """Of all datasets, their fields, and all attributes, by name."""
-    found: dict[str, np.dtype[Any]] = {}
-
-    def look(name: str, item: Any) -> None:
-        for attribute in item.attrs:
-            found[f"{name}@{attribute}"] = item.attrs.get_id(attribute).dtype
-        if isinstance(item, h5py.Dataset):
-            for field in item.dtype.names or [""]:
-                found[f"{name}.{field}"] = item.dtype[field] if field else item.dtype
-
-    file.visititems(look)
-    look("", file)
-    return found
+def test_every_type_filter_and_link_is_one_that_matlab_and_any_other_reader_knows(tmp_path: Path) -> None:
+    attributes = ATTRIBUTES | {"fault_tolerant": True, "none": [], "reason": "a\udc80b\0c", "many": ["x"] * 3}
+    write_metrics(tmp_path / "m.h5", iter([rows(600, 1)]), ranks(), histograms(), [telemetry(3)], attributes)
+    seen = check_any_reader_takes(tmp_path / "m.h5")
+    assert {"/requests", "/ranks", "/telemetry", "/histograms/edges_s", "/histograms/itl", "@fault_tolerant"} < set(
+        seen
+    )
+    found = read_summary(tmp_path / "m.h5").attributes
+    assert (found["fault_tolerant"], found["reason"], found["many"]) == (1, "a?b?c", ["x"] * 3)
 
 
-def test_every_type_is_one_that_matlab_and_any_other_reader_knows(tmp_path: Path) -> None:
-    """Integers, floats, compounds of them and texts: no references, opaque bytes, enumerations, pickles."""
+@pytest.mark.parametrize("value", [np.array([True]), np.void(b"x"), h5py.Empty("f8"), np.float16(1)])
+def test_what_some_readers_do_not_know_would_be_found(tmp_path: Path, value: Any) -> None:
     write(tmp_path / "m.h5")
-    with h5py.File(tmp_path / "m.h5", "r") as file:
-        types = types_of(file)
-        assert len(types) > 80
-        for name, dtype in types.items():
-            text = h5py.check_string_dtype(dtype)
-            assert text is not None or dtype.kind in "iuf", name
-            assert text is not None or dtype.itemsize in (1, 2, 4, 8), name
-            assert "@" in name or dtype.kind != "O", f"{name} is of no fixed length"
-        for name in ("requests", "ranks", "telemetry", "histograms/edges_s", "histograms/itl"):
-            dataset = file[name]
-            assert dataset.chunks is not None
-            assert (dataset.compression, dataset.shuffle) == ("gzip", True)
-            assert dataset.id.get_type().get_class() in (h5py.h5t.COMPOUND, h5py.h5t.INTEGER, h5py.h5t.FLOAT)
+    with h5py.File(tmp_path / "m.h5", "r+") as file:
+        file.attrs["odd"] = value
+    with pytest.raises(AssertionError, match="odd"):
+        check_any_reader_takes(tmp_path / "m.h5")
+
+
+@pytest.mark.parametrize("option", [{"compression": "lzf"}, {"chunks": None}, {"dtype": h5py.string_dtype()}])
+def test_a_dataset_that_some_readers_do_not_know_would_be_found(tmp_path: Path, option: dict[str, Any]) -> None:
+    write(tmp_path / "m.h5")
+    with h5py.File(tmp_path / "m.h5", "r+") as file:
+        file.create_dataset("odd", (4,), **{"dtype": "f8", "chunks": (2,), **option})
+    with pytest.raises(AssertionError, match="odd"):
+        check_any_reader_takes(tmp_path / "m.h5")
 
 
 def test_it_is_compressed(tmp_path: Path) -> None:

@@ -152,21 +152,6 @@ def test_without_it_the_launcher_ends_the_job_which_can_be_resumed(
     check_resumes(case, undisturbed)
 
 
-@OPEN_MPI
-def test_when_rank_0_is_killed_nobody_stays_and_the_run_can_be_resumed(
-    mpirun: Launcher, tmp_path: Path, undisturbed: Mapping[str, Any]
-) -> None:
-    with held(mpirun, tmp_path, ranks=4, ulfm=True) as case:
-        case.workers()
-        processes = case.job.processes()
-        case.rank0().kill()
-        done = case.job.wait(PATIENCE_S)
-        wait_gone(processes)
-    assert done.rc == 4, done.output
-    assert "rank 0 has died: its engine has ended, and it leaves" in done.stderr
-    check_resumes(case, undisturbed)
-
-
 DIE_WITHIN = """
 import os, signal, sys
 from coordinator import cli, mpi
@@ -240,18 +225,35 @@ def test_a_rank_that_goes_on_after_its_lease_takes_work_again(
     assert int(metrics["ranks"]["requests"].sum()) == len(metrics["requests"]) + session["late_answers_dropped"]
 
 
+# ---------------------------------------------------------------- rank 0
+
+
 @OPEN_MPI
-def test_workers_leave_when_rank_0_stops_for_longer_than_it_may(
-    mpirun: Launcher, tmp_path: Path, undisturbed: Mapping[str, Any]
+@pytest.mark.parametrize(
+    ("how", "ulfm", "more", "said"),
+    [
+        (signal.SIGKILL, True, (), "rank 0 has died: its engine has ended, and it leaves"),
+        (signal.SIGSTOP, False, ("--rank0-lease", 5), "nothing was heard of rank 0 for"),
+    ],
+    ids=["killed", "stopped"],
+)
+def test_when_rank_0_is_killed_or_stops_for_too_long_nobody_stays_and_the_run_can_be_resumed(
+    mpirun: Launcher,
+    tmp_path: Path,
+    undisturbed: Mapping[str, Any],
+    how: signal.Signals,
+    ulfm: bool,
+    more: tuple[Argument, ...],
+    said: str,
 ) -> None:
-    with held(mpirun, tmp_path, "--rank0-lease", 5) as case:
+    with held(mpirun, tmp_path, *more, ranks=4, ulfm=ulfm) as case:
         case.workers()
         processes = case.job.processes()
-        case.rank0().suspend()
+        case.rank0().send_signal(how)
         done = case.job.wait(PATIENCE_S)
         wait_gone(processes)
     assert done.rc == 4, done.output
-    assert "nothing was heard of rank 0 for" in done.stderr
+    assert said in done.stderr
     check_resumes(case, undisturbed)
 
 
