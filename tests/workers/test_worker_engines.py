@@ -35,6 +35,14 @@ def test_dead_engine_gives_back_everything_started_and_unstarted_apart() -> None
     assert not bench.worker.in_flight
 
 
+def test_what_comes_after_the_death_of_an_engine_is_not_laid_to_it() -> None:
+    bench = Bench().ready()
+    bench.engine.die()  # and its rank was stopped meanwhile, so that nobody has seen it
+    *_, down = bench.assign(5)
+    assert isinstance(down, m.EngineDown)
+    assert (down.started, down.unstarted) == ([], [])
+
+
 def test_restart_waits_longer_each_time() -> None:
     bench = Bench().ready()
     waits = []

@@ -96,7 +96,7 @@ def test_once_an_interval_rank_0_is_told_all_counters_and_the_new_telemetry() ->
 
 
 def test_telemetry_is_told_earlier_where_much_of_it_has_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workers.worker.TELEMETRY_ROWS_MAX", 5)
+    monkeypatch.setattr("workers.gauges.TELEMETRY_ROWS_MAX", 5)
     bench = Bench(
         telemetry_factory=lambda placement, pid: lambda: [(gpu, 50.0, 1, 1.0, 1.0, 1.0, 1.0, 1) for gpu in range(2)],
         telemetry_interval_s=1.0, metrics_interval_s=1e6,

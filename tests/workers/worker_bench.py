@@ -7,7 +7,8 @@ from typing import Any
 
 from scheduling import messages as m
 from scheduling.link import Spoke
-from scheduling.requests import Sampling, text_line
+from scheduling.requestlines import text_line
+from scheduling.requests import Sampling
 from tests.coordinator.fakes import FakeClock, FakeEndpoint, FakeEngine, fake_rank0, hello, loaded
 from workers.worker import Worker, WorkerOptions
 
