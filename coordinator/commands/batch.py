@@ -32,7 +32,12 @@ from coordinator.values import held_to, read_text, refuse_missing
 def batch(
     chosen: EngineOptions,
     context: typer.Context,
-    model: Annotated[str, typer.Option("-m", "--model", help="GGUF file.", show_default=False)] = "",
+    model: Annotated[
+        str,
+        typer.Option(
+            "-m", "--model", help="GGUF file, or a model of the store (`llmpi models ls`).", show_default=False
+        ),
+    ] = "",
     requests: Annotated[
         Path | None,
         typer.Option(
