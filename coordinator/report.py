@@ -311,10 +311,12 @@ def _rank_table(ranks: list[dict[str, Any]], *, narrow: bool) -> Table:
 
 
 def figure_text(value: float | None) -> str:
-    """A rate: whole from 100 on, else with one decimal."""
+    """A rate: whole from 100 on, else with one decimal; below 1 with two digits that say something (0.028)."""
     if value is None:
         return "?"
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 0.95 or value < 0.0001 else f"{float(f'{value:.2g}'):.6f}".rstrip("0")
 
 
 def time_cell(values: dict[str, Any], percentile: str) -> str:

@@ -92,6 +92,14 @@ def text(run: Path) -> str:
     return made(run)
 
 
+@pytest.mark.parametrize(
+    ("rate", "text"),
+    [(None, "?"), (0.0, "0.0"), (0.0286, "0.029"), (0.5, "0.5"), (0.97, "1.0"), (9.96, "10.0"), (12345.6, "12,346")],
+)
+def test_a_rate_of_some_requests_in_an_hour_is_not_nothing(rate: float | None, text: str) -> None:
+    assert figure_text(rate) == text
+
+
 def test_figures_are_those_of_the_tables_and_of_the_metrics(run: Path, text: str) -> None:
     read, data = Read(text), report_data(run)
     for latency, title in (("ttft_s", "TTFT"), ("tpot_s", "TPOT"), ("itl_s", "ITL"), ("queue_s", "queue")):
