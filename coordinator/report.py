@@ -322,10 +322,13 @@ def figure_text(value: float | None) -> str:
 def time_cell(values: dict[str, Any], percentile: str) -> str:
     """One percentile of a latency with its unit; a star says that there are too few samples for it."""
     value_s, supported = values[percentile]["value"], values[percentile]["supported"]
-    in_seconds = any((values[p]["value"] or 0) >= 10 for p in PERCENTILES)
+    longest_s = max(values[p]["value"] or 0 for p in PERCENTILES)
     if value_s is None:
         return "-"
-    text = f"{value_s:.1f} s" if in_seconds else f"{value_s * 1000:.1f} ms"
+    if longest_s < 1:
+        text = f"{value_s * 1000:.1f} ms"
+    else:
+        text = f"{value_s:.1f} s" if longest_s >= 10 else f"{value_s:.2f} s"
     return text if supported else f"{text} *"
 
 
