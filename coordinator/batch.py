@@ -72,7 +72,7 @@ def replayed(
     expected = recorded.expected(names)
     changes: dict[str, Any] = {"replay": expected}
     if expected.input is not None:
-        changes |= {"input": expected.input, "format": recorded.format}
+        changes |= {"input": expected.input, "format": recorded.format, "part": recorded.part}
     if "ranks" not in names and detect(os.environ).launcher == "none":
         changes["ranks"] = recorded.ranks
     return recorded.job(config, names), replace(options, **changes)
