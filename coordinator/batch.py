@@ -13,7 +13,7 @@ from typing import Any
 
 from coordinator.compressed import STDIN, stdin_for_ranks
 from coordinator.config import JobConfig
-from coordinator.launch import detect, find_mpirun, own_mpirun, run_own_mpirun
+from coordinator.launch import Launch, detect, find_mpirun, own_mpirun, run_own_mpirun
 from coordinator.lead import BatchOptions, Lead
 from coordinator.ranks import open_world, serve_rank
 from coordinator.replay import read_recorded
@@ -21,7 +21,8 @@ from coordinator.setup import prepare
 from coordinator.signals import StopSignals, ignore_stop_signals
 from coordinator.staging import stage_models
 from coordinator.timekeeper import Timekeeper, age_s
-from scheduling.errors import EXIT_OK, ConfigError, LlmpiError, RunDirError
+from coordinator.timelimit import requeue
+from scheduling.errors import EXIT_OK, ConfigError, LlmpiError, RunDirError, StoppedError
 
 
 def run_batch(config: JobConfig, options: BatchOptions, argv: list[str]) -> int:
@@ -43,19 +44,26 @@ def run_batch(config: JobConfig, options: BatchOptions, argv: list[str]) -> int:
             environ = {**os.environ, **(stdin_for_ranks() if options.input == STDIN else {})}
             command = own_mpirun(argv, ranks, os.environ)
             return run_own_mpirun(command, environ, resumable=str(options.output))
-        world = None
-    else:
-        world = open_world(launch)
+    with StopSignals() as signals:  # before MPI starts: a signal that is not listened to ends the rank
+        return _run_rank(config, options, launch, signals)
+
+
+def _run_rank(config: JobConfig, options: BatchOptions, launch: Launch, signals: StopSignals) -> int:
+    world = None if launch.launcher == "none" else open_world(launch)
     if world is not None and world.rank > 0:
         ignore_stop_signals()
         with contextlib.suppress(LlmpiError):  # rank 0 tells why, once
             staged = stage_models(config, world)
             serve_rank(prepare(config, staged), world, options.output / "logs")
         return world.leave(EXIT_OK)
-    with StopSignals() as signals:
-        keeper = Timekeeper(options.stopping, signals, age_s=age_s())
+    keeper = Timekeeper(options.stopping, signals, age_s=age_s())
+    try:
         staged = stage_models(config, world, stopped=lambda: keeper.check("the model was staged"), quiet=options.quiet)
         code = Lead(prepare(config, staged), options, launch, world, staged, signals, keeper=keeper).run()
+    except StoppedError:
+        if signals.name == "SIGUSR2" and keeper.job is not None and keeper.requeues():
+            requeue(keeper.job)
+        raise
     return code if world is None else world.leave(code)
 
 

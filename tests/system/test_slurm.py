@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -69,6 +71,29 @@ def test_two_nodes_are_two_hosts_with_gpus_of_their_own(slurm: Cluster) -> None:
     assert sorted(shown.split("\n")[:-1]) == ["n1 0 0 0", "n1 1 1 1", "n2 2 0 0", "n2 3 1 1"]
 
 
+DUMPS = json.loads((ROOT / "tests" / "coordinator" / "launcher_dumps.json").read_text())
+SHOW = "import json, os, socket; print(json.dumps(dict(os.environ) | {'HOST': socket.gethostname()}))"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "srun --gpus-per-task=1 --ntasks-per-node=2 -N2 -n4",
+        "srun --gres=gpu:2 -n3 -N1",
+        "srun --gres=gpu:4 --gpu-bind=mask_gpu:0x3,0xc -n2 -N1",
+        "srun --gres=gpu:4 --gpu-bind=none -n4 -N1",
+        "srun --mpi=pmi2 -n2 -N1 --gpus-per-task=1",
+    ],
+)
+def test_variables_of_tasks_are_those_that_choosing_devices_is_tested_with(slurm: Cluster, command: str) -> None:
+    shown = slurm.run(*command.split(), sys.executable, "-S", "-E", "-c", SHOW).stdout
+    found = sorted(map(json.loads, shown.splitlines()), key=lambda environ: int(environ["SLURM_PROCID"]))
+    names = {name for environ in DUMPS[command] for name in environ} - {"SLURM_JOB_ID", "HOST"}
+    assert [{name: environ[name] for name in names if name in environ} for environ in found] == [
+        {name: environ[name] for name in names if name in environ} for environ in DUMPS[command]
+    ]
+
+
 ONE_RANK_MORE = ("--nodes=2", "--ntasks=4")
 RANK_0_TOO = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2")
 
@@ -112,6 +137,18 @@ def test_srun_starts_ranks_with_pmix_and_the_systems_open_mpi(slurm: Cluster, mp
     run.check_whole(IDS)
     session = run.about()["sessions"][0]
     assert (session["ranks"], "Open MPI v4" in session["mpi"]) == (3, True)
+
+
+@only_openmpi
+def test_a_number_of_gpus_for_each_task_is_refused_where_mpiruns_daemons_would_fail(
+    slurm: Cluster, mpirun: Launcher, run: Run
+) -> None:
+    options = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-task=1")
+    (job,) = submit(slurm, "mpirun.sbatch", mpirun, run, options=options)
+    with pytest.raises(AssertionError):
+        job.until(lambda: run.path.exists(), "a run")
+    assert "--gpus-per-node instead of --gpus-per-task" in job.output
+    assert job.facts()["ExitCode"] == "2:0"
 
 
 @only_openmpi
@@ -164,11 +201,14 @@ def test_a_job_drains_at_the_partitions_time_limit_and_on_limit_requeue_does_the
 ) -> None:
     """Of two jobs one ends there, and may be submitted again; the other is back in the queue by itself."""
     runs, gates, jobs = [], [], []
-    for name, more in (("ends", ()), ("goes-on", ("--on-limit", "requeue"))):
+    # Slurm sends its signal up to half a minute before it is due, to the second job when that has hardly started. The
+    # first gets one that means nothing, and drains because it knows its end.
+    cases = (("ends", (), ("--signal=CONT@1",)), ("goes-on", ("--on-limit", "requeue"), ()))
+    for name, more, signals in cases:
         (tmp_path / name).mkdir()
         runs.append(Run(tmp_path / name / "run"))
         gates.append(Gate.closed(tmp_path / name / "gate"))
-        options = ("--partition=minute", "--ntasks=2")
+        options = ("--partition=minute", "--ntasks=2", *signals)
         more = ("--drain-timeout", "4", *more)
         jobs += submit(slurm, "mpirun.sbatch", mpirun, runs[-1], *more, options=options, env=gates[-1].env)
     ended, requeued = jobs
@@ -177,7 +217,8 @@ def test_a_job_drains_at_the_partitions_time_limit_and_on_limit_requeue_does_the
     requeued.until(lambda: requeued.facts()["Restarts"] != "0", "that it is back in the queue")
     gates[1].open()
     assert requeued.wait() == 0, requeued.output
-    check_went_on(requeued, runs[1])
+    runs[1].check_whole(IDS)
+    assert "llmpi: draining" in requeued.output
 
 
 def check_went_on(job: SlurmJob, run: Run) -> None:
