@@ -9,6 +9,7 @@ import traceback
 from pathlib import Path
 
 from coordinator.launch import Launch, check_singleton
+from coordinator.leaving import at_last
 from coordinator.mpi import World
 from coordinator.serve import serve
 from coordinator.setup import Setup, build_worker
@@ -18,8 +19,12 @@ from scheduling.link import Spoke
 
 
 def open_world(launch: Launch, thread_level: str = "funneled") -> World:
-    """MPI, started. Raises ConfigError where the launcher's tasks do not see each other."""
+    """MPI, started, and to be ended by `leaving.leave`.
+
+    Raises ConfigError where the launcher's tasks do not see each other.
+    """
     world = World(thread_level)
+    at_last(world.leave)
     check_singleton(launch, world.size, os.environ, world.library())
     return world
 

@@ -22,6 +22,10 @@ from tests.tiny_model import tiny_model_beside
 REAL_MODEL = ROOT / ".cache" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 MPICH_PYTHON = ROOT / ".venv-mpich" / "bin" / "python"
 
+# llama.cpp's threads wait for each other at every operation. Spinning, they take the cores from the tests beside them;
+# and whoever waits for a thread that has no core spins for as long as that takes.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 # Machines that run tests are shared and slow: a deadline would measure them, not the code.
 hypothesis.settings.register_profile("local", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)

@@ -29,6 +29,11 @@ import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT_SHOWN_CHARS = 8_000
+PATIENCE_S = 300.0
+"""Bounds waiting for what never comes. On a loaded machine starting Python takes ten seconds, and any process may
+stand still for some: a test that waits for a condition waits as long as that takes."""
+GONE_S = 60.0
+"""Killed processes are gone at once, but for those that the kernel has not come to yet."""
 
 Kind = Literal["openmpi", "mpich"]
 Argument = str | int | Path
@@ -103,8 +108,8 @@ class Job:
                 os.kill(process.pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
-        self.process.wait(10)
-        psutil.wait_procs(left, timeout=10)
+        self.process.wait(GONE_S)
+        psutil.wait_procs(left, timeout=GONE_S)
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,7 @@ class Launcher:
         self,
         ranks: int,
         *arguments: Argument,
-        timeout_s: float = 180,
+        timeout_s: float = PATIENCE_S,
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
         mpi_options: Sequence[str] = (),
@@ -177,7 +182,7 @@ def _started(command: tuple[str, ...], env: Mapping[str, str], cwd: Path) -> Ite
 
 def run_alone(
     *arguments: Argument,
-    timeout_s: float = 180,
+    timeout_s: float = PATIENCE_S,
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     python: Path | None = None,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scheduling.errors import ConfigError, RunDirError
-from storage.rundir import RUN_NAME, read_run
+from storage.runjson import RUN_NAME, read_run
 
 _TEXT = re.compile(r"(\d{1,9})/(\d{1,9})", re.ASCII)
 _NAME = re.compile(r"slice-(\d{1,9})", re.ASCII)

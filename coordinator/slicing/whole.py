@@ -20,8 +20,10 @@ from coordinator.values import print_json
 from scheduling.errors import EXIT_OK, EXIT_RESUMABLE, EXIT_SOME_FAILED, RunDirError
 from scheduling.histogram import LogHistogram
 from storage.metrics import read_requests, read_summary
-from storage.rundir import METRICS_NAME, RUN_NAME, Status, request_stop
-from storage.rundir import status as run_status
+from storage.rundir import METRICS_NAME
+from storage.runjson import RUN_NAME
+from storage.runstatus import Status, request_stop
+from storage.runstatus import status as run_status
 from storage.summary import Summary
 
 
