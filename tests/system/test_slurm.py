@@ -85,9 +85,12 @@ SHOW = "import json, os, socket; print(json.dumps(dict(os.environ) | {'HOST': so
         "srun --mpi=pmi2 -n2 -N1 --gpus-per-task=1",
     ],
 )
-def test_variables_of_tasks_are_those_that_choosing_devices_is_tested_with(slurm: Cluster, command: str) -> None:
-    shown = slurm.run(*command.split(), sys.executable, "-S", "-E", "-c", SHOW).stdout
-    found = sorted(map(json.loads, shown.splitlines()), key=lambda environ: int(environ["SLURM_PROCID"]))
+def test_variables_of_tasks_are_those_that_choosing_devices_is_tested_with(
+    slurm: Cluster, tmp_path: Path, command: str
+) -> None:
+    # A file a task: srun mixes long lines of several.
+    slurm.run(*command.split(), f"--output={tmp_path}/%t", sys.executable, "-S", "-E", "-c", SHOW)
+    found = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(len(DUMPS[command]))]
     names = {name for environ in DUMPS[command] for name in environ} - {"SLURM_JOB_ID", "HOST"}
     assert [{name: environ[name] for name in names if name in environ} for environ in found] == [
         {name: environ[name] for name in names if name in environ} for environ in DUMPS[command]
