@@ -48,7 +48,8 @@ def write_script(launcher: str, wanted: JobRequest, run_dir: Path, command: Sequ
 
 _CHAIN = f"""
 # A signal may come at once: where it comes before what follows is ready for it, it is kept.
-trap 'asked=1' USR2 TERM
+trap 'asked=USR2' USR2
+trap 'asked=TERM' TERM
 
 # The job after this one is submitted now, to begin when this one has ended, however that may be.
 chain=$1
