@@ -45,7 +45,7 @@ def run_batch(config: JobConfig, options: BatchOptions, argv: list[str]) -> int:
             return run_own_mpirun(command, environ, resumable=str(options.output))
         world = None
     else:
-        world = open_world(launch)
+        world = open_world(launch, fanout=config.fanout)
     if world is not None and world.rank > 0:
         ignore_stop_signals()
         with contextlib.suppress(LlmpiError):  # rank 0 tells why, once

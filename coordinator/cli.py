@@ -111,6 +111,13 @@ StageDir = Annotated[
     str | None,
     typer.Option(help="Folder of every node for copies. [default: $SLURM_TMPDIR, $TMPDIR or /dev/shm]"),
 ]
+Fanout = Annotated[
+    int,
+    typer.Option(
+        help="Where more ranks than these are started, rank 0 speaks to one rank for each so many of a host, which "
+        "passes on what it and the others have to say."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON on stdout.")]
 
 
@@ -192,6 +199,7 @@ def batch(
             "sooner; the first answer counts. [default: with work stealing]",
         ),
     ] = None,
+    fanout: Fanout = 256,
     lease: Annotated[
         float, typer.Option(help="Seconds of silence after which a rank is lost and its work goes to others.")
     ] = 60.0,
@@ -269,7 +277,8 @@ def batch(
         sampling=checked_sampling(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, **held_to(json_schema, grammar_file)
         ),
-        max_tokens=max_tokens, seed=seed, copies=copies, prefetch=prefetch, lease_s=lease, rank0_lease_s=rank0_lease,
+        max_tokens=max_tokens, seed=seed, copies=copies, prefetch=prefetch, fanout=fanout, lease_s=lease,
+        rank0_lease_s=rank0_lease,
         engine_lease_s=engine_lease, request_timeout_s=request_timeout, max_deaths=max_deaths,
         commit_interval_s=commit_interval, commit_bytes=commit_bytes, metrics_interval_s=metrics_interval,
         precheck=precheck, chat_template=read_text("--chat-template", chat_template),

@@ -38,6 +38,9 @@ class MpiEndpoint:
         # The buffer must live until the send is through.
         self._sending.setdefault(address, deque()).append((request, payload))
 
+    def flush(self) -> None:
+        """Nothing is kept back."""
+
     def receive(self) -> list[tuple[int, bytes | bytearray]]:
         self._send_on()
         self._match()

@@ -20,6 +20,7 @@ from coordinator.engines import fitted_placements
 from coordinator.handshake import Handshake
 from coordinator.loop import Callbacks, Coordinator
 from coordinator.mpi import SoloCollectives
+from coordinator.relays import Trunk
 from coordinator.rundata import NO_COLLECTIVES
 from coordinator.serve import drive, turn
 from coordinator.setup import Setup, build_worker
@@ -72,7 +73,11 @@ class Session:
         self._routes: dict[int, Endpoint] = {}
         remote = list(range(1, world.size)) if world is not None else []
         self._remote = remote
-        self._endpoint = Routed(self._routes, world.endpoint() if world is not None else None)
+        self._trunk: Trunk | None = None
+        endpoint = world.endpoint() if world is not None else None
+        if world is not None and endpoint is not None and world.leaders:
+            endpoint = self._trunk = Trunk(endpoint, world.leaders)
+        self._endpoint = Routed(self._routes, endpoint)
         self.hub = Hub(self._endpoint, remote)
         self._pids: dict[int, int] = {}
         self._unreachable: list[int] = []
@@ -326,6 +331,9 @@ class Session:
         return code
 
     def _flush_all(self) -> None:
+        """Send the last words."""
+        if self._trunk is not None:
+            self._trunk.go_direct()
         self.hub.flush()
         deadline = self._clock() + min(CLOSE_S, 2 * self.engine_end_s)
         while self._endpoint.unsent_bytes() and self._clock() < deadline:

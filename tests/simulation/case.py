@@ -25,6 +25,7 @@ from coordinator import config as config_module
 from coordinator import lead, report, serve, setup
 from coordinator.config import JobConfig
 from coordinator.engines import ModelFacts
+from coordinator.relays import leaders_of
 from coordinator.setup import Setup
 from scheduling.errors import EXIT_INFRASTRUCTURE, EXIT_OK, EXIT_RESUMABLE, EXIT_SOME_FAILED
 from scheduling.messages import Host
@@ -114,7 +115,15 @@ class Case:
         return Shape(
             self.seed, size, simulated, self.folder / "in.jsonl", self.folder / "disk" / "run", tempers,
             dice.choice(("openmpi", "mpich")), dice.choice((3.0, 8.0, 20.0)), dice.random() < 0.4,
+            self._leaders(Random(f"{self.seed} leaders"), size),
         )  # fmt: skip
+
+    def _leaders(self, dice: Random, size: int) -> dict[int, int]:
+        """In some seeds of several workers there are leaders: of one host, or of two."""
+        if size < 3 or dice.random() < 0.5:
+            return {}
+        workers, cut = list(range(1, size)), dice.randint(0, size - 2)
+        return leaders_of([part for part in (workers[:cut], workers[cut:]) if part], dice.choice((2, 3, 8)))
 
     # ------------------------------------------------------------ sessions
 
