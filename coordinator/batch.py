@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from coordinator.batchoptions import BatchOptions
 from coordinator.compressed import STDIN, stdin_for_ranks
 from coordinator.config import JobConfig
 from coordinator.launch import detect, find_mpirun, own_mpirun, run_own_mpirun
-from coordinator.lead import BatchOptions, Lead
 from coordinator.ranks import open_world, serve_rank
 from coordinator.replay import read_recorded
 from coordinator.setup import prepare
@@ -52,6 +52,8 @@ def run_batch(config: JobConfig, options: BatchOptions, argv: list[str]) -> int:
             staged = stage_models(config, world)
             serve_rank(prepare(config, staged), world, options.output / "logs")
         return world.leave(EXIT_OK)
+    from coordinator.lead import Lead  # what it loads no other rank needs
+
     with StopSignals() as signals:
         keeper = Timekeeper(options.stopping, signals, age_s=age_s())
         staged = stage_models(config, world, stopped=lambda: keeper.check("the model was staged"), quiet=options.quiet)

@@ -265,8 +265,8 @@ def batch(
 ) -> None:
     """Answer every request of a file exactly once, on all ranks."""
     from coordinator.batch import replayed, run_batch
+    from coordinator.batchoptions import BatchOptions
     from coordinator.config import JobConfig, checked_sampling
-    from coordinator.lead import BatchOptions
     from coordinator.rows import Columns
     from coordinator.timekeeper import StopOptions
     from coordinator.timelimit import parse_time_limit
@@ -473,6 +473,7 @@ def bench_dispatch(
         Path | None, typer.Option("-o", "--output", help="Run directory. [default: a temporary one]")
     ] = None,
     schedule: Annotated[Schedule, typer.Option(help="How requests find workers.")] = Schedule.work_stealing,
+    fanout: Fanout = 256,
     as_json: AsJson = False,
 ) -> None:
     """Measure control plane, transport and durable record with an engine that answers at once."""
@@ -481,7 +482,7 @@ def bench_dispatch(
     raise typer.Exit(
         run_bench_dispatch(
             requests=requests, prompt_bytes=prompt_bytes, answer_bytes=answer_bytes, slots=slots,
-            peer_requests=peer_requests, output=output, schedule=schedule.value, as_json=as_json,
+            peer_requests=peer_requests, output=output, schedule=schedule.value, fanout=fanout, as_json=as_json,
         )
     )  # fmt: skip
 

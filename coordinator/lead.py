@@ -8,12 +8,13 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 import msgspec
 
+from coordinator.batchoptions import BatchOptions
 from coordinator.collect import Rows
 from coordinator.compressed import STDIN, STDIN_VARIABLE
 from coordinator.config import package_versions
@@ -25,15 +26,13 @@ from coordinator.launch import Launch
 from coordinator.loop import Callbacks, Snapshot
 from coordinator.prepared import Prepared, prepare_input, tell_row
 from coordinator.progress import ProgressView
-from coordinator.replay import Replay
-from coordinator.rows import Columns
 from coordinator.rundata import rank_rows
 from coordinator.session import Session
 from coordinator.setup import Setup
 from coordinator.signals import StopSignals
 from coordinator.source import FileSource, same_input
 from coordinator.surroundings import Surroundings
-from coordinator.timekeeper import StopOptions, Timekeeper
+from coordinator.timekeeper import Timekeeper
 from coordinator.timelimit import requeue
 from coordinator.world import Ranks
 from scheduling import events as ev
@@ -42,23 +41,6 @@ from storage.files import Disk
 from storage.recovery import Recovery, recover
 from storage.rundir import RUN_NAME, RunDir, holds_answers, read_run
 from storage.staging import Staged
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BatchOptions:
-    """What concerns only rank 0, or how the job is shown."""
-
-    input: Path
-    output: Path
-    format: str | None = None
-    columns: Columns = field(default_factory=Columns)
-    replay: Replay | None = None
-    """What this run is to be the same as."""
-    ranks: int | None = None
-    stopping: StopOptions = field(default_factory=StopOptions)
-    show: int = 0
-    quiet: bool = False
-    as_json: bool = False
 
 
 def refuse_edited_input(output: Path, source: FileSource, disk: Disk) -> dict[str, Any]:

@@ -90,6 +90,11 @@ class World:
         self._endpoint = MpiEndpoint(self.MPI, self.messages_comm)
         return self._endpoint
 
+    @property
+    def messages(self) -> int:
+        """Sent and received by this rank."""
+        return 0 if self._endpoint is None else self._endpoint.messages
+
     def collectives(self, patience_s: float = COLLECTIVE_PATIENCE_S) -> Collectives:
         return Collectives(self, patience_s=patience_s)
 

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from coordinator import figures
+from coordinator.durations import duration
 from coordinator.pagefacts import about, config_of, failures
 from coordinator.pageparts import figure_of, named, table_of, text_of
-from coordinator.progress import duration
 from coordinator.report import (
     LATENCY_NAMES,
     OVER_JOB,

@@ -160,8 +160,6 @@ class Trunk:
         """To whom is sent what is for a worker: its leader, or itself."""
         self._ways = {worker: Way(worker) for worker in leaders}
         self._loads: dict[int, _Load] = {}
-        self.messages = 0
-        """Bundles that were sent or received."""
 
     def post(self, address: int, payload: bytes) -> None:
         way, load = self._ways[address], self._load(self._next[address])
@@ -174,14 +172,12 @@ class Trunk:
         loads, self._loads = self._loads, {}
         for address, load in loads.items():
             for payload in load.bundles():
-                self.messages += 1
                 self._base.post(address, payload)
         self._base.flush()
 
     def receive(self) -> Sequence[tuple[int, bytes]]:
         arrived: list[tuple[int, bytes]] = []
         for source, payload in self._base.receive():
-            self.messages += 1
             bundle = read_bundle(source, payload)
             for parcel in bundle.parcels:
                 if self._way(source, parcel.worker).take(parcel):
@@ -283,7 +279,7 @@ class Branch:
                 self._carry_up(source, bundle, now)
                 continue
             if source == self._leader:
-                self._leader_heard = max(self._leader_heard, now)
+                self._leader_heard = now
             self._hear(bundle, now, arrived)
         if self._leader is not None:
             silent = now - self._leader_heard > self._patience_s

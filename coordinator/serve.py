@@ -11,14 +11,17 @@ import gc
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from coordinator.collect import Collecting, collect
-from coordinator.loop import Coordinator
 from coordinator.relays import Branch
 from coordinator.surroundings import Sleep, sleep
 from coordinator.transport import Backoff
 from scheduling.errors import HandshakeError, RankLostError
 from workers.worker import Worker
+
+if TYPE_CHECKING:  # a worker rank has no use for rank 0's loop
+    from coordinator.loop import Coordinator
 
 
 def serve(

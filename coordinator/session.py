@@ -120,7 +120,13 @@ class Session:
             )
             self.hub.send(worker, self._welcome(self.plan.placements[worker]))
         self.hub.flush()
-        return list(self.plan.notes)
+        return [*self.plan.notes, *self._leading()]
+
+    def _leading(self) -> list[str]:
+        leaders = set() if self.world is None else set(self.world.leaders.values())
+        if not leaders:
+            return []
+        return [f"{len(leaders)} leaders carry messages between rank 0 and {len(self._remote)} workers"]
 
     def _place(self) -> Plan:
         config = self.setup.config

@@ -11,8 +11,8 @@ import pytest
 
 from coordinator import batch as batch_module
 from coordinator import cli
+from coordinator.batchoptions import BatchOptions
 from coordinator.config import JobConfig
-from coordinator.lead import BatchOptions
 from scheduling.constraints import Constraint
 from scheduling.errors import (
     BugError,

@@ -7,12 +7,14 @@ lasts; the product has no hooks for this. `BUGS` has them by name.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from coordinator import lead
+from coordinator.relays import Branch, Bundle, Parcel, Trunk, Way
 from coordinator.rundata import OwnRows
 from coordinator.session import Session
 from coordinator.source import FileSource
@@ -119,6 +121,77 @@ def nobody_is_told_to_leave() -> list[Patch]:
             worker.close()
 
     return [wrapped(Session, "close", close)]
+
+
+# ---------------------------------------------------------------- leaders
+
+
+@bug
+def what_a_lost_leader_had_is_not_sent_again() -> list[Patch]:
+    def go_alone(original: Any, branch: Branch, now: float) -> None:
+        branch._way._kept.clear()
+        original(branch, now)
+
+    return [wrapped(Branch, "_go_alone", go_alone)]
+
+
+@bug
+def what_rank_0_sent_a_lost_leader_is_not_sent_again() -> list[Patch]:
+    def go_around(original: Any, trunk: Trunk, workers: Iterable[int]) -> None:
+        workers = list(workers)
+        for worker in workers:
+            if trunk._next[worker] != worker:
+                trunk._ways[worker]._kept.clear()
+        original(trunk, workers)
+
+    return [wrapped(Trunk, "_go_around", go_around)]
+
+
+@bug
+def a_leader_vouches_for_its_members() -> list[Patch]:
+    def send(original: Any, branch: Branch, now: float) -> None:
+        for member in branch._members:
+            branch._up.heard.setdefault(member, 0)
+        original(branch, now)
+
+    return [wrapped(Branch, "_send", send)]
+
+
+@bug
+def what_is_sent_again_is_taken_again() -> list[Patch]:
+    """By links, too, which would recognise it."""
+    again: set[tuple[int, int]] = set()
+
+    def send_again(original: Any, way: Way) -> list[Parcel]:
+        parcels: list[Parcel] = original(way)
+        again.update((parcel.worker, parcel.number) for parcel in parcels)
+        return parcels
+
+    def take(original: Any, way: Way, parcel: Parcel) -> bool:
+        return original(way, parcel) or (parcel.worker, parcel.number) in again
+
+    [opened] = BUGS["a duplicate envelope is taken twice"]()
+    return [wrapped(Way, "again", send_again), wrapped(Way, "take", take), opened]
+
+
+@bug
+def a_silent_leader_is_waited_for() -> list[Patch]:
+    def begin(original: Any, branch: Branch, *arguments: Any) -> None:
+        original(branch, *arguments)
+        branch._patience_s = float("inf")
+
+    return [wrapped(Branch, "__init__", begin)]
+
+
+@bug
+def a_leader_loses_a_bundle() -> list[Patch]:
+    carried = itertools.count(1)
+
+    def carry_up(original: Any, branch: Branch, member: int, bundle: Bundle, now: float) -> None:
+        if not bundle.parcels or next(carried) % 50:
+            original(branch, member, bundle, now)
+
+    return [wrapped(Branch, "_carry_up", carry_up)]
 
 
 # ---------------------------------------------------------------- the control plane

@@ -77,6 +77,7 @@ class Case:
         self.work = work.draw(dice, max_tokens=40)
         self.weather = weather.draw(Random(f"{self.seed} weather"), size)
         self.shape = self._shape(dice, size)
+        self._lead(Random(f"{self.seed} leaders"), size)
         self.shape.input.write_bytes(self.work.content)
         self.storage = Storage(self.shape.run_dir.parent)
         self.books = Books(self.work, self.storage, self.shape.run_dir, self.shape.config)
@@ -115,15 +116,20 @@ class Case:
         return Shape(
             self.seed, size, simulated, self.folder / "in.jsonl", self.folder / "disk" / "run", tempers,
             dice.choice(("openmpi", "mpich")), dice.choice((3.0, 8.0, 20.0)), dice.random() < 0.4,
-            self._leaders(Random(f"{self.seed} leaders"), size),
+            {},
         )  # fmt: skip
 
-    def _leaders(self, dice: Random, size: int) -> dict[int, int]:
-        """In some seeds of several workers there are leaders: of one host, or of two."""
-        if size < 3 or dice.random() < 0.5:
-            return {}
-        workers, cut = list(range(1, size)), dice.randint(0, size - 2)
-        return leaders_of([part for part in (workers[:cut], workers[cut:]) if part], dice.choice((2, 3, 8)))
+    def _lead(self, dice: Random, size: int) -> None:
+        """In some seeds of several workers there are leaders, of one host or of two, and in most of these more ranks
+        than elsewhere stop or die."""
+        if size < 3 or dice.random() < 0.4:
+            return
+        workers, cut = list(range(1, size)), dice.choice((0, dice.randint(1, size - 2)))
+        leaders = leaders_of([part for part in (workers[:cut], workers[cut:]) if part], dice.choice((2, 3, 8, 8)))
+        more = dice.choice(({}, {"rank stopped": 0.5}, {"rank vanishes": 0.2}, {"rank killed": 0.3}))
+        self.weather = replace(self.weather, rates_per_s=self.weather.rates_per_s | more)
+        tolerant = self.shape.fault_tolerant or "rank killed" in more
+        self.shape = replace(self.shape, leaders=leaders, fault_tolerant=tolerant)
 
     # ------------------------------------------------------------ sessions
 

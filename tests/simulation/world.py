@@ -15,9 +15,10 @@ from unittest import mock
 import msgspec
 
 from coordinator import session as session_module
+from coordinator.batchoptions import BatchOptions
 from coordinator.config import JobConfig
 from coordinator.launch import detect
-from coordinator.lead import BatchOptions, Lead
+from coordinator.lead import Lead
 from coordinator.relays import Branch
 from coordinator.setup import Setup
 from coordinator.signals import StopSignals
