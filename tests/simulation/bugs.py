@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from coordinator import lead
-from coordinator.relays import Branch, Bundle, Parcel, Trunk, Way
+from coordinator.relays import Branch, Bundle, Parcel, Way
 from coordinator.rundata import OwnRows
 from coordinator.session import Session
 from coordinator.source import FileSource
@@ -136,18 +136,6 @@ def what_a_lost_leader_had_is_not_sent_again() -> list[Patch]:
 
 
 @bug
-def what_rank_0_sent_a_lost_leader_is_not_sent_again() -> list[Patch]:
-    def go_around(original: Any, trunk: Trunk, workers: Iterable[int]) -> None:
-        workers = list(workers)
-        for worker in workers:
-            if trunk._next[worker] != worker:
-                trunk._ways[worker]._kept.clear()
-        original(trunk, workers)
-
-    return [wrapped(Trunk, "_go_around", go_around)]
-
-
-@bug
 def a_leader_vouches_for_its_members() -> list[Patch]:
     def send(original: Any, branch: Branch, now: float) -> None:
         for member in branch._members:
@@ -172,15 +160,6 @@ def what_is_sent_again_is_taken_again() -> list[Patch]:
 
     [opened] = BUGS["a duplicate envelope is taken twice"]()
     return [wrapped(Way, "again", send_again), wrapped(Way, "take", take), opened]
-
-
-@bug
-def a_silent_leader_is_waited_for() -> list[Patch]:
-    def begin(original: Any, branch: Branch, *arguments: Any) -> None:
-        original(branch, *arguments)
-        branch._patience_s = float("inf")
-
-    return [wrapped(Branch, "__init__", begin)]
 
 
 @bug
