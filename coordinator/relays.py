@@ -243,14 +243,14 @@ class Branch:
         self._clock = clock
         self._way = Way(rank)
         self._leader = leaders[rank] if leaders[rank] != rank else None
-        self._members = [worker for worker, leader in leaders.items() if leader == rank and worker != rank]
+        self._members = {worker for worker, leader in leaders.items() if leader == rank and worker != rank}
         self._patience_s = min(LEADER_SILENT_S, lease_s / 2)
         self._beat_s = min(BEAT_S, lease_s / 5)
         now = clock()
         self._leader_heard = now - self._patience_s + FIRST_WORD_S
         self._up = _Load()
         """For rank 0, or for the leader."""
-        self._down: dict[int, _Load] = {member: _Load() for member in self._members}
+        self._down: dict[int, _Load] = {}
         self._up_at = now
         """When the first envelope came that is in `_up`."""
         self._sent_up = now
@@ -275,8 +275,8 @@ class Branch:
         now = self._clock()
         for source, payload in self._base.receive():
             bundle = read_bundle(source, payload)
-            if source in self._down:
-                self._carry_up(source, bundle, now)
+            if source in self._members:
+                self._carry_up(bundle, now)
                 continue
             if source == self._leader:
                 self._leader_heard = now
@@ -317,17 +317,20 @@ class Branch:
             if parcel.worker == self._rank:
                 if self._way.take(parcel):
                     arrived.append((0, parcel.payload))
-            elif parcel.worker in self._down:
-                self._down[parcel.worker].parcels.append(parcel)
+            elif parcel.worker in self._members:
+                self._load(parcel.worker).parcels.append(parcel)
                 self._carry(now)
         for worker, received in zip(bundle.heard[::2], bundle.heard[1::2], strict=True):
             if worker == self._rank:
                 self._way.settle(received)
                 arrived.append((0, HEARTBEAT))
-            elif worker in self._down:
-                self._down[worker].heard[worker] = received
+            elif worker in self._members:
+                self._load(worker).heard[worker] = received
 
-    def _carry_up(self, member: int, bundle: Bundle, now: float) -> None:
+    def _load(self, member: int) -> _Load:
+        return self._down.setdefault(member, _Load())
+
+    def _carry_up(self, bundle: Bundle, now: float) -> None:
         self._up.heard.update(zip(bundle.heard[::2], bundle.heard[1::2], strict=True))
         if bundle.parcels:
             self._gather(bundle.parcels, now)
@@ -351,11 +354,13 @@ class Branch:
     # ------------------------------------------------------------ what goes
 
     def _send(self, now: float) -> None:
-        for member, load in self._down.items():
-            if load.parcels or load.heard or now - self._beat_at >= self._beat_s:
-                self._post(member, load)
-        if now - self._beat_at >= self._beat_s:
+        if self._members and now - self._beat_at >= self._beat_s:
             self._beat_at = now
+            for member in self._members:
+                self._load(member)  # an empty bundle says that we are here
+        down, self._down = self._down, {}
+        for member, load in down.items():
+            self._post(member, load)
         if self._up_is_due(now):
             self._sent_up = now
             self._post(0 if self._leader is None else self._leader, self._up)

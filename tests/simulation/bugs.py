@@ -166,9 +166,9 @@ def what_is_sent_again_is_taken_again() -> list[Patch]:
 def a_leader_loses_a_bundle() -> list[Patch]:
     carried = itertools.count(1)
 
-    def carry_up(original: Any, branch: Branch, member: int, bundle: Bundle, now: float) -> None:
+    def carry_up(original: Any, branch: Branch, bundle: Bundle, now: float) -> None:
         if not bundle.parcels or next(carried) % 50:
-            original(branch, member, bundle, now)
+            original(branch, bundle, now)
 
     return [wrapped(Branch, "_carry_up", carry_up)]
 
