@@ -12,7 +12,13 @@ rank 0 leaves it, and `generate` yields nothing there.
 
 from __future__ import annotations
 
-from coordinator.loop import Snapshot
+if __name__ == "__main__":
+    # A command ends here: it loads what it needs by itself, and not what scripts are given below.
+    from coordinator.cli import main
+
+    main()
+
+from coordinator.callbacks import Snapshot
 from coordinator.pool import Pool, Result
 from scheduling.errors import (
     ConfigError,
@@ -38,8 +44,3 @@ __all__ = [
     "Snapshot",
     "UserError",
 ]
-
-if __name__ == "__main__":
-    from coordinator.cli import main
-
-    main()

@@ -26,8 +26,10 @@ import numpy.typing as npt
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scheduling.requests import Sampling
-from workers.choosing import Parameters, Threads, choose, largest
+from workers.choosing import choose, largest
+from workers.parameters import Parameters
 from workers.sampling import RowSampler
+from workers.threads import Threads
 
 SCALE = 8.0
 SMALL_VOCABULARY = 1000

@@ -1,10 +1,12 @@
 """How near the simulated engine comes to the real one, at loads that its service times were not fitted on.
 
 usage: python benchmarks/simulated_engine.py MODEL [--service-times FILE] [--slots N] [--threads N] [--repeats N]
+           [--times N]
 
 Calibrates first, unless service times are given. Then each load is given to the real engine and to the simulated one in
 turn. Printed are medians, the simulated engine's error, and how far apart the real engine's own repeats are: no model
-can be nearer than that. With --time-scale X the simulated engine takes X times as long, and what it took is divided by
+can be nearer than that. With --times N loads are N times as large, for engines with more slots
+than 8. With --time-scale X the simulated engine takes X times as long, and what it took is divided by
 that.
 """
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -32,6 +35,16 @@ LOADS = {
 }
 
 Figures = dict[str, float]
+
+
+def loads(times: int) -> dict[str, Load]:
+    """`LOADS` with so many times as many requests, also at once."""
+    return {
+        name if times == 1 else f"{name}, x {times}": replace(
+            load, requests=load.requests * times, concurrency=load.concurrency and load.concurrency * times
+        )
+        for name, load in LOADS.items()
+    }
 
 
 def config(options: argparse.Namespace, **engine: object) -> JobConfig:
@@ -64,7 +77,7 @@ def compare(options: argparse.Namespace, times: Path) -> dict[str, dict[str, dic
     simulated = BenchEngine(first_engine(prepare(simulated_config)))
     found: dict[str, dict[str, dict[str, float]]] = {}
     try:
-        for name, load in LOADS.items():
+        for name, load in loads(options.times).items():
             theirs, ours = [], []
             for repeat in range(options.repeats):
                 theirs.append(run(real, load, repeat))
@@ -93,6 +106,7 @@ def main() -> None:
     parser.add_argument("--contexts", type=int)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--times", type=int, default=1)
     parser.add_argument("--time-scale", type=float, default=1.0)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -106,7 +120,7 @@ def main() -> None:
         print(json.dumps(found))
         return
     for load, figures in found.items():
-        print(f"{load:22} {'real':>9} {'simulated':>10} {'error':>8} {'real repeats apart':>19}")
+        print(f"{load:28} {'real':>9} {'simulated':>10} {'error':>8} {'real repeats apart':>19}")
         for name, row in figures.items():
             print(
                 f"  {name:20} {row['real']:9.2f} {row['simulated']:10.2f} {100 * row['error']:+6.1f} %"

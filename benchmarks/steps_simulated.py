@@ -25,12 +25,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from scheduling.requests import Request, Sampling
 from scheduling.servicetime import EXAMPLE
 from workers import pace
-from workers.backlog import Backlog, Lane, Task
+from workers.backlog import Backlog
 from workers.meter import Meter
 from workers.protocol import Frame, Job
 from workers.shape import PASS_TOKENS_GPU, PATIENCE_GPU, Shape
 from workers.simulated import VOCAB, SimulatedContext
 from workers.stepper import Stepper, Vocabulary
+from workers.task import Lane, Task
 from workers.text import PieceTable
 
 PROMPT_TOKENS, CTX_TOKENS, BATCH_TOKENS = 128, 1280, 2048

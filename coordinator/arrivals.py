@@ -15,7 +15,9 @@ from coordinator.ids import IdSet, hash_id
 from coordinator.inputfile import default_id, text_of
 from scheduling.embeddings import may_embed
 from scheduling.errors import RequestError
-from scheduling.requests import Sampling, estimate_tokens, parse_request, text_line
+from scheduling.estimates import estimate_tokens
+from scheduling.requestlines import text_line
+from scheduling.requests import Sampling, parse_request
 
 
 class Arrival(msgspec.Struct, frozen=True, kw_only=True, gc=False):

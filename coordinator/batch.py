@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,19 @@ from typing import Any
 from coordinator.batchoptions import BatchOptions
 from coordinator.compressed import STDIN, stdin_for_ranks
 from coordinator.config import JobConfig
-from coordinator.launch import detect, find_mpirun, own_mpirun, run_own_mpirun
+from coordinator.hostfile import count_slots, without_hostfile
+from coordinator.launch import detect
+from coordinator.ownmpirun import find_mpirun, own_mpirun, run_own_mpirun
 from coordinator.ranks import open_world, serve_rank
 from coordinator.replay import read_recorded
+from coordinator.rundirs import state_line
 from coordinator.setup import prepare
 from coordinator.signals import StopSignals, ignore_stop_signals
 from coordinator.staging import stage_models
 from coordinator.timekeeper import Timekeeper, age_s
-from scheduling.errors import EXIT_OK, ConfigError, LlmpiError, RunDirError
+from scheduling.errors import EXIT_INFRASTRUCTURE, EXIT_OK, EXIT_USAGE, ConfigError, LlmpiError, RunDirError
+from storage.runjson import RUN_NAME
+from storage.runstatus import status as run_status
 
 
 def run_batch(config: JobConfig, options: BatchOptions, argv: list[str]) -> int:
@@ -33,16 +39,24 @@ def run_batch(config: JobConfig, options: BatchOptions, argv: list[str]) -> int:
             f"--ranks is for when llmpi starts its own mpirun; this job was started by {launch.launcher} with "
             f"{launch.size_claimed} ranks: leave it out"
         )
+    if launch.launcher != "none" and options.hostfile is not None:
+        raise ConfigError(
+            f"--hostfile is for when llmpi starts its own mpirun; this job was started by {launch.launcher}: give "
+            "the file to that"
+        )
     if launch.launcher == "none":
-        devices = ranks_for_devices(config)
-        if options.ranks is None and devices > 1 and config.coordinator_works is None:
+        room = None if options.hostfile is None else count_slots(options.hostfile)
+        ranks = options.ranks or room or ranks_for_devices(config)
+        if room is not None and ranks > room:
+            raise ConfigError(f"--ranks {ranks}, but {options.hostfile} has room for {room}")
+        if options.ranks is None and room is None and ranks > 1 and config.coordinator_works is None:
             argv = [*argv, "--coordinator-works"]  # one rank a device, so rank 0 takes one too
         if options.ranks is not None and "--ranks" not in argv:
             argv = [*argv, "--ranks", str(options.ranks)]  # a replay's, which its ranks record in turn
-        if (ranks := options.ranks or devices) > 1:
+        if ranks > 1:
             environ = {**os.environ, **(stdin_for_ranks() if options.input == STDIN else {})}
-            command = own_mpirun(argv, ranks, os.environ)
-            return run_own_mpirun(command, environ, resumable=str(options.output))
+            command = own_mpirun(without_hostfile(argv), ranks, os.environ, hostfile=options.hostfile)
+            return settled(run_own_mpirun(command, environ, resumable=str(options.output)), options.output)
         world = None
     else:
         world = open_world(launch, fanout=config.fanout)
@@ -51,14 +65,27 @@ def run_batch(config: JobConfig, options: BatchOptions, argv: list[str]) -> int:
         with contextlib.suppress(LlmpiError):  # rank 0 tells why, once
             staged = stage_models(config, world)
             serve_rank(prepare(config, staged), world, options.output / "logs")
-        return world.leave(EXIT_OK)
-    from coordinator.lead import Lead  # what it loads no other rank needs
+        return EXIT_OK
+    from coordinator.lead import Lead  # what these load no other rank needs
+    from coordinator.session import CLOSE_S
 
     with StopSignals() as signals:
         keeper = Timekeeper(options.stopping, signals, age_s=age_s())
+        if world is not None:
+            world.goodbye_s = lambda: keeper.goodbye_s(config.lease_s + CLOSE_S)
         staged = stage_models(config, world, stopped=lambda: keeper.check("the model was staged"), quiet=options.quiet)
-        code = Lead(prepare(config, staged), options, launch, world, staged, signals, keeper=keeper).run()
-    return code if world is None else world.leave(code)
+        return Lead(prepare(config, staged), options, launch, world, staged, signals, keeper=keeper).run()
+
+
+def settled(status: int, run_dir: Path) -> int:
+    """The exit code of a job that mpirun ended with `status`. That is not always the ranks' own: mpirun returns 0 when
+    a host's daemon died, 1 when it was told to stop, 137 when a rank was killed. What the record says is true."""
+    if status in (EXIT_USAGE, EXIT_INFRASTRUCTURE) or not (run_dir / RUN_NAME).exists():
+        return status
+    found = run_status(run_dir)
+    if found.exit_code != status:
+        print(f"mpirun ended with {status}; {state_line(found)}", file=sys.stderr)
+    return found.exit_code
 
 
 def replayed(

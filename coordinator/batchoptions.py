@@ -21,6 +21,8 @@ class BatchOptions:
     replay: Replay | None = None
     """What this run is to be the same as."""
     ranks: int | None = None
+    hostfile: Path | None = None
+    """Where llmpi starts its own mpirun: on which hosts."""
     stopping: StopOptions = field(default_factory=StopOptions)
     show: int = 0
     quiet: bool = False

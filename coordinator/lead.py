@@ -15,6 +15,7 @@ from typing import Any, cast
 import msgspec
 
 from coordinator.batchoptions import BatchOptions
+from coordinator.callbacks import Callbacks, Snapshot
 from coordinator.collect import Rows
 from coordinator.compressed import STDIN, STDIN_VARIABLE
 from coordinator.config import package_versions
@@ -23,23 +24,24 @@ from coordinator.ending import Ending, size_of
 from coordinator.inputfile import Format, ends_identity, only_embeddings, sniff_format
 from coordinator.intervals import Intervals
 from coordinator.launch import Launch
-from coordinator.loop import Callbacks, Snapshot
 from coordinator.prepared import Prepared, prepare_input, tell_row
 from coordinator.progress import ProgressView
-from coordinator.rundata import rank_rows
+from coordinator.rundata import copy_rows, rank_rows
 from coordinator.session import Session
 from coordinator.setup import Setup
 from coordinator.signals import StopSignals
+from coordinator.slurmjobs.chain import NEXT, PREVIOUS
 from coordinator.source import FileSource, same_input
 from coordinator.surroundings import Surroundings
 from coordinator.timekeeper import Timekeeper
 from coordinator.timelimit import requeue
 from coordinator.world import Ranks
 from scheduling import events as ev
-from scheduling.errors import EXIT_INFRASTRUCTURE, InputError, RecordError, RunDirError
+from scheduling.errors import EXIT_INFRASTRUCTURE, InputError, LlmpiError, RecordError, RunDirError
 from storage.files import Disk
 from storage.recovery import Recovery, recover
-from storage.rundir import RUN_NAME, RunDir, holds_answers, read_run
+from storage.rundir import RunDir, holds_answers
+from storage.runjson import RUN_NAME, read_run, unusable
 from storage.staging import Staged
 
 
@@ -49,10 +51,14 @@ def refuse_edited_input(output: Path, source: FileSource, disk: Disk) -> dict[st
     Returns what is known of the input's content, from earlier sessions too.
 
     Raises:
-        RunDirError: the run was started with another content of the same input file.
+        RunDirError: the run was started with another content of the same input file, or cannot be read.
+        RecordError: the disk fails.
     """
-    if not disk.exists(output / RUN_NAME) or not holds_answers(output, disk):
-        return dict(source.identity())
+    try:
+        if not disk.exists(output / RUN_NAME) or not holds_answers(output, disk):
+            return dict(source.identity())
+    except OSError as error:
+        raise unusable(output, error) from error
     before = read_run(output, disk)["details"].get("input_identity")
     if isinstance(before, dict) and not same_input(before, source.identity()):
         raise RunDirError(
@@ -114,7 +120,7 @@ class Lead:
             self._view.close()
             self.session.refuse(str(error))
             self.session.close(str(error))
-            self.session.leave(EXIT_INFRASTRUCTURE)
+            self.session.leave(error.exit_code if isinstance(error, LlmpiError) else EXIT_INFRASTRUCTURE)
             raise
         finally:
             self._view.close()
@@ -146,14 +152,14 @@ class Lead:
 
     def _run_in(self, run: RunDir, source: FileSource) -> int:
         for note in run.notes:
-            self._view.note(note)
+            self._view.warn(note)
         disk = self._disk
         found = recover(disk, run.record_path)
         if source.total is not None:
             run.set_total(source.total)
         if run.complete and run.total is not None and found.done < run.total:
             lacking = run.total - found.done
-            self._view.note(f"{run.path} was complete, but its record lacks {lacking} of {run.total} answers: going on")
+            self._view.warn(f"{run.path} was complete, but its record lacks {lacking} of {run.total} answers: going on")
             run.reopen()
         if run.complete:
             self._view.note(f"{run.path} is complete already: {found.ok} answered, {found.failed} failed")
@@ -168,10 +174,12 @@ class Lead:
         if source.lengths is not None:
             self.session.lengths = source.lengths.without(found.done)
         for note in self.session.start(lambda: self._keeper.check("the ranks gathered")):
-            self._view.note(note)
+            self._view.warn(note)
         run.add_session_facts(self._facts())
         around = self._around
-        self._intervals = Intervals(disk, run.segments_path, run.session, self._filled, around.clock, around.executor())
+        self._intervals = Intervals(
+            disk, run.segments_path, run.session, self._filled, around.clock, around.executor(), self._copies
+        )
         record = around.recorder(
             disk, run.record_path, around.clock, self._config.commit_interval_s, self._config.commit_bytes,
             run.check_held,
@@ -234,6 +242,8 @@ class Lead:
             "mpi": None if self._world is None else self._world.library(),
             "fault_tolerant": self._world is not None and self._world.fault_tolerant,
             "slurm_job": os.environ.get("SLURM_JOB_ID"),
+            "slurm_previous": os.environ.get(PREVIOUS) or None,
+            "slurm_next": os.environ.get(NEXT) or None,
             "workers": [
                 {
                     "rank": rank,
@@ -255,7 +265,7 @@ class Lead:
             return
         self._view.note(f"asking Slurm to requeue job {job}, which goes on with this run")
         if (problem := requeue(job)) is not None:
-            self._view.note(f"llmpi: Slurm does not requeue job {job}: {problem}")
+            self._view.warn(f"llmpi: Slurm does not requeue job {job}: {problem}")
 
     def _tell_resume(self, run: RunDir, found: Recovery) -> None:
         if found.torn_bytes:
@@ -270,7 +280,7 @@ class Lead:
         if signals.count and not self._said_stopping:
             self._said_stopping = True
             if self._killed_soon():
-                self._view.note("stopping: what is recorded is safe, and the same command resumes the run")
+                self._view.warn("stopping: what is recorded is safe, and the same command resumes the run")
         return signals.count < 2
 
     def _killed_soon(self) -> bool:
@@ -287,7 +297,7 @@ class Lead:
             self._view.show(snapshot)
             self._intervals.tick()
 
-        return Callbacks(on_counters=self._intervals.hear, on_tick=on_tick, on_note=self._view.note, stops=stops)
+        return Callbacks(on_counters=self._intervals.hear, on_tick=on_tick, on_note=self._view.warn, stops=stops)
 
     def _tell_stop(self, event: ev.DrainRequested | ev.TimeLimited) -> None:
         if isinstance(event, ev.TimeLimited):
@@ -296,10 +306,15 @@ class Lead:
                 self._view.note(f"{event.reason}: before that, nothing is started that would not end in time")
         elif not self._killed_soon():
             bound_s = self._options.stopping.drain_timeout_s
-            self._view.note(
+            self._view.warn(
                 f"draining ({event.reason}): what runs may finish, and within {bound_s:g} s this job ends and the run "
                 "can be resumed; once more stops at once"
             )
+
+    def _copies(self) -> Rows:
+        coordinator = self.session.coordinator
+        assert coordinator is not None
+        return copy_rows(coordinator, self.session.number, self.session.welcomed_at)
 
     def _filled(self, ranks: Rows) -> Rows:
         """Rows of the rank table with what only rank 0 knows."""

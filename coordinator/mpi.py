@@ -24,14 +24,17 @@ import numpy.typing as npt
 
 from coordinator.collect import COLLECTIVE_PATIENCE_S, Blocks
 from coordinator.config import FANOUT
+from coordinator.farewell import LEAVE_S, Farewell
 from coordinator.launcher_end import GRACE_S, guard_launcher, is_sibling
 from coordinator.mpi_endpoint import MpiEndpoint
 from coordinator.relays import leaders_of
 from scheduling.errors import EXIT_INFRASTRUCTURE, EXIT_OK, RankFailedError, RankLostError
 
 GATHER_CHUNK_BYTES = 64 << 20
-LEAVE_S = 1.0
-"""For what was sent to others to leave too."""
+END_S = 60.0
+"""For MPI's own end, which all ranks enter at about the same time. It takes a tenth of a second."""
+GOODBYE_S = 70.0
+"""How long a rank may take to leave once rank 0 does, unless somebody says otherwise."""
 OPENMPI_FT_KEYVAL = 12
 """MPI_FT of Open MPI's mpi.h, which mpi4py does not name: whether ranks may die without ending the job."""
 
@@ -63,7 +66,10 @@ class World:
         self.fault_tolerant = _fault_tolerant(MPI)
         self.reduced = False
         """Whether the collectives go on without some ranks."""
+        self.goodbye_s: Callable[[], float] = lambda: GOODBYE_S
+        """How long rank 0 waits, when it leaves, for the others to leave too."""
         self._endpoint: MpiEndpoint | None = None
+        self._left = False
         self.unfinished: list[Any] = []
         """Collectives that failed: MPI may still write to their buffers."""
 
@@ -128,15 +134,37 @@ class World:
         os._exit(code)
 
     def leave(self, code: int) -> int:
-        """The last call of a rank that ends in order; gives `code` back, if the process is to end as any other.
+        """The last call of every rank that ends by itself: MPI is ended, in order or not (`coordinator.farewell`).
 
-        Where ranks have died it ends here: MPI's own end is a barrier, in which Open MPI may wait for the dead.
+        Gives `code` back, or ends the process with it where MPI's own end cannot be had.
         """
-        if not self.reduced and (self._endpoint is None or not self._endpoint.lost()):
+        if self._left or self.size == 1:
             return code
+        self._left = True
         sys.stdout.flush()
         sys.stderr.flush()
-        time.sleep(LEAVE_S)
+        farewell = Farewell(self.MPI, self.messages_comm)
+        if self.rank == 0:
+            silent = farewell.hear(self.goodbye_s(), () if self._endpoint is None else self._endpoint.lost())
+            if silent:
+                print(f"llmpi: no answer from rank {', '.join(map(str, silent))}: ending the job", file=sys.stderr)
+                self.abort(code)
+            in_order = farewell.dismiss()
+        else:
+            in_order = farewell.say()
+        if not in_order:
+            time.sleep(LEAVE_S)
+            os._exit(code)
+        watch = threading.Timer(END_S, self._end_without, [code])
+        watch.daemon = True
+        watch.start()
+        self.MPI.Finalize()
+        watch.cancel()
+        return code
+
+    def _end_without(self, code: int) -> None:
+        """MPI's own end does not come: a rank must have died in it."""
+        guard_launcher()
         os._exit(code)
 
     def die(self, code: int) -> NoReturn:

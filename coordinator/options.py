@@ -11,20 +11,13 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, fields
-from enum import Enum
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import typer
 
-from workers.protocol import CacheType, RopeScaling, Split
+from workers.loading import CacheType, RopeScaling, Split
 
 Group = TypeVar("Group", bound="ModelOptions")
-
-
-class Device(str, Enum):
-    auto = "auto"
-    gpu = "gpu"
-    cpu = "cpu"
 
 
 def auto_or_number(text: str) -> int | str:
@@ -75,7 +68,9 @@ class ModelOptions:
     rope_freq_base: Annotated[
         float | None, typer.Option(help="Base frequency of positions. [default: the model's]")
     ] = None
-    device: Annotated[Device, typer.Option(help="'gpu' insists on one, 'cpu' uses none.")] = Device.auto
+    device: Annotated[Literal["auto", "gpu", "cpu"], typer.Option(help="'gpu' insists on one, 'cpu' uses none.")] = (
+        "auto"
+    )
     gpus_per_rank: Annotated[int, typer.Option(help="GPUs of each worker, for a model that needs several.")] = 1
     split: Annotated[Split, typer.Option(help="How a model is divided among the GPUs of a worker.")] = "layer"
 
@@ -84,7 +79,7 @@ class ModelOptions:
         given = asdict(self)
         both = given.pop("cache_type") or "f16"
         given |= {name: given[name] or both for name in ("cache_type_k", "cache_type_v")}
-        return given | {"device": self.device.value, "loras": tuple(given.pop("lora") or ())}
+        return given | {"loras": tuple(given.pop("lora") or ())}
 
 
 @dataclass(frozen=True, kw_only=True)

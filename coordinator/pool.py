@@ -16,9 +16,10 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from coordinator.callbacks import Callbacks, Snapshot
 from coordinator.config import JobConfig, checked_sampling
 from coordinator.launch import detect
-from coordinator.loop import Callbacks, Coordinator, Snapshot, outcome_error
+from coordinator.loop import Coordinator, outcome_error
 from coordinator.memory import MemoryRecord
 from coordinator.ranks import open_world, serve_rank
 from coordinator.session import Session
@@ -29,7 +30,8 @@ from coordinator.transport import Backoff
 from scheduling.errors import EXIT_OK, ConfigError, HandshakeError, RequestError, StagingError
 from scheduling.logprobs import Score
 from scheduling.messages import Delta
-from scheduling.requests import Request, Sampling, parse_request, request_line, text_line
+from scheduling.requestlines import request_line, text_line
+from scheduling.requests import Request, Sampling, parse_request
 from scheduling.vectors import Vectors, from_base64
 
 Prompt = str | Mapping[str, Any] | Request

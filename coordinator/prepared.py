@@ -19,19 +19,13 @@ from typing import Any
 
 from coordinator.compressed import WAIT_S, open_stdin
 from coordinator.convert import Converted, Source, convert
-from coordinator.progress import PLAIN_EVERY_S, duration
+from coordinator.durations import duration
+from coordinator.progress import PLAIN_EVERY_S
 from coordinator.rows import Columns
 from scheduling.errors import ConfigError, InputError, LlmpiError, RunDirError
 from storage.joblock import JobLock
-from storage.rundir import (
-    REQUESTS_NAME,
-    RUN_NAME,
-    holds_answers,
-    lock_run,
-    read_run,
-    refuse_other_run,
-    unusable,
-)
+from storage.rundir import REQUESTS_NAME, holds_answers, lock_run
+from storage.runjson import RUN_NAME, read_run, refuse_other_run, unusable
 
 Note = Callable[[str], object]
 

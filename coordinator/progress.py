@@ -1,7 +1,8 @@
 """What a person sees while a job runs: a live line on a terminal, a plain line now and then otherwise.
 
 Fed with `Snapshot`s four times a second. Rates are over the last ten seconds, so that a change shows; the ETA is over
-the whole run. Nothing else may write to the same stream while it is live: notes go through `note`.
+the whole run. Nothing else may write to the same stream while it is live: what there is to say goes through
+`note` and `warn`.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from typing import IO
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from coordinator.callbacks import Snapshot
 from coordinator.durations import duration
-from coordinator.loop import Snapshot
 from coordinator.terminal import NARROW_COLUMNS, console_for
 
 PLAIN_FIRST_S = 10.0
@@ -22,7 +23,7 @@ RATE_WINDOW_S = 10.0
 
 
 class ProgressView:
-    """Shows snapshots on `stream`. `close` leaves the last state standing."""
+    """Shows snapshots on `stream`. `close` leaves the last state standing. `quiet`: only warnings are shown."""
 
     def __init__(self, stream: IO[str], *, quiet: bool = False) -> None:
         self._console = console_for(stream, live=True)
@@ -67,7 +68,12 @@ class ProgressView:
         )  # fmt: skip
 
     def note(self, text: str) -> None:
-        """A line for people, above the live one."""
+        """A line for people, above the live one: what goes on, as it should."""
+        if not self._quiet:
+            self.warn(text)
+
+    def warn(self, text: str) -> None:
+        """The same of what is not as it should be, or not as was asked for."""
         self._console.print(text, soft_wrap=True, markup=False)
 
     def close(self, snapshot: Snapshot | None = None) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from coordinator.config import FANOUT
 from coordinator.launch import Launch, check_singleton
+from coordinator.leaving import at_last
 from coordinator.mpi import World
 from coordinator.relays import Branch
 from coordinator.serve import serve
@@ -20,8 +21,12 @@ from scheduling.link import Endpoint, Spoke
 
 
 def open_world(launch: Launch, thread_level: str = "funneled", fanout: int = FANOUT) -> World:
-    """MPI, started. Raises ConfigError where the launcher's tasks do not see each other."""
+    """MPI, started, and to be ended by `leaving.leave`.
+
+    Raises ConfigError where the launcher's tasks do not see each other.
+    """
     world = World(thread_level, fanout)
+    at_last(world.leave)
     check_singleton(launch, world.size, os.environ, world.library())
     return world
 

@@ -18,7 +18,8 @@ from coordinator.config import JobConfig
 from coordinator.inputfile import ends_identity, same_input
 from scheduling.errors import InputError, LlmpiError, ModelFileError, RunDirError
 from scheduling.requests import Sampling
-from storage.rundir import REQUESTS_NAME, RUN_NAME, read_run
+from storage.rundir import REQUESTS_NAME
+from storage.runjson import RUN_NAME, read_run
 
 _SAMPLING = {name: name for name in ("temperature", "top_k", "top_p", "min_p")} | {
     "json_schema": "constraint",
@@ -33,9 +34,8 @@ _RENAMED = {
 }  # fmt: skip
 """Options whose field of `JobConfig` has another name."""
 NOT_CONFIGURATION = frozenset(
-    ("requests", "output", "ranks", "drain_timeout", "time_limit", "on_limit", "input_format", "prompt_column",
-     "template", "id_column", "show", "quiet",
-     "as_json", "replay")
+    ("requests", "output", "hostfile", "ranks", "drain_timeout", "time_limit", "on_limit", "input_format",
+     "prompt_column", "template", "id_column", "show", "quiet", "as_json", "replay")
 )  # fmt: skip
 """Options of `llmpi batch` that are no part of `JobConfig`."""
 _OF_MODEL = frozenset(("model", "engine", "service_times", "time_scale", "lora"))

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from scheduling.errors import EXIT_OK, ConfigError
-from storage.rundir import Status, read_run
-from storage.rundir import status as run_status
+from storage.runjson import read_run
+from storage.runstatus import Status
+from storage.runstatus import status as run_status
 
 PAGE_NAME = "report.html"
 NEEDS = "the page needs matplotlib: pip install 'llmpi[report]'"
@@ -90,14 +91,14 @@ def _print_tables(run_dirs: Sequence[Path], states: Sequence[Status], options: R
 
 
 def _write_page(run_dirs: Sequence[Path], states: Sequence[Status], options: ReportOptions) -> None:
-    from coordinator import figures
+    from coordinator.page import svg
 
-    if not figures.available():
+    if not svg.available():
         if options.html is not None:
             raise ConfigError(NEEDS)
         print(f"llmpi: {NEEDS}", file=sys.stderr)
         return
-    from coordinator.page import page
+    from coordinator.page.document import page
     from coordinator.report import failure_reasons
     from coordinator.runview import names_of, view_run
 

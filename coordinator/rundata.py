@@ -19,12 +19,13 @@ from coordinator.collect import Gathered
 from coordinator.loop import Coordinator
 from scheduling.histogram import LogHistogram
 from scheduling.ledger import WorkerState
-from scheduling.tables import RANK, REQUEST, TELEMETRY, conformed, finish_number
+from scheduling.tables import COPY, RANK, REQUEST, TELEMETRY, conformed, finish_number
 from storage.files import Disk, OsDisk
 from storage.metrics import write_metrics
 from storage.recovery import RECORD_NAME
 from storage.recovery import rows as record_rows
-from storage.rundir import METRICS_NAME, SEGMENTS_NAME, RunDir, read_run
+from storage.rundir import METRICS_NAME, SEGMENTS_NAME, RunDir
+from storage.runjson import read_run
 from storage.segments import latest, read_segments
 from storage.summary import Sums, check_reduced, check_sums, summarise, sums_of
 from workers.metrics import HISTOGRAMS, fitted
@@ -74,6 +75,19 @@ def rank_rows(ranks: Rows, coordinator: Coordinator) -> Rows:
         row["stolen_in"], row["stolen_out"] = view.stolen_in, view.stolen_out
         row["engine_restarts"] = view.engine_losses
     return ranks
+
+
+def copy_rows(coordinator: Coordinator, session: int, welcomed_at: float) -> Rows:
+    """A row of COPY for each copy of a straggler that the plane tells of."""
+    rows = [
+        (
+            one.index, one.attempt, session, one.worker, one.source, one.made_at - welcomed_at,
+            float("nan") if one.answered_at is None else one.answered_at - welcomed_at,
+            -1 if one.won is None else one.won,
+        )
+        for one in coordinator.plane.copies
+    ]  # fmt: skip
+    return np.array(rows, COPY)
 
 
 def workers_lost(coordinator: Coordinator, names: Mapping[int, str]) -> str:
@@ -144,12 +158,13 @@ def make_metrics(path: Path, disk: Disk | None = None) -> None:
     if summary.ok:
         attributes |= {"e2e_min_s": summary.shortest_s, "e2e_max_s": summary.longest_s}
     ranks = [conformed(segment.array, RANK) for segment in latest(segments, "ranks", disk)]
+    copies = [conformed(segment.array, COPY) for segment in latest(segments, "copies", disk)]
     telemetry: Iterator[Rows] = (
         segment.array.astype(TELEMETRY) for segment in read_segments(segments, "telemetry", disk)
     )
     write_metrics(
         path / METRICS_NAME, record_rows(record, disk), np.concatenate([np.zeros(0, RANK), *ranks]), histograms,
-        telemetry, attributes, disk,
+        telemetry, attributes, disk, copies=np.concatenate([np.zeros(0, COPY), *copies]),
     )  # fmt: skip
 
 

@@ -11,8 +11,10 @@ from typing import cast
 from scheduling.errors import EXIT_OK, ConfigError, RankLostError
 from storage.export import Form, export_table
 from storage.recovery import RECORD_NAME, export_ordered, whole_lines
-from storage.rundir import METRICS_NAME, SEGMENTS_NAME, Status, is_held, read_run, request_stop
-from storage.rundir import status as run_status
+from storage.rundir import METRICS_NAME, SEGMENTS_NAME
+from storage.runjson import read_run
+from storage.runstatus import Status, is_held, request_stop
+from storage.runstatus import status as run_status
 from storage.segments import segment_files
 
 POLL_S = 0.2

@@ -10,8 +10,10 @@ from typing import Any
 
 from coordinator.report import report_data
 from scheduling.histogram import LogHistogram
-from storage.metrics import Metrics, read_requests, read_summary, read_telemetry
-from storage.rundir import METRICS_NAME, Status, read_run
+from storage.metrics import Metrics, read_copies, read_requests, read_summary, read_telemetry
+from storage.rundir import METRICS_NAME
+from storage.runjson import read_run
+from storage.runstatus import Status
 from storage.timeline import Timeline, timeline
 from storage.usage import Device, devices
 
@@ -46,7 +48,7 @@ def view_run(path: Path, name: str, status: Status) -> RunView:
     """Read a run whose metrics.h5 is there. Raises RunDirError like `report_data` and `read_run`."""
     file = path / METRICS_NAME
     metrics = read_summary(file)
-    line = timeline(lambda: read_requests(file))
+    line = timeline(lambda: read_requests(file), read_copies(file))
     begins = {} if line is None else line.breaks_s
     return RunView(
         name=name, path=path, data=report_data(path, metrics), state=read_run(path), status=status, metrics=metrics,

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import msgspec
 
+from coordinator.callbacks import Callbacks
 from coordinator.collect import Collecting, Gathered, Rows, collect
 from coordinator.engines import fitted_placements
 from coordinator.handshake import Handshake
-from coordinator.loop import Callbacks, Coordinator
+from coordinator.loop import Coordinator
 from coordinator.mpi import SoloCollectives
 from coordinator.relays import Trunk
 from coordinator.rundata import NO_COLLECTIVES
@@ -31,7 +32,7 @@ from coordinator.world import Ranks
 from scheduling import events as ev
 from scheduling import messages as m
 from scheduling.control import ControlPlane, Limits
-from scheduling.errors import RankLostError
+from scheduling.errors import LlmpiError, RankLostError
 from scheduling.lengths import Lengths
 from scheduling.link import Endpoint, Hub, Spoke
 from scheduling.placement import Plan, plan, plan_alone
@@ -81,6 +82,8 @@ class Session:
         self.hub = Hub(self._endpoint, remote)
         self._pids: dict[int, int] = {}
         self._unreachable: list[int] = []
+        self.welcomed_at = 0.0
+        """When rank 0 welcomed the ranks, on its clock: ranks count their time from there."""
         self.engine_end_s = m.ENGINE_END_S
         """How long engines may take to end before they are killed."""
 
@@ -95,8 +98,8 @@ class Session:
             HandshakeError, ConfigError, RankLostError: the job cannot start; all ranks have been released.
         """
         setup = self.setup
+        handshake = Handshake(self.hub, setup.hello(), self._clock)
         try:
-            handshake = Handshake(self.hub, setup.hello(), self._clock)
             backoff = Backoff()
             while not handshake.step():
                 check()
@@ -105,8 +108,11 @@ class Session:
             self._pids = {rank: hello.pid for rank, hello in handshake.hellos.items()}
             self.plan = self._fit(self._place())
         except Exception as error:
+            if isinstance(error, RankLostError) and not self.hub.lost:
+                self._unreachable = [rank for rank in self._remote if rank not in handshake.hellos]
             self.refuse(str(error))
             raise
+        self.welcomed_at = self._clock()
         for rank in self._remote:
             self.hub.send(rank, self._welcome(self.plan.placements[rank]))
         for worker in sorted(set(self.plan.placements) - set(self._remote)):
@@ -328,11 +334,15 @@ class Session:
     def leave(self, code: int) -> int:
         """The last word, after `close`: the exit code, or the end of the job where ranks cannot be released."""
         if self._unreachable and self.world is not None:
-            if sys.exc_info()[0] is not None:
+            error = sys.exc_info()[1]
+            if isinstance(error, LlmpiError):
+                print(f"llmpi: {error}", file=sys.stderr)
+            elif error is not None:
                 traceback.print_exc()
-            names = self.names()
-            who = ", ".join(names.get(rank, f"rank {rank}") for rank in self._unreachable)
-            print(f"llmpi: no answer from {who}: ending the job", file=sys.stderr)
+            if not isinstance(error, RankLostError):
+                names = self.names()
+                who = ", ".join(names.get(rank, f"rank {rank}") for rank in self._unreachable)
+                print(f"llmpi: no answer from {who}: ending the job", file=sys.stderr)
             self.world.abort(code)
         return code
 

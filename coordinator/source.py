@@ -44,7 +44,8 @@ from coordinator.inputfile import (
     too_long,
 )
 from scheduling.errors import InputError, RequestError
-from scheduling.requests import Request, Sampling, request_line, text_line
+from scheduling.requestlines import request_line, text_line
+from scheduling.requests import Request, Sampling
 
 __all__ = ["Arrival", "FileSource", "IterableSource", "Source", "same_input", "sniff_format"]
 

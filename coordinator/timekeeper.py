@@ -28,6 +28,8 @@ SLURM_MARGIN_S = 15.0
 SLURM_TERM_S = 600.0
 """A SIGTERM this long before Slurm's end, or later, announces it; an earlier one is somebody's who cancels the job."""
 MOVED_S = 0.5
+GOODBYE_LEAST_S = 2.0
+"""What ranks that can be reached need to leave, however late it is."""
 
 Asked = Literal["signal", "stop"]
 
@@ -131,6 +133,11 @@ class Timekeeper:
         if (limit := self.limit()) is not None:
             times.append(limit[0])
         return min(times, default=None)
+
+    def goodbye_s(self, otherwise_s: float) -> float:
+        """How long the other ranks may take to leave once rank 0 does: `otherwise_s`, or what is left of the time."""
+        exit_by = self.exit_by
+        return otherwise_s if exit_by is None else min(otherwise_s, max(GOODBYE_LEAST_S, exit_by - self._clock()))
 
     @property
     def drain_s(self) -> float | None:

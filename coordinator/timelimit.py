@@ -43,7 +43,12 @@ def parse_time_limit(text: str) -> float | None:
 def _seconds(text: str) -> float | None:
     if _WITH_UNITS.fullmatch(text):
         return sum(float(number) * _UNITS_S[unit] for number, unit in _ONE_UNIT.findall(text))
-    found = _SLURM.fullmatch(text)
+    return slurm_time_s(text)
+
+
+def slurm_time_s(text: str) -> float | None:
+    """A length of time as Slurm writes it; None if it is none."""
+    found = _SLURM.fullmatch(text.strip())
     if found is None:
         return None
     parts = [int(part) for part in found.group("first", "second", "third") if part is not None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,11 @@ def numbers_of(flag: str, text: str) -> tuple[int, ...]:
     if any(number < 1 for number in numbers):
         raise ConfigError(f"{flag} {text}: give numbers of 1 or more, with commas between them")
     return numbers
+
+
+def tell(note: str) -> None:
+    """A line for people, beside the data on stdout."""
+    print(note, file=sys.stderr, flush=True)
 
 
 def print_json(value: Any) -> None:

@@ -16,19 +16,19 @@ A request's life (a request that has ended is simply no longer in `live`):
 Every request that is not waiting has exactly one owner. Near the end one that runs may have one copy besides, with an
 owner and an attempt of its own: the first of the two that answers ends the request, and one that is lost leaves the
 other alone. Answers are taken only from an owner and only for its attempt; everything else is late, dropped and
-counted. Here is what events mean: attempts, deaths, acknowledgement, drain, limits, stop. Who gets what next, stealing
-included, is `scheduling.dispatch`'s to decide, and what is copied `scheduling.copies`'.
+counted. Here is what events mean: attempts, deaths, acknowledgement. Who gets what next, stealing included, is
+`scheduling.dispatch`'s to decide, what is copied `scheduling.copies`', and when a run is over `scheduling.ending`'s.
 
 An illegal event raises `ProtocolError` and changes nothing. `check()` verifies all invariants.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from enum import Enum
+from collections.abc import Iterable, Sequence
 
-from scheduling.copies import Copier
-from scheduling.dispatch import Dispatcher, unstarted
+from scheduling.copies import Copied, Copier
+from scheduling.dispatch import Dispatcher
+from scheduling.ending import Ending, Mode
 from scheduling.errors import ProtocolError
 from scheduling.estimates import LengthEstimator
 from scheduling.events import (
@@ -37,9 +37,7 @@ from scheduling.events import (
     Drop,
     EngineLost,
     Event,
-    Exhausted,
     Fail,
-    GiveUp,
     Heard,
     InputEnded,
     Instruction,
@@ -49,7 +47,6 @@ from scheduling.events import (
     Reported,
     RequestRejected,
     RequestsArrived,
-    Stop,
     Stream,
     Tick,
     TimeLimited,
@@ -61,14 +58,6 @@ from scheduling.horizon import steps_of
 from scheduling.ledger import Ledger, Phase, RequestEntry, WorkerEntry, WorkerState, WorkerView, must
 from scheduling.limits import Limits as Limits
 from scheduling.policies import Policy, policy_named
-
-
-class Mode(Enum):
-    """Of the whole plane. OPEN: running. DRAINING: starts nothing new. STOPPED: `Stop` has been instructed."""
-
-    OPEN = "open"
-    DRAINING = "draining"
-    STOPPED = "stopped"
 
 
 class ControlPlane:
@@ -91,8 +80,6 @@ class ControlPlane:
     ) -> None:
         self.limits = limits or Limits()
         self.estimator = LengthEstimator(output_limit_default)
-        self.mode = Mode.OPEN
-        self.input_ended = False
         self._ledger = Ledger(workers, now, first_index)
         self.totals = self._ledger.totals
         self._policy: Policy[RequestEntry] = policy_named(schedule)  # type: ignore[assignment]
@@ -100,11 +87,9 @@ class ControlPlane:
         self._copies = Copier(
             self._ledger, self.estimator, self.limits, self._dispatcher.horizon, self._dispatcher.note_room
         )
+        self._ending = Ending(self._ledger, self._dispatcher)
         self._unacknowledged: list[bool] = []
         self._acknowledged = 0
-        self._stop_reason = ""
-        self._limit_reason = ""
-        self._give_up_at: float | None = None
 
     # ------------------------------------------------------------ the one way in
 
@@ -139,24 +124,28 @@ class ControlPlane:
             case RequestRejected():
                 self._rejected(event, out)
             case InputEnded():
-                if self.input_ended:
-                    raise ProtocolError("the input ended twice")
-                self.input_ended = True
+                self._ending.end_input()
             case DrainRequested():
-                self._drain(event.reason, event.give_up_at, now, out)
+                self._ending.drain(event, now, out)
             case TimeLimited():
-                self._dispatcher.horizon.end_at = event.end_at
-                self._limit_reason = event.reason
+                self._ending.limit_time(event)
         if self.mode is Mode.OPEN:
             self._dispatcher.dispatch(now, self.input_ended, out)
             at_end = self._dispatcher.exhausted and not self._dispatcher.waiting
             if at_end and self._policy.steals and self.limits.copies:
                 self._copies.dispatch(now, out)
-        if self.mode is not Mode.STOPPED:
-            self._stop_if_over(out)
+        self._ending.stop_if_over(self.unacknowledged, out)
         return out
 
     # ------------------------------------------------------------ what others may ask
+
+    @property
+    def mode(self) -> Mode:
+        return self._ending.mode
+
+    @property
+    def input_ended(self) -> bool:
+        return self._ending.input_ended
 
     @property
     def finished(self) -> bool:
@@ -185,6 +174,11 @@ class ControlPlane:
     def running(self) -> int:
         """Requests of which an entry runs, copied or not."""
         return len(self._ledger.live) - self._ledger.unstarted
+
+    @property
+    def copies(self) -> Sequence[Copied]:
+        """The copies of stragglers one by one, in the order in which they were made, up to a number of them."""
+        return self._copies.told
 
     def workers(self) -> list[WorkerView]:
         return [worker.view() for worker in self._ledger.workers.values()]
@@ -217,14 +211,7 @@ class ControlPlane:
         self._dispatcher.worker_ready(worker)
 
     def _arrived(self, requests: list[NewRequest]) -> None:
-        if self.input_ended:
-            raise ProtocolError("a request arrived after the input's end")
-        highest = self._ledger.highest
-        for new in requests:
-            if new.index <= highest:
-                raise ProtocolError(f"request {new.index} arrived after request {highest}: indexes must rise")
-            highest = new.index
-        self._ledger.highest = highest
+        self._note_indexes([new.index for new in requests])
         if self.mode is not Mode.OPEN:
             return  # read before the drain was known: the next start of the run reads it again
         for new in requests:
@@ -237,17 +224,22 @@ class ControlPlane:
         self.totals.accepted += len(requests)
 
     def _rejected(self, event: RequestRejected, out: list[Instruction]) -> None:
-        if self.input_ended:
-            raise ProtocolError("a request arrived after the input's end")
-        if event.index <= self._ledger.highest:
-            last = self._ledger.highest
-            raise ProtocolError(f"request {event.index} arrived after request {last}: indexes must rise")
-        self._ledger.highest = event.index
+        self._note_indexes([event.index])
         if self.mode is not Mode.OPEN:
             return
         self.totals.rejected += 1
         self._unacknowledged.append(False)
         out.append(Fail(event.index, 1, "invalid_request", event.reason))
+
+    def _note_indexes(self, arrived: list[int]) -> None:
+        if self.input_ended:
+            raise ProtocolError("a request arrived after the input's end")
+        highest = self._ledger.highest
+        for index in arrived:
+            if index <= highest:
+                raise ProtocolError(f"request {index} arrived after request {highest}: indexes must rise")
+            highest = index
+        self._ledger.highest = highest
 
     def _reported(self, event: Reported, now: float, out: list[Instruction]) -> None:
         worker = self._ledger.worker(event.worker)
@@ -318,7 +310,7 @@ class ControlPlane:
         ran = event.started or event.unstarted
         died_with = {index for index, attempt in ran if self._ledger.owned(worker, index, attempt) is not None}
         if died_with:
-            self._dispatcher.note_death()
+            self._dispatcher.suspects.note_death()
         self._disown(worker, died_with, event.reason, out)
         if event.restarting:
             worker.state = WorkerState.JOINING
@@ -361,11 +353,7 @@ class ControlPlane:
     def _tick(self, now: float, out: list[Instruction]) -> None:
         if self.limits.lease_s is not None:
             self._end_leases(self.limits.lease_s, now, out)
-        if self.mode is not Mode.STOPPED and (end_at := self._dispatcher.horizon.end_at) is not None:
-            self._keep_time(end_at, now, out)
-        give_up_at = self._give_up_at
-        if self.mode is Mode.DRAINING and give_up_at is not None and now >= give_up_at:
-            self._give_up_running(out)
+        self._ending.keep_time(now, out)
 
     def _end_leases(self, lease_s: float, now: float, out: list[Instruction]) -> None:
         for worker in self._ledger.workers.values():
@@ -373,52 +361,6 @@ class ControlPlane:
             if worker.state is not WorkerState.GONE and silent_s > lease_s:
                 worker.silent = True
                 self._worker_lost(worker, f"rank {worker.id} has been silent for {silent_s:.0f} s", out)
-
-    # ------------------------------------------------------------ drain and time limit
-
-    def _drain(self, reason: str, give_up_at: float | None, now: float, out: list[Instruction]) -> None:
-        """Start nothing more, from now on."""
-        if self.mode is Mode.STOPPED:
-            return
-        self._close(reason, give_up_at, out)
-        for worker in self._ledger.workers.values():
-            if queued := unstarted(worker):
-                self._dispatcher.recall(worker, queued, now, out)
-
-    def _close(self, reason: str, give_up_at: float | None, out: list[Instruction]) -> None:
-        """Hand nothing more out. What workers have queued may start."""
-        if give_up_at is not None and (self._give_up_at is None or give_up_at < self._give_up_at):
-            self._give_up_at = give_up_at
-        if self.mode is Mode.DRAINING:
-            return
-        self.mode = Mode.DRAINING
-        self._stop_reason = reason
-        out.append(Exhausted(True))
-        for request in self._dispatcher.clear():
-            self._ledger.abandon(request)
-
-    def _keep_time(self, end_at: float, now: float, out: list[Instruction]) -> None:
-        """Before the time limit: what would be late does not start. When nothing more can start it is a drain."""
-        if now < end_at:
-            self._dispatcher.recall_late(now, out)
-        if now >= end_at or self.mode is Mode.DRAINING or self._dispatcher.nothing_in_time(now):
-            self._close(self._limit_reason, end_at, out)
-
-    def _give_up_running(self, out: list[Instruction]) -> None:
-        """Time is up: nothing that a worker still has is waited for."""
-        for worker in self._ledger.workers.values():
-            left = worker.holdings()
-            if not left:
-                continue
-            out.append(GiveUp(worker.id, [(request.index, request.attempt) for request in left]))
-            for request in left:
-                if request.twin is not None:
-                    self._ledger.part(request)  # the other is given up in its turn
-                    continue
-                self.totals.unfinished += 1
-                self._ledger.move(request, None, Phase.WAITING)
-                self._ledger.abandon(request)
-            self._dispatcher.note_room(worker)
 
     # ------------------------------------------------------------ requests change hands
 
@@ -464,25 +406,6 @@ class ControlPlane:
     def _leave(self, worker: WorkerEntry) -> None:
         worker.state = WorkerState.GONE
         self._dispatcher.worker_left(worker)
-
-    # ------------------------------------------------------------ the end
-
-    def _stop_if_over(self, out: list[Instruction]) -> None:
-        if self.unacknowledged:
-            return
-        if not self._ledger.live and self.mode is Mode.DRAINING:
-            self._stop("drained", self._stop_reason, out)
-        elif not self._ledger.live and self.input_ended and self.totals.set_aside:
-            self._stop("drained", self._limit_reason, out)
-        elif not self._ledger.live and self.input_ended:
-            self._stop("done", "", out)
-        elif all(worker.state is WorkerState.GONE for worker in self._ledger.workers.values()):
-            reasons = "; ".join(f"rank {w.id}: {w.reason}" for w in self._ledger.workers.values())
-            self._stop("no workers", reasons, out)
-
-    def _stop(self, outcome: str, reason: str, out: list[Instruction]) -> None:
-        self.mode = Mode.STOPPED
-        out.append(Stop(outcome, reason))
 
     # ------------------------------------------------------------ invariants
 

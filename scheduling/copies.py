@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from scheduling.errors import BugError
 from scheduling.estimates import LengthEstimator, Tail
@@ -43,6 +44,24 @@ SILENT_S = 5.0
 """A worker that has said nothing at all for this long may be dead."""
 REQUESTS_A_LOOK = 1000
 """For every so many requests that were looked at, the next look comes an interval later."""
+TOLD_MAX = 4096
+"""Copies that are told of one by one; all are counted."""
+
+
+@dataclass(slots=True)
+class Copied:
+    """One copy, attempt `attempt` of a request, made at `worker` of what ran at `source`.
+
+    `won`: it answered first; None while nobody has, and where one of the two was lost before.
+    """
+
+    index: int
+    attempt: int
+    worker: int
+    source: int
+    made_at: float
+    answered_at: float | None = None
+    won: bool | None = None
 
 
 class _Pace:
@@ -95,6 +114,10 @@ class Copier:
         self._paces: dict[int, _Pace] = {}
         self._next_look = 0.0
         self._guessed: dict[tuple[int, int, int], int] = {}
+        self.told: list[Copied] = []
+        """The first TOLD_MAX of all copies."""
+        self._open: dict[tuple[int, int], Copied] = {}
+        """Those of them that nobody has answered, by index and attempt."""
 
     # ------------------------------------------------------------ what has happened
 
@@ -120,7 +143,11 @@ class Copier:
         guessed = int((now - loser.started_at) / pace) if pace and loser.started_at is not None else 0
         self._guessed[loser.owner, loser.index, loser.attempt] = guessed
         self._ledger.totals.wasted_tokens += guessed
-        self._ledger.totals.copies_won += request.attempt > loser.attempt
+        won = request.attempt > loser.attempt
+        self._ledger.totals.copies_won += won
+        copied = self._open.pop((request.index, max(request.attempt, loser.attempt)), None)
+        if copied is not None:
+            copied.answered_at, copied.won = now, won
         self._ledger.part(loser)
         self._note_room(self._ledger.workers[loser.owner])
         out.append(Cancel(loser.owner, [(loser.index, loser.attempt)]))
@@ -150,10 +177,17 @@ class Copier:
             free[place] = (there, slots - 1, worker)
             copy = self._ledger.copy(request, worker)
             self._ledger.totals.copies += 1
+            self._tell(copy, worker, request.owner, now)
             given.setdefault(worker.id, []).append((copy.index, copy.attempt))
         for worker_id, items in given.items():
             self._note_room(self._ledger.workers[worker_id])
             out.append(Assign(worker_id, items))
+
+    def _tell(self, copy: RequestEntry, worker: WorkerEntry, source: int | None, now: float) -> None:
+        if source is not None and len(self.told) < TOLD_MAX:
+            copied = Copied(copy.index, copy.attempt, worker.id, source, now)
+            self.told.append(copied)
+            self._open[copy.index, copy.attempt] = copied
 
     def _free(self, now: float) -> list[tuple[float, int, WorkerEntry]]:
         """Workers with free slots, the fastest first: pace, number of free slots, worker."""

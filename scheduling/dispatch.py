@@ -10,16 +10,10 @@ The rules:
   most estimated tokens a slot. Stealing is a transaction: a victim is asked (`recall`), what it confirms not to
   have started waits again and is fed to whoever is hungry, the rest stays with it (`settle`). A victim has one
   recall open at most.
-- A request that several engines died with is a *suspect* (`Limits.suspect_deaths`). It waits until a worker owns
-  nothing and there is nothing else for it, and is run there alone: then what becomes of the engine says whether the
-  request is to blame, and those that ran beside it are not failed with it. Nobody is kept idle for it earlier, unless
-  engines die and die and nothing is answered in between: then suspects come first, because workers do not restart
-  engines for ever. While some worker has answered anything, one that never has is given no suspect: its engine itself
-  may be what is broken. While none has, few suspects come first, for the same reason.
+- A request that several engines died with is handed out last, to run alone (`scheduling.suspects`).
 - When the input has ended while workers still load, nobody takes more than a fair share of what is left: without
   it the first worker to be ready would take all of a short input.
-- Before a time limit a worker is given, and keeps, only what it is expected to end in time (`scheduling.horizon`).
-  What waits first and could not end in time anywhere is set aside, and the next one is looked at.
+- Before a time limit only what is expected to end in time is handed out (`scheduling.deadline`).
 - When no free slot anywhere could find unstarted work the workers are told (`Exhausted`), and when there is some
   again.
 
@@ -32,31 +26,23 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from scheduling.deadline import Deadline
 from scheduling.errors import ProtocolError
-from scheduling.events import Assign, Exhausted, GiveUp, Instruction, Recall
+from scheduling.events import Assign, Exhausted, Instruction, Recall
 from scheduling.horizon import Horizon
 from scheduling.ledger import Ledger, Phase, RequestEntry, WorkerEntry, WorkerState, must
 from scheduling.limits import Limits
 from scheduling.policies import Policy
+from scheduling.suspects import Suspects
 
 RATE_WINDOW_S = 0.05
 """A worker's rate is measured over windows of at least this long."""
 
-FRUITLESS_DEATHS = 4
-"""After so many deaths of engines with no answer of anybody in between suspects come first: fewer than a worker
-survives (`workers.care.RESTARTS_MAX`), so that each start of a run answers or fails something."""
-UNPROVEN_TRIES = 2
-"""So many suspects come first where nobody has answered anything yet."""
-
 TURNS_AHEAD = 16
 """Round-robin behind a slow worker: how many more turns are read at a time for those through with theirs."""
-
-SET_ASIDE_MAX = 1024
-"""Before a time limit: after so many requests in a row that would be too late, no shorter one is looked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,17 +61,14 @@ class Dispatcher:
         self._limits = limits
         self._hungry: dict[int, None] = {}
         self._loading: set[int] = set()
-        self._target = 0
+        self.target = 0
+        """How many requests all workers together are to own."""
         self._recalls: dict[int, _OpenRecall] = {}
         self.next_recall = first_recall
-        self.horizon = Horizon()
         self._said_exhausted = False
-        self._suspects: deque[RequestEntry] = deque()
-        self._fruitless = 0
-        """Deaths of engines since the last answer."""
-        self._wary = False
-        """Suspects come first, as long as there are any."""
-        self._unproven_tries = 0
+        self.horizon = Horizon()
+        self.deadline = Deadline(ledger, policy, self.horizon)
+        self.suspects = Suspects(ledger, policy, limits, self.deadline, self.note_room)
         for worker in ledger.workers.values():
             self.worker_joined(worker)
 
@@ -94,7 +77,7 @@ class Dispatcher:
     def worker_joined(self, worker: WorkerEntry) -> None:
         """A worker belongs to the run, or does again. Its engine is still to load."""
         self._loading.add(worker.id)
-        self._target += worker.target
+        self.target += worker.target
         self._policy.worker_joined(worker.id)
 
     def worker_ready(self, worker: WorkerEntry) -> None:
@@ -112,7 +95,7 @@ class Dispatcher:
         """The worker takes no more work. It owns nothing."""
         self._withdraw(worker)
         self._loading.discard(worker.id)
-        self._target -= worker.target
+        self.target -= worker.target
         self._policy.worker_left(worker.id)
 
     def _withdraw(self, worker: WorkerEntry) -> None:
@@ -134,7 +117,7 @@ class Dispatcher:
 
     def note_finished(self, worker: WorkerEntry, count: int, now: float) -> None:
         """The worker has finished `count` requests: the last two windows of its rate weigh the same."""
-        self._fruitless = 0
+        self.suspects.note_answer()
         worker.rate_count += count
         elapsed_s = now - worker.rate_since
         if elapsed_s >= RATE_WINDOW_S:
@@ -143,22 +126,18 @@ class Dispatcher:
             worker.rate_count = 0
             self._retarget(worker)
 
-    def note_death(self) -> None:
-        """An engine has died with requests. To be told before these are put back."""
-        self._fruitless += 1
-
     def _retarget(self, worker: WorkerEntry) -> None:
         """How many requests a worker should own, after its slots or its rate have changed."""
         least = max(1, worker.slots // 4) if self._limits.prefetch is None else self._limits.prefetch
         ahead = max(least, math.ceil(worker.rate * self._limits.prefetch_horizon_s))
         target = worker.slots + min(self._limits.prefetch_max, ahead)
-        self._target += target - worker.target
+        self.target += target - worker.target
         worker.target = target
 
     def wanted(self) -> int:
         """How many more requests should be read so that no worker waits."""
         waiting = self._policy.waiting()
-        wanted = self._target - waiting
+        wanted = self.target - waiting
         if wanted <= 0 and any(self._policy.starving(worker) for worker in self._hungry):
             wanted = TURNS_AHEAD * len(self._ledger.workers)
         return max(0, min(wanted, self._limits.waiting - waiting))
@@ -168,25 +147,15 @@ class Dispatcher:
     @property
     def waiting(self) -> int:
         """All waiting requests, suspects too."""
-        return self._policy.waiting() + len(self._suspects)
+        return self._policy.waiting() + len(self.suspects)
 
     def put_back(self, requests: Iterable[RequestEntry]) -> None:
         """Requests that had an owner wait again."""
-        again = []
-        for request in requests:
-            if request.deaths < self._limits.suspect_deaths:
-                again.append(request)
-            else:
-                self._suspects.append(request)
-                self._wary = self._wary or self._fruitless >= FRUITLESS_DEATHS
-        self._policy.put_back(again)
+        self._policy.put_back(self.suspects.keep(requests))
 
     def clear(self) -> list[RequestEntry]:
         """Forget and return all waiting requests."""
-        left = [*self._policy.clear(), *self._suspects]
-        self._suspects.clear()
-        self._wary = False
-        return left
+        return [*self._policy.clear(), *self.suspects.clear()]
 
     # ------------------------------------------------------------ what to do next
 
@@ -194,14 +163,14 @@ class Dispatcher:
         """Instruct all that follows from what has changed. `input_ended`: nothing more will arrive."""
         if self._hungry:
             cap = self._fair_cap(input_ended)
-            if self._wary:
-                self._try_suspects(now, out)
+            if self.suspects.come_first:
+                self._hand_out_suspects(now, out)
             if self._policy.waiting():
                 self._feed(cap, now, out)
             if self._policy.steals and self._hungry and not self._policy.waiting():
                 self._steal(cap, now, out)
-            if self._suspects:
-                self._try_suspects(now, out)
+            if self.suspects:
+                self._hand_out_suspects(now, out)
         exhausted = input_ended and self._exhausted()
         if exhausted != self._said_exhausted:
             self._said_exhausted = exhausted
@@ -238,7 +207,7 @@ class Dispatcher:
             room = min(worker.target, cap) - worker.owned
             # One at a time while several compete; the last one takes all it has room for.
             for _ in range(min(room if not heap else 1, self._policy.available(worker.id))):
-                request = self._take(worker, now, out)
+                request = self.deadline.take(worker, now, out)
                 if request is None:
                     room = 0
                     break
@@ -255,104 +224,9 @@ class Dispatcher:
             self.note_room(workers[worker_id])
             out.append(Assign(worker_id, items, stolen.get(worker_id, {})))
 
-    def _try_suspects(self, now: float, out: list[Instruction]) -> None:
-        """Give a suspect each to workers that own nothing and could be given nothing else, or should not."""
-        workers = self._ledger.workers
-        proven = any(w.requests for w in workers.values() if w.state is not WorkerState.GONE)
-        for worker in [workers[worker] for worker in self._hungry]:
-            if not self._suspects:
-                break
-            if worker.owned or (proven and not worker.requests):
-                continue
-            if self._policy.available(worker.id):
-                if not self._wary or (not proven and self._unproven_tries >= UNPROVEN_TRIES):
-                    continue
-                self._unproven_tries += not proven
-            elif self._recalls:
-                continue  # what comes back may be for it
-            request = self._suspect_in_time(worker, now, out)
-            if request is None:
-                continue
-            worker.apart = True
-            self._ledger.move(request, worker, Phase.QUEUED)
-            self.note_room(worker)
-            out.append(Assign(worker.id, [(request.index, request.attempt)]))
-        self._wary = self._wary and bool(self._suspects)
-
-    def _suspect_in_time(self, worker: WorkerEntry, now: float, out: list[Instruction]) -> RequestEntry | None:
-        """The first suspect; None if the worker would not end it in time. What nobody would is set aside."""
-        while self._suspects:
-            request = self._suspects[0]
-            if self.horizon.in_time(worker.id, request.steps, now):
-                return self._suspects.popleft()
-            if self._in_time_somewhere(worker, request, now):
-                return None
-            self._set_aside([self._suspects.popleft()], out)
-        return None
-
-    # ------------------------------------------------------------ before a time limit
-
-    def _take(self, worker: WorkerEntry, now: float, out: list[Instruction]) -> RequestEntry | None:
-        """The next request for the worker; None if it has none that it would end in time."""
-        horizon = self.horizon
-        if horizon.end_at is None:
-            return self._policy.take(worker.id)
-        found = None
-        aside = []
-        while self._policy.available(worker.id):
-            request = self._policy.peek(worker.id)
-            if horizon.in_time(worker.id, request.steps, now, self._wait_s(worker, request, now)):
-                found = self._policy.take(worker.id)
-                horizon.set_aside_since = 0
-                break
-            if self._in_time_somewhere(worker, request, now):
-                break
-            aside.append(self._policy.take(worker.id))
-        if aside:
-            horizon.set_aside_since += len(aside)
-            self._set_aside(aside, out)
-        return found
-
-    def _set_aside(self, requests: list[RequestEntry], out: list[Instruction]) -> None:
-        """Waiting requests that nobody would end in time leave."""
-        for request in requests:
-            self._ledger.abandon(request)
-        self._ledger.totals.set_aside += len(requests)
-        out.append(GiveUp(None, [(request.index, request.attempt) for request in requests]))
-
-    def _wait_s(self, worker: WorkerEntry, request: RequestEntry, now: float) -> float:
-        """How long the request would wait for a slot of the worker. Others are taken to be as much prompt as it is."""
-        before = len(worker.queued) + len(worker.recalled)
-        if worker.owned < worker.slots or not before:
-            return 0.0
-        tokens = worker.load_tokens * before / worker.owned / worker.slots
-        return self.horizon.expected_s(worker.id, tokens * request.steps / request.cost, now)
-
-    def _in_time_somewhere(self, worker: WorkerEntry, request: RequestEntry, now: float) -> bool:
-        """Whether the request would end in time on a free slot of this worker, or of another one that may have it."""
-        others = self._ledger.workers.values() if self._policy.steals else (worker,)
-        return any(w.state is WorkerState.READY and self.horizon.in_time(w.id, request.steps, now) for w in others)
-
-    def recall_late(self, now: float, out: list[Instruction]) -> None:
-        """Recall what is queued and would not end in time any more, even if it started now."""
-        horizon = self.horizon
-        for worker in self._ledger.workers.values():
-            if not worker.queued or horizon.in_time(worker.id, horizon.longest, now):
-                continue
-            steps = ((index, worker.queued[index].steps) for index in unstarted(worker))
-            late = [index for index, wanted in steps if not horizon.in_time(worker.id, wanted, now)]
-            if late:
-                self.recall(worker, late, now, out)
-
-    def nothing_in_time(self, now: float) -> bool:
-        """Whether nothing more can start: not even the shortest that has come, or none of very many in a row."""
-        horizon = self.horizon
-        if horizon.set_aside_since >= max(SET_ASIDE_MAX, 4 * self._target):
-            return True
-        ready = [w.id for w in self._ledger.workers.values() if w.state is WorkerState.READY]
-        if not ready or math.isinf(horizon.shortest):
-            return False
-        return not any(horizon.in_time(worker, horizon.shortest, now) for worker in ready)
+    def _hand_out_suspects(self, now: float, out: list[Instruction]) -> None:
+        hungry = [self._ledger.workers[worker] for worker in self._hungry]
+        self.suspects.hand_out(hungry, bool(self._recalls), now, out)
 
     # ------------------------------------------------------------ stealing
 
@@ -376,7 +250,7 @@ class Dispatcher:
         for victim in victims:
             if free <= 0:
                 return
-            queued = unstarted(victim)
+            queued = victim.unstarted()
             stealable = min(victim.stealable, len(queued))
             if stealable <= 0:
                 continue
@@ -457,14 +331,10 @@ class Dispatcher:
         ledger = self._ledger
         waiting = sum(request.phase is Phase.WAITING for request in ledger.live.values())
         must(waiting == self.waiting, "the policy has lost or invented requests")
-        must(not self._wary or bool(self._suspects), "suspects come first though there are none")
+        self.suspects.check()
         target = 0
         asked = {index for recall in self._recalls.values() for index in recall.indexes}
         for worker in ledger.workers.values():
-            suspects = sum(request.deaths >= self._limits.suspect_deaths for request in worker.holdings())
-            must(
-                suspects == worker.apart and (not suspects or worker.owned == 1), f"rank {worker.id} runs no one alone"
-            )
             room = worker.state is WorkerState.READY and worker.owned < worker.target and not worker.apart
             must(not room or worker.id in self._hungry, f"rank {worker.id} has room and is forgotten")
             must(worker.state is WorkerState.READY or worker.id not in self._hungry, f"rank {worker.id} is fed")
@@ -472,9 +342,4 @@ class Dispatcher:
             must(loading == (worker.id in self._loading), f"whether rank {worker.id} still loads is off")
             target += 0 if worker.state is WorkerState.GONE else worker.target
             must(asked.issuperset(worker.recalled), f"rank {worker.id} holds a recalled request of no recall")
-        must(target == self._target, "the sum of the workers' targets is off")
-
-
-def unstarted(worker: WorkerEntry) -> list[int]:
-    """What a worker has queued, in its order, but for copies of what runs elsewhere: those stay where they are."""
-    return [index for index, request in worker.queued.items() if request.twin is None]
+        must(target == self.target, "the sum of the workers' targets is off")

@@ -1,4 +1,4 @@
-"""What a line may look like that asks for embeddings: the counterpart of `scheduling.lines` for /v1/embeddings.
+"""What a line may look like that asks for embeddings: the counterpart of `scheduling.wireform` for /v1/embeddings.
 
 Its body is a form of its own with few parameters, so that one which steers the generation of text is refused by name
 where it would mean nothing. A plain line is a request for embeddings if it has an `input` and nothing to continue.
@@ -14,17 +14,8 @@ import msgspec
 from msgspec import Meta
 
 from scheduling.errors import RequestError
-from scheduling.lines import (
-    DECODE_ERRORS,
-    Body,
-    CustomId,
-    Text,
-    TokenId,
-    check_fields,
-    decode_any,
-    refuse,
-    rules_of,
-)
+from scheduling.lines import DECODE_ERRORS, check_fields, decode_any, refuse, rules_of
+from scheduling.wireform import Body, CustomId, Text, TokenId
 
 URL: Final = "/v1/embeddings"
 INPUTS_MAX: Final = 2_048

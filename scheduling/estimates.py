@@ -4,7 +4,7 @@ The output of a request is guessed as its limit times the mean share of the limi
 used. That share starts from a prior worth a few requests, so that the first answers move it without throwing it
 about. Of a request that has run for a while the mean says nothing any more: there the `Tail` of the shares that were
 seen last does. Prompts are not learnt here: a request arrives with an estimate of its prompt, from its size in bytes
-alone (`scheduling.requests.estimate_tokens`).
+alone (`estimate_tokens`).
 """
 
 from __future__ import annotations
@@ -73,3 +73,9 @@ class Tail:
     def unheard_of(share: float) -> float:
         """What becomes of a share that nothing in the sample exceeds: as much again, but not beyond the limit."""
         return max(share, min(2 * share, 1.0))
+
+
+def estimate_tokens(line: bytes | int) -> int:
+    """About how many tokens the prompt of a line has, from its length in bytes alone: a quarter, at least 1."""
+    length = line if isinstance(line, int) else len(line)
+    return max(1, length // 4)

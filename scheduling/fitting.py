@@ -49,7 +49,7 @@ SLOTS_OF_A_CONTEXT_MIN = 32
 """No more contexts than have so many slots each, beyond CONTEXTS_GPU."""
 UBATCH_GPU, UBATCH_CPU = 2048, 512
 MARGIN = 0.1
-DRIVER_BYTES = 512 << 20
+DRIVER_BYTES = 640 << 20
 DRIVER_SHARE = 8
 """What CUDA takes by itself: DRIVER_BYTES, or of a small GPU one part in so many."""
 
@@ -58,10 +58,12 @@ DRIVER_SHARE = 8
 class Room:
     """Free memory, before it is divided among the workers that share it. None: nobody could say.
 
-    `gpu_bytes`: of each GPU of this worker, none on the CPU. `workers`: how many there are in the whole job.
+    `gpu_bytes`: of each GPU of this worker, none on the CPU. `gpu_total_bytes`: all that each of them has, free or not;
+    empty if nobody knows. `workers`: how many there are in the whole job.
     """
 
     gpu_bytes: tuple[int | None, ...] = ()
+    gpu_total_bytes: tuple[int | None, ...] = ()
     gpu_ranks: int = 1
     host_bytes: int | None = None
     host_ranks: int = 1
@@ -102,12 +104,16 @@ class _Fitting:
         self.room = room
         self.lengths = lengths
         shares = [None if free is None else free // room.gpu_ranks for free in room.gpu_bytes]
-        known = [share for share in shares if share is not None]
+        # What CUDA takes goes by how large a GPU is, however little of it is free.
+        sizes = room.gpu_total_bytes or shares
+        sized = [(share, size or share) for share, size in zip(shares, sizes, strict=True) if share is not None]
+        known = [share for share, _ in sized]
         self.gpu_known = len(known) == len(shares)
         if ask.split == "tensor" and known:
             known = [min(known)] * len(known)
+            sized = [(min(known), size) for _, size in sized]
         self.gpu_free = sum(known)
-        self.gpu_room = sum(int(share * (1 - MARGIN)) - min(DRIVER_BYTES, share // DRIVER_SHARE) for share in known)
+        self.gpu_room = sum(int(free * (1 - MARGIN)) - min(DRIVER_BYTES, size // DRIVER_SHARE) for free, size in sized)
         self.host_free = None if room.host_bytes is None else room.host_bytes // room.host_ranks
         self.host_room = None if self.host_free is None else int(self.host_free * (1 - MARGIN))
         trained = shape.train_ctx_tokens
@@ -166,6 +172,8 @@ class _Fitting:
 
     def _usual_contexts(self, slots: int) -> int:
         """As many as a GPU is given for the sake of speed, whatever the slots need."""
+        if self.ask.split == "tensor":
+            return 1  # the passes of several contexts would only wait for each other
         small = self.shape.weight_bytes < SMALL_MODEL_BYTES and slots >= CONTEXTS_SMALL_GPU * SLOTS_OF_A_CONTEXT_MIN
         return CONTEXTS_SMALL_GPU if small else CONTEXTS_GPU
 

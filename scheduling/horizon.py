@@ -50,24 +50,20 @@ class Pace:
 class Horizon:
     """See the module's text. `end_at` None: there is no time limit.
 
-    `shortest` and `longest` are the estimated steps of the shortest and the longest request that has arrived.
-    `set_aside_since` counts requests that were set aside since one could be started.
+    `shortest`: estimated steps of the shortest request that has arrived.
     """
 
-    __slots__ = ("end_at", "shortest", "longest", "set_aside_since", "_first_started", "_paces", "_together")
+    __slots__ = ("end_at", "shortest", "_first_started", "_paces", "_together")
 
     def __init__(self) -> None:
         self.end_at: float | None = None
         self.shortest = math.inf
-        self.longest = 0.0
-        self.set_aside_since = 0
         self._first_started: float | None = None
         self._paces: dict[int, Pace] = {}
         self._together = Pace()
 
     def arrived(self, steps: float) -> None:
         self.shortest = min(self.shortest, steps)
-        self.longest = max(self.longest, steps)
 
     def started(self, now: float) -> None:
         if self._first_started is None:

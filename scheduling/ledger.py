@@ -101,8 +101,8 @@ class WorkerEntry:
 
     __slots__ = (
         "id", "state", "slots", "queued", "running", "recalled", "load_tokens", "heard", "rate",
-        "rate_since", "rate_count", "target", "stolen_in", "stolen_out", "requests", "failed", "engine_losses",
-        "reason", "silent", "apart",
+        "rate_since", "rate_count", "target", "longest_queued", "stolen_in", "stolen_out", "requests", "failed",
+        "engine_losses", "reason", "silent", "apart",
     )  # fmt: skip
 
     def __init__(self, worker: int, now: float) -> None:
@@ -113,6 +113,8 @@ class WorkerEntry:
         self.running: dict[int, RequestEntry] = {}
         self.recalled: dict[int, RequestEntry] = {}
         self.load_tokens = 0.0
+        self.longest_queued = 0.0
+        """No queued request has more steps. That all have fewer `scheduling.deadline` finds out."""
         self.heard = now
         self.rate = 0.0
         self.rate_since = now
@@ -137,6 +139,10 @@ class WorkerEntry:
         """Queued requests that no slot is free for."""
         free = self.slots - len(self.running) - len(self.recalled)
         return len(self.queued) - max(0, free)
+
+    def unstarted(self) -> list[int]:
+        """What is queued, in its order, but for copies of what runs elsewhere: those stay where they are."""
+        return [index for index, request in self.queued.items() if request.twin is None]
 
     def view(self) -> WorkerView:
         return WorkerView(
@@ -243,6 +249,8 @@ class Ledger:
         if worker is not None:
             worker.holder(phase)[request.index] = request
             worker.load_tokens += request.cost
+            if phase is Phase.QUEUED and request.steps > worker.longest_queued:
+                worker.longest_queued = request.steps
 
     def copy(self, request: RequestEntry, worker: WorkerEntry) -> RequestEntry:
         """Give a request that runs a second entry, queued at another worker, in an attempt of its own."""
@@ -307,6 +315,8 @@ class Ledger:
                     seen.add((index, request.attempt))
                     load += request.cost
                     unstarted += request.twin is None and phase is not Phase.RUNNING
+            longest = max((request.steps for request in worker.queued.values()), default=0.0)
+            must(longest <= worker.longest_queued, f"rank {worker.id} has a longer request queued than it is said to")
             must(abs(load - worker.load_tokens) < 1e-6 * max(1.0, load), f"load of rank {worker.id} is off")
             must(worker.state is WorkerState.READY or not worker.owned, f"rank {worker.id} owns but is not ready")
         for request in self.live.values():

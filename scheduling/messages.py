@@ -196,7 +196,7 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
     note: str = ""
     """One clause for people, e.g. 'GPU-3f… (index 2)' or 'CPU, 2 threads of 8'."""
     lanes: tuple[str, ...] = ("generate",)
-    """What its engine should be ready for when it has loaded (`workers.backlog.Lane`); for other work it is later."""
+    """What its engine should be ready for when it has loaded (`workers.task.Lane`); for other work it is later."""
     fit: Fit | None = None
     """What the engine is to be. None where nothing has a size: engines without a model."""
 

@@ -2,34 +2,23 @@
 
 Three ways to write one, a line each: OpenAI batch format (`custom_id`, `method`, `url`, `body`), a plain
 `{"prompt": …}`, `{"messages": …}` or `{"input": …}` object, or a bare line of text. All become one frozen `Request`.
-Unknown parameters are refused by name. `scheduling.lines` and `scheduling.embeddings` hold the form of a line and say
-why one is refused; here it becomes a `Request`. This module knows nothing about files: lines come in as bytes,
-requests or a `RequestError` come out.
+Unknown parameters are refused by name. `scheduling.wireform` and `scheduling.embeddings` hold the form of a line,
+`scheduling.lines` says why one is refused; here it becomes a `Request`, and `scheduling.requestlines` writes it as a
+line again. This module knows nothing about files: lines come in as bytes, requests or a `RequestError` come out.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 
 from scheduling.constraints import ANY_OBJECT, Constraint, of_grammar, of_schema
 from scheduling.embeddings import EmbeddingBatch, EmbeddingBody, decode_embedding, inputs_of
 from scheduling.errors import RequestError
-from scheduling.lines import (
-    MAX_TOKENS_ALLOWED,
-    Batch,
-    Body,
-    ObjectFormat,
-    SchemaFormat,
-    WireMessage,
-    decode_line,
-    refuse,
-)
-from scheduling.lines import MAX_TOKENS_LIMIT as MAX_TOKENS_LIMIT
+from scheduling.lines import decode_line, refuse
 from scheduling.logprobs import ALTERNATIVES_MAX
+from scheduling.wireform import MAX_TOKENS_ALLOWED, Batch, Body, ObjectFormat, SchemaFormat, WireMessage
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -327,92 +316,3 @@ def _constraint(b: Body, d: Sampling) -> Constraint | None:
     if isinstance(form, ObjectFormat):
         return Constraint("schema", ANY_OBJECT)
     return d.constraint if form is None else None
-
-
-# ---------------------------------------------------------------- lines that we write ourselves
-
-
-def text_line(text: str, custom_id: str | None = None) -> bytes:
-    """The line for a bare text prompt. Raises RequestError if `text` holds a lone surrogate."""
-    fields = {"prompt": text} if custom_id is None else {"custom_id": custom_id, "prompt": text}
-    try:
-        return msgspec.json.encode(fields)
-    except UnicodeEncodeError as error:
-        raise _surrogate(error) from None
-
-
-def request_line(request: Mapping[str, Any] | Request) -> bytes:
-    """The line for a request given as an object: a body, a whole batch line, or a `Request`.
-
-    A `Request` is written with all its sampling parameters, so that no default of a run changes it. The line is
-    not validated here: `parse_request` does that. Raises RequestError for what JSON cannot say.
-    """
-    fields = request_fields(request) if isinstance(request, Request) else request
-    try:
-        # Not msgspec's encoder: it writes NaN as null, and so would turn a mistake into 'not given'.
-        return json.dumps(dict(fields), ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
-    except UnicodeEncodeError as error:
-        raise _surrogate(error) from None
-    except (TypeError, ValueError, RecursionError) as error:
-        raise RequestError(f"the request cannot be written as JSON: {error}") from None
-
-
-def request_fields(request: Request) -> dict[str, Any]:
-    """`request` as the object of a plain line: what `parse_request` turns into the same `Request` again."""
-    fields: dict[str, Any] = {"custom_id": request.custom_id}
-    if request.kind == "embedding":
-        names = ("encoding_format", "dimensions", "model", "user")
-        return _without_none(fields | {"input": request.inputs} | {name: getattr(request, name) for name in names})
-    sampling = msgspec.structs.asdict(request.sampling)
-    constraint = sampling.pop("constraint")
-    # Without one this says so, lest a run's default takes its place.
-    sampling |= {"response_format": {"type": "text"}} if constraint is None else constraint.field()
-    if request.kind == "chat":
-        fields["messages"] = [_without_none(msgspec.structs.asdict(message)) for message in request.messages]
-        if request.logprobs is not None:
-            fields |= {"logprobs": True, "top_logprobs": request.logprobs}
-    else:
-        fields |= {"prompt": request.prompt, "logprobs": request.logprobs}
-        fields |= {"echo": True} if request.echo else {}
-        fields |= {"continuations": request.continuations} if request.continuations else {}
-    others = {"model": request.model, "user": request.user, "metadata": request.metadata}
-    return _without_none({**fields, **sampling, **others, "stream": request.stream})
-
-
-def _without_none(fields: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in fields.items() if value is not None}
-
-
-def _surrogate(error: UnicodeEncodeError) -> RequestError:
-    return RequestError(
-        f"character {error.start + 1} of a string is half of a surrogate pair, which is no character", "prompt"
-    )
-
-
-# ---------------------------------------------------------------- seeds and estimates
-
-_MASK = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
-"""2**64 divided by the golden ratio, made odd: the step of splitmix64."""
-
-
-def _mix(x: int) -> int:
-    """The finalizer of splitmix64 (Steele, Lea and Flood, OOPSLA 2014): a bijection of 64-bit integers."""
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
-    return x ^ (x >> 31)
-
-
-def derive_seed(run_seed: int, index: int) -> int:
-    """The seed of request `index` of a run, where the request gives none: 63 bits, 0 <= seed < 2**63.
-
-    It is the index-th output of a splitmix64 whose state starts at mix(run_seed), without its lowest bit. It
-    depends on nothing else, so retries, stealing, resuming and the number of ranks leave it as it is.
-    """
-    return _mix((_mix(run_seed & _MASK) + (index + 1) * _GOLDEN) & _MASK) >> 1
-
-
-def estimate_tokens(line: bytes | int) -> int:
-    """About how many tokens the prompt of a line has, from its length in bytes alone: a quarter, at least 1."""
-    length = line if isinstance(line, int) else len(line)
-    return max(1, length // 4)

@@ -1,9 +1,9 @@
 """The shapes of the numbers that ranks gather and the run directory keeps: numpy record types, one per table.
 
 A row of `REQUEST` is one finished request, of `RANK` one rank's counters, of `TELEMETRY` one sample of one GPU
-(or of one host's process where there is no GPU). They travel through MPI as raw bytes and are stored as they
-are, so a change here is a change of the metrics' format (`docs/metrics.md`). Missing is NaN for floats and -1 for
-integers, never 0. This module knows neither MPI nor files.
+(or of one host's process where there is no GPU), of `COPY` one copy of a straggler. They travel through MPI as raw
+bytes and are stored as they are, so a change here is a change of the metrics' format (`docs/metrics.md`). Missing is
+NaN for floats and -1 for integers, never 0. This module knows neither MPI nor files.
 """
 
 from __future__ import annotations
@@ -80,6 +80,22 @@ TELEMETRY = np.dtype(
         ("rss_bytes", "<i8"),
     ]
 )
+
+COPY = np.dtype(
+    [
+        ("index", "<i8"),
+        ("attempt", "<i4"),
+        ("session", "<i4"),
+        ("rank", "<i4"),
+        ("copied_from", "<i4"),
+        ("start_s", "<f8"),
+        ("answered_s", "<f8"),
+        ("won", "i1"),
+    ]
+)
+"""A copy of a straggler, made at `rank` of what ran on `copied_from`. Times in seconds since rank 0 welcomed the ranks,
+on its own clock; `answered_s`: when the first of the two had answered. `won`: 1 the copy was first, 0 it was in vain,
+-1 neither was."""
 
 
 def conformed(rows: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:

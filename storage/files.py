@@ -11,10 +11,13 @@ import contextlib
 import errno
 import fcntl
 import os
+import stat
 import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, Protocol
+
+from storage.filesystems import mount_of, read_mounts
 
 REWRITE_BYTES = 1 << 20
 
@@ -42,7 +45,7 @@ class AppendFile(Protocol):
         """Length in bytes."""
 
     def close(self) -> None:
-        """Close. What was not synced may be lost."""
+        """Close. What was not synced may be lost. Never raises OSError."""
 
 
 class Lock(Protocol):
@@ -68,6 +71,10 @@ class Disk(Protocol):
     def is_dir(self, path: Path) -> bool: ...
 
     def list_dir(self, path: Path) -> list[str]: ...
+
+    def refresh(self, path: Path) -> None:
+        """See a file as it is by now, not as this host remembers it: to be called before one is judged by what is in it
+        that other hosts write. Never raises OSError."""
 
     def make_dirs(self, path: Path) -> None: ...
 
@@ -119,8 +126,7 @@ class _OsAppendFile:
 
     def close(self) -> None:
         fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        _close(fd)
 
 
 class _OsLock:
@@ -129,8 +135,7 @@ class _OsLock:
 
     def release(self) -> None:
         fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        _close(fd)
 
 
 class OsDisk:
@@ -148,13 +153,28 @@ class OsDisk:
         return open(path, "rb", buffering=1 << 16)
 
     def exists(self, path: Path) -> bool:
-        return os.path.lexists(path)
+        return _looked_at(os.lstat, path) is not None
 
     def is_dir(self, path: Path) -> bool:
-        return os.path.isdir(path)
+        found = _looked_at(os.stat, path)
+        return found is not None and stat.S_ISDIR(found.st_mode)
 
     def list_dir(self, path: Path) -> list[str]:
         return sorted(os.listdir(path))
+
+    def refresh(self, path: Path) -> None:
+        # NFS asks its server whenever a file is opened. FUSE file systems may go by a size that they have seen before
+        # (sshfs: for 20 s), so that a file seems empty, or ends early, or was not replaced; a change of its status,
+        # which changes nothing, makes them ask.
+        if not mount_of(path, read_mounts()).type.startswith("fuse"):
+            return
+        try:
+            os.chmod(path, stat.S_IMODE(os.stat(path).st_mode))
+        except PermissionError:
+            with contextlib.suppress(OSError):
+                os.utime(path)  # another user's, which we may write to
+        except OSError:
+            return  # who reads it is told why
 
     def make_dirs(self, path: Path) -> None:
         os.makedirs(path, exist_ok=True)
@@ -220,6 +240,23 @@ class OsDisk:
             os.close(fd)
 
 
+def _close(fd: int) -> None:
+    """A network file system may say only here that it has lost what was written, or that it has gone. What counts was
+    synced before; what was not is not counted."""
+    if fd >= 0:
+        with contextlib.suppress(OSError):
+            os.close(fd)
+
+
+def _looked_at(look: Callable[[Path], os.stat_result], path: Path) -> os.stat_result | None:
+    """None if nothing is there. A disk that fails says nothing of what is there: what it holds is not to be taken for
+    new and written over."""
+    try:
+        return look(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
 def _lock_error(error: OSError) -> OSError:
     return LocksUnsupportedError(*error.args) if error.errno in _NO_LOCKS else error
 
@@ -238,8 +275,15 @@ def replace_file(disk: Disk, path: Path, data: bytes) -> None:
     disk.sync_dir(path.parent)
 
 
-FAILS_OF_DISKS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.ESTALE})
-"""Errors of a disk that was right before, and may be again: not the fault of what was asked of it."""
+FAILS_OF_DISKS = frozenset(
+    {
+        errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.ESTALE, errno.ENOTCONN,
+        errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN,
+        errno.ENETUNREACH, errno.ENODEV, errno.ENXIO, errno.ESHUTDOWN, errno.ETIMEDOUT,
+    }
+)  # fmt: skip
+"""Errors of a disk that was right before, and may be again: not the fault of what was asked of it. Those of networks
+are of file systems behind one."""
 
 
 def read_all(disk: Disk, path: Path, limit_bytes: int = 1 << 26) -> bytes:

@@ -7,7 +7,8 @@ lock that could be had means that the last job died; that is taken over, and sai
 Where a file system has no locks, or has them for each host alone (NFS with `nolock`, Lustre without `flock`), the
 content decides. A holder on this host is looked up. One on another host is watched: a job on such a file system counts
 in a file beside the lock, the beat, and one whose count stands still for WATCH_S is dead. Nobody's clock is compared
-with anybody's. A job that finds another's name in its lock has been taken for dead and ends (`JobLock.check`).
+with anybody's. A job that finds anything but its own name in its lock has been taken for dead and ends
+(`JobLock.check`): another's name, cut short by a stale size, or nothing, where that job has ended meanwhile.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ BEAT_S = 5.0
 WATCH_S = 20.0
 """How long a beat may stand still. A network file system can show a change some seconds late."""
 LOOK_S = 1.0
+HOLDER_BYTES_MAX = 4096
 SETTLE_S = 2.0
 """Two jobs that take over at once without locks write one after the other: whose name is there then has it."""
 
@@ -128,13 +130,14 @@ class JobLock:
             reaches = False
             free = True
             self.note = f"the file system of {path.parent} has no locks: other jobs are told by their signs of life"
+        disk.refresh(path)
         earlier = read_holder(disk, path)
         try:
             if not free or (earlier is not None and not reaches and judge.lives(disk, path, earlier)):
                 raise _held(path, earlier, me)
             if earlier is not None:
                 self.note = f"the last job here ({earlier}) ended without stopping in order: going on from its record"
-            self._write(json.dumps(asdict(me)).encode() + b"\n")
+            self._write(_named(me))
             if not reaches:
                 self._beat(judge)
         except BaseException:
@@ -144,9 +147,9 @@ class JobLock:
     def _beat(self, judge: Judge) -> None:
         self._beating = _Beat(self._disk, self._path, self._me)
         judge.pause(SETTLE_S)
-        other = read_holder(self._disk, self._path)
-        if other is not None and other != self._me:
-            raise _held(self._path, other, self._me)
+        self._beating.look()
+        if self._beating.taken:
+            raise _held(self._path, self._beating.taken_by, self._me)
         self._beating.start()
 
     def check(self) -> None:
@@ -155,15 +158,15 @@ class JobLock:
         if self._beating is None:
             return
         self._beating.look()
-        if (other := self._beating.taken_by) is not None:
+        if self._beating.taken:
             raise RunDirError(
-                f"{self._path.parent} has been taken over by {other}, because this job had given no sign of life for "
-                f"{WATCH_S:g} s: it ends here, and the other one goes on"
+                f"{self._path.parent} has been taken over by {self._beating.taken_by or 'another job'}, because this "
+                f"job had given no sign of life for {WATCH_S:g} s: it ends here, and the other one goes on"
             )
 
     def release(self) -> None:
         """Let go. The file stays, empty: removing it would race with the next job's locking."""
-        if self._beating is None or self._beating.taken_by is None:
+        if self._beating is None or not self._beating.taken:
             with contextlib.suppress(OSError):
                 self._write(b"")
         self._let_go()
@@ -188,25 +191,30 @@ class _Beat(threading.Thread):
         self._me = me
         self._count = 0
         self._ended = threading.Event()
+        self.taken = False
         self.taken_by: Holder | None = None
         self.once()
 
     def look(self) -> None:
-        """See whose name is in the lock."""
-        named = read_holder(self._disk, self._path)
-        if named is not None and named != self._me:
-            self.taken_by = named
+        """See whether the lock holds this job's name, and nothing else. Where it cannot be read, who writes what counts
+        finds that."""
+        try:
+            found = read_all(self._disk, self._path, HOLDER_BYTES_MAX)
+        except (OSError, ValueError):
+            return
+        if found != _named(self._me):
+            self.taken, self.taken_by = True, _holder_in(found)
 
     def once(self) -> None:
         """Look, and count on. A disk that fails is found by who writes what counts."""
         self.look()
-        if self.taken_by is None:
+        if not self.taken:
             self._count += 1
             with contextlib.suppress(OSError):
                 rewrite(self._disk, beat_path(self._path), f"{self._me.host}:{self._me.pid}:{self._count}\n".encode())
 
     def run(self) -> None:
-        while self.taken_by is None and not self._ended.wait(BEAT_S):
+        while not self.taken and not self._ended.wait(BEAT_S):
             self.once()
 
     def stop(self) -> None:
@@ -240,18 +248,31 @@ def rewrite(disk: Disk, path: Path, content: bytes) -> None:
 def read_holder(disk: Disk, path: Path) -> Holder | None:
     """Who the lock file names; None if nobody, or nothing readable."""
     try:
-        found = json.loads(read_all(disk, path, 4096))
+        return _holder_in(read_all(disk, path, HOLDER_BYTES_MAX))
+    except (OSError, ValueError):
+        return None
+
+
+def _named(me: Holder) -> bytes:
+    """The content of a lock file."""
+    return json.dumps(asdict(me)).encode() + b"\n"
+
+
+def _holder_in(content: bytes) -> Holder | None:
+    try:
+        found = json.loads(content)
         return Holder(
             str(found["host"]), int(found["pid"]), str(found["since"]), int(found["started_ticks"]),
             str(found.get("slurm_job", "")),
         )  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 def holder_of(disk: Disk, path: Path, judge: Judge | None = None) -> tuple[bool, Holder | None]:
     """Whether a job runs under the lock file `path`, and who that is. Takes no lock and writes nothing."""
     judge = judge or Judge()
+    disk.refresh(path)
     named = read_holder(disk, path)
     try:
         running = disk.locked(path)

@@ -23,7 +23,7 @@ import numpy as np
 
 from scheduling.errors import RecordError, RunDirError
 from scheduling.histogram import BUCKETS, LogHistogram, edges_s
-from scheduling.tables import FINISH_REASONS, RANK, REQUEST, TELEMETRY
+from scheduling.tables import COPY, FINISH_REASONS, RANK, REQUEST, TELEMETRY
 from storage.files import Disk, OsDisk
 from storage.summary import Rows, Summary, summarise
 
@@ -47,6 +47,7 @@ FORMULAS = {
 UNITS = {
     "REQUEST": {"queue_s": "s", "ttft_s": "s", "tpot_s": "s", "e2e_s": "s", "end_s": "s"},
     "RANK": {"busy_s": "s", "slot_s": "slot s", "starved_slot_s": "slot s", "open_slot_s": "slot s", "wall_s": "s"},
+    "COPY": {"start_s": "s since the start of the session", "answered_s": "s since the start of the session"},
     "TELEMETRY": {
         "t_s": "s since the start of the session",
         "utilization": "%",
@@ -70,12 +71,14 @@ def write_metrics(
     telemetry: Rows | Iterable[Rows],
     attributes: Mapping[str, Any],
     disk: Disk | None = None,
+    *,
+    copies: Rows | None = None,
 ) -> None:
     """Write metrics.h5 at `path`, replacing the old one only when the new one is whole and durable.
 
     `rows_iter` yields chunks of `scheduling.tables.REQUEST`, `ranks` is `RANK`, `telemetry` is `TELEMETRY` or
-    chunks of it. `histograms` by name without unit (queue, ttft, tpot, itl, e2e). `attributes` are numbers, texts,
-    or lists of them, stored at the root. Raises RecordError if it cannot be written.
+    chunks of it, `copies` is `COPY`. `histograms` by name without unit (queue, ttft, tpot, itl, e2e). `attributes` are
+    numbers, texts, or lists of them, stored at the root. Raises RecordError if it cannot be written.
     """
     # A name of its own: a report may be made while the job that runs here makes one.
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
@@ -97,6 +100,8 @@ def write_metrics(
             chunks = [telemetry] if isinstance(telemetry, np.ndarray) else telemetry
             _table(file, "telemetry", TELEMETRY, UNITS["TELEMETRY"], target.checked(chunks))
             file["telemetry"].attrs["missing"] = "NaN, or -1 for integers; never 0"
+            _table(file, "copies", COPY, UNITS["COPY"], [] if copies is None else [copies])
+            file["copies"].attrs["won"] = ["1=the copy answered first", "0=it was in vain", "-1=neither answered"]
             _histograms(file, histograms)
 
     try:
@@ -187,7 +192,14 @@ def _root_attributes(file: h5py.File, attributes: Mapping[str, Any]) -> None:
     for name, value in attributes.items():
         # HDF5 has no None: what is unknown is not there.
         if value is not None:
-            file.attrs[name] = value
+            file.attrs[name] = [_attribute(one) for one in value] if isinstance(value, list) else _attribute(value)
+
+
+def _attribute(value: Any) -> Any:
+    """As any reader takes it: no enumeration for yes and no, and texts that can be written in UTF-8, without NUL."""
+    if isinstance(value, bool | np.bool_):
+        return int(value)
+    return value.encode("utf-8", "replace").decode().replace("\0", "?") if isinstance(value, str) else value
 
 
 def _table(
@@ -264,6 +276,13 @@ def read_telemetry(path: Path) -> Rows:
     with _open(path) as file:
         telemetry: Rows = file["telemetry"][:]
         return telemetry
+
+
+def read_copies(path: Path) -> Rows:
+    """All of /copies; none where an older version wrote the file."""
+    with _open(path) as file:
+        copies: Rows = file["copies"][:] if "copies" in file else np.zeros(0, COPY)
+        return copies
 
 
 @contextlib.contextmanager

@@ -148,6 +148,7 @@ def scan(disk: Disk, path: Path) -> Recovery:
     states = bytearray()
     ok = failed = sessions = 0
     try:
+        disk.refresh(path)
         if not disk.exists(path):
             return Recovery(np.zeros(0, np.uint8), 0, 0, 0, 0, 0)
         with disk.open_read(path) as file:

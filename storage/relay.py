@@ -27,7 +27,7 @@ from storage.digest import Digest
 
 CHUNK_BYTES = 4 << 20
 SLOTS = 8
-PATIENCE_S = 600.0
+PATIENCE_S = 120.0
 """How long nothing may move before somebody is taken for lost."""
 
 

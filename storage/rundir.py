@@ -1,6 +1,6 @@
-"""The run directory: what one run is, who works on it, how far it is, and how to ask it to stop.
+"""The run directory: what is in it, and how the one job that works on it makes, locks, describes and ends it.
 
-    run.json        identity, configuration, sessions, `complete`: replaced as a whole, never edited in place
+    run.json        identity, configuration, sessions, `complete`: replaced as a whole  (storage.runjson)
     requests.jsonl  the input, where it could not be read in place: written before the first session
     results.jsonl   the record of answers                       (storage.record, storage.recovery)
     results.synced  how long that was after its last sync       (storage.record)
@@ -12,37 +12,24 @@
 
 The identity is what must not change between sessions of one run (input, model, sampling...); it is a dictionary
 of the caller's and not looked into here. A run is complete when run.json says so, which is the last durable act.
-`status` and `request_stop` need no lock and work from any host.
+How far it is and how to ask it to stop, without its lock, is in `storage.runstatus`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-import numpy as np
+from scheduling.errors import BugError, RunDirError
+from storage.files import Disk, OsDisk, replace_file
+from storage.joblock import BEAT_SUFFIX, JobLock, Judge, this_process, utc_text
+from storage.recovery import RECORD_NAME
+from storage.runjson import FORMAT, RUN_NAME, VERSION, Json, plain, read_run, refuse_other_run, unusable
 
-from scheduling.errors import (
-    EXIT_OK,
-    EXIT_RESUMABLE,
-    EXIT_SOME_FAILED,
-    BugError,
-    LlmpiError,
-    RecordError,
-    RunDirError,
-)
-from storage.files import FAILS_OF_DISKS, Disk, OsDisk, read_all, replace_file
-from storage.joblock import BEAT_SUFFIX, Holder, JobLock, Judge, holder_of, this_process, utc_text
-from storage.recovery import RECORD_NAME, scan
-
-RUN_NAME = "run.json"
 REQUESTS_NAME = "requests.jsonl"
 LOCK_NAME = "lock"
 BEAT_NAME = LOCK_NAME + BEAT_SUFFIX
@@ -50,14 +37,12 @@ STOP_NAME = "stop"
 METRICS_NAME = "metrics.h5"
 SEGMENTS_NAME = "metrics.d"
 
-_FORMAT = "llmpi-run"
-_VERSION = 1
-_BEFORE_RUN_JSON = {LOCK_NAME, BEAT_NAME, STOP_NAME, f".{RUN_NAME}.tmp", REQUESTS_NAME, f".{REQUESTS_NAME}.tmp"}
+SLURM_NAME = "slurm"
+"""Folder for the scripts and logs of jobs, which are there before a run is."""
+_BEFORE_RUN_JSON = {
+    LOCK_NAME, BEAT_NAME, STOP_NAME, f".{RUN_NAME}.tmp", REQUESTS_NAME, f".{REQUESTS_NAME}.tmp", SLURM_NAME,
+}  # fmt: skip
 _JOB_OUTPUT = (".out", ".err", ".log")
-_DIFFERENCES_SHOWN = 3
-
-Json = Any
-"""What json can hold. Other values in details (paths, numpy numbers) are stored as their text."""
 
 
 class RunDir:
@@ -110,20 +95,19 @@ class RunDir:
         lock = lock_run(path, disk=disk, now_unix_s=now_unix_s, judge=judge) if held is None else held
         try:
             state = read_run(path, disk) if disk.exists(path / RUN_NAME) else None
-            wanted = _plain(identity)
+            wanted = plain(identity)
             if state is not None and not state["complete"] and not holds_answers(path, disk):
                 state["identity"] = wanted  # nothing was ever answered here: it may become another run
                 state["total"] = None
             if state is None:
-                state = {"format": _FORMAT, "version": _VERSION, "identity": wanted, "details": {}}
+                state = {"format": FORMAT, "version": VERSION, "identity": wanted, "details": {}}
                 state |= {"total": None, "sessions": [], "complete": False}
             refuse_other_run(path, state["identity"], wanted)
             run = cls(path, disk, lock, state, now_unix_s)
-            disk.remove(path / STOP_NAME)
             if not run.complete:
-                state["details"] = _plain(details or {})
+                state["details"] = plain(details or {})
                 started = {"session": run.session, "started_at": utc_text(now_unix_s())}
-                state["sessions"].append(started | _plain(session or {}))
+                state["sessions"].append(started | plain(session or {}))
                 run._store()
             return run
         except OSError as error:
@@ -156,29 +140,44 @@ class RunDir:
 
     def add_details(self, details: Mapping[str, Json]) -> None:
         """Store further facts of the run."""
-        self._state["details"].update(_plain(details))
+        self._state["details"].update(plain(details))
         self._store()
 
     def add_session_facts(self, facts: Mapping[str, Json]) -> None:
         """Store what is known of this session only after it started (hosts, GPUs) or at its end (exit code)."""
         if self.session < len(self._state["sessions"]):
-            self._state["sessions"][self.session].update(_plain(facts))
+            self._state["sessions"][self.session].update(plain(facts))
             self._store()
 
     def stop_requested(self) -> bool:
         """Whether somebody asked this job to drain. To be polled about once a second. Raises like `check_held`."""
         self.check_held()
-        return self._disk.exists(self.path / STOP_NAME)
+        try:
+            return self._disk.exists(self.path / STOP_NAME)
+        except OSError:
+            return False  # a disk that fails is found by who writes what counts
 
     def check_held(self) -> None:
-        """Raises RunDirError if another job has taken the directory over, this one having given no sign of life."""
+        """Raises RunDirError if another job has taken the directory over, this one having given no sign of life, or if
+        it is there no more: then what is written would be acknowledged and found by nobody."""
         self._lock.check()
+        if not self._disk.exists(self.path / RUN_NAME) and self._is_gone():
+            raise RunDirError(f"{self.path} was removed or renamed while this job worked on it: it ends here")
+
+    def _is_gone(self) -> bool:
+        """Whether that is so, and not a file system that answers nothing just now."""
+        try:
+            return RUN_NAME not in self._disk.list_dir(self.path)
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False
 
     def mark_complete(self, summary: Mapping[str, Json] | None = None) -> None:
         """Say that every request is recorded and the metrics are written: the last durable act of a run."""
         if self.complete:
             raise BugError(f"{self.path} is marked complete a second time")
-        self._state["summary"] = _plain(summary or {})
+        self._state["summary"] = plain(summary or {})
         self._state["completed_at"] = utc_text(self._now_unix_s())
         self._state["complete"] = True
         self._store()
@@ -222,130 +221,20 @@ def lock_run(
     disk = disk or OsDisk()
     try:
         _prepare(disk, path)
-        return JobLock(disk, path / LOCK_NAME, this_process(now_unix_s()), judge)
-    except OSError as error:
-        raise unusable(path, error) from error
-
-
-@dataclass(frozen=True)
-class Status:
-    """How far a run is, by its record.
-
-    `total` None: the input was not counted. `torn_bytes`: an unfinished line, being written or cut by a crash.
-    """
-
-    path: Path
-    ok: int
-    failed: int
-    total: int | None
-    complete: bool
-    running: bool
-    holder: Holder | None
-    sessions: int
-    record_bytes: int
-    torn_bytes: int
-
-    @property
-    def done(self) -> int:
-        return self.ok + self.failed
-
-    @property
-    def exit_code(self) -> int:
-        """0 all answered; 1 complete, some failed; 3 not complete: the same command goes on."""
-        if not self.complete:
-            return EXIT_RESUMABLE
-        return EXIT_SOME_FAILED if self.failed else EXIT_OK
-
-
-def status(path: Path, disk: Disk | None = None, judge: Judge | None = None) -> Status:
-    """Read how far the run in `path` is. Writes nothing; works while a job runs there.
-
-    A run that calls itself complete but whose record lacks requests is not complete. Raises RunDirError if there
-    is no run, or the record is damaged.
-    """
-    disk = disk or OsDisk()
-    path = Path(path)
-    state = read_run(path, disk)
-    found = scan(disk, path / RECORD_NAME)
-    try:
-        running, holder = holder_of(disk, path / LOCK_NAME, judge)
-    except OSError:
-        running, holder = False, None  # Not ours to read: then the record alone is told of.
-    total: int | None = state["total"]
-    return Status(
-        path=path,
-        ok=found.ok,
-        failed=found.failed,
-        total=total,
-        complete=bool(state["complete"]) and (total is None or found.done >= total),
-        running=running,
-        holder=holder,
-        sessions=len(state["sessions"]),
-        record_bytes=found.durable_bytes,
-        torn_bytes=found.torn_bytes,
-    )
-
-
-def request_stop(path: Path, disk: Disk | None = None, judge: Judge | None = None) -> Holder | None:
-    """Ask the job that works on `path` to drain; returns who that is, if known.
-
-    Raises RunDirError if there is no run, or no job works on it.
-    """
-    disk = disk or OsDisk()
-    path = Path(path)
-    read_run(path, disk)
-    try:
-        running, holder = holder_of(disk, path / LOCK_NAME, judge)
-        if not running:
-            raise RunDirError(f"no job is running on {path}: there is nothing to stop.")
-        replace_file(disk, path / STOP_NAME, b"stop\n")
-    except OSError as error:
-        raise unusable(path, error) from error
-    return holder
-
-
-def is_held(path: Path, disk: Disk | None = None, judge: Judge | None = None) -> bool:
-    """Whether a job works on `path`. Raises RunDirError where that cannot be read."""
-    try:
-        return holder_of(disk or OsDisk(), Path(path) / LOCK_NAME, judge)[0]
-    except OSError as error:
-        raise unusable(path, error) from error
-
-
-def read_run(path: Path, disk: Disk | None = None) -> dict[str, Json]:
-    """The content of run.json. Raises RunDirError if it is not there, unreadable or of another version."""
-    disk = disk or OsDisk()
-    file = path / RUN_NAME
-    try:
-        state = json.loads(read_all(disk, file))
+        lock = JobLock(disk, path / LOCK_NAME, this_process(now_unix_s()), judge)
+        try:
+            disk.remove(path / STOP_NAME)  # meant for an earlier job; from now on it is for this one
+        except BaseException:
+            lock.release()
+            raise
+        return lock
     except FileNotFoundError as error:
-        raise RunDirError(f"{path} is no run directory: it has no {RUN_NAME}.") from error
-    except NotADirectoryError as error:
-        raise RunDirError(f"{path} is no directory.") from error
-    except OSError as error:
-        raise RunDirError(f"cannot read {file}: {_why(error)}.") from error
-    except ValueError as error:
-        raise RunDirError(f"{file} is damaged ({error}). Restore it, or give another run directory.") from error
-    if not isinstance(state, dict) or state.get("format") != _FORMAT:
-        raise RunDirError(f"{file} was not written by llmpi. Give another run directory.")
-    if state.get("version") != _VERSION:
+        # What lacked above it has been made, so the kernel's "No such file or directory" would help nobody.
         raise RunDirError(
-            f"{file} has format version {state.get('version')}, this llmpi reads {_VERSION}. Use the llmpi that "
-            "started the run."
-        )
-    if not _well_formed(state):
-        raise RunDirError(f"{file} is damaged: it lacks what every run has. Give another run directory.")
-    return state
-
-
-def _well_formed(state: dict[str, Json]) -> bool:
-    return (
-        isinstance(state.get("identity"), dict)
-        and isinstance(state.get("details"), dict)
-        and isinstance(state.get("sessions"), list)
-        and isinstance(state.get("total"), int | None)
-        and isinstance(state.get("complete"), bool)
-    )
+            f"cannot use {path} as run directory: nothing can be made there (is it below /proc?). Give another one."
+        ) from error
+    except OSError as error:
+        raise unusable(path, error) from error
 
 
 def holds_answers(path: Path, disk: Disk | None = None) -> bool:
@@ -375,57 +264,3 @@ def _prepare(disk: Disk, path: Path) -> None:
     if foreign:
         shown = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
         raise RunDirError(f"{path} is not empty and no run directory (it holds {shown}). Give another one.")
-
-
-def refuse_other_run(path: Path, there: Mapping[str, Json], here: Mapping[str, Json]) -> None:
-    """Raise RunDirError, naming what differs, unless the identities of two runs are the same."""
-    differences = _differences("", dict(there), dict(here))
-    if differences:
-        shown = "; ".join(differences[:_DIFFERENCES_SHOWN])
-        more = len(differences) - _DIFFERENCES_SHOWN
-        raise RunDirError(
-            f"{path} holds another run: {shown}{f'; and {more} more' if more > 0 else ''}. Give another run "
-            "directory, or the same command as before to resume."
-        )
-
-
-def _differences(name: str, there: Json, here: Json) -> list[str]:
-    if isinstance(there, dict) and isinstance(here, dict):
-        found: list[str] = []
-        for key in sorted(there.keys() | here.keys()):
-            inner = f"{name}.{key}" if name else key
-            found += _differences(inner, there.get(key), here.get(key))
-        return found
-    if there == here:
-        return []
-    return [f"{name} is {_short(there)} there and {_short(here)} here"]
-
-
-def _short(value: Json) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _plain(values: Mapping[str, Json]) -> dict[str, Json]:
-    """As json will give it back: tuples are lists, keys and whatever json does not know are text."""
-    plain: dict[str, Json] = json.loads(json.dumps(dict(values), default=_json_value))
-    return plain
-
-
-def _json_value(value: object) -> Json:
-    return value.item() if isinstance(value, np.generic) else str(value)
-
-
-def _why(error: OSError) -> str:
-    return os.strerror(error.errno) if error.errno else str(error)
-
-
-def unusable(path: Path, error: OSError) -> LlmpiError:
-    """What to raise where the operating system refused something in a run directory."""
-    if error.errno in FAILS_OF_DISKS:
-        return RecordError(
-            f"cannot write to the run directory {path}: {_why(error)}. What is recorded is safe; free space or mend "
-            "the file system, then run the same command again."
-        )
-    advice = "Mend that, or give a run directory that can be written"
-    return RunDirError(f"cannot use {path} as run directory: {_why(error)}. {advice}.")

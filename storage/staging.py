@@ -28,7 +28,7 @@ from storage.stagemodel import Model, Reading, as_message, facts_of, of_message,
 from storage.stagesource import NoSource, SourceFiles
 
 MODES = ("never", "auto", "always")
-EXCHANGE_S = 120.0
+EXCHANGE_S = 60.0
 """How long the others may take to come to an exchange."""
 SLOWEST_BYTES_PER_S = 5e6
 """A transfer slower than that is taken for one that never ends."""
@@ -49,11 +49,11 @@ class Group(Protocol):
 
 @dataclass(frozen=True)
 class Node:
-    """Where this rank runs."""
+    """Where this rank runs. `mounts`: its table of mounts, as it is by now (an automounter adds to it)."""
 
     host: str
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
-    mounts: str = field(default_factory=read_mounts)
+    mounts: Callable[[], str] = read_mounts
     free_memory_bytes: int = 1 << 62
 
 
@@ -118,7 +118,7 @@ def _plan(group: Group, mode: str, find: Callable[[], list[Model]], node: Node) 
 
 
 def _is_remote(model: Model, node: Node) -> bool:
-    return any(mount_of(Path(file.path), node.mounts).network for file in model.files)
+    return any(mount_of(Path(file.path), node.mounts()).network for file in model.files)
 
 
 class _Work:
@@ -182,7 +182,7 @@ class _Work:
         """Find a folder of this node that has the models already, or has room for them."""
         problems = []
         for folder in candidates(self._stage_dir, self._node.environ):
-            if mount_of(folder, self._node.mounts).network and self._stage_dir is None:
+            if mount_of(folder, self._node.mounts()).network and self._stage_dir is None:
                 problems.append(f"{folder} is on a network file system")
                 continue
             try:
@@ -195,7 +195,7 @@ class _Work:
                 return _place(folder=str(folder), direct=True, has=[True] * len(self._models))
             digests = [self._known(found, model) for model in self._models]
             lacks = [found.lacks(model.files, known) for model, known in zip(self._models, digests, strict=True)]
-            room = found.room_bytes(self._node.mounts, self._node.free_memory_bytes)
+            room = found.room_bytes(self._node.mounts(), self._node.free_memory_bytes)
             if sum(lacks) and sum(lacks) > room:
                 problems.append(
                     f"{folder} has room for {room / 1e9:,.1f} GB, and {sum(lacks) / 1e9:,.1f} GB are needed"
@@ -250,7 +250,9 @@ class _Work:
             said["problem"] = "" if relayed.problem is None else _words(relayed.problem)
             said["stopped"] = isinstance(relayed.problem, StoppedError)
             said["read"] = [count, relayed.read_s]
-        heard = _exchange(self._group, said, EXCHANGE_S + model.size / SLOWEST_BYTES_PER_S)
+        # Rank 0 is in the chain, and the last to be through with it: from there on nobody has anything to wait for.
+        sending_s = 0.0 if rank == 0 else model.size / SLOWEST_BYTES_PER_S
+        heard = _exchange(self._group, said, EXCHANGE_S + sending_s)
         if heard[0]["stopped"]:
             raise StoppedError(heard[0]["problem"])
         problems = [self._named(one, heard[one]["problem"]) for one in chain if heard[one]["problem"]]
@@ -302,7 +304,7 @@ class _Work:
             if self._group.rank == 0:
                 source = SourceFiles(model.files)
             if keeps and self._dir is not None:
-                on_disk = not mount_of(self._dir.root, self._node.mounts).memory
+                on_disk = not mount_of(self._dir.root, self._node.mounts()).memory
                 self._writing = Writing(self._dir, model.files, reserve=on_disk)
         except (StagingError, ModelStoreError) as error:
             problem = error

@@ -19,8 +19,8 @@ from storage.summary import Rows, last_ends_s
 
 BINS = 2000
 """Finer than the pixels of a picture."""
-STEALS_MAX = 2000
-"""Steals that are kept one by one for a rank; all are counted."""
+MARKS_MAX = 2000
+"""Steals, and copies, that are kept one by one for a rank; all are counted."""
 
 SHORTEST_S = 1e-9
 """A shorter run has no time to be laid out over: no clock tells its bins apart."""
@@ -38,8 +38,12 @@ class Lane:
     """Output tokens made in the bin."""
     requests: int = 0
     steals: list[tuple[float, int]] = field(default_factory=list)
-    """When stolen requests came (seconds), and from which rank: the first STEALS_MAX."""
+    """When stolen requests came (seconds), and from which rank: the first MARKS_MAX."""
     stolen_in: int = 0
+    copies: list[tuple[float, int, bool]] = field(default_factory=list)
+    """When copies of stragglers were started here, on which rank these ran, and whether the copy answered first."""
+    copied_in: int = 0
+    copies_won: int = 0
 
     @property
     def full(self) -> float:
@@ -81,8 +85,9 @@ def coarser(values: Floats, factor: int) -> Floats:
     return sums
 
 
-def timeline(rows_of: Callable[[], Iterable[Rows]]) -> Timeline | None:
-    """The timeline of chunks of `scheduling.tables.REQUEST`, gone through twice; None if nothing has a time."""
+def timeline(rows_of: Callable[[], Iterable[Rows]], copies: Rows | None = None) -> Timeline | None:
+    """The timeline of chunks of `scheduling.tables.REQUEST`, gone through twice, and of rows of `COPY`; None if nothing
+    has a time."""
     ends: dict[int, float] = {}
     untimed = 0
     for rows in rows_of():
@@ -102,6 +107,8 @@ def timeline(rows_of: Callable[[], Iterable[Rows]]) -> Timeline | None:
     for rows in rows_of():
         if "end_s" in (rows.dtype.names or ()):
             drawing.add(rows[~np.isnan(rows["end_s"])])
+    if copies is not None:
+        drawing.add_copies(copies, ends)
     breaks = {session: at for session, at in starts_s.items() if at > 0}
     return Timeline(length_s, breaks, drawing.lanes(), untimed)
 
@@ -121,11 +128,7 @@ class _Drawing:
             self._add(rank, rows[rows["rank"] == rank])
 
     def _add(self, rank: int, rows: Rows) -> None:
-        if rank not in self._lanes:
-            self._lanes[rank] = Lane(np.zeros(BINS), np.zeros(BINS))
-            # What is known at each edge: the integral of everything that came before it.
-            self._running[rank], self._tokens[rank] = np.zeros((2, BINS + 1)), np.zeros((2, BINS + 1))
-        lane = self._lanes[rank]
+        lane = self._lane(rank)
         first = np.array([self._starts_s[session] for session in rows["session"].tolist()])
         end = first + rows["end_s"]
         # A clock's rounding must not put a beginning before the session.
@@ -139,10 +142,27 @@ class _Drawing:
         lane.requests += len(rows)
         stolen = rows["stolen_from"] >= 0
         lane.stolen_in += int(stolen.sum())
-        room = STEALS_MAX - len(lane.steals)
+        room = MARKS_MAX - len(lane.steals)
         if room > 0 and stolen.any():
             victims = rows["stolen_from"][stolen].tolist()
             lane.steals += list(zip(received[stolen].tolist(), victims, strict=True))[:room]
+
+    def add_copies(self, rows: Rows, ends_s: dict[int, float]) -> None:
+        """Copies of sessions that last until `ends_s`: what comes later, in a job that was killed, is counted only."""
+        for row in rows[np.argsort(rows["start_s"], kind="stable")]:
+            lane, session, won = self._lane(int(row["rank"])), int(row["session"]), bool(row["won"] == 1)
+            lane.copied_in += 1
+            lane.copies_won += won
+            if row["start_s"] <= ends_s.get(session, -1.0) and len(lane.copies) < MARKS_MAX:
+                at = self._starts_s[session] + float(row["start_s"])
+                lane.copies.append((at, int(row["copied_from"]), won))
+
+    def _lane(self, rank: int) -> Lane:
+        if rank not in self._lanes:
+            self._lanes[rank] = Lane(np.zeros(BINS), np.zeros(BINS))
+            # What is known at each edge: the integral of everything that came before it.
+            self._running[rank], self._tokens[rank] = np.zeros((2, BINS + 1)), np.zeros((2, BINS + 1))
+        return self._lanes[rank]
 
     def _spread(self, edges: Floats, start: Floats, end: Floats, amount: Floats) -> None:
         """Spread each `amount` evenly over [start, end]. `edges`: two sums per edge, of which `_per_bin` makes bins.
@@ -178,4 +198,5 @@ class _Drawing:
             lane.running[lane.running < 1e-6] = 0.0
             lane.tokens = self._per_bin(self._tokens[rank])
             lane.steals.sort()
+            lane.copies.sort()
         return dict(sorted(self._lanes.items()))

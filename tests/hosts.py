@@ -15,9 +15,11 @@ import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 NETWORK = "10.231.{job}.{host}"
+JOBS = 250
 TBF = "tbf rate 1gbit burst 256kb latency 50ms"
 
 
@@ -87,11 +89,13 @@ def hosts(
     *,
     rate: str | None = None,
     hidden: Mapping[int, Path] | None = None,
+    bound: Mapping[int, tuple[Path, Path]] | None = None,
     job: int | None = None,
 ) -> Iterator[Hosts]:
     """`count` hosts. `rate`: of each one's link both ways, as tc writes it ('1gbit'). `hidden`: a folder that the
-    host of that number sees empty."""
+    host of that number sees empty. `bound`: a folder, and the one in whose place the host of that number sees it."""
     job = os.getpid() % 250 + 1 if job is None else job
+    job = _own_bridge(job)
     tag = f"llm{job}"
     names = tuple(f"{tag}h{number}" for number in range(count))
     addresses = tuple(NETWORK.format(job=job, host=number + 1) for number in range(count))
@@ -99,9 +103,8 @@ def hosts(
     (scratch / "local").mkdir(parents=True, exist_ok=True)
     for name in names:
         made.local(name).mkdir(exist_ok=True)
-    _write_agent(made, hidden or {})
+    _write_agent(made, hidden or {}, bound or {})
     try:
-        _run("ip", "link", "add", f"{tag}br", "type", "bridge")
         _run("ip", "link", "set", f"{tag}br", "up")
         for number, (name, address) in enumerate(zip(names, addresses, strict=True)):
             outside = f"{tag}v{number}"
@@ -124,11 +127,12 @@ def hosts(
         subprocess.run(["ip", "link", "del", f"{tag}br"], capture_output=True, check=False)
 
 
-def _write_agent(made: Hosts, hidden: Mapping[int, Path]) -> None:
+def _write_agent(made: Hosts, hidden: Mapping[int, Path], bound: Mapping[int, tuple[Path, Path]]) -> None:
     """What mpirun calls as it would call ssh: options, a host, a command."""
     cases = []
     for number, (name, address) in enumerate(zip(made.names, made.addresses, strict=True)):
         hide = f"mount -t tmpfs tmpfs {hidden[number]} && " if number in hidden else ""
+        hide += f"mount --bind {bound[number][0]} {bound[number][1]} && " if number in bound else ""
         cases.append(
             f"{address}|{name}) exec ip netns exec {name} unshare -m -u sh -c 'hostname {name} && "
             f'mount --bind {made.local(name)} {made.scratch / "local"} && {hide}eval "$1"\' sh "$*" ;;'
@@ -152,3 +156,15 @@ def _run(*words: str) -> str:
     if done.returncode:
         raise RuntimeError(f"{' '.join(words)}: {done.stderr.strip()}")
     return done.stdout
+
+
+def _own_bridge(first: int) -> int:
+    """Make the bridge of a job number that nobody uses, from `first` on. Of two who make the same one, one fails."""
+    for job in chain(range(first, JOBS + 1), range(1, first)):
+        words = ("ip", "link", "add", f"llm{job}br", "type", "bridge")
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            return job
+        if "File exists" not in done.stderr:
+            raise RuntimeError(f"{' '.join(words)}: {done.stderr.strip()}")
+    raise RuntimeError(f"all {JOBS} networks are in use: ip link show type bridge")

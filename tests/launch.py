@@ -29,6 +29,11 @@ import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT_SHOWN_CHARS = 8_000
+PATIENCE_S = 300.0
+"""Bounds waiting for what never comes. On a loaded machine starting Python takes ten seconds, and any process may
+stand still for some: a test that waits for a condition waits as long as that takes."""
+GONE_S = 60.0
+"""Killed processes are gone at once, but for those that the kernel has not come to yet."""
 
 Kind = Literal["openmpi", "mpich"]
 Argument = str | int | Path
@@ -103,8 +108,8 @@ class Job:
                 os.kill(process.pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
-        self.process.wait(10)
-        psutil.wait_procs(left, timeout=10)
+        self.process.wait(GONE_S)
+        psutil.wait_procs(left, timeout=GONE_S)
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,7 @@ class Launcher:
         self,
         ranks: int,
         *arguments: Argument,
-        timeout_s: float = 180,
+        timeout_s: float = PATIENCE_S,
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
         mpi_options: Sequence[str] = (),
@@ -162,7 +167,7 @@ def _started(command: tuple[str, ...], env: Mapping[str, str], cwd: Path) -> Ite
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
-                env={**_base_env(), "TMPDIR": str(folder / "tmp"), **env},
+                env={**base_env(), "TMPDIR": str(folder / "tmp"), **env},
                 cwd=cwd,
                 start_new_session=True,
             )
@@ -177,7 +182,7 @@ def _started(command: tuple[str, ...], env: Mapping[str, str], cwd: Path) -> Ite
 
 def run_alone(
     *arguments: Argument,
-    timeout_s: float = 180,
+    timeout_s: float = PATIENCE_S,
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     python: Path | None = None,
@@ -201,7 +206,7 @@ def start_alone(
         yield job
 
 
-def _base_env() -> dict[str, str]:
+def base_env() -> dict[str, str]:
     """The environment of this process, less a launcher's leftovers, plus what tests always need."""
     launchers = ("OMPI_", "PMI_", "PMIX_", "PRTE_", "SLURM_", "MPI_LOCAL")
     env = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
@@ -227,7 +232,7 @@ def find_launcher(python: Path) -> Launcher | None:
     found = str(beside) if beside.exists() else shutil.which("mpirun")
     if found is None:
         return None
-    said = subprocess.run([found, "--version"], capture_output=True, text=True, env=_base_env(), check=False)
+    said = subprocess.run([found, "--version"], capture_output=True, text=True, env=base_env(), check=False)
     kind: Kind = "openmpi" if "Open MPI" in said.stdout + said.stderr else "mpich"
     # MPI's own helpers (prted, hydra_pmi_proxy) are looked up beside mpirun or on PATH.
     path = os.pathsep.join((str(Path(found).parent), os.environ.get("PATH", "")))

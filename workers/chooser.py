@@ -16,13 +16,16 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from workers.choosing import PARALLEL_ELEMENTS_MIN, Parameters, Threads, choose, largest
+from workers.choosing import choose, largest
 from workers.constraints import Allowed, Constraints
 from workers.logprobs import Asker, Look
-from workers.sampling import NOT_FINITE
+from workers.parameters import Parameters
+from workers.passes import Pass
+from workers.sampling import NOT_FINITE, Flags
 from workers.seating import Decoder, Seating
 from workers.shortlist import Shortlist
-from workers.slots import Flags, Ints, Pass, SlotArrays
+from workers.slots import Ints, SlotArrays
+from workers.threads import PARALLEL_ELEMENTS_MIN, Threads
 
 
 class Chooser:

@@ -30,25 +30,24 @@ that neighbours that make a table wider change nothing.
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 
-from workers.sampling import NOT_FINITE, Doubles, Floats, Ids, RowSampler, Tokens, penalise, typical, uniforms
+from workers.parameters import Parameters
+from workers.sampling import NOT_FINITE, Doubles, Flags, Floats, Ids, RowSampler, Tokens, penalise, typical
+from workers.threads import ALONE, Threads
 
-PARALLEL_ELEMENTS_MIN = 1 << 20
-"""Logits below which a second thread costs more than it brings."""
 STRIPS = 64
 """Tokens in a column."""
 COLUMNS_MIN = 256
 CROWD_COLUMNS = 256
 """More columns than these above its floor, or more tokens than CROWD_TOKENS, and a row is worked at alone."""
 CROWD_TOKENS = 1024
+BUCKETS = 2048
+"""Into so many parts a row is cut that is drawn from as a whole."""
 FEW_COLUMNS = 64
 """Up to so many columns above min_p's floor, what min_p keeps is found before Z."""
 MARGIN = 1e-3
@@ -58,33 +57,8 @@ MARGIN_SUM = 1e-4
 
 LOWEST = np.finfo(np.float32).min
 
-Flags = npt.NDArray[np.bool_]
 History = Callable[[int], Tokens]
 """The tokens of prompt and output so far, of the place in the list of rows."""
-
-
-class Threads:
-    """A pool, and how many of its threads, the caller's included, share the work of one step."""
-
-    def __init__(self, pool: ThreadPoolExecutor | None = None, count: int = 1) -> None:
-        self._pool = pool
-        self._count = count if pool is not None else 1
-
-    def spread(self, part: Callable[[int, int], None], count: int) -> None:
-        """Call `part(first, last)` for pieces of [0, count)."""
-        threads = min(self._count, count)
-        if self._pool is None or threads < 2:
-            if count:
-                part(0, count)
-            return
-        edges = [count * place // threads for place in range(threads + 1)]
-        waiting = [self._pool.submit(part, first, last) for first, last in pairwise(edges[1:])]
-        part(0, edges[1])
-        for future in waiting:
-            future.result()
-
-
-ALONE = Threads()
 
 
 def largest(logits: Floats, rows: Ids, threads: Threads = ALONE) -> Tokens:
@@ -99,40 +73,6 @@ def largest(logits: Floats, rows: Ids, threads: Threads = ALONE) -> Tokens:
 
     threads.spread(part, rows.size)
     return chosen
-
-
-class Parameters:
-    """What the rows of a step ask for, an item for each: all that is known before their logits are."""
-
-    __slots__ = (
-        "by_k", "by_p", "by_typical", "log_min_p", "number", "samplers", "temperature", "top_k", "top_p", "typical_p",
-        "whole",
-    )  # fmt: skip
-
-    def __init__(self, samplers: Sequence[RowSampler], steps: npt.ArrayLike, vocab_tokens: int) -> None:
-        """`steps`: the numbers of the output tokens, from 0."""
-        self.samplers = samplers
-        numbers = np.array([sampler.numbers for sampler in samplers])
-        self.temperature, self.top_p, self.log_min_p, self.typical_p = numbers[:, :4].T
-        self.top_k: Ids = numbers[:, 4].astype(np.int64)
-        keys = np.array([sampler.key for sampler in samplers], np.uint64)
-        with np.errstate(over="ignore"):
-            self.number = uniforms(keys, np.asarray(steps))
-        self.by_k: Flags = (self.top_k > 0) & (self.top_k < vocab_tokens)
-        self.by_typical: Flags = self.typical_p < 1.0
-        # Greedy is top_k 1.
-        together = ~self.by_k & ~self.by_typical
-        self.by_p: Flags = together & (self.top_p < 1.0)
-        self.whole: Flags = together & (self.top_p >= 1.0) & (self.log_min_p == -np.inf)
-
-    def only(self, some: Ids) -> Parameters:
-        """Of the rows at `some`."""
-        one = copy.copy(self)
-        one.samplers = [self.samplers[place] for place in some.tolist()]
-        for name in self.__slots__:
-            if name != "samplers":
-                setattr(one, name, getattr(self, name)[some])
-        return one
 
 
 def choose(logits: Floats, rows: Ids, parameters: Parameters, history: History, threads: Threads = ALONE) -> Tokens:
@@ -394,20 +334,19 @@ class Step:
         """As from a table, but only the part that the number falls into is sorted."""
         row = self.logits[self.rows[place]]
         ids = np.flatnonzero(row >= self.floor[place])
-        weights = np.exp((row[ids] - self.top[place]).astype(np.float64) / self.of.temperature[place])
+        below = (self.top[place] - row[ids]).astype(np.float64)
+        weights = np.exp(-below / self.of.temperature[place])
         target = float(self.of.number[place] * self.total[place])
-        while ids.size > CROWD_TOKENS:
-            logits = row[ids]
-            upper = logits > np.partition(logits, ids.size // 2)[ids.size // 2]
-            heavy = float(weights[upper].sum())
-            part = upper if target < heavy else ~upper
-            if part.all():
-                break  # those that are left are equal
-            target -= 0.0 if target < heavy else heavy
-            ids, weights = ids[part], weights[part]
+        while ids.size > CROWD_TOKENS and 0.0 < (reach := below.max() - below.min()) < np.inf:
+            # Buckets of like logits, the largest first. Rounding may put neighbours into one, and never out of order.
+            bucket = ((below - below.min()) * ((BUCKETS - 1) / reach)).astype(np.int64)
+            edges: Doubles = np.cumsum(np.bincount(bucket, weights), dtype=np.float64)
+            found = _first_over(edges, target)
+            target -= float(edges[found - 1]) if found else 0.0
+            part = np.flatnonzero(bucket == found)
+            ids, below, weights = ids[part], below[part], weights[part]
         order = np.argsort(-row[ids], kind="stable")
-        edges = np.cumsum(weights[order])
-        return int(ids[order[min(np.count_nonzero(edges <= target), np.count_nonzero(edges < edges[-1]))]])
+        return int(ids[order[_first_over(np.cumsum(weights[order]), target)]])
 
     def _row_candidates(self, place: int) -> tuple[Ids, Floats]:
         row, k = self.logits[self.rows[place]], int(self.of.top_k[place])
@@ -421,6 +360,11 @@ class Step:
         if self.of.by_typical[place]:
             ids = ids[typical(row[ids], self.of.typical_p[place])]
         return ids, row[ids]
+
+
+def _first_over(edges: Doubles, target: float) -> int:
+    """The first of rising edges over the target; the last that has any weight, if none is."""
+    return min(int(np.searchsorted(edges, target, side="right")), int(np.searchsorted(edges, edges[-1])))
 
 
 def _table(line: Ids, ids: Ids, logits: Floats) -> tuple[Ids, Floats, Ids]:

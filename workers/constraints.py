@@ -22,10 +22,10 @@ from llguidance import LLExecutor, LLMatcher, LLTokenizer, TokenizerWrapper
 
 from scheduling.constraints import Constraint
 from scheduling.errors import RequestError
-from workers.choosing import ALONE, Threads
 from workers.confined import on_stack
 from workers.lark import to_lark
 from workers.sampling import Floats, Ids, Tokens
+from workers.threads import ALONE, Threads
 from workers.trial import LIMITS, STACK_BYTES, Trial, in_plain_words
 
 Masks = npt.NDArray[np.uint8]

@@ -21,10 +21,11 @@ import numpy.typing as npt
 
 from scheduling.errors import EngineError
 from scheduling.vectors import Vectors
-from workers.backlog import CANCELLED, Backlog, Task
+from workers.backlog import CANCELLED, Backlog
 from workers.meter import Meter
 from workers.protocol import Answer, Choice, Frame
 from workers.seating import failed
+from workers.task import Task
 
 Ints = npt.NDArray[np.int32]
 

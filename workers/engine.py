@@ -27,7 +27,7 @@ import msgspec
 import numpy as np
 
 from scheduling.errors import ConfigError, EngineError, ModelFileError, RequestError
-from workers.backlog import Backlog, Lane, Task
+from workers.backlog import Backlog
 from workers.constraints import Constraints
 from workers.continuations import ContinuationReader
 from workers.draft_model import check_same_tokenizer
@@ -53,6 +53,7 @@ from workers.protocol import (
 from workers.rendering import ConfinedTemplate, TemplateSource
 from workers.shares import slots_of_contexts
 from workers.stepper import Vocabulary
+from workers.task import Lane, Task
 from workers.text import PieceTable
 
 EMBEDDED_AT_ONCE = 512

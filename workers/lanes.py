@@ -14,8 +14,7 @@ import msgspec
 
 from scheduling.errors import EngineError, ModelFileError
 from scheduling.modelsize import ENCODING_CONTEXTS, SCORING_CONTEXTS_GPU
-from workers.backlog import Backlog, Lane
-from workers.choosing import Threads
+from workers.backlog import Backlog
 from workers.constraints import Constraints
 from workers.draft_model import DraftModel
 from workers.drafting import Drafter, Drafting, PromptLookup
@@ -28,6 +27,8 @@ from workers.shape import shape_of
 from workers.shares import slots_of_contexts
 from workers.speculation import ROWS_MAX, SLOTS_MAX
 from workers.stepper import Stepper, Vocabulary
+from workers.task import Lane
+from workers.threads import Threads
 
 ENCODED_TOKENS_GPU = 2048
 """Most tokens of a batch of inputs to embed on a GPU, as long as none of them is longer."""

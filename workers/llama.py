@@ -16,7 +16,7 @@ import llama_cpp.llama_cpp as lib
 import numpy as np
 import numpy.typing as npt
 
-from scheduling.errors import EngineError, ModelFileError
+from scheduling.errors import ConfigError, EngineError, ModelFileError
 from workers.care import out_of_memory
 from workers.llama_backend import forget_errors, gpu_names, recent_errors, start_backend
 from workers.llama_contexts import LlamaContext, LlamaEncoder
@@ -85,6 +85,11 @@ class LlamaModel:
         self._model = lib.llama_model_load_from_file(config.model.encode(), params)
         if not self._model:
             why = f"llama.cpp cannot load {config.model}: {recent_errors()}"
+            if config.split == "row" and "split buffers" in why:
+                raise ConfigError(
+                    "--split row: the GPU backend of this llama.cpp cannot divide matrices by rows; use --split layer, "
+                    "or --split tensor"
+                )
             if out_of_memory(why):
                 raise EngineError(f"{why}. Use fewer --gpu-layers, more --gpus-per-rank or a model of fewer bits")
             raise ModelFileError(why)
@@ -111,7 +116,9 @@ class LlamaModel:
         """About what a token's keys and values take, in 16 bits each."""
         self.takes_turns = not (gpu_names() and not 0 <= config.gpu_layers <= layers)
         """A CPU computes: two contexts at once would take its threads from each other, and wait for them."""
-        self.turn: AbstractContextManager[Any] = threading.Lock() if self.takes_turns else nullcontext()
+        # Passes split by tensors talk from GPU to GPU: two contexts at once have ended in a segmentation fault.
+        alone = self.takes_turns or config.split == "tensor"
+        self.turn: AbstractContextManager[Any] = threading.Lock() if alone else nullcontext()
         self.bos = int(lib.llama_vocab_bos(self._vocab))
         self.eos = int(lib.llama_vocab_eos(self._vocab))
         buffer = ctypes.create_string_buffer(256)

@@ -18,9 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from scheduling.logprobs import TokenLogprobs
-from workers.choosing import ALONE, STRIPS, Threads
+from workers.choosing import STRIPS
 from workers.sampling import NOT_FINITE, Doubles, Floats, Ids, Tokens
 from workers.text import PieceTable
+from workers.threads import ALONE, Threads
 
 
 @dataclass(frozen=True, slots=True)

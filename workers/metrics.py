@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from scheduling.histogram import LogHistogram
 from scheduling.tables import RANK, REQUEST, TELEMETRY
+from workers.protocol import Stats
 
 HISTOGRAMS = ("queue", "ttft", "tpot", "itl", "e2e")
 _BLOCK_ROWS = 4096
@@ -108,6 +109,17 @@ class RankMetrics:
             if held < self._slots:
                 self.starved_slot_s += (self._slots - held) * elapsed_s
         self._since = now
+
+    def count_steps(self, stats: Stats) -> None:
+        """What the engine has counted since it last said so."""
+        self.steps += stats.steps
+        self.busy_s += stats.busy_s
+        self.slot_s += stats.slot_s
+        self.decode_s += stats.decode_s
+        self.sample_s += stats.sample_s
+        self.drafted_tokens += stats.drafted_tokens
+        self.accepted_tokens += stats.accepted_tokens
+        self.itl.add_sparse(stats.itl_buckets, stats.itl_counts)
 
     def rank_row(self, now: float) -> npt.NDArray[Any]:
         """This rank's row of the rank table, shape (1,). Steals and restarts are filled in by rank 0."""

@@ -21,10 +21,7 @@ from scheduling.constraints import Constraint
 from scheduling.logprobs import TokenLogprobs
 from scheduling.requests import Request
 from scheduling.servicetime import ServiceTimes
-
-CacheType = Literal["f16", "q8_0", "q4_0"]
-RopeScaling = Literal["none", "linear", "yarn"]
-Split = Literal["layer", "row", "tensor"]
+from workers.loading import CacheType, RopeScaling, Split
 
 FRAME_LENGTH = struct.Struct("<I")
 FRAME_BYTES_MAX = 1 << 30
@@ -85,7 +82,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     tensor_split: tuple[float, ...] = ()
     """Each GPU's share of it; empty: llama.cpp decides, by free memory."""
     steady_batches: bool | None = None
-    """Shape batches as a GPU likes them (`workers.slots`). None: where there is one."""
+    """Shape batches as a GPU likes them (`workers.passes`). None: where there is one."""
     speculate: Literal["auto", "always", "never"] = "auto"
     """Draft tokens and check several at once where few sequences run (`workers.speculation`): where it is faster, or
     whenever there is a draft."""
@@ -108,7 +105,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     pooling: Literal["mean", "cls", "last"] | None = None
     """How one vector is made of an input's: None is as the model says, else their mean."""
     lanes_at_start: tuple[str, ...] = ("generate",)
-    """Kinds of contexts (`workers.backlog.Lane`) that are made with the model; others when they are needed."""
+    """Kinds of contexts (`workers.task.Lane`) that are made with the model; others when they are needed."""
 
 
 class EngineStart(msgspec.Struct, tag="start", frozen=True):

@@ -29,6 +29,7 @@ Doubles = npt.NDArray[np.float64]
 Tokens = npt.NDArray[np.int32]
 Ids = npt.NDArray[np.int64]
 Keys = npt.NDArray[np.uint64]
+Flags = npt.NDArray[np.bool_]
 
 NOT_FINITE = -1
 """Stands for a token where a row's largest logit is NaN or infinite."""

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from workers.backlog import Task
 from workers.logprobs import Noted
 from workers.sequences import Sequence, Sequences
 from workers.slots import Ints
+from workers.task import Task
 
 WAIT_TOKENS_MIN = 16
 """A prompt does not wait for another to be read for less than so many common tokens."""

@@ -30,9 +30,10 @@ import numpy as np
 from scheduling.errors import EngineError
 from scheduling.modelsize import SCORED_LOGITS_BYTES_MAX
 from workers.backlog import CANCELLED, Backlog
-from workers.choosing import PARALLEL_ELEMENTS_MIN, Parameters, Threads, choose
+from workers.choosing import choose
 from workers.logprobs import Likely, Noted, likely
 from workers.meter import Meter
+from workers.parameters import Parameters
 from workers.protocol import Answer, Choice, Frame
 from workers.sampling import NOT_FINITE, Floats, RowSampler
 from workers.scoreplan import Part, Plan, Run
@@ -40,6 +41,7 @@ from workers.seating import Decoder, failed
 from workers.sequences import Sequence, Sequences
 from workers.stepper import ERRORS_IN_A_ROW_MAX, Vocabulary
 from workers.text import TextStream
+from workers.threads import PARALLEL_ELEMENTS_MIN, Threads
 
 OUTPUTS_MAX = 512
 """Most rows of a batch whose logits are wanted, as far as they fit into SCORED_LOGITS_BYTES_MAX."""

@@ -16,13 +16,14 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from workers.backlog import Backlog, Task
+from workers.backlog import Backlog
 from workers.constraints import Matcher
 from workers.logprobs import Noted
 from workers.prefixes import Prefixes
 from workers.sampling import RowSampler
 from workers.shortlist import Shortlist
 from workers.slots import NOBODY, Ints, Places, SlotArrays
+from workers.task import Task
 from workers.text import TextStream
 
 ALLOCATION_FAILED = -2

@@ -1,7 +1,7 @@
 """What shaping batches is worth on the hardware at hand: a few numbers, from the engine's configuration and its model.
 
 Figures behind the constants are in benchmarks/RESULTS.md and docs/decisions. How batches are shaped is
-`workers.slots`' business. Nothing here knows llama.cpp.
+`workers.passes`' business. Nothing here knows llama.cpp.
 """
 
 from __future__ import annotations

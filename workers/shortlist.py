@@ -19,8 +19,10 @@ from itertools import chain
 import numpy as np
 import numpy.typing as npt
 
-from workers.choosing import ALONE, MARGIN_SUM, Flags, Parameters, Step
-from workers.sampling import Doubles, Floats, Ids, Tokens
+from workers.choosing import MARGIN_SUM, Step
+from workers.parameters import Parameters
+from workers.sampling import Doubles, Flags, Floats, Ids, Tokens
+from workers.threads import ALONE
 
 Ints = npt.NDArray[np.int32]
 

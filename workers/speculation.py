@@ -12,7 +12,7 @@ than SLOTS_MAX sequences run, they fill a pass with rows that are certainly of u
 begins an answer, is none of these.
 
 On a GPU a pass has the same number of rows for all slots that take part, and for idle ones between them
-(`workers.slots` says why): shorter drafts are padded there.
+(`workers.passes` says why): shorter drafts are padded there.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from workers.drafting import NOTHING, Drafting
+from workers.passes import Pass
 from workers.payoff import Odds, PassTimes, best_length
-from workers.slots import Ints, Pass, Places, SlotArrays
+from workers.slots import Ints, Places, SlotArrays
 
 SLOTS_MAX = 8
 ROWS_MAX = 32

@@ -2,7 +2,7 @@
 
 Every step reads some of the prompts, then feeds one token for each sequence. Rows are sorted by sequence id and ids
 are handed out smallest first: llama.cpp cuts a batch in any other order into many small ones, which costs a factor of
-ten. Which rows make a batch is `workers.slots`' business, which request sits in which slot that of `workers.seating`.
+ten. Which rows make a batch is `workers.passes`' business, which request sits in which slot that of `workers.seating`.
 
 `Stepper.step` is the whole of it. Array work over all slots is done at once (`workers.slots`); Python objects are
 touched only for slots that need it: those whose sampling is more than argmax, those whose text is watched
@@ -23,17 +23,19 @@ import numpy as np
 import numpy.typing as npt
 
 from scheduling.errors import EngineError
+from workers import passes
 from workers.backlog import CANCELLED, Backlog
 from workers.chooser import Chooser
 from workers.constraints import STUCK, Constraints
 from workers.drafting import Drafting
 from workers.meter import Meter
 from workers.pace import SHORT_TOKENS, Pace
+from workers.passes import Pass
 from workers.protocol import Answer, Choice, Frame, Piece
 from workers.sampling import NOT_FINITE
 from workers.seating import Decoder, Seat, Seating, failed
 from workers.shape import Shape
-from workers.slots import Ints, Pass, Places, SlotArrays
+from workers.slots import Ints, Places, SlotArrays
 from workers.speculation import Check, Speculation
 from workers.text import PieceTable
 
@@ -170,19 +172,19 @@ class Stepper:
         if decoding < slots.count - slots.free:  # someone has a prompt to read
             to_read = slots.to_read(SHORT_TOKENS) if slots.shape.steady else ()
             read_tokens = self._pace.allowed(decoding, *to_read)
-        if slots.mixes:
-            rows = slots.mixed_pass(decoder.batch_tokens, read_tokens)
+        if passes.mixes(slots):
+            rows = passes.mixed_pass(slots, decoder.batch_tokens, read_tokens)
             return (rows, rows.prompt_tokens) if self._decode(rows) else (None, 0)
         tokens = 0
-        for part in slots.read_passes(min(decoder.batch_tokens, read_tokens)):
+        for part in passes.read_passes(slots, min(decoder.batch_tokens, read_tokens)):
             if not self._decode(part):
                 return None, tokens
             tokens += part.prompt_tokens
             for slot in part.trim.tolist():
                 decoder.forget(slot, int(slots.fed[slot]))
-        for slot in slots.trim_idle().tolist():
+        for slot in passes.trim_idle(slots).tolist():
             decoder.forget(slot, int(slots.fed[slot]))
-        last = slots.decode_pass()
+        last = passes.decode_pass(slots)
         if last is None or not self._decode(last):
             return None, tokens
         return last, tokens + last.prompt_tokens

@@ -114,20 +114,21 @@ class _StderrDrain(threading.Thread):
         self._tail = bytearray()
 
     def run(self) -> None:
-        with contextlib.ExitStack() as stack:
-            log = None
-            if self._log_path is not None:
-                with contextlib.suppress(OSError):
-                    log = stack.enter_context(self._log_path.open("ab"))
-            room = STDERR_LOG_BYTES
-            while data := self._read():
-                self._tail = (self._tail + data)[-STDERR_TAIL_BYTES:]
-                if log is not None and room > 0:
-                    with contextlib.suppress(OSError):  # a full disk must not stop the draining
-                        log.write(data[:room])
-                        log.flush()
-                    room -= len(data)
+        log = None
+        if self._log_path is not None:
+            with contextlib.suppress(OSError):
+                log = self._log_path.open("ab", buffering=0)
+        room = STDERR_LOG_BYTES
+        while data := self._read():
+            self._tail = (self._tail + data)[-STDERR_TAIL_BYTES:]
+            if log is not None and room > 0:
+                with contextlib.suppress(OSError):  # a full disk must not stop the draining
+                    log.write(data[:room])
+                room -= len(data)
         os.close(self._fd)
+        if log is not None:
+            with contextlib.suppress(OSError):  # nor one that has gone, which says so when a file is closed, too
+                log.close()
 
     def _read(self) -> bytes:
         try:

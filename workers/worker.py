@@ -8,30 +8,28 @@ assigned until it has been reported or given back, so that when the engine dies 
 from __future__ import annotations
 
 import contextlib
-import math
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
-import numpy as np
 
 from scheduling import messages as m
-from scheduling.errors import LlmpiError, RequestError, UserError
+from scheduling.errors import RequestError
 from scheduling.link import Spoke
-from scheduling.requests import Sampling, derive_seed, parse_request
-from workers.care import LEASE_S, Lease, Restarts, gpu_is_gone, out_of_memory
+from scheduling.requests import Sampling, parse_request
+from scheduling.seeds import derive_seed
+from workers.care import LEASE_S
 from workers.endings import Endings, Held
+from workers.gauges import Gauges, Sampler
 from workers.gpuhealth import GpuHealth
+from workers.keeper import Down, Keeper
 from workers.metrics import RankMetrics
 from workers.port import Engine
 from workers.protocol import Answer, EngineFailed, EngineLoaded, Frame, FromEngine, Job, Returned, Stats
 
 HEARTBEAT_S = 1.0
 OVERDUE_CHECK_S = 0.25
-TELEMETRY_ROWS_MAX = 4096
-"""Rows of telemetry that a worker keeps: rank 0 gets them earlier than after an interval then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,9 +43,8 @@ class WorkerOptions:
     engine_factory: Callable[[m.Placement], Engine]
     clock: Callable[[], float]
     wall_clock: Callable[[], float]
-    telemetry_factory: Callable[[m.Placement, int | None], Callable[[], list[tuple[Any, ...]]]] | None = None
-    """From placement and the engine's pid to a sampler: each call gives rows of scheduling.tables.TELEMETRY without
-    t_s, rank and session, one for each GPU."""
+    telemetry_factory: Callable[[m.Placement, int | None], Sampler] | None = None
+    """From placement and the engine's pid."""
     telemetry_interval_s: float = 1.0
     metrics_interval_s: float = 10.0
     """How often rank 0 is told what a killed job would lose."""
@@ -71,24 +68,14 @@ class Worker:
         self._finished: list[m.Finished] = []
         self._deltas: list[m.Delta] = []
         self._made_tokens = 0
-        self._engine: Engine | None = None
-        self._loaded = False
+        self._keeper = Keeper(options.engine_factory, options.engine_lease_s, options.clock)
         self._generation = 0
-        self._lease = Lease(options.engine_lease_s, self._clock())
-        self._stalled = False
-        """One of the engine's contexts has had work for a lease and made no step, while others did."""
-        self._restarts = Restarts()
-        self._restart_at: float | None = None
-        self._health: GpuHealth | None = None
         self._overdue_at = 0.0
-        self._placement = m.Placement()
         self._run_seed = 0
         self._work_exists = True
-        self._sample: Callable[[], list[tuple[Any, ...]]] | None = None
-        self._sample_at = 0.0
-        self._counters_at = math.inf
         self._last_said = self._clock()
         self.metrics = RankMetrics(options.rank, 0, options.hello.host.hostname)
+        self._gauges = Gauges(self.metrics, options.telemetry_interval_s, options.metrics_interval_s)
         self._endings = Endings(
             options.rank, options.model_name, self.metrics, options.clock, options.wall_clock, options.request_timeout_s
         )
@@ -109,26 +96,34 @@ class Worker:
     def step(self) -> bool:
         """One turn. True if anything happened: then do not sleep before the next."""
         now = self._clock()
-        heard = self._listen(now)
-        for message in heard:
-            self._handle(message)
+        # The engine first: what comes after its death is not to be laid to it.
         said = self._engine.poll() if self._engine is not None else []
         for frame in said:
             self._hear(frame)
+        down = self._keeper.look(now, heard=bool(said), working=bool(self._held))
+        if down is not None:
+            self._engine_down(down)
+        heard = self._listen(now)
+        for message in heard:
+            self._handle(message)
         self._stop_overdue(now)
-        self._look_after_engine(now, heard=bool(said))
         self._begin_anew()
         self.metrics.pass_time(len(self._held), self._work_exists, now)
-        self._take_telemetry(now)
+        self._gauges.take(now, self._endings.born)
         if self._has_progress:
             self._tell_progress()
         elif now - self._last_said > HEARTBEAT_S:
             self._spoke.send(m.Heartbeat())
-        if now >= self._counters_at or len(self.metrics.telemetry) >= TELEMETRY_ROWS_MAX:
-            self._tell_counters(now)
+        counters = self._gauges.counters(now)
+        if counters is not None:
+            self._spoke.send(counters)
         if self._spoke.flush():
             self._last_said = now
         return bool(heard or said)
+
+    @property
+    def _engine(self) -> Engine | None:
+        return self._keeper.engine
 
     @property
     def _has_progress(self) -> bool:
@@ -141,18 +136,6 @@ class Worker:
         )
         self._spoke.send(report)
         self._started, self._finished, self._deltas, self._made_tokens = [], [], [], 0
-
-    def _tell_counters(self, now: float) -> None:
-        metrics = self.metrics
-        self._counters_at = now + self._options.metrics_interval_s
-        buckets = np.flatnonzero(metrics.itl.counts)
-        self._spoke.send(
-            m.Counters(
-                row=metrics.rank_row(now).tobytes(), itl_buckets=buckets.tolist(),
-                itl_counts=metrics.itl.counts[buckets].tolist(), telemetry=metrics.telemetry.rows().tobytes(),
-            )
-        )  # fmt: skip
-        metrics.telemetry.clear()
 
     @property
     def in_flight(self) -> bool:
@@ -206,7 +189,7 @@ class Worker:
 
         An exception of our own in what is kept is told to rank 0 and stops nobody.
         """
-        self._restart_at = None
+        self._keeper.leave()
         try:
             self._close_engine(self._engine_end_s if engine_s is None else engine_s)
         except Exception as error:
@@ -245,7 +228,7 @@ class Worker:
                 self.stopped = True
 
     def on_welcome(self, message: m.Welcome) -> None:
-        self._placement = message.placement
+        self._keeper.placement = message.placement
         self._run_seed = message.run_seed
         # All ranks count from here: a welcome reaches them at about the same time, however long each took to start.
         self._endings.born = self._heard_at = self._clock()
@@ -253,11 +236,13 @@ class Worker:
         self.metrics.session = message.session
         self.metrics.device = message.placement.note
         if self._options.health_factory is not None:
-            self._health = self._options.health_factory(message.placement)
-        self._start_engine()
+            self._keeper.health = self._options.health_factory(message.placement)
+        down = self._keeper.start()
+        if down is not None:
+            self._engine_down(down)
 
     def on_assign(self, message: m.Assign) -> None:
-        if not self._loaded or self._engine is None or message.generation != self._generation:
+        if not self._keeper.loaded or self._engine is None or message.generation != self._generation:
             return  # meant for an engine that has died: `EngineDown` has told rank 0, which assigns it anew
         jobs = []
         defaults = self._options.defaults
@@ -292,7 +277,7 @@ class Worker:
     def _begin_anew(self) -> None:
         """Say `Ready` again once nothing of the past is left."""
         ready = self._ready
-        if ready is None or ready.rejoin == self._rejoin or self._held or not self._loaded:
+        if ready is None or ready.rejoin == self._rejoin or self._held or not self._keeper.loaded:
             return
         if self._has_progress:
             self._tell_progress()  # of the past, so it goes first
@@ -319,20 +304,17 @@ class Worker:
             case EngineLoaded():
                 self._on_loaded(frame)
             case EngineFailed():
-                self._on_engine_failed(frame)
+                self._engine_down(self._keeper.on_failed(frame))
 
     def _on_loaded(self, loaded: EngineLoaded) -> None:
         now = self._clock()
-        self._loaded = True
-        self._restarts.loaded(now)
+        self._keeper.on_loaded(now)
         self._generation += 1
-        self._counters_at = min(self._counters_at, now + self._options.metrics_interval_s)
         self.metrics.engine_ready(loaded.slots, now)
         engine = self._engine
         pid = engine.pid if engine is not None else None
-        if self._options.telemetry_factory is not None:
-            self._sample = self._options.telemetry_factory(self._placement, pid)
-            self._sample_at = now
+        sampler_of = self._options.telemetry_factory
+        self._gauges.engine_loaded(None if sampler_of is None else sampler_of(self._keeper.placement, pid), now)
         self._say_ready(
             m.Ready(
                 slots=loaded.slots, generation=self._generation, load_s=loaded.load_s, backend=loaded.backend,
@@ -358,17 +340,9 @@ class Worker:
             self._finish(answer)
 
     def _on_stats(self, stats: Stats) -> None:
-        metrics = self.metrics
-        self._stalled = stats.stalled_s > self._options.engine_lease_s
+        self._keeper.on_stats(stats)
         self._made_tokens += stats.output_tokens
-        metrics.steps += stats.steps
-        metrics.busy_s += stats.busy_s
-        metrics.slot_s += stats.slot_s
-        metrics.decode_s += stats.decode_s
-        metrics.sample_s += stats.sample_s
-        metrics.drafted_tokens += stats.drafted_tokens
-        metrics.accepted_tokens += stats.accepted_tokens
-        metrics.itl.add_sparse(stats.itl_buckets, stats.itl_counts)
+        self.metrics.count_steps(stats)
 
     def _on_returned(self, returned: Returned) -> None:
         for key in returned.keys:
@@ -380,63 +354,13 @@ class Worker:
     def _finish(self, answer: Answer) -> None:
         one = self._held.pop(answer.key, None)
         if one is not None:
-            self._restarts.answered()
+            self._keeper.on_answered()
             self._finished.append(self._endings.answered(one, answer))
 
     # ------------------------------------------------------------ the engine's life
 
-    def _start_engine(self) -> None:
-        self._loaded = False
-        self._restart_at = None
-        self._stalled = False
-        self._lease.start(self._clock())
-        try:
-            self._engine = self._options.engine_factory(self._placement)
-        except (LlmpiError, OSError) as error:
-            self._engine_down(f"the engine cannot be started: {error}", wait_s=None, user=isinstance(error, UserError))
-
-    def _look_after_engine(self, now: float, heard: bool) -> None:
-        if self._restart_at is not None and now >= self._restart_at:
-            self._start_engine()
-        engine, loading = self._engine, not self._loaded
-        over = self._lease.turn(
-            now, heard=heard, loading=engine is not None and loading, working=engine is not None and bool(self._held)
-        )
-        if engine is None:
-            return
-        if not engine.alive:
-            self._engine_died(engine.exit_reason())
-        elif over or self._stalled:
-            self._engine_died(self._lease.story(loading), hangs=True)
-
-    def _on_engine_failed(self, frame: EngineFailed) -> None:
-        if self._loaded and not frame.user_error:
-            self._engine_died(frame.reason)
-        else:  # it says itself that it cannot be loaded: trying the same again would fail the same way
-            self._engine_down(self._with_free_memory(frame.reason), wait_s=None, user=frame.user_error)
-
-    def _engine_died(self, reason: str, hangs: bool = False) -> None:
-        """Start another one, unless that is of no use, or was tried too often."""
-        trouble = self._health.trouble() if self._health is not None else ""
-        if trouble:
-            wait_s, reason = None, f"{reason}; {trouble}"
-        elif gpu_is_gone(reason):
-            wait_s = None
-        elif out_of_memory(reason):
-            wait_s = None
-            reason = f"{self._with_free_memory(reason)}; use fewer --slots, a smaller --ctx or fewer --gpu-layers"
-        else:
-            wait_s = self._restarts.died(self._clock())
-            if wait_s is None:
-                reason = f"{reason}; {self._restarts.deaths} of its engines have died, with too little done in between"
-        self._engine_down(reason, wait_s, user=False, close_s=0.0 if hangs else 1.0)
-
-    def _with_free_memory(self, reason: str) -> str:
-        free = self._health.free() if self._health is not None and out_of_memory(reason) else ""
-        return f"{reason} ({free})" if free else reason
-
-    def _engine_down(self, reason: str, wait_s: float | None, user: bool, close_s: float = 1.0) -> None:
-        """The engine is of no more use. `wait_s`: until the next one is started; None: there is none."""
+    def _engine_down(self, down: Down) -> None:
+        """The engine is of no more use: tell rank 0 what it had, and have another one started if there is to be one."""
         now = self._clock()
         self.metrics.engine_gone(len(self._held), self._work_exists, now)
         self._tell_progress()
@@ -445,12 +369,13 @@ class Worker:
         self._held.clear()
         self._spoke.send(
             m.EngineDown(
-                reason=reason, started=started, unstarted=unstarted, restarting=wait_s is not None, user_error=user
+                reason=down.reason, started=started, unstarted=unstarted, restarting=down.wait_s is not None,
+                user_error=down.user_error,
             )
         )  # fmt: skip
-        self._close_engine(close_s)
-        if wait_s is not None:
-            self._restart_at = now + wait_s
+        self._close_engine(down.close_s)
+        if down.wait_s is not None:
+            self._keeper.start_again(now + down.wait_s)
 
     def _stop_overdue(self, now: float) -> None:
         """Have the engine stop what has run for too long; it ends with an answer."""
@@ -467,21 +392,7 @@ class Worker:
             self._engine.cancel(late)
 
     def _close_engine(self, timeout_s: float) -> None:
-        engine, self._engine = self._engine, None
-        self._loaded = False
-        self._sample = None
-        if engine is not None:
-            engine.close(timeout_s)
-            for frame in engine.poll():
-                if isinstance(frame, Stats):
-                    self._on_stats(frame)
-
-    # ------------------------------------------------------------ telemetry
-
-    def _take_telemetry(self, now: float) -> None:
-        if self._sample is None or now < self._sample_at:
-            return
-        self._sample_at = now + self._options.telemetry_interval_s
-        rank, session = self._options.rank, self.metrics.session
-        for row in self._sample():
-            self.metrics.telemetry.append((now - self._endings.born, rank, session, *row))
+        self._gauges.engine_gone()
+        for frame in self._keeper.close(timeout_s):
+            if isinstance(frame, Stats):
+                self._on_stats(frame)

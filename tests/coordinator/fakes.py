@@ -18,8 +18,9 @@ from coordinator.collect import Blocks
 from coordinator.source import Arrival
 from scheduling import messages as m
 from scheduling.errors import RankLostError, RequestError
+from scheduling.estimates import estimate_tokens
 from scheduling.recordline import encode_failure
-from scheduling.requests import estimate_tokens, text_line
+from scheduling.requestlines import text_line
 from workers.protocol import Answer, Choice, EngineLoaded, Frame, FromEngine, Job
 
 M = TypeVar("M")

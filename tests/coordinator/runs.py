@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from coordinator.rundata import make_metrics
 from scheduling.histogram import LogHistogram
 from scheduling.recordline import encode_failure, encode_result
 from scheduling.requests import Request
-from scheduling.tables import RANK, TELEMETRY
+from scheduling.tables import COPY, RANK, TELEMETRY
 from storage.files import OsDisk
 from storage.recovery import RECORD_NAME
 from storage.rundir import SEGMENTS_NAME, RunDir
@@ -38,8 +39,12 @@ def telemetry(count: int, rank: int, *, gpu: bool = True) -> Rows:
 def make_run(
     path: Path, requests: int = 120, *, failed: int = 0, ranks: int = 2, gpu: bool = True, ended: bool = True,
     config: dict[str, Any] | None = None, seed: int = 0, slowness: float = 1.0,
+    copies: Sequence[tuple[int, int, float, int]] = (),
 ) -> Path:  # fmt: skip
-    """`requests` answers and failures on `ranks` ranks. Not `ended`: killed, so that only the record is there."""
+    """`requests` answers and failures on `ranks` ranks. Not `ended`: killed, so that only the record is there.
+
+    `copies` of stragglers: at which rank, of what ran on which, when it was made, and its `won` in the table.
+    """
     random = np.random.default_rng(seed)
     job = JobConfig(model="model.gguf", **(config or {}))
     details = {
@@ -84,12 +89,18 @@ def make_run(
         if ended:
             writer = SegmentWriter(OsDisk(), path / SEGMENTS_NAME, run.session)
             samples = [telemetry(int(wall_s) + 2, rank, gpu=gpu) for rank in range(1, ranks + 1)]
+            copied = [
+                (k, 2, 0, rank, source, at_s, at_s + 1.0, won) for k, (rank, source, at_s, won) in enumerate(copies)
+            ]
             segments = [Segment("ranks", rows, {}), Segment("itl", itl.counts, {})]
+            segments.append(Segment("copies", np.array(copied, COPY), {}))
             writer.write([*segments, *(Segment("telemetry", one, {}) for one in samples)])
             writer.close()
             run.add_session_facts(
                 {
-                    "wall_s": wall_s, "session": 0, "requests": requests, "stolen": 1, "prompt_tokens": 10 * requests,
+                    "wall_s": wall_s, "session": 0, "requests": requests, "stolen": 1, "copies": len(copies),
+                    "copies_won": sum(won == 1 for *_, won in copies), "wasted_tokens": 7,
+                    "prompt_tokens": 10 * requests,
                     "output_tokens": 20 * (requests - failed), "engine": job.engine, "outcome": "done",
                 }
             )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,10 @@ import pytest
 
 from coordinator import batch as batch_module
 from coordinator import cli
+from coordinator import infer as infer_module
 from coordinator.batchoptions import BatchOptions
 from coordinator.config import JobConfig
+from coordinator.pool import Pool, Result
 from scheduling.constraints import Constraint
 from scheduling.errors import (
     BugError,
@@ -269,3 +271,19 @@ def test_commands_on_what_is_no_run(run: Run, capsys: pytest.CaptureFixture[str]
     said = capsys.readouterr().err
     assert said.startswith("llmpi: ")
     assert "nothing" in said
+
+
+def test_infer_tells_notes_beside_the_answer(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class NotingPool(Pool):
+        def __enter__(self) -> Pool:
+            self._note("the model is a copy on this node")
+            return self
+
+        def generate(self, *_: object, **__: object) -> Iterator[Result]:
+            return iter(())
+
+    monkeypatch.setattr(infer_module, "Pool", NotingPool)
+    assert run("infer", "-m", "m.gguf", "-p", "Hello") == 0
+    assert capsys.readouterr() == ("", "the model is a copy on this node\n")

@@ -10,7 +10,8 @@ import pytest
 from coordinator.config import JobConfig, checked_sampling, package_versions
 from scheduling.constraints import Constraint
 from scheduling.errors import ConfigError
-from scheduling.requests import MAX_TOKENS_LIMIT, Sampling
+from scheduling.requests import Sampling
+from scheduling.wireform import MAX_TOKENS_LIMIT
 from workers.protocol import Adapter
 
 NAN = float("nan")
@@ -20,6 +21,8 @@ NAN = float("nan")
     ("options", "word"),
     [
         ({"schedule": "fastest"}, "work-stealing"),
+        ({"draft_model": "m\udcff.gguf"}, "--draft-model is m.*not UTF-8"),
+        ({"loras": ("a\udcff.gguf",)}, "--lora is a.*not UTF-8"),
         ({"slots": 0}, "--slots"),
         ({"slots": 4097}, "4096"),
         ({"contexts": -1}, "--contexts"),

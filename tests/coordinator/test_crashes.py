@@ -37,7 +37,7 @@ from scheduling.errors import EXIT_OK, EXIT_RESUMABLE, LlmpiError, RunDirError
 from storage import metrics
 from storage.files import Disk, OsDisk
 from storage.record import GroupCommit, open_mark, open_record
-from storage.rundir import status
+from storage.runstatus import status
 from storage.segments import latest
 from storage.staging import Staged
 from tests.storage.crash_disk import MODELS, CrashDisk, Model

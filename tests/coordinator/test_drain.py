@@ -24,7 +24,9 @@ from coordinator.signals import StopSignals
 from coordinator.surroundings import Surroundings
 from coordinator.timekeeper import StopOptions, Timekeeper
 from scheduling.errors import StoppedError
-from storage.rundir import METRICS_NAME, STOP_NAME, read_run, status
+from storage.rundir import METRICS_NAME, STOP_NAME
+from storage.runjson import read_run
+from storage.runstatus import status
 from storage.staging import Staged
 from tests.coordinator.test_crashes import InTurn, Writer
 from workers.protocol import Answer, Choice, EngineLoaded, Frame, FromEngine, Returned

@@ -47,6 +47,12 @@ def test_what_is_left_open_is_chosen_by_device() -> None:
     assert (cpu.slots, cpu.contexts, cpu.ctx_tokens, cpu.gpu_layers, cpu.ubatch_tokens) == (8, 1, 256, 0, 512)
 
 
+def test_a_large_gpu_that_is_nearly_full_is_left_alone() -> None:
+    """What CUDA takes on it by itself is known from its whole memory."""
+    assert engine(on_gpu("a"), host(a=1)).gpu_layers == 0
+    assert 0 < engine(on_gpu("a"), host(a=1.6)).gpu_layers < B1.offloadable
+
+
 def test_what_only_embeds_needs_no_memory_for_slots() -> None:
     placement = Placement(lanes=("embed",), threads=2)
     config = JobConfig(model="m.gguf", slots=4096, ctx=1 << 20, pooling="last")

@@ -16,7 +16,7 @@ from coordinator.intervals import GATHER_S, Intervals
 from scheduling import messages as m
 from scheduling.errors import RecordError
 from scheduling.histogram import LogHistogram
-from scheduling.tables import RANK, TELEMETRY
+from scheduling.tables import COPY, RANK, TELEMETRY
 from storage.files import OsDisk
 from storage.segments import latest, read_segments
 from storage.summary import Summary
@@ -96,6 +96,23 @@ def test_those_that_tell_together_are_written_together_a_second_later(stage: Sta
     assert stage.written() == ([20, 10], 30, 4)
     [ranks] = latest(stage.folder, "ranks")
     assert ranks.array["stolen_in"].tolist() == [5, 5], "with what only rank 0 knows"
+
+
+def test_copies_are_written_as_they_are_then_and_at_the_end(stage: Stage) -> None:
+    copies = np.array([(7, 2, 2, 1, 3, 2.5, np.nan, -1)], COPY)
+    stage.intervals = Intervals(
+        OsDisk(), stage.folder, 2, stage.filled, stage.clock, stage.later, lambda: copies.copy()
+    )  # fmt: skip
+    stage.tell(1, 1)
+    stage.pass_()
+    copies["won"] = 1  # after it was asked for
+    stage.later.work()
+    [written] = latest(stage.folder, "copies")
+    assert written.array["won"].tolist() == [-1]
+    stage.intervals.finish(None)
+    [written] = latest(stage.folder, "copies")
+    assert written.array.tobytes() == copies.tobytes()
+    assert stage.written() == ([1], 1, 2), "beside the other counters"
 
 
 def test_later_counters_replace_earlier_ones_and_samples_are_added(stage: Stage) -> None:

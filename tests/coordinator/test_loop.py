@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from coordinator.loop import ASSIGN_BYTES_MAX, TICK_S, Callbacks, Coordinator, Snapshot, outcome_error
+from coordinator.callbacks import Callbacks, Snapshot
+from coordinator.loop import ASSIGN_BYTES_MAX, TICK_S, Coordinator, outcome_error
 from scheduling import events as ev
 from scheduling import messages as m
 from scheduling.control import ControlPlane, Limits
@@ -315,6 +316,33 @@ def test_silent_worker_is_lost_after_its_lease() -> None:
     assert again == [0]
 
 
+def test_silence_is_found_also_where_every_turn_of_rank_0_takes_long() -> None:
+    stage = Stage(["one"], workers=2)
+    assert assigned(stage.ready(1)) == [0]
+    stage.ready(2)
+    again: list[int] = []
+    for _ in range(90):  # of a disk that answers after 1.5 s, say
+        stage.clock.pass_(1.5)
+        again += assigned(stage.hear(2, m.Heartbeat()))
+    assert again == [0]
+
+
+def test_a_disk_that_hangs_while_it_is_asked_for_a_stop_costs_no_worker() -> None:
+    hangs_s = [100.0]
+
+    def stops() -> list[ev.DrainRequested]:
+        stage.clock.pass_(hangs_s.pop() if hangs_s and stage.coordinator.in_flight else 0.0)
+        return []
+
+    stage = Stage(["one"], stops=stops)
+    stage.ready(1)
+    stage.clock.pass_(TICK_S)
+    stage.step()
+    assert not hangs_s
+    assert [view.state for view in stage.coordinator.plane.workers()] == [WorkerState.READY]
+    assert stage.coordinator.outcome is None
+
+
 def silent_stage() -> Stage:
     """Rank 1 was given request 0 and is silent for its lease; rank 2 has it now."""
     stage = Stage(["one"], workers=2)
@@ -532,6 +560,34 @@ def test_what_is_set_aside_before_a_time_limit_is_not_kept_in_memory() -> None:
     assert assigned(said) == [6], "what is long would be late, what is short would not"
     assert stage.coordinator.plane.totals.set_aside == 5
     assert stage.coordinator.snapshot().queued == 1, "the others are not kept in memory"
+
+
+def test_what_runs_twice_is_given_up_once_at_the_deadline_of_a_drain() -> None:
+    asked: list[ev.DrainRequested] = []
+    stage = Stage(["one", "two"], 2, Limits(prefetch=0), stops=lambda: asked.copy())
+    stage.ready(1, 1)
+    stage.ready(2, 1)
+    stage.hear(1, m.Report(started=[(0, 1)]))
+    stage.hear(2, m.Report(started=[(1, 1)]))
+    stage.clock.pass_(1.0)
+    stage.hear(1, m.Report(made_tokens=1000))
+    stage.hear(2, m.Report(made_tokens=20))
+    stage.clock.pass_(1.0)
+    stage.hear(2, m.Report(made_tokens=20))
+    stage.clock.pass_(0.5)
+    assert [item.attempt for item in _items(stage.hear(1, m.Report(finished=[finished(0, tokens=512)])))] == [2]
+    stage.durable()
+    asked.append(ev.DrainRequested("asked to", stage.clock() + 1.0))
+    for _ in range(2):
+        stage.clock.pass_(1.0)
+        stage.step()
+    assert stage.coordinator.outcome == ev.Stop("drained", "asked to")
+    assert stage.coordinator.plane.totals.unfinished == 1
+    assert not stage.coordinator.in_flight
+
+
+def _items(messages: list[Any]) -> list[m.WorkItem]:
+    return [item for message in messages if isinstance(message, m.Assign) for item in message.items]
 
 
 def test_stop_request_is_looked_for_at_every_tick_and_drains() -> None:

@@ -18,8 +18,8 @@ import pytest
 import typer
 
 from coordinator import cli, models
+from coordinator.commands.models import byte_count
 from coordinator.config import JobConfig
-from coordinator.modelcli import byte_count
 from coordinator.modelnames import find_model, open_store
 from coordinator.quantize import _quantised_name
 from coordinator.setup import prepare

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ import h5py
 import numpy as np
 import pytest
 
-from coordinator import figures
-from coordinator.page import page
+from coordinator.page.document import page
+from coordinator.page.ranks import LANES_MAX
 from coordinator.report import failure_reasons, figure_text, percent_text, report_data, time_cell
 from coordinator.reporting import NEEDS, ReportOptions, show_report
 from coordinator.runview import RunView, names_of, view_run
@@ -22,7 +23,8 @@ from scheduling.errors import ConfigError
 from scheduling.histogram import LogHistogram
 from scheduling.tables import RANK, REQUEST
 from storage.metrics import write_metrics
-from storage.rundir import METRICS_NAME, status
+from storage.rundir import METRICS_NAME
+from storage.runstatus import status
 from tests.coordinator.runs import make_run, telemetry
 
 pytestmark = pytest.mark.slow
@@ -179,9 +181,57 @@ def test_steals_are_told_where_there_are_any(run: Path, text: str, tmp_path: Pat
     stolen = line.lanes[2].stolen_in
     assert stolen > 0
     assert f"{stolen} of them stolen" in Read(text).text
-    assert "A mark is where stolen requests arrived" in Read(text).text
-    alone = make_run(tmp_path / "alone", 5, ranks=1, gpu=False)
-    assert "A mark is where" not in made(alone)
+    assert "A triangle is where stolen requests arrived" in Read(text).text
+    assert "stolen requests came" in Read(text).words, "what the marks are, in the picture"
+    alone = made(make_run(tmp_path / "alone", 5, ranks=1, gpu=False))
+    assert "A triangle is where" not in alone
+    assert "stolen requests came" not in alone
+
+
+def marks(text: str) -> list[tuple[str, str]]:
+    """Fill and edge of each mark in the lanes of ranks, the legend's included."""
+    picture = next(one for one in re.findall(r"<svg.*?</svg>", text, re.DOTALL) if "gantt-0" in one)
+    styles = [attributes.get("style") or "" for tag, attributes in Read(picture).tags if tag == "use"]
+    found = [re.fullmatch(r"fill: var\(--(\w+)\); stroke: var\(--(\w+)\).*", style) for style in styles]
+    return [(one[1], one[2]) for one in found if one]
+
+
+def test_copies_are_drawn_where_they_started_won_ones_filled_and_told(tmp_path: Path) -> None:
+    """In the colour of the rank that was slow: the second of three."""
+    copies = [(3, 2, 5.0, 1), (3, 2, 5.5, 0), (1, 2, 5.2, -1)]
+    text = made(make_run(tmp_path / "copied", 60, ranks=3, gpu=False, copies=copies))
+    said = Read(text)
+    assert (
+        "rank 3: busy 75 %, 20 requests, 0 of them stolen, 2 copies of stragglers started, 1 answered first"
+        in said.text
+    )
+    assert (
+        "rank 1: busy 75 %, 20 requests, 0 of them stolen, 1 copy of stragglers started, 0 answered first" in said.text
+    )
+    assert "A diamond is where a copy of a straggler was started" in said.text
+    assert "3 copied" in said.text
+    assert {"copy, answered first", "copy, in vain"} <= set(said.words)
+    without = marks(made(make_run(tmp_path / "plain", 60, ranks=3, gpu=False)))
+    drawn = marks(text)
+    for one in without:
+        drawn.remove(one)
+    second = "c1"
+    lanes = [(second, "paper"), ("paper", second), ("paper", second)]
+    assert sorted(drawn) == sorted([*lanes, ("muted", "paper"), ("paper", "muted")])
+
+
+def test_without_copies_nothing_is_said_of_them(text: str) -> None:
+    assert "copied" not in text
+    assert "diamond" not in text
+    assert "copy, " not in text
+
+
+def test_a_lost_engine_explains_the_dip_before_its_death(run: Path) -> None:
+    whole = view(run)
+    ranks = [rank | {"engine_restarts": int(rank["rank"] == 1)} for rank in whole.data["ranks"]]
+    told = Read(page([replace(whole, data=whole.data | {"ranks": ranks})], [failure_reasons(run)])).text
+    assert "1 engine was lost: what ran then is drawn where it was answered" in told
+    assert "engine was lost" not in Read(made(run)).text
 
 
 def test_percentiles_that_the_count_cannot_support_are_flagged(tmp_path: Path) -> None:
@@ -235,7 +285,7 @@ def test_runs_of_the_same_name_are_told_apart_by_their_paths() -> None:
 def test_many_ranks_and_devices_still_make_a_page(tmp_path: Path) -> None:
     text = made(make_run(tmp_path / "wide", 2_000, ranks=100))
     assert len(text) < 2e6
-    assert f"{figures.LANES_MAX} of 100 ranks are drawn" in Read(text).text
+    assert f"{LANES_MAX} of 100 ranks are drawn" in Read(text).text
     assert "Of 100 devices the mean is drawn, and the range" in Read(text).text
 
 
@@ -264,9 +314,9 @@ def test_the_page_does_not_grow_with_the_requests(tmp_path: Path) -> None:
 
 
 def test_matplotlib_is_imported_when_a_picture_is_made_and_not_before() -> None:
-    code = "import coordinator.cli, coordinator.page, coordinator.reporting, sys; print(*sys.modules)"
+    code = "import coordinator.cli, coordinator.page.document, coordinator.reporting, sys; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "coordinator.figures" in done.stdout.split()
+    assert "coordinator.page.svg" in done.stdout.split()
     assert not {"matplotlib", "mpi4py", "llama_cpp", "pyarrow"} & set(done.stdout.split())
 
 
@@ -285,7 +335,7 @@ def test_without_matplotlib_tables_are_printed_and_one_line_says_what_to_install
 def test_the_page_goes_where_it_is_told(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("coordinator.page.page", lambda views, reasons: f"{len(views)} & {len(reasons)}")
+    monkeypatch.setattr("coordinator.page.document.page", lambda views, reasons: f"{len(views)} & {len(reasons)}")
     monkeypatch.chdir(tmp_path)
     (run / "report.html").unlink(missing_ok=True)
     show_report([run], ReportOptions(no_html=True))

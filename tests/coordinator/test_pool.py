@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import llmpi
-from coordinator.loop import Snapshot
+from coordinator.callbacks import Snapshot
 from coordinator.pool import Pool, Result, result_of
 from scheduling.errors import ConfigError, InputError, RequestError, UserError
 from scheduling.recordline import encode_embeddings, encode_failure, encode_result

@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.text import Text
 
 from coordinator import progress as progress_module
-from coordinator.loop import Snapshot
-from coordinator.progress import PLAIN_EVERY_S, ProgressView, duration
+from coordinator.callbacks import Snapshot
+from coordinator.durations import duration
+from coordinator.progress import PLAIN_EVERY_S, ProgressView
 from tests.coordinator.fakes import FakeClock
 
 
@@ -110,13 +111,14 @@ def test_all_figures_fit_beside_a_bar_into_80_columns(
     assert "━" in line
 
 
-def test_quiet_shows_notes_only(clock: FakeClock, stream: io.StringIO) -> None:
+def test_quiet_shows_warnings_only(clock: FakeClock, stream: io.StringIO) -> None:
     view = ProgressView(stream, quiet=True)
     clock.pass_(100.0)
     view.show(snapshot(100.0, done=1))
-    view.note("resuming [run] x")
+    view.note("resuming run x")
+    view.warn("rank 1 [of 3] is lost")
     view.close(snapshot(100.0, done=1))
-    assert stream.getvalue() == "resuming [run] x\n"
+    assert stream.getvalue() == "rank 1 [of 3] is lost\n"
 
 
 def test_notes_are_one_line_each_however_long(clock: FakeClock, stream: io.StringIO) -> None:

@@ -4,22 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from coordinator.collect import Gathered
-from coordinator.rundata import OwnRows, check_gathered, completed
+from coordinator.rundata import OwnRows, check_gathered, completed, copy_rows
+from scheduling.copies import Copied
 from scheduling.errors import BugError
 from scheduling.histogram import LogHistogram
 from scheduling.recordline import encode_failure, encode_result
 from scheduling.requests import Request
-from scheduling.tables import RANK
+from scheduling.tables import COPY, RANK
 from storage.files import OsDisk
 from storage.recovery import rows as record_rows
 from storage.rundir import RunDir
 from storage.summary import Summary
+
+
+def test_copies_count_their_time_from_the_welcome_and_say_who_was_first() -> None:
+    told = [Copied(7, 2, 1, 3, 12.5, 14.0, True), Copied(8, 2, 1, 3, 12.5, 15.0, False), Copied(9, 3, 2, 3, 13.0)]
+    coordinator = SimpleNamespace(plane=SimpleNamespace(copies=told))
+    rows = copy_rows(coordinator, 4, 10.0)  # type: ignore[arg-type]
+    assert rows.dtype == COPY
+    assert rows.tolist()[:2] == [(7, 2, 4, 1, 3, 2.5, 4.0, 1), (8, 2, 4, 1, 3, 2.5, 5.0, 0)]
+    assert rows["won"][2] == -1
+    assert np.isnan(rows["answered_s"][2])
+    assert len(copy_rows(SimpleNamespace(plane=SimpleNamespace(copies=[])), 4, 10.0)) == 0  # type: ignore[arg-type]
 
 
 class NothingDropped:

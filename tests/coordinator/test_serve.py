@@ -18,7 +18,8 @@ from scheduling import messages as m
 from scheduling.control import ControlPlane
 from scheduling.errors import HandshakeError, RankLostError
 from scheduling.link import Hub, Spoke
-from scheduling.requests import Sampling, text_line
+from scheduling.requestlines import text_line
+from scheduling.requests import Sampling
 from tests.coordinator.fakes import (
     Contribution,
     FakeClock,

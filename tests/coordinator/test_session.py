@@ -9,15 +9,15 @@ from typing import Any, NoReturn
 
 import pytest
 
+from coordinator.callbacks import Callbacks
 from coordinator.config import JobConfig
 from coordinator.engines import ModelFacts
-from coordinator.loop import Callbacks
 from coordinator.memory import MemoryRecord
 from coordinator.session import DEAF_S, Session
 from coordinator.setup import Setup
 from coordinator.surroundings import Surroundings
 from scheduling import messages as m
-from scheduling.errors import ConfigError, HandshakeError, StoppedError, UserError
+from scheduling.errors import ConfigError, HandshakeError, RankLostError, StoppedError, UserError
 from storage.summary import Sums
 from tests.coordinator.fakes import (
     FakeClock,
@@ -398,3 +398,18 @@ def test_without_a_collective_a_rank_that_says_nothing_lately_ends_the_job_inste
     session.close("drained")
     assert session.leave(3) == 3
     assert aborted == ([3] if silent_s else [])
+
+
+def test_a_rank_that_never_says_hello_ends_the_job_instead_of_holding_up_its_end(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    world, clock = FakeWorld(3), TurningClock()
+    session = Session(setup(), world, around=Surroundings(clock=clock, sleep=clock.sleep))  # type: ignore[arg-type]
+    world.ranks[1].say(session.setup.hello())
+    try:
+        session.start(lambda: clock.pass_(10.0))
+    except RankLostError:
+        with pytest.raises(SystemExit):
+            session.leave(4)
+    assert world.aborted == 4
+    assert "rank 2 did not start within 120 s" in capsys.readouterr().err

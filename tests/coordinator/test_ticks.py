@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.ticks import duration_ticks, log_ticks, time_text
+from coordinator.page.ticks import duration_ticks, log_ticks, time_text
 
 
 @pytest.mark.parametrize(

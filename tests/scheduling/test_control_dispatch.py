@@ -179,7 +179,7 @@ def test_a_busy_cluster_is_served_without_looking_at_every_worker() -> None:
 
 
 def test_the_check_sees_what_is_off() -> None:
-    for name, wrong in [("_target", 0), ("_hungry", {}), ("_loading", {1})]:
+    for name, wrong in [("target", 0), ("_hungry", {}), ("_loading", {1})]:
         desk = Desk(1)
         desk.dispatcher.check()
         setattr(desk.dispatcher, name, wrong)

@@ -13,7 +13,9 @@ import pytest
 
 from scheduling.control import ControlPlane
 from scheduling.copies import Copier
+from scheduling.deadline import Deadline
 from scheduling.dispatch import Dispatcher
+from scheduling.ending import Ending, Mode
 from scheduling.events import (
     Cancel,
     Committed,
@@ -27,6 +29,7 @@ from scheduling.events import (
 from scheduling.horizon import Horizon
 from scheduling.ledger import Ledger, Phase, RequestEntry, WorkerEntry
 from scheduling.policies import RoundRobin, WorkStealing
+from scheduling.suspects import Suspects
 from tests.scheduling.fakes import World, scenario_of
 
 SEEDS = 400
@@ -225,9 +228,9 @@ def a_drain_leaves_the_backlogs(patch: pytest.MonkeyPatch) -> None:
 @mutant
 def what_arrives_during_a_drain_waits_for_ever(patch: pytest.MonkeyPatch) -> None:
     def arrived(original: Any, plane: ControlPlane, requests: list[NewRequest]) -> None:
-        mode, plane.mode = plane.mode, type(plane.mode).OPEN
+        mode, plane._ending.mode = plane.mode, Mode.OPEN
         original(plane, requests)
-        plane.mode = mode
+        plane._ending.mode = mode
 
     wrap(patch, ControlPlane, "_arrived", arrived)
 
@@ -271,20 +274,20 @@ def a_suspect_is_given_neighbours_later(patch: pytest.MonkeyPatch) -> None:
 
 @mutant
 def suspects_wait_for_ever(patch: pytest.MonkeyPatch) -> None:
-    wrap(patch, Dispatcher, "_try_suspects", lambda original, dispatcher, now, out: None)
+    wrap(patch, Suspects, "hand_out", lambda original, suspects, hungry, recalling, now, out: None)
 
 
 @mutant
 def suspects_are_tried_where_nothing_ever_worked(patch: pytest.MonkeyPatch) -> None:
-    def try_suspects(original: Any, dispatcher: Dispatcher, now: float, out: list[Instruction]) -> None:
-        before = {worker: worker.requests for worker in dispatcher._ledger.workers.values()}
+    def hand_out(original: Any, suspects: Suspects, *args: Any) -> None:
+        before = {worker: worker.requests for worker in suspects._ledger.workers.values()}
         for worker in before:
             worker.requests = 0
-        original(dispatcher, now, out)
+        original(suspects, *args)
         for worker, requests in before.items():
             worker.requests = requests
 
-    wrap(patch, Dispatcher, "_try_suspects", try_suspects)
+    wrap(patch, Suspects, "hand_out", hand_out)
 
 
 @mutant
@@ -325,9 +328,9 @@ def a_restarting_worker_has_no_share_kept(patch: pytest.MonkeyPatch) -> None:
 @mutant
 def the_target_of_a_worker_that_left_is_still_read_for(patch: pytest.MonkeyPatch) -> None:
     def left(original: Any, dispatcher: Dispatcher, worker: WorkerEntry) -> None:
-        target = dispatcher._target
+        target = dispatcher.target
         original(dispatcher, worker)
-        dispatcher._target = target
+        dispatcher.target = target
 
     wrap(patch, Dispatcher, "worker_left", left)
 
@@ -498,7 +501,7 @@ def the_death_of_one_of_two_counts_for_the_other(patch: pytest.MonkeyPatch) -> N
 
 @mutant
 def nothing_is_given_up(patch: pytest.MonkeyPatch) -> None:
-    wrap(patch, ControlPlane, "_give_up_running", lambda original, plane, out: None)
+    wrap(patch, Ending, "_give_up_running", lambda original, ending, out: None)
 
 
 @mutant
@@ -507,43 +510,43 @@ def what_is_recalled_is_waited_for_when_time_is_up(patch: pytest.MonkeyPatch) ->
         found: list[RequestEntry] = original(worker)
         return [request for request in found if request.phase is not Phase.RECALLED]
 
-    def give_up(original: Any, plane: ControlPlane, out: list[Instruction]) -> None:
+    def give_up(original: Any, ending: Ending, out: list[Instruction]) -> None:
         with pytest.MonkeyPatch.context() as inner:
             wrap(inner, WorkerEntry, "holdings", holdings)
-            original(plane, out)
+            original(ending, out)
 
-    wrap(patch, ControlPlane, "_give_up_running", give_up)
+    wrap(patch, Ending, "_give_up_running", give_up)
 
 
 @mutant
 def the_first_of_several_times_counts(patch: pytest.MonkeyPatch) -> None:
-    def close(original: Any, plane: ControlPlane, reason: str, give_up_at: float | None, out: Any) -> None:
-        original(plane, reason, give_up_at if plane._give_up_at is None else None, out)
+    def close(original: Any, ending: Ending, reason: str, give_up_at: float | None, out: Any) -> None:
+        original(ending, reason, give_up_at if ending._give_up_at is None else None, out)
 
-    wrap(patch, ControlPlane, "_close", close)
+    wrap(patch, Ending, "_close", close)
 
 
 @mutant
 def what_is_queued_may_be_late(patch: pytest.MonkeyPatch) -> None:
-    wrap(patch, Dispatcher, "recall_late", lambda original, dispatcher, now, out: None)
+    wrap(patch, Deadline, "late", lambda original, deadline, now: [])
 
 
 @mutant
 def what_is_assigned_may_be_late(patch: pytest.MonkeyPatch) -> None:
-    def take(original: Any, dispatcher: Dispatcher, worker: WorkerEntry, now: float, out: Any) -> RequestEntry:
-        return dispatcher._policy.take(worker.id)
+    def take(original: Any, deadline: Deadline, worker: WorkerEntry, now: float, out: Any) -> RequestEntry:
+        return deadline._policy.take(worker.id)
 
-    wrap(patch, Dispatcher, "_take", take)
+    wrap(patch, Deadline, "take", take)
 
 
 @mutant
 def what_is_late_here_is_late_everywhere(patch: pytest.MonkeyPatch) -> None:
-    wrap(patch, Dispatcher, "_in_time_somewhere", lambda original, dispatcher, worker, request, now: False)
+    wrap(patch, Deadline, "in_time_somewhere", lambda original, deadline, worker, request, now: False)
 
 
 @mutant
 def a_time_limit_never_closes_early(patch: pytest.MonkeyPatch) -> None:
-    wrap(patch, Dispatcher, "nothing_in_time", lambda original, dispatcher, now: False)
+    wrap(patch, Deadline, "nothing_in_time", lambda original, deadline, now, target: False)
 
 
 @mutant
@@ -561,20 +564,21 @@ def requests_run_from_their_assignment(patch: pytest.MonkeyPatch) -> None:
 
 @mutant
 def what_was_set_aside_is_forgotten_at_the_end(patch: pytest.MonkeyPatch) -> None:
-    def stop(original: Any, plane: ControlPlane, outcome: str, reason: str, out: Any) -> None:
-        original(plane, "done" if plane.input_ended else outcome, reason, out)
+    def stop(original: Any, ending: Ending, outcome: str, reason: str, out: Any) -> None:
+        original(ending, "done" if ending.input_ended else outcome, reason, out)
 
-    wrap(patch, ControlPlane, "_stop", stop)
+    wrap(patch, Ending, "_stop", stop)
 
 
 @mutant
 def suspects_may_be_late(patch: pytest.MonkeyPatch) -> None:
-    def try_suspects(original: Any, dispatcher: Dispatcher, now: float, out: list[Instruction]) -> None:
-        end_at, dispatcher.horizon.end_at = dispatcher.horizon.end_at, None
-        original(dispatcher, now, out)
-        dispatcher.horizon.end_at = end_at
+    def hand_out(original: Any, suspects: Suspects, *args: Any) -> None:
+        horizon = suspects._deadline.horizon
+        end_at, horizon.end_at = horizon.end_at, None
+        original(suspects, *args)
+        horizon.end_at = end_at
 
-    wrap(patch, Dispatcher, "_try_suspects", try_suspects)
+    wrap(patch, Suspects, "hand_out", hand_out)
 
 
 def seeds_to_find(limit: int) -> int | None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from scheduling import copies
 from scheduling.control import ControlPlane, Limits
-from scheduling.copies import REQUESTS_A_LOOK, SILENT_S, STALL_S, WINDOW_TOKENS, Copier
+from scheduling.copies import REQUESTS_A_LOOK, SILENT_S, STALL_S, WINDOW_TOKENS, Copied, Copier
 from scheduling.errors import BugError
 from scheduling.estimates import LengthEstimator
 from scheduling.events import (
@@ -365,6 +366,24 @@ def test_of_two_answers_the_first_is_recorded_and_the_other_is_late(first: int) 
     assert play.at(3.0, late) == [Drop(worker, [(IT, 2 if worker == FAST else 1)])]
     totals = play.plane.totals
     assert (totals.copies_won, totals.late) == (first == FAST, 1)
+    assert play.plane.copies == [Copied(IT, 2, FAST, SLOW, 2.5, 3.0, first == FAST)]
+
+
+def test_a_copy_whose_rank_is_lost_is_told_of_and_nobody_was_first() -> None:
+    play = copied(runs=True)
+    play.at(3.0, WorkerLost(FAST, "x"))
+    play.at(4.0, Reported(SLOW, [], [STRAGGLER], []))
+    assert play.plane.copies == [Copied(IT, 2, FAST, SLOW, 2.5)]
+
+
+def test_only_so_many_copies_are_told_of_and_all_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copies, "TOLD_MAX", 1)
+    ledger, copier = desk(slots=(2, 3), paces=(0.01, 0.1), started_at=(0.0, 3.0, 1.0))
+    copier.dispatch(4.0, [])
+    assert ledger.totals.copies == 2
+    assert [one.index for one in copier.told] == [1]
+    copier.answered(ledger.live[2], 5.0, [])
+    assert copier.told[0].won is None
 
 
 def test_what_was_made_twice_is_guessed_and_then_known() -> None:

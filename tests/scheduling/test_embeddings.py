@@ -9,7 +9,8 @@ import pytest
 
 from scheduling.embeddings import INPUTS_MAX
 from scheduling.errors import RequestError
-from scheduling.requests import Request, parse_request, request_line
+from scheduling.requestlines import request_line
+from scheduling.requests import Request, parse_request
 
 
 def parse(value: object) -> Request:

@@ -135,6 +135,26 @@ def test_caches_of_fewer_bits_hold_more_slots() -> None:
     assert packed.slots > 1.4 * plain.slots
 
 
+def test_what_cuda_takes_goes_by_all_memory_of_a_gpu_and_not_by_what_is_free() -> None:
+    """On a large GPU it takes most of the last gigabyte."""
+    small, full = (
+        fit(B1, Ask(), Room(gpu_bytes=(GB,), gpu_total_bytes=(size * GB,), host_bytes=HOST), alike(8, 256))
+        for size in (1, 150)
+    )
+    assert small == fit(B1, Ask(), gpu(1), alike(8, 256))
+    assert small.gpu_layers > 0
+    assert full.gpu_layers == 0
+    assert "nothing on the GPU, which is too small" in full.said
+
+
+def test_a_model_split_by_tensors_has_one_context_unless_more_are_needed() -> None:
+    pair = gpu(141, 141)
+    assert fit(B1, Ask(split="tensor"), pair, alike(256, 256)).contexts == 1
+    assert fit(B1, Ask(), pair, alike(256, 256)).contexts == 4
+    assert fit(B8, Ask(split="tensor"), pair, alike(1024, 256)).contexts == 4
+    assert fit(B8, Ask(split="tensor", contexts=2), pair, alike(64, 256)).contexts == 2
+
+
 def test_a_gpu_of_one_gigabyte_gets_some_layers() -> None:
     fitted = fit(B1, Ask(), gpu(1), alike(1000, 256))
     assert 1 <= fitted.gpu_layers < B1.layers

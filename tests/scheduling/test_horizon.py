@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from scheduling.control import ControlPlane, Limits, Mode
+from scheduling.control import ControlPlane, Limits
+from scheduling.ending import Mode
 from scheduling.events import (
     Assign,
     Committed,
@@ -183,6 +184,31 @@ def test_queued_work_that_has_become_late_is_recalled() -> None:
     assert plane.handle(Tick(), 12.9) == []
     assert plane.handle(Tick(), 13.1) == [Recall(1, 0, [3])]
     assert plane.handle(RecallConfirmed(1, 0, [3]), 13.2) == [GiveUp(None, [(3, 1)])]
+    plane.check()
+
+
+def test_queues_are_not_looked_through_while_the_longest_queued_is_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    plane = measured(prefetch=32)
+    arrive(plane, *[30] * 33, now=10.0, first=1)
+    plane.handle(TimeLimited(120.0, "time is up"), 10.0)
+    asked: list[float] = []
+    in_time = Horizon.in_time
+
+    def counted(horizon: Horizon, worker: int, steps: float, now: float, wait_s: float = 0.0) -> bool:
+        asked.append(steps)
+        return in_time(horizon, worker, steps, now, wait_s)
+
+    monkeypatch.setattr(Horizon, "in_time", counted)
+    assert plane.handle(Tick(), 115.0) == [], "the longest that was queued would be late, and has ended"
+    asked.clear()
+    assert plane.handle(Tick(), 116.0) == []
+    assert len(asked) == 2, "the longest that is queued, and the shortest of all"
+    [recall] = plane.handle(Tick(), 117.5)[:1]
+    assert isinstance(recall, Recall)
+    assert len(recall.indexes) == 33
+    asked.clear()
+    plane.handle(Tick(), 117.6)
+    assert len(asked) <= 2
     plane.check()
 
 

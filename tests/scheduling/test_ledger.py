@@ -118,7 +118,11 @@ def _gone(ledger: Ledger, request: RequestEntry) -> None:
     ledger.workers[1].state = WorkerState.GONE
 
 
-@pytest.mark.parametrize("breakage", [_owned_twice, _load, _count, _dead, _phase, _gone])
+def _longest(ledger: Ledger, request: RequestEntry) -> None:
+    request.steps += 1
+
+
+@pytest.mark.parametrize("breakage", [_owned_twice, _load, _count, _dead, _phase, _gone, _longest])
 def test_the_check_sees_broken_books(breakage: Callable[[Ledger, RequestEntry], None]) -> None:
     ledger, [request, _] = ledger_with(2)
     ledger.move(request, ledger.workers[1], Phase.QUEUED)

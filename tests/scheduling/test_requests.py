@@ -11,20 +11,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from scheduling import lines
+from scheduling import lines, wireform
 from scheduling.constraints import Constraint
 from scheduling.errors import RequestError
-from scheduling.requests import (
-    MAX_TOKENS_LIMIT,
-    Message,
-    Request,
-    Sampling,
-    derive_seed,
-    estimate_tokens,
-    parse_request,
-    request_line,
-    text_line,
-)
+from scheduling.estimates import estimate_tokens
+from scheduling.requestlines import request_line, text_line
+from scheduling.requests import Message, Request, Sampling, parse_request
+from scheduling.seeds import derive_seed
+from scheduling.wireform import MAX_TOKENS_LIMIT
 
 CHAT = {"messages": [{"role": "user", "content": "Hello"}]}
 
@@ -290,7 +284,9 @@ def test_what_does_not_go_together_is_refused_with_what_to_do(value: object, par
 
 # ---------------------------------------------------------------- properties
 
-_KEYS = sorted({*lines.Plain.__struct_fields__, *lines.Batch.__struct_fields__, "role", "content", "type", "text"})
+_KEYS = sorted(
+    {*wireform.Plain.__struct_fields__, *wireform.Batch.__struct_fields__, "role", "content", "type", "text"}
+)
 _JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["user", "text"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(_KEYS) | st.text(max_size=5), inner),
@@ -477,7 +473,11 @@ def test_prompt_tokens_are_estimated_from_bytes() -> None:
 
 def test_every_parameter_is_documented_with_what_is_allowed() -> None:
     page = (Path(__file__).parents[2] / "docs" / "requests.md").read_text(encoding="utf-8")
-    names = {*lines.Plain.__struct_fields__, *lines.Batch.__struct_fields__, *lines.WireMessage.__struct_fields__}
+    names = {
+        *wireform.Plain.__struct_fields__,
+        *wireform.Batch.__struct_fields__,
+        *wireform.WireMessage.__struct_fields__,
+    }
     assert [name for name in sorted(names) if f"`{name}`" not in page] == []
 
 

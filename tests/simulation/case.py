@@ -31,7 +31,7 @@ from scheduling.errors import EXIT_INFRASTRUCTURE, EXIT_OK, EXIT_RESUMABLE, EXIT
 from scheduling.messages import Host
 from storage import joblock, metrics, rundir
 from storage.joblock import Holder, Judge
-from storage.rundir import Status
+from storage.runstatus import Status
 from tests.simulation import weather, work
 from tests.simulation.agenda import Trace, ViolationError
 from tests.simulation.disk import Storage

@@ -109,6 +109,9 @@ class SimulatedDisk:
         inode = self._storage.names.get(path)
         return inode is not None and inode.now is None
 
+    def refresh(self, path: Path) -> None:
+        """There is one host."""
+
     def list_dir(self, path: Path) -> list[str]:
         self._operations.look()
         return sorted(name.name for name in self._storage.names if name.parent == path and name != path)

@@ -18,14 +18,15 @@ import msgspec
 import numpy as np
 
 from coordinator.config import JobConfig
-from scheduling.control import ControlPlane, Limits, Mode
+from scheduling.control import ControlPlane, Limits
+from scheduling.ending import Mode
 from scheduling.errors import BugError, PeerError, RunDirError
 from scheduling.estimates import LengthEstimator
 from scheduling.events import Committed, Event, Instruction, Tick
 from scheduling.recordline import Row, decode_row
 from storage.record import RecordWriter
 from storage.recovery import scan
-from storage.rundir import Status, status
+from storage.runstatus import Status, status
 from tests.scheduling.oracle import Oracle
 from tests.simulation.agenda import ViolationError
 from tests.simulation.disk import Outside, SimulatedDisk, Storage

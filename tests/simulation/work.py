@@ -10,7 +10,7 @@ import zlib
 from dataclasses import dataclass, field
 from random import Random
 
-from scheduling.requests import derive_seed
+from scheduling.seeds import derive_seed
 
 REFUSED_BY_ENGINE = "please fail"
 """Prompts with this in them the engine answers with an error."""

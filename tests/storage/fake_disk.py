@@ -83,6 +83,9 @@ class FakeDisk:
     def is_dir(self, path: Path) -> bool:
         return path in self.dirs
 
+    def refresh(self, path: Path) -> None:
+        """There is one host."""
+
     def list_dir(self, path: Path) -> list[str]:
         return sorted(file.name for file in self.files if file.parent == path)
 

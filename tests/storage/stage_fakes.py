@@ -25,6 +25,9 @@ class Ranks:
     sent: dict[tuple[int, int], int] = field(default_factory=dict)
     """Bytes by (from rank, to rank)."""
 
+    patience_s: dict[int, float] = field(default_factory=dict)
+    """The longest time that each rank was ready to wait for the others."""
+
     def __post_init__(self) -> None:
         self.barrier = threading.Barrier(self.size)
         self.said = [b""] * self.size
@@ -57,6 +60,7 @@ class FakeGroup:
         self._ranks, self.rank, self.size = ranks, rank, ranks.size
 
     def exchange(self, said: bytes, patience_s: float) -> list[bytes]:
+        self._ranks.patience_s[self.rank] = max(patience_s, self._ranks.patience_s.get(self.rank, 0.0))
         try:
             self._ranks.said[self.rank] = said
             self._ranks.barrier.wait(PATIENCE_S / 2)

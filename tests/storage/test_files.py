@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -58,3 +60,38 @@ def test_a_lock_is_held_by_one_opening_until_it_is_released(tmp_path: Path) -> N
     again = DISK.try_lock(path)
     assert again is not None
     again.release()
+
+
+def test_a_disk_that_fails_does_not_say_that_nothing_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is there would be taken for new, and written over."""
+    (tmp_path / "a").write_bytes(b"1")
+    assert DISK.exists(tmp_path / "a")
+    assert not DISK.exists(tmp_path / "b")
+    assert not DISK.exists(tmp_path / "a" / "b")
+    assert DISK.is_dir(tmp_path)
+    assert not DISK.is_dir(tmp_path / "a")
+    assert not DISK.is_dir(tmp_path / "b")
+
+    def gone(path: Path) -> os.stat_result:
+        raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
+
+    monkeypatch.setattr(os, "lstat", gone)
+    monkeypatch.setattr(os, "stat", gone)
+    for look in (DISK.exists, DISK.is_dir):
+        with pytest.raises(OSError, match="not connected"):
+            look(tmp_path / "a")
+
+
+def test_closing_says_nothing_of_a_disk_that_has_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever closes has synced before, or does not count what was written."""
+    file, lock = DISK.open_append(tmp_path / "a"), DISK.try_lock(tmp_path / "lock")
+    assert lock is not None
+    close = os.close
+
+    def refuses(fd: int) -> None:
+        close(fd)
+        raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
+
+    monkeypatch.setattr(os, "close", refuses)
+    file.close()
+    lock.release()

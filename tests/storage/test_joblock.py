@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import socket
 import threading
@@ -118,6 +119,26 @@ def test_a_job_that_was_taken_for_dead_ends_and_leaves_the_others_name() -> None
         lock.check()
     lock.release()
     assert json.loads(disk.files[LOCK].now)["host"] == "node-8"
+
+
+@pytest.mark.parametrize("content", [b"", json.dumps(asdict(LATER)).encode()[:-9]])
+def test_it_ends_too_where_the_other_job_is_done_already_or_its_name_is_cut_short(content: bytes) -> None:
+    disk = disk_of(locks_work=False, holder=None, beat=None)
+    lock = JobLock(disk, LOCK, this_process(0.0), Others(disk).judge())
+    put(disk, LOCK, content)
+    with pytest.raises(RunDirError, match="taken over by another job"):
+        lock.check()
+    lock.release()
+    assert disk.files[LOCK].now == content
+
+
+def test_a_lock_that_cannot_be_read_is_not_taken_for_anothers() -> None:
+    disk = disk_of(locks_work=False, holder=None, beat=None)
+    lock = JobLock(disk, LOCK, this_process(0.0), Others(disk).judge())
+    disk.fail["read"] = errno.ENOTCONN
+    lock.check()
+    disk.fail.clear()
+    lock.release()
 
 
 def test_a_job_that_was_taken_for_dead_writes_nothing_more_to_the_record() -> None:

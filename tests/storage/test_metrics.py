@@ -19,12 +19,13 @@ import pytest
 from scheduling.errors import RecordError, RunDirError
 from scheduling.histogram import BUCKETS, LogHistogram
 from scheduling.recordline import encode_failure
-from scheduling.tables import FINISH_REASONS, RANK, REQUEST, TELEMETRY
+from scheduling.tables import COPY, FINISH_REASONS, RANK, REQUEST, TELEMETRY
 from storage.files import OsDisk
-from storage.metrics import read_requests, read_summary, read_telemetry, write_metrics
+from storage.metrics import read_copies, read_requests, read_summary, read_telemetry, write_metrics
 from storage.recovery import rows as record_rows
 from storage.summary import Rows
 from tests.launch import ROOT
+from tests.storage.hdf5_rules import check_any_reader_takes
 from tests.storage.samples import ok_line, rows
 
 ATTRIBUTES = {"run_id": "r", "ranks": 3, "wall_s": 1.5, "hosts": ["n1", "n2"], "gpu": None, "seed": np.int64(7)}
@@ -60,6 +61,18 @@ def write(path: Path, chunks: list[Rows] | None = None) -> None:
     write_metrics(path, iter(given), ranks(), histograms(), [telemetry(3), telemetry(1)], ATTRIBUTES)
 
 
+def test_copies_are_read_back_and_an_older_file_has_none(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.h5"
+    copies = np.array([(7, 2, 0, 1, 3, 2.5, 4.0, 1), (8, 2, 0, 1, 3, 2.5, np.nan, -1)], COPY)
+    write_metrics(path, [rows(1, 1)], ranks(), histograms(), telemetry(1), ATTRIBUTES, copies=copies)
+    assert read_copies(path).tobytes() == copies.tobytes()
+    write(path)
+    assert len(read_copies(path)) == 0
+    with h5py.File(path, "r+") as file:
+        del file["copies"]
+    assert read_copies(path).dtype == COPY
+
+
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     path = tmp_path / "metrics.h5"
     write(path)
@@ -82,7 +95,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
 def test_the_file_explains_itself_to_any_hdf5_reader(tmp_path: Path) -> None:
     write(tmp_path / "m.h5")
     with h5py.File(tmp_path / "m.h5", "r") as file:
-        assert set(file) == {"requests", "ranks", "histograms", "telemetry"}
+        assert set(file) == {"requests", "ranks", "histograms", "telemetry", "copies"}
         requests = file["requests"]
         assert requests.dtype == REQUEST
         assert requests.chunks is not None
@@ -93,45 +106,40 @@ def test_the_file_explains_itself_to_any_hdf5_reader(tmp_path: Path) -> None:
         assert file["telemetry"].attrs["missing"] == "NaN, or -1 for integers; never 0"
         assert file["histograms/edges_s"].shape == (BUCKETS + 1,)
         assert math.isnan(file["histograms/itl"].attrs["sum_s"])
-        for name in ("requests", "ranks", "telemetry"):
+        for name in ("requests", "ranks", "telemetry", "copies"):
             for field in file[name].dtype.names:
                 if field.endswith("_s") and field not in ("starved_slot_s", "open_slot_s"):
                     assert f"{field}_unit" in file[name].attrs
                 assert file[name].dtype[field].kind in "iufS", "plain numbers and fixed texts only"
 
 
-def types_of(file: h5py.File) -> dict[str, np.dtype[Any]]:
-    """Of all datasets, their fields, and all attributes, by name."""
-    found: dict[str, np.dtype[Any]] = {}
-
-    def look(name: str, item: Any) -> None:
-        for attribute in item.attrs:
-            found[f"{name}@{attribute}"] = item.attrs.get_id(attribute).dtype
-        if isinstance(item, h5py.Dataset):
-            for field in item.dtype.names or [""]:
-                found[f"{name}.{field}"] = item.dtype[field] if field else item.dtype
-
-    file.visititems(look)
-    look("", file)
-    return found
+def test_every_type_filter_and_link_is_one_that_matlab_and_any_other_reader_knows(tmp_path: Path) -> None:
+    attributes = ATTRIBUTES | {"fault_tolerant": True, "none": [], "reason": "a\udc80b\0c", "many": ["x"] * 3}
+    write_metrics(tmp_path / "m.h5", iter([rows(600, 1)]), ranks(), histograms(), [telemetry(3)], attributes)
+    seen = check_any_reader_takes(tmp_path / "m.h5")
+    assert {"/requests", "/ranks", "/telemetry", "/histograms/edges_s", "/histograms/itl", "@fault_tolerant"} < set(
+        seen
+    )
+    found = read_summary(tmp_path / "m.h5").attributes
+    assert (found["fault_tolerant"], found["reason"], found["many"]) == (1, "a?b?c", ["x"] * 3)
 
 
-def test_every_type_is_one_that_matlab_and_any_other_reader_knows(tmp_path: Path) -> None:
-    """Integers, floats, compounds of them and texts: no references, opaque bytes, enumerations, pickles."""
+@pytest.mark.parametrize("value", [np.array([True]), np.void(b"x"), h5py.Empty("f8"), np.float16(1)])
+def test_what_some_readers_do_not_know_would_be_found(tmp_path: Path, value: Any) -> None:
     write(tmp_path / "m.h5")
-    with h5py.File(tmp_path / "m.h5", "r") as file:
-        types = types_of(file)
-        assert len(types) > 80
-        for name, dtype in types.items():
-            text = h5py.check_string_dtype(dtype)
-            assert text is not None or dtype.kind in "iuf", name
-            assert text is not None or dtype.itemsize in (1, 2, 4, 8), name
-            assert "@" in name or dtype.kind != "O", f"{name} is of no fixed length"
-        for name in ("requests", "ranks", "telemetry", "histograms/edges_s", "histograms/itl"):
-            dataset = file[name]
-            assert dataset.chunks is not None
-            assert (dataset.compression, dataset.shuffle) == ("gzip", True)
-            assert dataset.id.get_type().get_class() in (h5py.h5t.COMPOUND, h5py.h5t.INTEGER, h5py.h5t.FLOAT)
+    with h5py.File(tmp_path / "m.h5", "r+") as file:
+        file.attrs["odd"] = value
+    with pytest.raises(AssertionError, match="odd"):
+        check_any_reader_takes(tmp_path / "m.h5")
+
+
+@pytest.mark.parametrize("option", [{"compression": "lzf"}, {"chunks": None}, {"dtype": h5py.string_dtype()}])
+def test_a_dataset_that_some_readers_do_not_know_would_be_found(tmp_path: Path, option: dict[str, Any]) -> None:
+    write(tmp_path / "m.h5")
+    with h5py.File(tmp_path / "m.h5", "r+") as file:
+        file.create_dataset("odd", (4,), **{"dtype": "f8", "chunks": (2,), **option})
+    with pytest.raises(AssertionError, match="odd"):
+        check_any_reader_takes(tmp_path / "m.h5")
 
 
 def test_it_is_compressed(tmp_path: Path) -> None:
@@ -157,7 +165,7 @@ LOCKED = """
 import sys, fcntl
 from pathlib import Path
 from tests.storage.test_metrics import write
-from storage.metrics import read_summary
+from storage.metrics import read_copies, read_summary
 path = Path(sys.argv[1])
 write(path)
 with open(path, "r+b") as other:
@@ -182,7 +190,7 @@ FULL = """
 import resource, sys
 from pathlib import Path
 from scheduling.errors import RecordError
-from storage.metrics import read_summary
+from storage.metrics import read_copies, read_summary
 from tests.storage.samples import rows
 from tests.storage.test_metrics import write
 path = Path(sys.argv[1])

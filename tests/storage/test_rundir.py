@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,7 +20,9 @@ from storage.files import OsDisk
 from storage.joblock import Holder, Judge, alive, read_holder, this_process
 from storage.record import GroupCommit, open_record
 from storage.recovery import recover
-from storage.rundir import RunDir, read_run, request_stop, status
+from storage.rundir import RunDir, lock_run
+from storage.runjson import read_run
+from storage.runstatus import request_stop, status
 from tests.simulation.disk import Outside, SimulatedDisk, Storage
 from tests.storage.fake_disk import FakeDisk, PowerCutError
 from tests.storage.samples import ok_line
@@ -172,6 +175,11 @@ def test_a_directory_that_cannot_be_written_is_a_clear_error_and_leaves_no_lock(
         RunDir.create_or_resume(Path("/run"), IDENTITY, disk=FakeDisk(fail={operation: errno.ENOSPC}))
 
 
+def test_a_place_where_nothing_can_be_made_is_said_to_be_one() -> None:
+    with pytest.raises(RunDirError, match=r"cannot use /proc/run as run directory: nothing can be made there"):
+        RunDir.create_or_resume(Path("/proc/run"), IDENTITY)
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format":"llmpi-run","version":1}', "\udcff"])
 def test_a_damaged_run_json_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "run.json").write_bytes(content.encode("utf-8", "surrogateescape"))
@@ -248,6 +256,37 @@ def test_stop_reaches_the_running_job_and_is_gone_for_the_next(tmp_path: Path) -
     (tmp_path / "stop").write_text("left by a job that was killed")
     with RunDir.create_or_resume(tmp_path, IDENTITY) as run:
         assert not run.stop_requested()
+
+
+def test_a_stop_that_is_asked_for_while_the_input_is_prepared_is_kept(tmp_path: Path) -> None:
+    with RunDir.create_or_resume(tmp_path, IDENTITY):
+        pass
+    (tmp_path / "stop").write_text("left by a job that was killed")
+    held = lock_run(tmp_path)
+    assert not (tmp_path / "stop").exists()
+    request_stop(tmp_path)
+    with RunDir.create_or_resume(tmp_path, IDENTITY, held=held) as run:
+        assert run.stop_requested()
+
+
+@pytest.mark.parametrize("away", ["removed", "renamed", "emptied"])
+def test_nothing_is_acknowledged_once_the_directory_is_gone(tmp_path: Path, away: str) -> None:
+    path = tmp_path / "run"
+    with RunDir.create_or_resume(path, IDENTITY) as run:
+        core = GroupCommit(open_record(OsDisk(), run.record_path), run.record_path, check_held=run.check_held)
+        core.add([ok_line(0)], 0.0)
+        assert core.commit() == 1
+        if away == "renamed":
+            path.rename(tmp_path / "other")
+        else:
+            shutil.rmtree(path)
+        if away == "emptied":
+            path.mkdir()
+        core.add([ok_line(1)], 0.0)
+        with pytest.raises(RecordError, match="was removed or renamed"):
+            core.commit()
+        with pytest.raises(RunDirError, match="was removed or renamed"):
+            run.stop_requested()
 
 
 def test_stop_without_a_job_or_a_run_says_so(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from storage.digest import Digest
 from storage.relay import CHUNK_BYTES
 from storage.stagedir import StageDir, candidates
 from storage.stagemodel import Model, model_of, told_as_line
-from storage.staging import Node, Staged, stage
+from storage.staging import EXCHANGE_S, Node, Staged, stage
 from tests.storage.stage_fakes import FakeGroup, Ranks
 
 
@@ -51,7 +51,7 @@ class Nodes:
     ) -> list[Any]:  # fmt: skip
         def body(group: FakeGroup) -> Staged:
             host = self.hosts[group.rank]
-            node = Node(host, {"TMPDIR": str(self.scratch(host))}, mounts)
+            node = Node(host, {"TMPDIR": str(self.scratch(host))}, lambda: mounts)
             return stage(group, mode, stage_dir, lambda: models, node, stopped=stopped)
 
         return self.ranks.run(body)
@@ -144,6 +144,21 @@ def test_auto_stages_from_network_file_systems_alone(tmp_path: Path) -> None:
     came = Nodes(tmp_path, "ab").staged([one], mode="auto", mounts=nfs)
     assert "model" in came[0].models
     assert "model" in came[1].models
+
+
+def test_auto_sees_what_an_automounter_mounts_when_the_model_is_looked_at(tmp_path: Path) -> None:
+    one = model([written(tmp_path / "far" / "m.gguf", DATA)])
+    nodes, tables = Nodes(tmp_path, "a"), ["1 0 0:1 / / rw - ext4 x rw\n"]
+
+    def look() -> list[Model]:
+        tables.append(tables[0] + f"2 1 0:2 / {(tmp_path / 'far').resolve()} rw - nfs4 x rw\n")
+        return [one]
+
+    def body(group: FakeGroup) -> Staged:
+        node = Node("a", {"TMPDIR": str(nodes.scratch("a"))}, lambda: tables[-1])
+        return stage(group, "auto", None, look, node)
+
+    assert "model" in nodes.ranks.run(body)[0].models
 
 
 def test_auto_without_room_reads_it_where_it_is_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,3 +330,11 @@ def test_line_for_people() -> None:
     assert told_as_line(told) == line
     alone = told | {"nodes": 1, "nodes_staged": 1, "nodes_direct": 0, "reads_saved": 0, "saved_s": 0.0}
     assert told_as_line(alone) == "staged 4.2 GB to 1 node in 11.2 s (0.38 GB/s; read once)"
+
+
+def test_rank_0_waits_as_long_for_a_lost_rank_however_large_the_model_is(tmp_path: Path) -> None:
+    nodes = Nodes(tmp_path, "aabb")
+    nodes.staged([model([written(tmp_path / "shared" / "m.gguf", DATA)])])
+    assert nodes.ranks.patience_s[0] == EXCHANGE_S
+    # The others wait for as long as it may be sent; rank 0 ends the job if somebody does not come.
+    assert all(nodes.ranks.patience_s[rank] > EXCHANGE_S for rank in (1, 2, 3))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from scheduling.tables import REQUEST
+from scheduling.tables import COPY, REQUEST
 from storage import timeline as module
 from storage.summary import Rows
 from storage.timeline import BINS, SHORTEST_S, Timeline, coarser, timeline
@@ -110,10 +110,29 @@ def test_what_has_no_point_in_time_is_counted_and_not_drawn() -> None:
 
 
 def test_steals_are_marked_where_they_arrived_and_all_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "STEALS_MAX", 3)
+    monkeypatch.setattr(module, "MARKS_MAX", 3)
     line = drawn(*(request(10.0 - k, e2e_s=1.0, stolen_from=2) for k in range(5)), request(12.0))
     assert line.lanes[1].steals == [(7.0, 2), (8.0, 2), (9.0, 2)]
     assert line.lanes[1].stolen_in == 5
+
+
+def copy(start_s: float, session: int = 0, rank: int = 1, won: int = 1) -> Rows:
+    return np.array([(7, 2, session, rank, 3, start_s, np.nan, won)], COPY)
+
+
+def test_copies_are_marked_where_they_were_started_in_the_time_of_their_session(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "MARKS_MAX", 2)
+    copies = [copy(3.0), copy(1.0, won=0), copy(2.0), copy(2.5, session=1, rank=2, won=-1), copy(9.0, rank=2)]
+    line = timeline(lambda: [request(4.0), request(6.0, session=1)], np.concatenate(copies))
+    assert line is not None
+    assert line.lanes[1].copies == [(1.0, 3, False), (2.0, 3, True)], "so many are kept"
+    assert (line.lanes[1].copied_in, line.lanes[1].copies_won) == (3, 2)
+    second = line.lanes[2]
+    assert second.copies == [(6.5, 3, False)], "the one after the last end that is recorded has no place in time"
+    assert (second.copied_in, second.copies_won, second.requests) == (2, 1, 0)
+    assert not second.running.any()
 
 
 def test_rows_are_gone_through_twice_and_never_kept() -> None:

@@ -17,16 +17,6 @@ from storage.verifying import Verification
 from tests.storage.small_models import small_model
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> ModelStore:
-    return ModelStore(tmp_path / "store")
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return small_model(tmp_path / "files" / "Small 1.gguf")
-
-
 def test_verify_finds_a_flipped_bit_and_puts_the_file_away(store: ModelStore, model: Path, tmp_path: Path) -> None:
     added = store.add(model)
     other = store.add(small_model(tmp_path / "other.gguf", seed=1))

@@ -19,13 +19,11 @@ from typing import Any
 import h5py
 import psutil
 
+from tests.launch import PATIENCE_S as PATIENCE_S
 from tests.launch import ROOT, Finished, Job
+from tests.storage.hdf5_rules import check_any_reader_takes
 
 Line = dict[str, Any]
-
-PATIENCE_S = 300.0
-"""Bounds waiting for what never comes. On a loaded machine starting Python takes ten seconds, and any process may
-stand still for some: a test that waits for a condition waits as long as that takes."""
 
 
 def prompts(count: int, **body: Any) -> list[Line]:
@@ -69,6 +67,7 @@ class Run:
         return file.read_bytes().count(b"\n") if file.exists() else 0
 
     def metrics(self) -> dict[str, Any]:
+        check_any_reader_takes(self.path / "metrics.h5")
         with h5py.File(self.path / "metrics.h5", "r", locking=False) as file:
             return {name: file[name][:] for name in ("requests", "ranks", "telemetry")} | {"attrs": dict(file.attrs)}
 
@@ -120,6 +119,16 @@ def until(holds: Callable[[], Any], what: str) -> Any:
         assert time.monotonic() < deadline, f"{what}: not within {PATIENCE_S:g} s"
         pause.wait(0.05)
     return found
+
+
+def wait_for_answers(job: Job, run: Run) -> None:
+    """The job has recorded an answer, and still runs."""
+
+    def some() -> bool:
+        assert job.process.poll() is None, job.stdout + job.stderr
+        return run.lines_so_far() > 0
+
+    until(some, "answers in the record")
 
 
 def lives(process: psutil.Process) -> bool:

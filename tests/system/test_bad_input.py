@@ -14,7 +14,7 @@ from tests.system.runs import Gate, Run, check_one_clear_line, our_lines, prompt
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 
-PROMPT_S = 150.0
+PROMPT_S = 200.0
 """Bounds what hangs: nothing here waits for anybody, but under load three ranks take half a minute to start."""
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch import Finished, Launcher, run_alone, start_alone
-from tests.system.runs import Line, Run, check_ranks_add_up, prompts, write_lines
+from tests.system.runs import PATIENCE_S, Line, Run, check_ranks_add_up, prompts, write_lines
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 
@@ -195,7 +195,7 @@ def test_sums_that_differ_are_told_and_cost_the_run_nothing(tiny_model: Path, tm
     run = Run(tmp_path / "run")
     arguments = ("batch", "-m", str(tiny_model), "-i", str(given), "-o", str(run.path), *map(str, SMALL))
     with start_alone(*arguments, program=["-c", LOSE_A_ROW]) as job:
-        done = job.wait(180)
+        done = job.wait(PATIENCE_S)
     assert done.rc == 4, done.output
     assert "requests: 5 reduced, 4 gathered" in done.stderr
     assert "Traceback" not in done.stderr

@@ -13,26 +13,26 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import Argument, Finished, Job, Launcher, run_alone, start_alone
-from tests.system.runs import PATIENCE_S, Gate, Run, check_one_clear_line, prompts, until, wait_gone, write_lines
+from tests.launch import Argument, Finished, Launcher, run_alone, start_alone
+from tests.system.runs import (
+    PATIENCE_S,
+    Gate,
+    Run,
+    check_one_clear_line,
+    prompts,
+    until,
+    wait_for_answers,
+    wait_gone,
+    write_lines,
+)
 
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.mpi]
 
 REQUESTS = 60
 IDS = [f"r{k}" for k in range(REQUESTS)]
 BOUND_S = 4.0
-LOADED_S = 10.0
+LOADED_S = 60.0
 """What launchers and interpreters may need beyond all bounds on a machine that does other work."""
-
-
-@pytest.fixture
-def gate(tmp_path: Path) -> Gate:
-    return Gate.closed(tmp_path / "gate")
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    return Run(tmp_path / "run")
 
 
 @pytest.fixture
@@ -41,14 +41,6 @@ def work(tmp_path: Path, run: Run) -> tuple[Argument, ...]:
     given = write_lines(tmp_path / "in.jsonl", lines)
     simulated = ("-m", "any-name", "--engine", "simulated", "--time-scale", "0.02", "--ctx", 256, "--slots", 4)
     return ("batch", *simulated, "-i", given, "-o", run.path, "--drain-timeout", f"{BOUND_S:g}")
-
-
-def wait_for_answers(job: Job, run: Run) -> None:
-    def some() -> bool:
-        assert job.process.poll() is None, job.stdout + job.stderr
-        return run.lines_so_far() > 0
-
-    until(some, "answers in the record")
 
 
 def check_cut_off(stopped: Finished, run: Run) -> None:

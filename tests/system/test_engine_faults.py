@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from scheduling.dispatch import UNPROVEN_TRIES
+from scheduling.suspects import UNPROVEN_TRIES
 from tests.launch import ROOT, Argument, Launcher, run_alone, start_alone
 from tests.system.runs import (
     PATIENCE_S,

@@ -8,7 +8,6 @@ import random
 import resource
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 import h5py
 import pytest
 
+from storage.segments import read_segments
 from tests.launch import ROOT, Argument, Finished, Launcher, run_alone, start_alone
 from tests.system.runs import Run, check_one_clear_line, prompts, until, wait_gone, write_lines
 
@@ -101,12 +101,13 @@ def test_a_killed_job_has_every_ranks_counters_and_telemetry_up_to_its_last_inte
     job = words(tmp_path, run, "3.0", "--metrics-interval", "0.5")
     segments = run.path / "metrics.d"
 
-    def told() -> bool:
-        return (segments / "session-0000.counters.seg").exists() and run.lines_so_far() > 0
+    def told(kind: str) -> set[int]:
+        """Of which ranks the intervals on disk tell."""
+        return {int(rank) for segment in read_segments(segments, kind) for rank in segment.array["rank"]}
 
     with mpirun.start(3, *job) as started:
-        until(told, "an interval on disk")
-        threading.Event().wait(2.0)  # for the ranks that were not in the first one
+        until(lambda: told("ranks") == told("telemetry") == {1, 2}, "an interval of both ranks on disk")
+        until(lambda: run.lines_so_far() > 0, "answers in the record")
         processes = started.processes()
         os.killpg(started.process.pid, signal.SIGKILL)
         wait_gone(processes)

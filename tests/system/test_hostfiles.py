@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import ROOT, Launcher
+from tests.launch import PATIENCE_S, ROOT, Launcher
 
 pytestmark = [pytest.mark.system, pytest.mark.mpi, pytest.mark.slow]
 
@@ -36,6 +36,6 @@ def _on_this_host(example: str, scratch: Path) -> tuple[Path, int]:
 )
 def test_example_gives_all_its_slots(mpirun: Launcher, tmp_path: Path, option: str, example: str) -> None:
     hostfile, slots = _on_this_host(example, tmp_path)
-    done = mpirun(slots, program=("-c", COUNT_RANKS), mpi_options=(option, str(hostfile)), timeout_s=120)
+    done = mpirun(slots, program=("-c", COUNT_RANKS), mpi_options=(option, str(hostfile)), timeout_s=PATIENCE_S)
     assert done.rc == 0, done.output
     assert f"size {slots}" in done.stdout

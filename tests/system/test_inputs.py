@@ -22,7 +22,7 @@ from tests.system.runs import PATIENCE_S, Run, check_one_clear_line
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 
 ROWS = [{"id": f"q{k}", "question": f'what is {k},\n"here"?', "language": "en"} for k in range(12)]
-SIMULATED = ("-m", "any-name", "--engine", "simulated", "--ctx", 256, "--slots", 4, "--time-scale", "0", "-q")
+SIMULATED = ("-m", "any-name", "--engine", "simulated", "--ctx", 256, "--slots", 4, "--time-scale", "0")
 ASKED: tuple[Argument, ...] = ("--template", "In {language}: {question}", "--id-column", "id", "--max-tokens", 6)
 
 
@@ -93,7 +93,9 @@ def test_a_pipe_is_an_input(tmp_path: Path, table: Path) -> None:
     run = Run(tmp_path / "run")
     words = [sys.executable, "-m", "llmpi", *map(str, batch(run, "-", "--format", "csv", *ASKED))]
     with table.open("rb") as file:
-        done = subprocess.run(words, stdin=file, capture_output=True, text=True, cwd=ROOT, timeout=150, check=False)
+        done = subprocess.run(
+            words, stdin=file, capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE_S, check=False
+        )
     assert done.returncode == 0, done.stderr
     run.check_whole([row["id"] for row in ROWS])
 
@@ -102,7 +104,7 @@ def test_a_pipe_is_an_input(tmp_path: Path, table: Path) -> None:
     ("name", "content", "options", "words"),
     [
         ("a.csv", b"a,b\n1,2\n", (), ("no column 'prompt'", "'a', 'b'")),
-        ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n' * 50)[:-9], (), ("cut off",)),
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n' * 50, mtime=0)[:-9], (), ("cut off",)),
         ("a.csv", b"prompt\nx\n\"\"\n", (), ("line 2", "prompt")),
     ],
 )  # fmt: skip
@@ -181,7 +183,7 @@ def test_memory_does_not_grow_with_the_input(tmp_path: Path, kind: str) -> None:
                 for _ in range(times):
                     csv.writer(file).writerows(rows)
         words: list[str | Path] = [sys.executable, "-c", CONVERT, path, tmp_path]
-        done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=150, check=True)
+        done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE_S, check=True)
         peaks.append(int(done.stdout))
     assert (tmp_path / "requests.jsonl").stat().st_size > 35 << 20
     assert peaks[1] - peaks[0] < 18 << 10, "KiB"

@@ -64,7 +64,7 @@ def started(mpirun: Launcher, folder: Path, *more: Argument) -> Iterator[OnTwoHo
         finally:
             for left in filter(lives, everyone):
                 left.kill()
-            process.wait(10)
+            process.wait(PATIENCE_S)
 
 
 def test_a_killed_daemon_leaves_a_run_that_is_not_complete_and_can_be_resumed(mpirun: Launcher, tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ pytestmark = [pytest.mark.system, pytest.mark.slow]
 PACKAGES = ("coordinator", "workers", "scheduling", "storage", "slurm", "hostfiles")
 # Loading one of these costs seconds, or touches MPI, CUDA or llama.cpp.
 HEAVY_MODULES = ("mpi4py.MPI", "llama_cpp", "pynvml")
+SLOW_MODULES = ("h5py", "msgspec", "numpy", "rich")
+"""Each takes longer to load than all that `llmpi --help` needs of our own."""
 DATA_SUFFIXES = (".sbatch", ".sh", ".j2", ".txt", ".md")
 
 PRINT_MODULES_AFTER_HELP = """
@@ -207,9 +209,12 @@ def test_help_works_outside_the_checkout(installed: Installed) -> None:
 
 
 def test_module_runs_as_the_command(installed: Installed) -> None:
-    done = installed.run("python", "-m", "llmpi", "--help")
+    done = installed.run("python", "-X", "importtime", "-m", "llmpi", "--help")
     assert done.returncode == 0, done.stderr
     assert "batch" in done.stdout
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "coordinator.cli" in loaded
+    assert not {*HEAVY_MODULES, *SLOW_MODULES} & loaded
 
 
 def test_import_comes_from_the_wheel_and_loads_nothing_heavy(installed: Installed) -> None:
@@ -225,4 +230,4 @@ def test_help_loads_neither_mpi_nor_gpu_nor_llama(installed: Installed) -> None:
     assert done.returncode == 0, done.stderr
     loaded = done.stdout.split("LOADED", 1)[1].split()
     assert "coordinator.cli" in loaded
-    assert not set(HEAVY_MODULES) & set(loaded)
+    assert not {*HEAVY_MODULES, *SLOW_MODULES} & set(loaded)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.launch import PATIENCE_S
 from tests.tiny_model import build_tiny_model
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
@@ -18,7 +19,7 @@ pytestmark = [pytest.mark.system, pytest.mark.slow]
 def llmpi(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"LLMPI_HOME": str(home)}
     command = [sys.executable, "-m", "llmpi", *words]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
 
 
 @pytest.fixture(scope="module")

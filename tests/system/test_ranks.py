@@ -7,6 +7,7 @@ Whatever happens, the answers are those of an undisturbed run.
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -151,21 +152,6 @@ def test_without_it_the_launcher_ends_the_job_which_can_be_resumed(
     check_resumes(case, undisturbed)
 
 
-@OPEN_MPI
-def test_when_rank_0_is_killed_nobody_stays_and_the_run_can_be_resumed(
-    mpirun: Launcher, tmp_path: Path, undisturbed: Mapping[str, Any]
-) -> None:
-    with held(mpirun, tmp_path, ranks=4, ulfm=True) as case:
-        case.workers()
-        processes = case.job.processes()
-        case.rank0().kill()
-        done = case.job.wait(PATIENCE_S)
-        wait_gone(processes)
-    assert done.rc == 4, done.output
-    assert "rank 0 has died: its engine has ended, and it leaves" in done.stderr
-    check_resumes(case, undisturbed)
-
-
 DIE_WITHIN = """
 import os, signal, sys
 from coordinator import cli, mpi
@@ -279,19 +265,83 @@ def test_a_rank_that_goes_on_after_its_lease_takes_work_again(
     assert int(metrics["ranks"]["requests"].sum()) == len(metrics["requests"]) + session["late_answers_dropped"]
 
 
+# ---------------------------------------------------------------- rank 0
+
+
 @OPEN_MPI
-def test_workers_leave_when_rank_0_stops_for_longer_than_it_may(
-    mpirun: Launcher, tmp_path: Path, undisturbed: Mapping[str, Any]
+@pytest.mark.parametrize(
+    ("how", "ulfm", "more", "said"),
+    [
+        (signal.SIGKILL, True, (), "rank 0 has died: its engine has ended, and it leaves"),
+        (signal.SIGSTOP, False, ("--rank0-lease", 5), "nothing was heard of rank 0 for"),
+    ],
+    ids=["killed", "stopped"],
+)
+def test_when_rank_0_is_killed_or_stops_for_too_long_nobody_stays_and_the_run_can_be_resumed(
+    mpirun: Launcher,
+    tmp_path: Path,
+    undisturbed: Mapping[str, Any],
+    how: signal.Signals,
+    ulfm: bool,
+    more: tuple[Argument, ...],
+    said: str,
 ) -> None:
-    with held(mpirun, tmp_path, "--rank0-lease", 5) as case:
+    with held(mpirun, tmp_path, *more, ranks=4, ulfm=ulfm) as case:
         case.workers()
         processes = case.job.processes()
-        case.rank0().suspend()
+        case.rank0().send_signal(how)
         done = case.job.wait(PATIENCE_S)
         wait_gone(processes)
     assert done.rc == 4, done.output
-    assert "nothing was heard of rank 0 for" in done.stderr
+    assert said in done.stderr
     check_resumes(case, undisturbed)
+
+
+# ---------------------------------------------------------------- as the job ends
+
+
+@pytest.mark.parametrize("mpirun", ["openmpi", "mpich"], indirect=True)
+def test_a_second_signal_ends_the_job_though_a_rank_is_stopped(
+    mpirun: Launcher, tmp_path: Path, undisturbed: Mapping[str, Any]
+) -> None:
+    with held(mpirun, tmp_path, *LEASE) as case:
+        processes = case.job.processes()
+        case.workers()[0].suspend()
+        until(lambda: "has been silent for" in case.job.stderr, "that it is taken for lost")
+        for told in ("draining (", "stopped now"):
+            case.job.process.send_signal(signal.SIGUSR2 if mpirun.kind == "openmpi" else signal.SIGTERM)
+            until(lambda told=told: told in case.job.stderr, told)  # type: ignore[misc]
+        done = case.job.wait(PATIENCE_S)
+        wait_gone(processes)
+    assert done.rc == 3, done.output
+    assert "llmpi: no answer from rank " in done.stderr
+    check_resumes(case, undisturbed)
+
+
+DIE_LEAVING = """
+import os, signal
+from coordinator import cli
+from coordinator.farewell import Farewell
+say = Farewell.say
+def dying(self):
+    if os.environ["OMPI_COMM_WORLD_RANK"] == "2":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return say(self)
+Farewell.say = dying
+cli.main()
+"""
+
+
+@OPEN_MPI
+def test_when_a_rank_dies_as_the_job_ends_the_others_leave_without_it(
+    mpirun: Launcher, tmp_path: Path, undisturbed: Mapping[str, Any]
+) -> None:
+    program, run = tmp_path / "dying.py", Run(tmp_path / "run")
+    program.write_text(DIE_LEAVING)
+    done = mpirun(4, *words(tmp_path, run), program=[program], mpi_options=ULFM, timeout_s=PATIENCE_S)
+    assert done.rc == 0, done.output
+    check_whole(run, undisturbed)
+    assert collectives(run) == "4 ranks"
 
 
 # ---------------------------------------------------------------- an error of its own, and what is too much

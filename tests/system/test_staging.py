@@ -11,7 +11,7 @@ import pytest
 
 from tests.adapters import random_pair, write_adapter
 from tests.hosts import cannot, hosts
-from tests.launch import ROOT, Launcher
+from tests.launch import PATIENCE_S, ROOT, Launcher
 from tests.system.runs import Run, prompts, write_lines
 
 pytestmark = [
@@ -59,7 +59,7 @@ def test_model_reaches_every_host_and_is_read_once(
         env = {**os.environ, **mpirun.env, "PYTHONPATH": path}
         before = [made.sent_bytes(name) for name in made.names]
         done = subprocess.run(
-            made.command(words), env=env, cwd=ROOT, capture_output=True, text=True, timeout=180, check=False
+            made.command(words), env=env, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S, check=False
         )
         sent = [made.sent_bytes(name) - was for name, was in zip(made.names, before, strict=True)]
         assert done.returncode == 0, done.stderr + done.stdout
@@ -97,7 +97,7 @@ def test_a_host_without_room_ends_all_with_one_line(mpirun: Launcher, tiny_model
             words += ["--stage-dir", str(tmp_path / "local")]
             env = {**os.environ, **mpirun.env, "PYTHONPATH": str(ROOT)}
             done = subprocess.run(
-                made.command(words), env=env, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+                made.command(words), env=env, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S, check=False
             )
         finally:
             subprocess.run(["umount", made.local(made.names[1])], check=True)

@@ -23,6 +23,7 @@ from tests.system.runs import (
     check_one_clear_line,
     prompts,
     until,
+    wait_for_answers,
     wait_gone,
     write_lines,
 )
@@ -41,28 +42,10 @@ def long_work() -> list[Line]:
 
 
 @pytest.fixture
-def gate(tmp_path: Path) -> Gate:
-    return Gate.closed(tmp_path / "gate")
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    return Run(tmp_path / "run")
-
-
-@pytest.fixture
 def work(tiny_model: Path, tmp_path: Path, run: Run) -> Words:
     """The words of a `llmpi batch` with long work."""
     given = write_lines(tmp_path / "in.jsonl", long_work())
     return ("batch", "-m", tiny_model, "-i", given, "-o", run.path, "--ctx", 256, "--slots", 4)
-
-
-def wait_for_answers(job: Job, run: Run) -> None:
-    def some() -> bool:
-        assert job.process.poll() is None, job.stdout + job.stderr
-        return run.lines_so_far() > 0
-
-    until(some, "answers in the record")
 
 
 def wait_for_drain(job: Job) -> None:

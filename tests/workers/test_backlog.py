@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 
 from scheduling.errors import ProtocolError
 from tests.workers.engine_fakes import job
-from workers.backlog import Backlog, Lane, Task
+from workers.backlog import Backlog
 from workers.protocol import Choice
+from workers.task import Lane, Task
 
 DONE = Choice("x", "stop", 1)
 

@@ -14,9 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import workers.choosing as choosing
+import workers.parameters as parameters
 from scheduling.requests import Sampling
-from workers.choosing import Parameters, Threads, choose, largest
+from workers.choosing import choose, largest
+from workers.parameters import Parameters
 from workers.sampling import NOT_FINITE, RowSampler, uniforms
+from workers.threads import ALONE, Threads
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -32,7 +35,7 @@ def choose_all(
     steps: list[int],
     *,
     rows: npt.NDArray[np.int64] | None = None,
-    threads: Threads = choosing.ALONE,
+    threads: Threads = ALONE,
 ) -> list[int]:
     samplers = [RowSampler(sampling, seed, 0, logits.shape[1]) for sampling, seed in zip(samplings, seeds, strict=True)]
     places = np.arange(len(samplings)) if rows is None else rows
@@ -258,13 +261,13 @@ def test_a_draw_from_all_never_falls_on_what_weighs_nothing(monkeypatch: pytest.
     row[3] = row[4] = 0.0
     for sampling in (Sampling(), Sampling(top_k=300), Sampling(min_p=1e-6)):
         for number, token in ((0.0, 3), (0.5, 4), (1.0 - 2**-53, 4)):
-            monkeypatch.setattr(choosing, "uniforms", lambda keys, _, number=number: np.full(keys.size, number))
+            monkeypatch.setattr(parameters, "uniforms", lambda keys, _, number=number: np.full(keys.size, number))
             assert choose_one(row, sampling) == token
 
 
 @pytest.mark.parametrize("size", [296, 20_000])
 def test_a_draw_at_the_end_of_all_is_one_of_the_smallest(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    monkeypatch.setattr(choosing, "uniforms", lambda keys, _: np.full(keys.size, 1.0 - 2**-53))
+    monkeypatch.setattr(parameters, "uniforms", lambda keys, _: np.full(keys.size, 1.0 - 2**-53))
     rng = np.random.default_rng(1)
     logits = rng.standard_normal((50, size)).astype(np.float32)
     logits[:, -5:] = -np.inf

@@ -12,10 +12,11 @@ import pytest
 from scheduling.errors import EngineError
 from scheduling.requests import Request
 from scheduling.vectors import from_bytes
-from workers.backlog import Backlog, Lane, Task
+from workers.backlog import Backlog
 from workers.embedder import ERRORS_IN_A_ROW_MAX, Embedder, normalised
 from workers.meter import Meter
 from workers.protocol import Answer, Frame, Job, Stats
+from workers.task import Lane, Task
 
 DIMENSIONS = 3
 DAMAGED = 13

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.workers.engine_fakes import vocabulary
-from workers.choosing import Threads
 from workers.logprobs import Asker, Look, Noted, likely
 from workers.sampling import NOT_FINITE, Floats
+from workers.threads import Threads
 
 
 def log_softmax(logits: Floats) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tests.workers.engine_fakes import EOG, job, said_after
 from tests.workers.test_stepper import Rig, only
+from workers.passes import mixed_pass, trim_idle
 from workers.prefixes import COMMON_TOKENS_MIN, Place, Prefixes
 from workers.protocol import Answer, Job
 from workers.shape import Shape
@@ -141,7 +142,7 @@ def test_what_a_busy_slot_will_have_is_waited_for() -> None:
         table.seat(tokens(SYSTEM, (last,)))
     assert table.slots.donor[:3].tolist() == [NOBODY, 0, 0]
     assert table.prefixes.settled() == []
-    assert table.slots.mixed_pass(100, 100).seq.tolist() == [0] * 41, "those that wait read nothing"
+    assert mixed_pass(table.slots, 100, 100).seq.tolist() == [0] * 41, "those that wait read nothing"
     assert table.prefixes.settled() == [1, 2]
 
 
@@ -257,7 +258,7 @@ def test_idle_slots_keep_what_they_had_and_lose_what_means_nothing() -> None:
     slots.release(0)
     slots.outputs[1] = 1
     slots.fed[0] = 256  # of which 157 mean nothing
-    assert slots.trim_idle().tolist() == [0]
+    assert trim_idle(slots).tolist() == [0]
     assert slots.held.tolist() == slots.fed.tolist() == [99, 199]
 
 
@@ -267,10 +268,10 @@ def test_an_idle_slot_is_cut_so_that_others_do_not_attend_to_more_than_they_need
     slots.take(unlike(2, 200), 500)
     slots.fed[:] = (899, 199)
     slots.release(0)
-    assert slots.trim_idle().tolist() == [0]
+    assert trim_idle(slots).tolist() == [0]
     assert slots.held[0] < 256
     slots.fed[1] = 700
-    assert slots.trim_idle().tolist() == []
+    assert trim_idle(slots).tolist() == []
 
 
 # ---------------------------------------------------------------- over the fake decoder

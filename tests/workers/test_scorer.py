@@ -14,11 +14,12 @@ from scheduling.logprobs import TokenLogprobs, completion_logprobs
 from scheduling.requests import Request, Sampling
 from tests.workers import engine_fakes
 from tests.workers.engine_fakes import EOG, VOCAB, FakeDecoder, remembered
-from workers.backlog import Backlog, Lane, Task
-from workers.choosing import Threads
+from workers.backlog import Backlog
 from workers.meter import Meter
 from workers.protocol import Answer, Frame, Job, Stats
 from workers.scorer import Scorer
+from workers.task import Lane, Task
+from workers.threads import Threads
 
 CTX = 64
 Tokens = tuple[int, ...]

@@ -8,7 +8,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from scheduling.requests import Sampling
-from workers.choosing import Parameters, choose
+from workers.choosing import choose
+from workers.parameters import Parameters
 from workers.sampling import NOT_FINITE, RowSampler
 from workers.shortlist import GROUPS, Shortlist, group_tokens
 

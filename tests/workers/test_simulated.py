@@ -18,7 +18,7 @@ from scheduling.servicetime import EXAMPLE, ServiceTimes
 from tests.launch import ROOT
 from tests.workers.engine_fakes import job
 from tests.workers.test_supervisor import PATIENCE_S, listen
-from workers.backlog import Backlog, Lane, Task
+from workers.backlog import Backlog
 from workers.chat import ChatTemplate
 from workers.meter import Meter
 from workers.prompts import PromptReader
@@ -27,6 +27,7 @@ from workers.shape import Shape
 from workers.simulated import BOS, EOS, VOCAB, SimulatedContext, SimulatedLibrary, SimulatedModel
 from workers.stepper import Stepper, Vocabulary
 from workers.supervisor import EngineProcess
+from workers.task import Lane, Task
 from workers.text import PieceTable
 
 MODEL = SimulatedModel(EXAMPLE)

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.workers.engine_fakes import passes
+from workers.passes import Pass, decode_pass, mixed_pass, mixes, read_passes, trim_idle
 from workers.shape import Shape
-from workers.slots import Pass, SlotArrays
+from workers.slots import SlotArrays
 
 SHAPED = Shape(steady=True, pad_tokens=10, moves=True)
 PLAIN = Shape()
@@ -26,17 +27,17 @@ def with_prompts(*lengths: int, ctx_tokens: int = 64, shape: Shape = STEADY) -> 
 
 
 def read_all(slots: SlotArrays, batch_tokens: int = 1000) -> list[Pass]:
-    return list(slots.read_passes(batch_tokens))
+    return list(read_passes(slots, batch_tokens))
 
 
 def step(slots: SlotArrays, batch_tokens: int = 1000) -> list[Pass]:
     """The passes of a step, after which token 7 is put out wherever one was wanted."""
-    if slots.mixes:
-        found = [slots.mixed_pass(batch_tokens, batch_tokens)]
+    if mixes(slots):
+        found = [mixed_pass(slots, batch_tokens, batch_tokens)]
     else:
         found = read_all(slots, batch_tokens)
-        slots.trim_idle()
-        last = slots.decode_pass()
+        trim_idle(slots)
+        last = decode_pass(slots)
         found += [] if last is None else [last]
     outputs = found[-1].output_slots
     slots.put(outputs, np.full(outputs.size, 7, np.int32), 0.0)
@@ -53,7 +54,7 @@ def test_the_smallest_free_slot_is_taken() -> None:
 
 def test_a_mixed_prompt_is_fed_in_pieces_and_wants_its_last_row_only() -> None:
     slots = with_prompts(5, shape=PLAIN)
-    first, second = slots.mixed_pass(3, 3), slots.mixed_pass(3, 3)
+    first, second = mixed_pass(slots, 3, 3), mixed_pass(slots, 3, 3)
     assert (first.token.tolist(), first.pos.tolist()) == ([0, 1, 2], [0, 1, 2])
     assert not first.wanted.any()
     assert first.output_slots.size == 0
@@ -64,9 +65,9 @@ def test_a_mixed_prompt_is_fed_in_pieces_and_wants_its_last_row_only() -> None:
 
 def test_in_a_mixed_pass_prompts_are_read_no_faster_than_asked_for() -> None:
     slots = with_prompts(1, 9, 9, shape=PLAIN)
-    slots.mixed_pass(1, 100)
+    mixed_pass(slots, 1, 100)
     slots.put(np.array([0]), np.array([7], np.int32), 0.0)
-    assert [slots.mixed_pass(100, 4).seq.tolist(), slots.mixed_pass(100, 7).seq.tolist()] == [
+    assert [mixed_pass(slots, 100, 4).seq.tolist(), mixed_pass(slots, 100, 7).seq.tolist()] == [
         [0, 1, 1, 1, 1],
         [1, 1, 1, 1, 1, 2, 2],
     ]
@@ -78,7 +79,7 @@ def test_in_a_mixed_pass_decoding_goes_on_beside_prompts_which_share_what_is_lef
     step(slots)
     slots.take(prompt(4, 20), 4)
     slots.take(prompt(4, 30), 4)
-    rows = slots.mixed_pass(6, 6)
+    rows = mixed_pass(slots, 6, 6)
     assert rows.seq.tolist() == [0, 1, 1, 1, 1, 2]
     assert rows.token.tolist() == [7, 20, 21, 22, 23, 30]
     assert rows.pos.tolist() == [2, 0, 1, 2, 3, 0]
@@ -101,7 +102,7 @@ def test_after_a_failure_nothing_overflows_though_all_is_fed_again() -> None:
     slots = with_prompts(9, 9, 9, shape=PLAIN)
     step(slots)
     slots.forget_all()
-    fed = [slots.mixed_pass(8, 8).token.size for _ in range(4)]
+    fed = [mixed_pass(slots, 8, 8).token.size for _ in range(4)]
     assert fed == [8, 8, 8, 6]
     assert (slots.fed == slots.length).all()
 
@@ -114,7 +115,7 @@ def test_prompts_are_read_in_pieces_up_to_their_last_tokens_which_are_decoded() 
     (second,) = read_all(slots, 3)
     assert (second.token.tolist(), second.pos.tolist()) == ([3, 4], [3, 4])
     assert read_all(slots, 3) == []
-    last = slots.decode_pass()
+    last = decode_pass(slots)
     assert last is not None
     assert (last.token.tolist(), last.pos.tolist(), last.wanted.tolist()) == ([5, 100], [5, 0], [True, True])
     assert last.output_slots.tolist() == [0, 1]
@@ -124,7 +125,7 @@ def test_prompts_are_read_in_pieces_up_to_their_last_tokens_which_are_decoded() 
 def test_nothing_is_decoded_before_a_prompt_is_complete() -> None:
     slots = with_prompts(6, 6)
     read_all(slots, 3)
-    assert slots.decode_pass() is None
+    assert decode_pass(slots) is None
 
 
 def test_a_sequence_that_is_alone_is_fed_in_whole_batches_its_last_token_too() -> None:
@@ -139,12 +140,12 @@ def test_a_sequence_that_is_alone_is_fed_in_whole_batches_its_last_token_too() -
 def test_a_prompt_that_is_being_read_takes_part_in_the_decode_pass() -> None:
     """Left out it would be a hole, and cut the pass in two."""
     slots = with_prompts(1, 500, 1, ctx_tokens=600)
-    slots.decode_pass()
+    decode_pass(slots)
     slots.put(np.array([0, 2]), np.array([7, 8], np.int32), 0.0)
     slots.fed[1] = 0
     (read,) = read_all(slots, 256)
     assert read.seq.tolist() == [1] * 256
-    rows = slots.decode_pass()
+    rows = decode_pass(slots)
     assert rows is not None
     assert rows.seq.tolist() == [0, 1, 2]
     assert rows.pos.tolist() == [1, 256, 1]
@@ -204,13 +205,13 @@ def test_idle_slots_are_emptied_before_they_are_full_and_when_they_are_taken() -
     for _ in range(3):
         slots.put(np.array([1]), np.array([7], np.int32), 0.0)
         slots.fed[1], slots.length[1] = 1, 2
-        assert not slots.trim_idle().size
-        slots.decode_pass()
+        assert not trim_idle(slots).size
+        decode_pass(slots)
     slots.fed[1] = 1
-    slots.decode_pass()
-    assert slots.trim_idle().tolist() == [0]
+    decode_pass(slots)
+    assert trim_idle(slots).tolist() == [0]
     slots.fed[1] = 1
-    slots.decode_pass()
+    decode_pass(slots)
     assert slots.take(prompt(2), 1) == (0, True)
 
 
@@ -218,9 +219,9 @@ def test_idle_slots_never_hold_more_than_others_attend_to_anyway() -> None:
     slots = with_prompts(1, 1, 1, ctx_tokens=2000, shape=SHAPED)
     slots.release(1)
     slots.fed[:] = (255, 256, 0)
-    assert slots.trim_idle().tolist() == [1]
+    assert trim_idle(slots).tolist() == [1]
     slots.fed[:] = (256, 256, 0)
-    assert slots.trim_idle().tolist() == []
+    assert trim_idle(slots).tolist() == []
 
 
 def test_newcomers_become_neighbours_where_moving_is_cheaper_than_passes() -> None:
@@ -311,13 +312,13 @@ def test_every_sequence_is_fed_once_and_in_order(work: list[tuple[int, int]], ba
             number, (length, limit) = waiting.pop(0)
             running[slots.take(prompt(length, number * 100), limit)[0]] = number
             fed[number] = []
-        if slots.mixes:
-            last: Pass | None = slots.mixed_pass(batch, batch)
+        if mixes(slots):
+            last: Pass | None = mixed_pass(slots, batch, batch)
         else:
-            for rows in slots.read_passes(batch):
+            for rows in read_passes(slots, batch):
                 check(rows)
-            slots.trim_idle()
-            last = slots.decode_pass()
+            trim_idle(slots)
+            last = decode_pass(slots)
         if last is None:
             continue
         check(last)

@@ -13,13 +13,14 @@ from scheduling.logprobs import completion_logprobs
 from tests.workers import engine_fakes
 from tests.workers.engine_fakes import EOG, VOCAB, FakeDecoder, job, passes, piece_of
 from workers import chooser as chooser_module
-from workers.backlog import Backlog, Lane, Task
+from workers.backlog import Backlog
 from workers.constraints import Constraints
 from workers.drafting import Drafting
 from workers.meter import Meter
 from workers.protocol import Answer, Frame, Job, Stats
 from workers.shape import Shape
 from workers.stepper import Stepper
+from workers.task import Lane, Task
 
 
 @pytest.fixture(autouse=True, params=[False, True], ids=["host", "device"])

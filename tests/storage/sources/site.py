@@ -18,6 +18,9 @@ from typing import Any
 
 from storage.sources import Patience
 
+STALL_S = 120.0
+"""A server that stalls says nothing for so long, or until it is stopped."""
+
 
 def gguf(size: int = 300_000, seed: int = 1) -> bytes:
     """Bytes that begin like a GGUF."""
@@ -186,4 +189,4 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(part)
         self.wfile.flush()
         if answer.stall_after is not None:
-            self.served.stopped.wait(20)
+            self.served.stopped.wait(STALL_S)

@@ -7,7 +7,11 @@ from typing import Annotated
 
 import typer
 
-models = typer.Typer(help="Models by name and by content: add, pull, list, verify, remove.", no_args_is_help=True)
+from coordinator.commands.parameters import AsJson
+
+models = typer.Typer(
+    name="models", help="Models by name and by content: add, pull, list, verify, remove.", no_args_is_help=True
+)
 
 Names = Annotated[list[str], typer.Argument(metavar="NAME…", help="NAME, NAME:TAG or sha256:…", show_default=False)]
 OneName = Annotated[str, typer.Argument(metavar="NAME", help="NAME, NAME:TAG or sha256:…", show_default=False)]
@@ -16,7 +20,6 @@ Called = Annotated[
 ]
 Pinned = Annotated[bool, typer.Option("--pin", help="gc does not evict it.")]
 Replace = Annotated[bool, typer.Option("--replace", help="Another model may have that name: it loses it.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON on stdout.")]
 
 
 def byte_count(text: str) -> int:
@@ -52,8 +55,8 @@ def add(
     raise typer.Exit(add_model(path, name, licence, link=link, pin=pin, replace=replace, as_json=as_json))
 
 
-@models.command("pull")
-def pull_(
+@models.command()
+def pull(
     source: Annotated[
         str,
         typer.Argument(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from coordinator.config import JobConfig
-from coordinator.pageparts import named, table_of, text_of
+from coordinator.page.parts import named, table_of, text_of
 from coordinator.report import state_text
 from coordinator.runview import RunView
 

@@ -46,3 +46,15 @@ def table_of(head: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str
     lines = "\n".join(row(cells, "td") for cells in rows)
     table = f"<table>{said}<thead>{row(head, 'th')}</thead><tbody>\n{lines}\n</tbody></table>"
     return f'<div class="frame" tabindex="0">{table}</div>'
+
+
+def untimed(runs: Sequence[RunView]) -> list[str]:
+    """What cannot be drawn, and why."""
+    parts = []
+    for run in runs:
+        if run.timeline is None:
+            why = "nothing has been recorded" if not run.data["requests"] else "no request has a point in time"
+            parts.append(f"{named(runs, run)}{'not' if len(runs) > 1 else 'Not'} measured: {why}.")
+        elif run.timeline.untimed:
+            parts.append(f"{named(runs, run)}{run.timeline.untimed:,} requests without a point in time are not drawn.")
+    return parts

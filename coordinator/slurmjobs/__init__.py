@@ -1,0 +1,1 @@
+"""`llmpi submit`: runs as jobs of Slurm, one after another until all is answered."""

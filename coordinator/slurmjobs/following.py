@@ -1,0 +1,118 @@
+"""`llmpi submit --wait`: what the jobs of a run do, until none is left, from files and by squeue."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+from coordinator.durations import duration
+from coordinator.progress import PLAIN_EVERY_S
+from coordinator.slurmjobs.chain import Queued, in_queue, read_links
+from coordinator.slurmjobs.partitions import Client, run_client
+from coordinator.terminal import console_for
+from scheduling.errors import EXIT_RESUMABLE, InfrastructureError
+from storage.runjson import RUN_NAME
+from storage.runstatus import Status
+from storage.runstatus import status as run_status
+
+POLL_S = 2.0
+PATIENCE_S = 600.0
+"""How long squeue may fail before that is believed: controllers restart."""
+
+
+class Follower:
+    """Tells of a run whose first job is `job`. `follow` returns the exit code that the record calls for."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        job: str,
+        client: Client = run_client,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], object] = time.sleep,
+        stream: IO[str] | None = None,
+    ) -> None:
+        self._run_dir = run_dir
+        self._first = job
+        self._client = client
+        self._clock = clock
+        self._sleep = sleep
+        self._console = console_for(stream or sys.stderr, live=True)
+        self._told: tuple[str, ...] = ()
+        self._told_at = -PLAIN_EVERY_S
+        self._began: tuple[float, int] | None = None
+        self._answers_since = clock()
+
+    def follow(self) -> int:
+        """Until no job of the run is left in the queue."""
+        while True:
+            queued = self._queued()
+            found = self._status()
+            if not queued:
+                break
+            self._tell(queued, found)
+            self._sleep(POLL_S)
+        if found is None:
+            where = f"{self._run_dir / 'slurm'}/job-{self._first}.log"
+            raise InfrastructureError(f"job {self._first} ended before there was a run: {where} says why")
+        self._console.print(f"{_done(found)} · no job is left", soft_wrap=True, markup=False)
+        return found.exit_code
+
+    def _queued(self) -> list[Queued]:
+        links = read_links(self._run_dir)
+        jobs = {self._first, *(link.job for link in links[-2:]), *(link.next for link in links[-2:] if link.next)}
+        try:
+            queued = in_queue(sorted(jobs), self._client)
+        except InfrastructureError:
+            if self._clock() - self._answers_since > PATIENCE_S:
+                raise
+            return [Queued(self._first, "UNKNOWN", "squeue does not answer")]
+        self._answers_since = self._clock()
+        return sorted(queued, key=lambda job: (job.state != "RUNNING", job.job))
+
+    def _status(self) -> Status | None:
+        return run_status(self._run_dir) if (self._run_dir / RUN_NAME).exists() else None
+
+    def _tell(self, queued: list[Queued], found: Status | None) -> None:
+        """A line when jobs changed, and now and then."""
+        now = self._clock()
+        state = tuple(f"{job.job} {job.state}" for job in queued)
+        every_s = POLL_S if self._console.is_terminal else PLAIN_EVERY_S
+        if state == self._told and (now - self._told_at < every_s or found is None):
+            return
+        first = queued[0]
+        where = f"job {first.job} {first.state.lower()} {'on ' if first.state == 'RUNNING' else ''}{first.why}"
+        line = " · ".join([where, *([] if found is None else [_done(found), *self._rate(now, found)])])
+        self._console.print(line, soft_wrap=True, markup=False)
+        self._told, self._told_at = state, now
+
+    def _rate(self, now: float, found: Status) -> list[str]:
+        if self._began is None or found.done < self._began[1]:
+            self._began = (now, found.done)
+        began, before = self._began
+        if found.done == before or now - began < 1:
+            return []
+        rate = (found.done - before) / (now - began)
+        left = [] if found.total is None else [f"ETA {duration((found.total - found.done) / rate)}"]
+        return [f"{rate:.1f} requests/s", *left]
+
+
+def _done(found: Status) -> str:
+    total = "?" if found.total is None else found.total
+    failed = f", {found.failed} failed" if found.failed else ""
+    state = ", complete" if found.complete else ""
+    return f"{found.done} of {total} done{failed}{state}"
+
+
+def interrupted(run_dir: Path, job: str) -> int:
+    """What is said when a person has enough of waiting, and the exit code."""
+    print(
+        f"\nnot waiting any more; job {job} goes on. `llmpi status {run_dir}` says how far it is, "
+        f"`llmpi stop {run_dir}` ends it in order",
+        file=sys.stderr,
+    )
+    return EXIT_RESUMABLE

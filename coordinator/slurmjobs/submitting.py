@@ -1,0 +1,108 @@
+"""`llmpi submit`: from options and a command to a job."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from coordinator.durations import duration
+from coordinator.slurmjobs.chain import FOLDER, SCRIPT, in_queue, read_links, submit
+from coordinator.slurmjobs.following import Follower, interrupted
+from coordinator.slurmjobs.jobrequest import read_request
+from coordinator.slurmjobs.jobscript import write_script
+from coordinator.slurmjobs.partitions import Client, check_fits, read_partitions, run_client
+from coordinator.values import print_json
+from scheduling.errors import EXIT_OK, ConfigError, RunDirError
+from storage.runjson import unusable
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubmitOptions:
+    """`launcher`: whose template, 'mpirun' or 'srun'. `chained`: whether each job submits the one after it."""
+
+    launcher: str = "mpirun"
+    chained: bool = True
+    dry_run: bool = False
+    wait: bool = False
+    as_json: bool = False
+
+
+def submit_run(
+    words: Sequence[str], command: Sequence[str], run_dir: Path, options: SubmitOptions, client: Client = run_client
+) -> int:
+    """Check, write the script, submit, and follow if that is wanted. Returns the exit code.
+
+    `words`: options of sbatch. `command`: arguments of `llmpi batch`, checked, without the run directory.
+    """
+    if options.dry_run and options.wait:
+        raise ConfigError("--dry-run submits nothing that --wait could wait for: leave one of them out")
+    wanted = read_request(words)
+    partition, advice = check_fits(wanted, read_partitions(client))
+    text = write_script(options.launcher, wanted, run_dir, command, options.chained)
+    for line in advice:
+        print(f"note: {line}", file=sys.stderr)
+    if options.dry_run:
+        print(text, end="")
+        return EXIT_OK
+    _refuse_second(run_dir, client)
+    script = _store(run_dir, text)
+    job = submit(script, client)
+    if options.as_json:
+        print_json({"job": job, "run_dir": str(run_dir), "script": str(script), "partition": partition.name})
+    else:
+        limit = wanted.time_s or partition.time_s
+        lasts = "" if limit == float("inf") else f", at most {duration(limit)} each" if options.chained else ""
+        print(f"job {job} in partition {partition.name}{lasts}", flush=True)
+        if not options.wait:
+            print(f"`llmpi status {run_dir}` says how far it is, `llmpi stop {run_dir}` ends it in order", flush=True)
+    if not options.wait:
+        return EXIT_OK
+    try:
+        return Follower(run_dir, job, client).follow()
+    except KeyboardInterrupt:
+        return interrupted(run_dir, job)
+
+
+def _refuse_second(run_dir: Path, client: Client) -> None:
+    """Two chains on one run would take turns at refusing each other."""
+    links = read_links(run_dir)[-2:]
+    jobs = sorted({job for link in links for job in (link.job, link.next) if job})
+    queued = in_queue(jobs, client) if jobs else []
+    if queued:
+        raise RunDirError(
+            f"job {queued[0].job} of this run is in the queue already ({queued[0].state.lower()}): "
+            f"`scancel {' '.join(job.job for job in queued)}` ends it"
+        )
+
+
+def _store(run_dir: Path, text: str) -> Path:
+    folder = run_dir / FOLDER
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        script = folder / SCRIPT
+        new = script.with_suffix(".tmp")
+        new.write_text(text, encoding="utf-8")
+        new.chmod(0o755)
+        new.replace(script)
+    except OSError as error:
+        raise unusable(run_dir, error) from error
+    return script
+
+
+def own_words(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A command line after `submit`: what stands before the first `--`, without submit's own options, and after it."""
+    if "--" not in argv:
+        raise ConfigError("nothing to submit: `llmpi submit [options of sbatch] -- batch -m MODEL -i FILE -o RUN_DIR`")
+    at = list(argv).index("--")
+    before, kept = list(argv[:at]), []
+    while before:
+        word = before.pop(0)
+        if word in ("--dry-run", "--wait", "--no-chain", "--json"):
+            continue
+        if word == "--launcher":
+            del before[:1]
+        elif not word.startswith("--launcher="):
+            kept.append(word)
+    return kept, list(argv[at + 1 :])

@@ -1,0 +1,117 @@
+"""run.json: what one run is. Read and checked; what is in it is the caller's, but for what every run has.
+
+Also what there is to say where the operating system refuses something in a run directory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scheduling.errors import LlmpiError, RecordError, RunDirError
+from storage.files import FAILS_OF_DISKS, Disk, OsDisk, read_all
+
+RUN_NAME = "run.json"
+
+FORMAT = "llmpi-run"
+VERSION = 1
+_DIFFERENCES_SHOWN = 3
+
+Json = Any
+"""What json can hold. Other values in details (paths, numpy numbers) are stored as their text."""
+
+
+def read_run(path: Path, disk: Disk | None = None) -> dict[str, Json]:
+    """The content of run.json. Raises RunDirError if it is not there, unreadable or of another version."""
+    disk = disk or OsDisk()
+    file = path / RUN_NAME
+    disk.refresh(file)
+    try:
+        state = json.loads(read_all(disk, file))
+    except FileNotFoundError as error:
+        raise RunDirError(f"{path} is no run directory: it has no {RUN_NAME}.") from error
+    except NotADirectoryError as error:
+        raise RunDirError(f"{path} is no directory.") from error
+    except OSError as error:
+        raise RunDirError(f"cannot read {file}: {_why(error)}.") from error
+    except ValueError as error:
+        raise RunDirError(f"{file} is damaged ({error}). Restore it, or give another run directory.") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise RunDirError(f"{file} was not written by llmpi. Give another run directory.")
+    if state.get("version") != VERSION:
+        raise RunDirError(
+            f"{file} has format version {state.get('version')}, this llmpi reads {VERSION}. Use the llmpi that "
+            "started the run."
+        )
+    if not _well_formed(state):
+        raise RunDirError(f"{file} is damaged: it lacks what every run has. Give another run directory.")
+    return state
+
+
+def _well_formed(state: dict[str, Json]) -> bool:
+    return (
+        isinstance(state.get("identity"), dict)
+        and isinstance(state.get("details"), dict)
+        and isinstance(state.get("sessions"), list)
+        and isinstance(state.get("total"), int | None)
+        and isinstance(state.get("complete"), bool)
+    )
+
+
+def refuse_other_run(path: Path, there: Mapping[str, Json], here: Mapping[str, Json]) -> None:
+    """Raise RunDirError, naming what differs, unless the identities of two runs are the same."""
+    differences = _differences("", dict(there), dict(here))
+    if differences:
+        shown = "; ".join(differences[:_DIFFERENCES_SHOWN])
+        more = len(differences) - _DIFFERENCES_SHOWN
+        raise RunDirError(
+            f"{path} holds another run: {shown}{f'; and {more} more' if more > 0 else ''}. Give another run "
+            "directory, or the same command as before to resume."
+        )
+
+
+def _differences(name: str, there: Json, here: Json) -> list[str]:
+    if isinstance(there, dict) and isinstance(here, dict):
+        found: list[str] = []
+        for key in sorted(there.keys() | here.keys()):
+            inner = f"{name}.{key}" if name else key
+            found += _differences(inner, there.get(key), here.get(key))
+        return found
+    if there == here:
+        return []
+    return [f"{name} is {_short(there)} there and {_short(here)} here"]
+
+
+def _short(value: Json) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def plain(values: Mapping[str, Json]) -> dict[str, Json]:
+    """As json will give it back: tuples are lists, keys and whatever json does not know are text."""
+    found: dict[str, Json] = json.loads(json.dumps(dict(values), default=_json_value))
+    return found
+
+
+def _json_value(value: object) -> Json:
+    return value.item() if isinstance(value, np.generic) else str(value)
+
+
+def _why(error: OSError) -> str:
+    return os.strerror(error.errno) if error.errno else str(error)
+
+
+def unusable(path: Path, error: OSError) -> LlmpiError:
+    """What to raise where the operating system refused something in a run directory."""
+    if error.errno in FAILS_OF_DISKS:
+        return RecordError(
+            f"cannot write to the run directory {path}: {_why(error)}. What is recorded is safe; free space or mend "
+            "the file system, then run the same command again."
+        )
+    advice = "Mend that, or give a run directory that can be written"
+    return RunDirError(f"cannot use {path} as run directory: {_why(error)}. {advice}.")
