@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NoReturn, Protocol
 
 from coordinator.collect import COLLECTIVE_PATIENCE_S, Collecting
@@ -14,7 +14,7 @@ class Ranks(Protocol):
 
     rank: int
     size: int
-    leaders: Mapping[int, int]
+    leaders: dict[int, int]
     """The rank that carries for each worker (`coordinator.relays`); empty: all speak to rank 0 themselves."""
     fault_tolerant: bool
     """Whether the death of a rank is told to the others, which go on, instead of ending the job."""

@@ -6,7 +6,7 @@ killed, or cut off. Its sleep ends early when an envelope arrives or its engine 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any, NoReturn
 
@@ -235,7 +235,7 @@ class SimulatedRanks:
     def __init__(
         self, endpoint: Endpoint, board: Board, sleep: Callable[[float], None], clock: Callable[[], float],
         abort: Callable[[int], NoReturn], fence: Callable[[Sequence[int]], bool], fault_tolerant: bool,
-        leaders: Mapping[int, int],
+        leaders: dict[int, int],
     ) -> None:  # fmt: skip
         self.size = board.size
         self.leaders = leaders
