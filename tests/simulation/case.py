@@ -126,7 +126,7 @@ class Case:
             return
         workers, cut = list(range(1, size)), dice.choice((0, dice.randint(1, size - 2)))
         leaders = leaders_of([part for part in (workers[:cut], workers[cut:]) if part], dice.choice((2, 3, 8, 8)))
-        more = dice.choice(({}, {"rank stopped": 0.5}, {"rank vanishes": 0.3}, {"rank killed": 0.3}))
+        more = dice.choice(({}, {"rank stopped": 0.5}, {"rank vanishes": 0.6}, {"rank killed": 0.3}))
         self.weather = replace(self.weather, rates_per_s=self.weather.rates_per_s | more)
         tolerant = self.shape.fault_tolerant or "rank killed" in more
         self.shape = replace(self.shape, leaders=leaders, fault_tolerant=tolerant)

@@ -108,7 +108,7 @@ class Faults:
         ranks = [rank for rank in self.world.workers.values() if rank.alive and not rank.ended]
         leaders = self.world.shape.leaders
         leading = [rank for rank in ranks if list(leaders.values()).count(rank.rank) > 1]
-        if leading and self._dice.random() < 0.5:
+        if leading and self._dice.random() < 0.4:
             ranks = leading  # they are few, and more depends on them
         return self._dice.choice(ranks) if ranks else None
 

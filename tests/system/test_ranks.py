@@ -198,10 +198,7 @@ def test_when_a_leader_is_killed_its_member_goes_on_and_keeps_what_it_had(
     assert done.rc == 0, done.output
     assert "2 leaders carry messages between rank 0 and 4 workers" in done.stderr
     check_whole(case.run, undisturbed)
-    by_rank = {rank: {line["llmpi"]["attempt"] for line in case.run.record() if line["llmpi"]["rank"] == rank}
-               for rank in (1, 2)}  # fmt: skip
-    assert by_rank[1] == set()
-    assert 1 in by_rank[2], "what it ran when its leader died"
+    assert done.stderr.count("its work goes to the others") == 1, "that of the leader alone"
     assert collectives(case.run) == "4 of 5 ranks"
     check_ranks_add_up(case.run)
 
