@@ -7,6 +7,7 @@ from pathlib import Path
 
 from coordinator.replay import Replay
 from coordinator.rows import Columns
+from coordinator.slicing.slices import Slice
 from coordinator.timekeeper import StopOptions
 
 
@@ -20,6 +21,8 @@ class BatchOptions:
     columns: Columns = field(default_factory=Columns)
     replay: Replay | None = None
     """What this run is to be the same as."""
+    part: Slice | None = None
+    """Which requests of the input are this job's; None: all. `output` is the slice's own."""
     ranks: int | None = None
     hostfile: Path | None = None
     """Where llmpi starts its own mpirun: on which hosts."""
