@@ -36,6 +36,9 @@ from workers.worker import Worker
 BUGS: dict[str, Callable[[], list[Any]]] = {}
 """By name: what makes the patches."""
 
+FIRST_SEEDS = {"a leader vouches for its members": 2_180}
+"""Where to look for what shows in few seeds: a member has to vanish with work while its leader lives."""
+
 Patch = Any
 
 
