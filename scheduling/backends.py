@@ -3,7 +3,8 @@
 A mask is environment for the engine process. CUDA is told UUIDs. ROCm hides twice: ROCR_VISIBLE_DEVICES first, whose
 entries count all devices, then HIP_VISIBLE_DEVICES (or CUDA_VISIBLE_DEVICES, where that is not set), which counts what
 is left; so both are written, and none that a launcher has set counts twice. SYCL goes over Level Zero, which
-ZE_AFFINITY_MASK narrows; ONEAPI_DEVICE_SELECTOR chooses among what is left. Vulkan is ggml's own variable. Metal has none.
+ZE_AFFINITY_MASK narrows; ONEAPI_DEVICE_SELECTOR chooses among what is left. Vulkan's variable is ggml's own. Metal has
+none.
 """
 
 from __future__ import annotations
@@ -36,17 +37,20 @@ _HIDING = {"HIP_VISIBLE_DEVICES": "-1"}
 """Empty, it counts as not set."""
 
 
-def mask_of(backend: Backend, gpus: Sequence[Gpu]) -> dict[str, str]:
-    """What lets a process see `gpus` and no others; nothing where one of them has no name in a mask."""
-    entries = [gpu.uuid if gpu.mask_entry == "" else gpu.mask_entry for gpu in gpus]
-    if not backend.variables or None in entries:
-        return {}
-    mask = {backend.variables[0]: ",".join(filter(None, entries))}
-    if backend == HIP:
-        mask["HIP_VISIBLE_DEVICES"] = ",".join(str(place) for place in range(len(entries)))
-    if backend == SYCL:
-        mask["ONEAPI_DEVICE_SELECTOR"] = "level_zero:gpu"
-    return mask
+def of(names: Sequence[str]) -> Backend:
+    """The one whose devices are used by a build with backends `names`; CUDA where there is none, so that GPUs which
+    the build cannot use are still found."""
+    return BACKENDS[names[0]] if names else CUDA
+
+
+def mask_of(names: Sequence[str], gpus: Sequence[Gpu]) -> dict[str, str]:
+    """What lets a process whose build has backends `names` see `gpus` (none: hides all) and no other devices.
+
+    Of the first backend nothing is written where one of the devices has no name in its mask.
+    """
+    backend = of(names)
+    hidden = {name: value for other in names[1:] for name, value in hiding_mask(BACKENDS[other]).items()}
+    return hidden | (_showing(backend, gpus) if gpus else hiding_mask(backend))
 
 
 def hiding_mask(backend: Backend) -> dict[str, str]:
@@ -58,3 +62,21 @@ def hide_all(mask: Mapping[str, str]) -> dict[str, str]:
     """The variables of `mask`, so that they show nothing. SYCL's are left out: its runtime fails where there is no
     device at all, so an engine without devices is told in its config."""
     return {name: _HIDING.get(name, "") for name in mask if name not in SYCL.variables}
+
+
+def shown(names: Sequence[str], mask: Mapping[str, str], gpus: Sequence[Gpu]) -> list[Gpu]:
+    """Those of `gpus` that a mask made by `mask_of` names."""
+    entries = [entry for name in of(names).variables[:1] for entry in mask.get(name, "").split(",")]
+    return [gpu for gpu in gpus if (gpu.mask_entry or gpu.uuid) in entries]
+
+
+def _showing(backend: Backend, gpus: Sequence[Gpu]) -> dict[str, str]:
+    entries = [gpu.uuid if gpu.mask_entry == "" else gpu.mask_entry for gpu in gpus]
+    if not backend.variables or None in entries:
+        return {}
+    mask = {backend.variables[0]: ",".join(filter(None, entries))}
+    if backend == HIP:
+        mask["HIP_VISIBLE_DEVICES"] = ",".join(str(place) for place in range(len(entries)))
+    if backend == SYCL:
+        mask["ONEAPI_DEVICE_SELECTOR"] = "level_zero:gpu"
+    return mask

@@ -50,8 +50,8 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
 
     hostname: str
     gpus: tuple[Gpu, ...] = ()
-    backend: str = "cuda"
-    """Whose devices `gpus` are (`scheduling.backends`)."""
+    backends: tuple[str, ...] = ("cuda",)
+    """Of the installed llama.cpp, the CPU left out (`scheduling.backends`): `gpus` are the first one's devices."""
     gpus_known: bool = True
     """False where no library could be asked: then an empty `gpus` means 'missing', not 'none'."""
     cpus: tuple[int, ...] = ()
@@ -195,6 +195,8 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
 
     device_mask: dict[str, str] = {}
     gpu_uuids: tuple[str, ...] = ()
+    backend: str = "cuda"
+    """Whose devices they are."""
     cpus: tuple[int, ...] = ()
     threads: int = 1
     note: str = ""

@@ -28,7 +28,7 @@ class Devices:
     `backend`: whose devices they are; CPU where the build has no other. `build`: all of the backends, and the folder
     of the libraries. `gpus`: those that this process may use under the masks that are set. `known` False: nobody could
     be asked; `gpus` then has one stand-in for whatever the backend sees, if it is one that could see anything.
-    `reason`: why not known, or a remark. `variable`: the one that names devices for the backend, None where it has none.
+    `reason`: why not known, or a remark. `variable`: what names devices for the backend; None where nothing does.
     """
 
     backend: Backend

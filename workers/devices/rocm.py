@@ -111,7 +111,7 @@ def _bus_id(domain: int, location: int) -> str:
 
 
 def _named(gpus: Sequence[Gpu], entry: str) -> Gpu | None:
-    if not entry[:1].lower() == "g":
+    if entry[:1].lower() != "g":
         return by_index(gpus, entry)
     if not 5 <= len(entry) <= UUID_CHARACTERS:
         return None
