@@ -114,6 +114,12 @@ def plan_alone(
     return list(side.placements(range(count), devices, []).values())
 
 
+def unparted(name: str, gpus: Sequence[Gpu], taken: Collection[str]) -> list[str]:
+    """Notes on those of host `name`'s devices that stand for all and whose UUIDs are among `taken`."""
+    nameless = [gpu.name for gpu in gpus if gpu.mask_entry is None and gpu.uuid in taken]
+    return [f"{name}: {what}: not parted among workers" for what in nameless]
+
+
 def _in_local_order(hosts: Mapping[int, Host]) -> dict[int, Host]:
     """The ranks of one host by local rank; those whose launcher gave none come last, by rank."""
 
@@ -236,9 +242,7 @@ class _HostSide:
         taken = {uuid for uuids in dealt.values() for uuid in uuids}
         on_cpu = [rank for rank in workers if not dealt[rank]]
         idle = len(self.gpus) - len(taken)
-        if self.ask.want_gpu is not False:
-            nameless = [gpu.name for gpu in self.gpus if gpu.mask_entry is None and gpu.uuid in taken]
-            lines += [f"{self.name}: {name}: not parted among workers" for name in nameless]
+        lines += unparted(self.name, self.gpus, taken)
         if self.ask.want_gpu is not False and taken and idle:
             lines.append(f"{self.name}: {idle} of {_count(len(self.gpus), 'GPU')} are given to no rank")
         if on_cpu and self.gpus and self.ask.want_gpu is not False:
@@ -327,7 +331,8 @@ def match(visible: Mapping[int, Sequence[str]], *, each: int, capacity: int) -> 
 
 
 def _said(gpu: Gpu) -> str:
-    return gpu.name if gpu.mask_entry is None else f"{_short(gpu.uuid)} (index {gpu.index})"
+    # What stands for all has the reason in brackets, which is a note of the host's.
+    return gpu.name.partition(" (")[0] if gpu.mask_entry is None else f"{_short(gpu.uuid)} (index {gpu.index})"
 
 
 def _short(uuid: str) -> str:

@@ -16,7 +16,7 @@ def devices(*entries: str | None) -> tuple[Gpu, ...]:
     return tuple(
         Gpu(
             uuid=f"device-{place}",
-            name="all that Metal sees" if entry is None else "a GPU",
+            name="all that Metal sees (no list)" if entry is None else "a GPU",
             index=place,
             mask_entry=entry,
         )
@@ -90,12 +90,14 @@ def test_devices_that_cannot_be_parted_go_to_one_worker_and_it_is_said() -> None
     done = plan(hosts(2, devices(None), "metal", gpus_known=False))
     (place,) = done.placements.values()
     assert (place.gpu_uuids, place.device_mask) == (("device-0",), {})
-    assert "all that Metal sees" in place.note
-    assert any("not parted among workers" in note for note in done.notes)
+    assert place.note.startswith("all that Metal sees, ")
+    assert "n1: all that Metal sees (no list): not parted among workers" in done.notes
 
 
 def test_more_workers_than_one_on_what_cannot_be_parted_are_refused_with_the_way_out() -> None:
-    with pytest.raises(ConfigError, match=r"no mask that could part all that Metal sees.*--ranks-per-gpu 2"):
+    with pytest.raises(
+        ConfigError, match=r"no mask that could part all that Metal sees \(no list\).*--ranks-per-gpu 2"
+    ):
         plan(hosts(3, devices(None), "metal", gpus_known=False))
     done = plan(hosts(3, devices(None), "metal", gpus_known=False), ranks_per_gpu=2)
     assert [place.gpu_uuids for place in done.placements.values()] == [("device-0",)] * 2

@@ -34,7 +34,7 @@ def test_an_engine_that_is_to_use_no_device_gives_llama_an_empty_list(
     def load(path: bytes, params: Any) -> None:
         given.append(ctypes.c_void_p.from_address(params.devices) if params.devices else None)
 
-    monkeypatch.setattr(llama.lib, "llama_model_load_from_file", load)
+    monkeypatch.setattr("workers.llama.lib.llama_model_load_from_file", load)
     config = EngineConfig(model=str(tmp_path / "none.gguf"), slots=1, ctx_tokens=256, use_devices=use_devices)
     with pytest.raises(ModelFileError):
         llama.LlamaModel(config)
