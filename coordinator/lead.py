@@ -8,12 +8,13 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 import msgspec
 
+from coordinator.batchoptions import BatchOptions
 from coordinator.callbacks import Callbacks, Snapshot
 from coordinator.collect import Rows
 from coordinator.compressed import STDIN, STDIN_VARIABLE
@@ -25,16 +26,15 @@ from coordinator.intervals import Intervals
 from coordinator.launch import Launch
 from coordinator.prepared import Prepared, prepare_input, tell_row
 from coordinator.progress import ProgressView
-from coordinator.replay import Replay
-from coordinator.rows import Columns
 from coordinator.rundata import copy_rows, rank_rows
 from coordinator.session import Session
 from coordinator.setup import Setup
 from coordinator.signals import StopSignals
+from coordinator.slicing.slices import WHOLE
 from coordinator.slurmjobs.chain import NEXT, PREVIOUS
 from coordinator.source import FileSource, same_input
 from coordinator.surroundings import Surroundings
-from coordinator.timekeeper import StopOptions, Timekeeper
+from coordinator.timekeeper import Timekeeper
 from coordinator.timelimit import requeue
 from coordinator.world import Ranks
 from scheduling import events as ev
@@ -44,25 +44,6 @@ from storage.recovery import Recovery, recover
 from storage.rundir import RunDir, holds_answers
 from storage.runjson import RUN_NAME, read_run, unusable
 from storage.staging import Staged
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BatchOptions:
-    """What concerns only rank 0, or how the job is shown."""
-
-    input: Path
-    output: Path
-    format: str | None = None
-    columns: Columns = field(default_factory=Columns)
-    replay: Replay | None = None
-    """What this run is to be the same as."""
-    ranks: int | None = None
-    hostfile: Path | None = None
-    """Where llmpi starts its own mpirun: on which hosts."""
-    stopping: StopOptions = field(default_factory=StopOptions)
-    show: int = 0
-    quiet: bool = False
-    as_json: bool = False
 
 
 def refuse_edited_input(output: Path, source: FileSource, disk: Disk) -> dict[str, Any]:
@@ -161,7 +142,7 @@ class Lead:
         try:
             return FileSource(
                 self._given.path, format=form, defaults=self._config.sampling, precheck=self._config.precheck,
-                on_progress=self._checking, max_tokens=self._config.max_tokens,
+                on_progress=self._checking, max_tokens=self._config.max_tokens, part=self._options.part or WHOLE,
             )  # fmt: skip
         except InputError as error:
             raise tell_row(error, self._given) from None
@@ -227,8 +208,9 @@ class Lead:
 
     def _identity(self, form: Format) -> dict[str, Any]:
         made_from = {} if self._given.source is None else {"source": self._given.source}
+        part = {} if self._options.part is None else {"slice": str(self._options.part)}
         return {
-            "input": ends_identity(self._given.path, form) | made_from,
+            "input": ends_identity(self._given.path, form) | made_from | part,
             "model": self._setup.fingerprint,
             "adapters": list(self._setup.adapters),
             "options": self._config.identity(),

@@ -11,6 +11,7 @@ import typer
 from coordinator.commands.parameters import (
     AsJson,
     ChatTemplate,
+    Fanout,
     GrammarFile,
     JsonSchema,
     MaxTokens,
@@ -58,6 +59,15 @@ def batch(
     ] = None,
     id_column: Annotated[
         str | None, typer.Option(metavar="NAME", help="Column with each request's id. [default: custom_id, if there]")
+    ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            "--slice",
+            metavar="I/N",
+            help="Answer every N-th request alone, from the I-th on (0/4, 1/4, 2/4, 3/4): jobs that share one input. "
+            "The run directory is RUN_DIR/slice-I.",
+        ),
     ] = None,
     replay: Annotated[
         Path | None,
@@ -114,6 +124,7 @@ def batch(
             "sooner; the first answer counts. [default: with work stealing]",
         ),
     ] = None,
+    fanout: Fanout = 256,
     lease: Annotated[
         float, typer.Option(help="Seconds of silence after which a rank is lost and its work goes to others.")
     ] = 60.0,
@@ -182,9 +193,10 @@ def batch(
 ) -> None:
     """Answer every request of a file exactly once, on all ranks."""
     from coordinator.batch import replayed, run_batch
+    from coordinator.batchoptions import BatchOptions
     from coordinator.config import JobConfig, checked_sampling
-    from coordinator.lead import BatchOptions
     from coordinator.rows import Columns
+    from coordinator.slicing.slices import parse_slice
     from coordinator.timekeeper import StopOptions
     from coordinator.timelimit import parse_time_limit
 
@@ -194,7 +206,8 @@ def batch(
         sampling=checked_sampling(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, **held_to(json_schema, grammar_file)
         ),
-        max_tokens=max_tokens, seed=seed, copies=copies, prefetch=prefetch, lease_s=lease, rank0_lease_s=rank0_lease,
+        max_tokens=max_tokens, seed=seed, copies=copies, prefetch=prefetch, fanout=fanout, lease_s=lease,
+        rank0_lease_s=rank0_lease,
         engine_lease_s=engine_lease, request_timeout_s=request_timeout, max_deaths=max_deaths,
         commit_interval_s=commit_interval, commit_bytes=commit_bytes, metrics_interval_s=metrics_interval,
         precheck=precheck, chat_template=read_text("--chat-template", chat_template),
@@ -205,8 +218,10 @@ def batch(
         config = JobConfig(**fields)
     needed: dict[str, Path | str | None] = {"-m/--model": model, "-i/--input": requests, "-o/--output": output}
     refuse_missing(needed if replay is None else {"-o/--output": output})
+    own = None if part is None else parse_slice(part)
     options = BatchOptions(
-        input=requests or Path(), output=output or Path(), format=input_format,
+        input=requests or Path(), output=own.directory(output or Path()) if own else output or Path(), part=own,
+        format=input_format,
         columns=Columns(prompt_column, template, id_column), ranks=ranks, hostfile=hostfile,
         show=show, quiet=quiet, as_json=as_json,
         stopping=StopOptions(
