@@ -52,7 +52,7 @@ def broken_links(page: Path) -> list[str]:
 
 def unknown_calls(text: str, known: dict[str, Any]) -> list[str]:
     """Calls in code (`…` or indented) whose command or one of whose options `llmpi` does not have."""
-    code = re.findall(r"`([^`\n]+)`", text) + re.findall(r"^    (.*)$", text, re.MULTILINE)
+    code = re.findall(r"`([^`\n]+)`", text) + re.findall(r"^    ((?:llmpi|mpirun|srun|zcat) .*)$", text, re.MULTILINE)
     found = []
     for line in code:
         for first, second, rest in CALL.findall(re.sub(r"\$\([^)]*\)", "", line)):
