@@ -15,6 +15,7 @@ import typer
 
 from coordinator.commands.batch import batch
 from coordinator.commands.bench import bench
+from coordinator.commands.doctor import doctor
 from coordinator.commands.infer import embed, infer
 from coordinator.commands.models import models
 from coordinator.commands.runs import export, report, status, stop
@@ -32,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (batch, infer, embed, status, stop, report, export):
+for command in (batch, infer, embed, status, stop, report, export, doctor):
     app.command()(command)
 app.command(context_settings=SBATCH_WORDS)(submit)
 for group in (bench, models, job):

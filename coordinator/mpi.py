@@ -153,6 +153,20 @@ class World:
         raise SystemExit(code)
 
 
+def library_facts() -> tuple[str, str, str]:
+    """(MPI library in its own words, MPI standard, vendor), without starting MPI, where no world is to be opened.
+
+    Raises ImportError, OSError or RuntimeError where there is none.
+    """
+    import mpi4py
+
+    mpi4py.rc.initialize = False
+    from mpi4py import MPI
+
+    library = str(MPI.Get_library_version()).strip("\x00 \n").splitlines()[0]
+    return library, ".".join(map(str, MPI.Get_version())), str(MPI.get_vendor()[0])
+
+
 def _fault_tolerant(MPI: Any) -> bool:
     if MPI.get_vendor()[0] != "Open MPI":
         return False
@@ -204,6 +218,16 @@ class Collectives:
         """Element by element over all ranks. The result is meaningful on rank 0 only."""
         result: npt.NDArray[Any] = np.zeros_like(values)
         self._finish(lambda: self._comm.Ireduce(values, result, op=operation, root=0))
+        return result
+
+    def barrier(self) -> None:
+        """Wait until every rank has come to this."""
+        self._finish(self._comm.Ibarrier)
+
+    def sum_everywhere(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """As `sum`, meaningful on every rank."""
+        result: npt.NDArray[Any] = np.zeros_like(values)
+        self._finish(lambda: self._comm.Iallreduce(values, result, op=self._MPI.SUM))
         return result
 
     def gather_rows(self, rows: npt.NDArray[Any] | Blocks, take: Callable[[npt.NDArray[Any]], None]) -> None:
