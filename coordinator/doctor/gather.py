@@ -83,7 +83,8 @@ def gather(rank: int, options: Options, environ: Mapping[str, str] = os.environ)
     nvml = load_nvml()
     gpus = wait("GPUs", Probe(lambda: inventory(environ, nvml=nvml)), GpuInventory(False, "NVML does not answer", ()))
     host = describe_host(environ, gpus=gpus)
-    model = Probe(lambda: look_at_model(options.model, environ)) if options.model else None
+    name = options.model
+    model = None if name is None else Probe(lambda: look_at_model(name, environ))
     node = _node(nvml, host, options, environ, wait) if not host.local_rank else None
     return Facts(
         rank=rank, pid=os.getpid(), host=host, gpu_reason=gpus.reason, python=platform.python_version(),

@@ -11,6 +11,7 @@ import fcntl
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,9 @@ def existing(path: Path) -> Path:
 
 def _tried(folder: Path, *, speed: bool) -> dict[str, Any]:
     """Raises OSError where not even a file can be written."""
-    name = folder / f".llmpi-doctor-{os.uname().nodename}-{os.getpid()}"
-    other = name.with_name(name.name + ".renamed")
+    # Of its own: two places may be one folder.
+    name = folder / f".llmpi-doctor-{uuid.uuid4().hex}"
+    other = name.with_name(f"{name.name}-renamed")
     faults: list[str] = []
     found: dict[str, Any] = {}
     try:

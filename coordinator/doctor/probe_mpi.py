@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
 import shutil
@@ -36,7 +35,7 @@ def look_at_world(world: World, launcher: str, singleton: str) -> MpiFacts:
 def _level(MPI: Any) -> str:
     names = (MPI.THREAD_SINGLE, MPI.THREAD_FUNNELED, MPI.THREAD_SERIALIZED, MPI.THREAD_MULTIPLE)
     told = dict(zip(names, THREAD_LEVELS, strict=True))
-    return told.get(MPI.Query_thread(), "")
+    return str(told.get(MPI.Query_thread(), ""))
 
 
 def look_at_library() -> MpiFacts:
@@ -91,11 +90,11 @@ def look_at_traffic(process: Path = Path("/proc/self"), sysfs: Path = Path("/sys
 
 
 def _peers() -> tuple[str, ...] | None:
-    """Loopback is left out: that is how some launchers talk to their ranks."""
+    """What stays on this host is left out: that is how some launchers talk to their ranks."""
     try:
         process = psutil.Process()
         ask = getattr(process, "net_connections", None) or process.connections
-        remote = {one.raddr.ip for one in ask(kind="tcp") if one.status == psutil.CONN_ESTABLISHED and one.raddr}
+        both = [(one.laddr.ip, one.raddr.ip) for one in ask(kind="tcp") if one.status == psutil.CONN_ESTABLISHED]
     except (psutil.Error, OSError):
         return None
-    return tuple(sorted(address for address in remote if not ipaddress.ip_address(address).is_loopback))
+    return tuple(sorted({theirs for ours, theirs in both if ours != theirs}))

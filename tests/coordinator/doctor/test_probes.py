@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.doctor import probe_files
+from coordinator.doctor.facts import Place
 from coordinator.doctor.gather import Options, Probe, gather, limits, look_at_model, other_gpus
 from coordinator.doctor.probe_files import existing, look_at
 from coordinator.doctor.probe_mpi import look_at_traffic
@@ -38,6 +39,11 @@ def test_a_folder_that_is_not_there_yet_is_looked_at_above_it(tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
+def test_two_places_that_are_one_folder_do_not_meet(tmp_path: Path) -> None:
+    probes = [Probe(lambda: look_at("run directory", tmp_path, speed=False)) for _ in range(8)]
+    assert [probe.result(Place(use="", path=""), 30.0)[0].faults for probe in probes] == [()] * 8
+
+
 def test_without_speeds_little_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe_files, "_written", lambda fd: pytest.fail("a sample was written"))
     assert look_at("run directory", tmp_path, speed=False).write_bytes_per_s == 0
@@ -47,7 +53,7 @@ def test_what_does_not_work_there_is_named_and_nothing_is_left(tmp_path: Path, m
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(probe_files.fcntl, "lockf", refuse)
+    monkeypatch.setattr("fcntl.lockf", refuse)
     found = look_at("run directory", tmp_path, speed=False)
     assert found.faults[0] == "lockf fails: No locks available"
     assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
@@ -220,7 +221,7 @@ def place(use: str = RUN_DIR, **told: object) -> list[Finding]:
     return about_files({"n1": Node(places=(Place(**(base | told)),))})  # type: ignore[arg-type]
 
 
-NFS: dict[str, object] = {"type": "nfs4", "network": True}
+NFS: dict[str, Any] = {"type": "nfs4", "network": True}
 
 
 def models(*found: ModelFile) -> list[Finding]:
