@@ -31,6 +31,7 @@ from coordinator.rundata import copy_rows, rank_rows
 from coordinator.session import Session
 from coordinator.setup import Setup
 from coordinator.signals import StopSignals
+from coordinator.slicing.slices import WHOLE, Slice
 from coordinator.slurmjobs.chain import NEXT, PREVIOUS
 from coordinator.source import FileSource, same_input
 from coordinator.surroundings import Surroundings
@@ -56,6 +57,8 @@ class BatchOptions:
     columns: Columns = field(default_factory=Columns)
     replay: Replay | None = None
     """What this run is to be the same as."""
+    part: Slice | None = None
+    """Which requests of the input are this job's; None: all. `output` is the slice's own."""
     ranks: int | None = None
     hostfile: Path | None = None
     """Where llmpi starts its own mpirun: on which hosts."""
@@ -161,7 +164,7 @@ class Lead:
         try:
             return FileSource(
                 self._given.path, format=form, defaults=self._config.sampling, precheck=self._config.precheck,
-                on_progress=self._checking, max_tokens=self._config.max_tokens,
+                on_progress=self._checking, max_tokens=self._config.max_tokens, part=self._options.part or WHOLE,
             )  # fmt: skip
         except InputError as error:
             raise tell_row(error, self._given) from None
@@ -227,8 +230,9 @@ class Lead:
 
     def _identity(self, form: Format) -> dict[str, Any]:
         made_from = {} if self._given.source is None else {"source": self._given.source}
+        part = {} if self._options.part is None else {"slice": str(self._options.part)}
         return {
-            "input": ends_identity(self._given.path, form) | made_from,
+            "input": ends_identity(self._given.path, form) | made_from | part,
             "model": self._setup.fingerprint,
             "adapters": list(self._setup.adapters),
             "options": self._config.identity(),

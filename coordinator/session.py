@@ -34,7 +34,7 @@ from scheduling.control import ControlPlane, Limits
 from scheduling.errors import LlmpiError, RankLostError
 from scheduling.lengths import Lengths
 from scheduling.link import Endpoint, Hub, Spoke
-from scheduling.placement import Plan, plan, plan_alone
+from scheduling.placement import Plan, plan, plan_alone, unparted
 from workers.worker import Worker
 
 EPOCH = 1
@@ -130,7 +130,9 @@ class Session:
                 self.setup.host, gpus_per_rank=config.gpus_per_rank, ranks_per_gpu=config.ranks_per_gpu,
                 want_gpu=config.want_gpu,
             )  # fmt: skip
-            return Plan(dict(enumerate(alone)), coordinator_works=True, notes=())
+            host, taken = self.setup.host, {uuid for placement in alone for uuid in placement.gpu_uuids}
+            notes = tuple(unparted(host.hostname, host.gpus, taken))
+            return Plan(dict(enumerate(alone)), coordinator_works=True, notes=notes)
         return plan(
             self.hosts, rank0_works=config.coordinator_works, gpus_per_rank=config.gpus_per_rank,
             ranks_per_gpu=config.ranks_per_gpu, want_gpu=config.want_gpu,
