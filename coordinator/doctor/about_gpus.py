@@ -158,11 +158,32 @@ def about_llama(nodes: Mapping[str, Node]) -> list[Finding]:
     return merged(findings)
 
 
+def about_devices(facts: Mapping[int, Facts]) -> list[Finding]:
+    """What a worker may choose from, and what hides it: by the same look as a run's."""
+    findings = []
+    for one in facts.values():
+        if not one.backend:
+            continue
+        host = one.host
+        hidden = f"hidden by {listed(one.mask_variables)}" if one.mask_variables else "nothing hides some of them"
+        mask = f", {host.mask[0]}={host.mask[1] or chr(39) * 2} is set" if host.mask else ""
+        seen = listed(dict.fromkeys(gpu.name for gpu in host.gpus)) or "none"
+        if one.backend == "CPU":
+            said = "a build for the CPU: it needs none"
+        elif host.gpus_known:
+            said = f"{one.backend}: {len(host.gpus)} ({seen}); {hidden}{mask}"
+        else:
+            said = f"{one.backend}: not told ({one.gpu_reason}); {hidden}{mask}"
+        findings.append(ok("devices", said, host.hostname))
+    return merged(findings)
+
+
 def install_command(*options: str) -> str:
     """Compiles and installs llama.cpp anew, with CMake options switched on."""
-    flags = " ".join(f"-D{option}=on" for option in options)
-    chosen = f'CMAKE_ARGS="{flags}" ' if flags else ""
-    return f"{chosen}python -m pip install --force-reinstall --no-deps --no-cache-dir '{REQUIREMENT}'"
+    flags = " ".join(f"-D{option}=ON" for option in options)
+    chosen = f"CMAKE_ARGS={flags} " if flags else ""
+    own = "--force-reinstall --no-deps --no-cache-dir --no-binary llama-cpp-python"
+    return f"{chosen}python -m pip install {own} '{REQUIREMENT}'"
 
 
 def _llama(host: str, node: Node, build: LlamaBuild) -> list[Finding]:
@@ -182,7 +203,7 @@ def _llama(host: str, node: Node, build: LlamaBuild) -> list[Finding]:
         backend, option = BUILDS[makers[0]]
         findings.append(
             error("GPU build", f"GPU present ({', '.join(makers)}), CPU-only build: models would run on the processors",
-                  f"install it for {backend} (the compiler and toolkit of {backend} are needed)", host,
+                  f"install it for {backend} (what else it needs: docs/install.md)", host,
                   command=install_command(option))
         )  # fmt: skip
     elif makers and not gpus:
@@ -193,12 +214,6 @@ def _llama(host: str, node: Node, build: LlamaBuild) -> list[Finding]:
         )  # fmt: skip
     elif gpus:
         findings.append(ok("GPU build", listed(f"{device.name}: {device.description}" for device in gpus), host))
-        if "NVIDIA" in makers and not any(name.startswith("CUDA") for name in kinds):
-            findings.append(
-                warning("GPU build", f"NVIDIA GPUs, used through {', '.join(kinds)}: ranks are pinned with "
-                        "CUDA_VISIBLE_DEVICES, which such a build does not read",
-                        "install it for CUDA", host, command=install_command("GGML_CUDA"))
-            )  # fmt: skip
     else:
         findings.append(
             ok(
@@ -259,9 +274,9 @@ def _placed(
     if len(placements) > len(shown):
         findings.append(ok(f"other {what}s", f"{len(placements) - len(shown)} more are placed likewise"))
     for note in notes:
-        idle = "given to no rank" in note or "oversubscribed" in note or "could not" in note
+        idle = any(word in note for word in ("given to no rank", "oversubscribed", "could not", "not parted"))
         remedy = "start as many worker ranks as there are GPUs" if "given to no rank" in note else (
-            "start fewer ranks there" if "oversubscribed" in note else "see above: why GPUs cannot be asked for"
+            "start fewer ranks there" if "oversubscribed" in note or "not parted" in note else "see above: why GPUs cannot be asked for"
         )  # fmt: skip
         findings.append(warning("placement", note, remedy) if idle else ok("placement", note))
     return findings

@@ -155,7 +155,7 @@ def _transports(facts: MpiFacts, environ: Mapping[str, str]) -> list[Finding]:
         return [ok("transports in use", "not told: this system does not show what a process holds open")]
     carriers = [f"{kind} ({listed(traffic.devices[kind], 2)})" for kind in traffic.devices]
     if traffic.shared:
-        carriers.append(f"shared memory ({len(traffic.shared)} segments mapped)")
+        carriers.append(f"shared memory ({len(traffic.shared)} mapped)")
     if traffic.tcp_peers:
         carriers.append(f"TCP to {listed(traffic.tcp_peers, 3)}")
     loaded = [f"{name}{_set(environ, variable)}" for name, variable in LAYERS.items() if name in traffic.libraries]

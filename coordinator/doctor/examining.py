@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 
 from coordinator.doctor.about_files import about_files, about_model
-from coordinator.doctor.about_gpus import about_gpus, about_llama, about_pinning
+from coordinator.doctor.about_gpus import about_devices, about_gpus, about_llama, about_pinning
 from coordinator.doctor.about_mpi import MpiFacts, about_mpi
 from coordinator.doctor.about_network import LinkFacts, Together, about_clocks, about_network, about_versions
 from coordinator.doctor.about_processors import about_environment, about_limits, about_processors
@@ -136,7 +136,7 @@ def judge(examined: Examined, timeout_s: float, *, alone: bool) -> Report:
         "clocks": about_clocks(examined.links),
         "versions": about_versions({rank: one.versions for rank, one in facts.items()}, hosts),
         "GPUs": about_gpus(nodes, reasons),
-        "llama.cpp": about_llama(nodes),
+        "llama.cpp": [*about_llama(nodes), *about_devices(facts)],
         "placement": [] if examined.mpi.singleton else about_pinning(facts, alone=alone),
         "processors": about_processors(facts),
         "files": about_files(nodes),

@@ -85,6 +85,10 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True, tag="facts"):
     pid: int
     host: Host
     gpu_reason: str = ""
+    backend: str = ""
+    """Whose devices the `host`'s are: 'CUDA', 'ROCm', …; 'CPU' for a build without any."""
+    mask_variables: tuple[str, ...] = ()
+    """What hides devices from it."""
     python: str = ""
     versions: dict[str, str] = {}
     bound_cpus: int = 0

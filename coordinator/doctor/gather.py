@@ -11,20 +11,22 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from coordinator.config import package_versions
 from coordinator.doctor.about_files import RUN_DIR, STAGING, STORE
 from coordinator.doctor.facts import ENVIRONMENT, Facts, Limits, ModelFile, Node, Place
 from coordinator.doctor.probe_files import look_at
 from coordinator.modelnames import find_model
+from scheduling.backends import CPU
 from scheduling.errors import UserError
 from scheduling.messages import Host
 from storage.gguf import check_gguf, fingerprint
 from storage.modelstore import default_root
 from storage.stagedir import candidates
+from workers.devices import look
 from workers.gpudetails import Survey, survey
-from workers.gpus import GpuInventory, inventory, load_nvml
+from workers.gpus import GpuInventory, load_nvml
 from workers.hosts import describe_host
 from workers.llama_build import LlamaBuild, ask_build
 from workers.supervisor import engine_environment
@@ -74,20 +76,27 @@ def gather(rank: int, options: Options, environ: Mapping[str, str] = os.environ)
     """This rank's facts; those of its node too if it is the first one there."""
     unanswered: dict[str, str] = {}
 
-    def wait(name: str, probe: Probe[T], otherwise: T) -> T:
+    def wait(name: str, probe: Probe[Any], otherwise: Any) -> Any:
         found, why = probe.result(otherwise, options.patience_s)
         if why:
             unanswered[name] = why
         return found
 
     nvml = load_nvml()
-    gpus = wait("GPUs", Probe(lambda: inventory(environ, nvml=nvml)), GpuInventory(False, "NVML does not answer", ()))
-    host = describe_host(environ, gpus=gpus)
+    seen = wait("GPUs", Probe(lambda: look(environ, nvml=nvml)), None)
+    if seen is None:
+        host, backend, variables, reason = describe_host(environ, gpus=GpuInventory(False, "", ())), "", (), ""
+    else:
+        backends = tuple(one.name for one in seen.build.backends if one != CPU)
+        gpus = GpuInventory(seen.known, seen.reason, seen.gpus)
+        host = describe_host(environ, gpus=gpus, backends=backends)
+        backend, variables, reason = seen.backend.title, seen.backend.variables, seen.reason
     name = options.model
     model = None if name is None else Probe(lambda: look_at_model(name, environ))
     node = _node(nvml, host, options, environ, wait) if not host.local_rank else None
     return Facts(
-        rank=rank, pid=os.getpid(), host=host, gpu_reason=gpus.reason, python=platform.python_version(),
+        rank=rank, pid=os.getpid(), host=host, gpu_reason=reason, backend=backend,
+        mask_variables=variables, python=platform.python_version(),
         versions={"python": platform.python_version(), **package_versions()}, bound_cpus=_bound(),
         environ={name: value for name, value in environ.items() if name.startswith(ENVIRONMENT)},
         model=None if model is None else wait("model", model, ModelFile(problem="it could not be read in time")),
@@ -97,17 +106,17 @@ def gather(rank: int, options: Options, environ: Mapping[str, str] = os.environ)
 
 def _node(
     nvml: object, host: Host, options: Options, environ: Mapping[str, str],
-    wait: Callable[[str, Probe[T], T], T],
+    wait: Callable[[str, Probe[Any], Any], Any],
 ) -> Node:  # fmt: skip
     """The first rank of a host looks for all."""
     seen = Probe(lambda: survey(nvml))
     build = Probe(lambda: ask_build(engine_environment(environ, {}), options.patience_s))
     places = [(use, path, Probe(lambda use=use, path=path: _look(use, path, options)))  # type: ignore[misc]
               for use, path in _places(options, environ)]  # fmt: skip
-    found: Survey = wait("GPU details", seen, Survey())  # type: ignore[arg-type, assignment]
-    told: LlamaBuild = wait("llama.cpp", build, LlamaBuild(problem="it did not load in time"))  # type: ignore[arg-type, assignment]
+    found: Survey = wait("GPU details", seen, Survey())
+    told: LlamaBuild = wait("llama.cpp", build, LlamaBuild(problem="it did not load in time"))
     looked: list[Place] = [
-        wait(use, probe, Place(use=use, path=str(path), problem=f"no answer within {options.patience_s:.0f} s"))  # type: ignore[arg-type, misc]
+        wait(use, probe, Place(use=use, path=str(path), problem=f"no answer within {options.patience_s:.0f} s"))
         for use, path, probe in places
     ]
     return Node(

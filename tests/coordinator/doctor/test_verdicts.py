@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import pytest
 
 from coordinator.doctor.about_files import RUN_DIR, STAGING, STORE, about_files, about_model
-from coordinator.doctor.about_gpus import about_gpus, about_llama, about_pinning
+from coordinator.doctor.about_gpus import about_devices, about_gpus, about_llama, about_pinning
 from coordinator.doctor.about_mpi import MpiFacts, Traffic, about_mpi
 from coordinator.doctor.about_network import LinkFacts, Together, about_clocks, about_network, about_versions
 from coordinator.doctor.about_processors import about_environment, about_limits, about_processors
@@ -160,6 +161,20 @@ def rank(number: int, *seen: str, host: str = "n1", known: bool = True) -> Facts
     return Facts(rank=number, pid=1, host=about)
 
 
+def devices(backend: str, *variables: str, known: bool = True, mask: tuple[str, str] | None = None) -> list[Finding]:
+    one = rank(1, "GPU-a", known=known)
+    about = msgspec.structs.replace(one.host, mask=mask)
+    return about_devices({1: msgspec.structs.replace(one, host=about, backend=backend, mask_variables=variables)})
+
+
+def metal() -> Facts:
+    about = Host(hostname="n1", gpus=(SHARED,), gpus_known=False, backends=("metal",), cpus=(0, 1))
+    return Facts(rank=0, pid=1, host=about)
+
+
+SHARED = Gpu(uuid="all-metal", name="all that Metal sees (no list)", index=0, mask_entry=None)
+
+
 def pinned(*ranks: Facts, alone: bool = False) -> list[Finding]:
     return about_pinning({one.rank: one for one in ranks}, alone=alone)
 
@@ -189,25 +204,31 @@ GPU_CASES = [
     Case("CUDA", llama(WITH_GPU, "CUDA", devices=(CUDA0,)), "GPU build", "ok", ("CUDA0: NVIDIA H200",)),
     Case("built for", llama(WITH_GPU, "CUDA", devices=(CUDA0,)), "llama.cpp", "ok", ("CUDA, CPU", "0.3.36")),
     Case("CPU-only", llama(WITH_GPU), "GPU build", "error",
-         ("GPU present", "CPU-only build",
-              'CMAKE_ARGS="-DGGML_CUDA=on" python -m pip install --force-reinstall --no-deps '
-          "--no-cache-dir 'llama-cpp-python>=0.3.36,<0.4'")),
-    Case("CPU-only, AMD", llama({"other_gpus": ("AMD",)}), "GPU build", "error", ("-DGGML_HIP=on",)),
-    Case("CPU-only, Intel", llama({"other_gpus": ("Intel",)}), "GPU build", "error", ("-DGGML_SYCL=on",)),
+         ("GPU present", "CPU-only build", "CMAKE_ARGS=-DGGML_CUDA=ON python -m pip install --force-reinstall "
+          "--no-deps --no-cache-dir --no-binary llama-cpp-python 'llama-cpp-python>=0.3.36,<0.4'", "docs/install.md")),
+    Case("CPU-only, AMD", llama({"other_gpus": ("AMD",)}), "GPU build", "error", ("-DGGML_HIP=ON",)),
+    Case("CPU-only, Intel", llama({"other_gpus": ("Intel",)}), "GPU build", "error", ("-DGGML_SYCL=ON",)),
     Case("sees none", llama(WITH_GPU, "CUDA"), "GPU build", "error", ("sees no device", "driver is older")),
-    Case("other maker", llama(WITH_GPU, "ROCm"), "GPU build", "error", ("-DGGML_CUDA=on",)),
-    Case("Vulkan", llama(WITH_GPU, "Vulkan", devices=(VULKAN0,)), "GPU build", "warning", ("CUDA_VISIBLE_DEVICES",)),
+    Case("other maker", llama(WITH_GPU, "ROCm"), "GPU build", "error", ("-DGGML_CUDA=ON",)),
+    Case("Vulkan", llama(WITH_GPU, "Vulkan", devices=(VULKAN0,)), "GPU build", "ok", ("Vulkan0",)),
+    Case("devices", devices("CUDA", "CUDA_VISIBLE_DEVICES"), "devices", "ok",
+         ("CUDA: 1 (NVIDIA H200)", "hidden by CUDA_")),
+    Case("masked", devices("ROCm", "ROCR_VISIBLE_DEVICES", mask=("ROCR_VISIBLE_DEVICES", "0")), "devices", "ok",
+         ("ROCR_VISIBLE_DEVICES=0 is set",)),
+    Case("no list", devices("Metal", known=False), "devices", "ok", ("not told", "nothing hides")),
+    Case("CPU build", devices("CPU"), "devices", "ok", ("needs none",)),
     Case("no GPU", llama({}), "GPU build", "ok", ("none needed",)),
     Case("not loadable", llama({}, problem="libcuda.so.1: cannot open"), "llama.cpp", "error", ("libcuda.so.1",
          "pip install")),
     Case("features", llama({}, features=("SSE3", "AVX2")), "CPU features", "ok", ("AVX2",)),
-    Case("no AVX2", llama({}, features=("SSE3", "AVX")), "CPU features", "warning", ("-DGGML_NATIVE=on",)),
+    Case("no AVX2", llama({}, features=("SSE3", "AVX")), "CPU features", "warning", ("-DGGML_NATIVE=ON",)),
     Case("ARM", llama({}, features=("NEON", "DOTPROD")), "CPU features", "ok", ("NEON",)),
     Case("pinned", pinned(rank(0, "GPU-a"), rank(1, "GPU-a")), "rank 1", "ok", ("CUDA_VISIBLE_DEVICES=GPU-a",)),
     Case("rank 0", pinned(rank(0), rank(1)), "rank 0", "ok", ("no engine",)),
     Case("alone", pinned(rank(0, "GPU-a", "GPU-b"), alone=True), "worker 1", "ok", ("GPU-b",)),
     Case("idle GPU", pinned(rank(0), rank(1, "GPU-a", "GPU-b")), "placement", "warning", ("given to no rank",
          "as many")),
+    Case("not parted", about_pinning({0: metal()}, alone=True), "worker 0", "ok", ("all that Metal sees",)),
     Case("refused", pinned(rank(0), rank(1, "GPU-a"), rank(2, "GPU-a")), "placement", "error", ("--ranks-per-gpu",)),
     Case("too many", pinned(rank(0), *(rank(k) for k in range(1, 7))), "placement", "warning", ("oversubscribed",
          "fewer")),
