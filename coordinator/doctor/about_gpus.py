@@ -18,6 +18,13 @@ OLDEST_FOR_CUDA_13 = (7, 5)
 REQUIREMENT = "llama-cpp-python>=0.3.36,<0.4"
 BUILDS = {"NVIDIA": ("CUDA", "GGML_CUDA"), "AMD": ("ROCm", "GGML_HIP"), "Intel": ("SYCL", "GGML_SYCL")}
 """By maker: the backend that uses its GPUs, and the option that builds it."""
+REMEDIES = {
+    "given to no rank": "start as many worker ranks as there are GPUs",
+    "oversubscribed": "start fewer ranks there",
+    "not parted": "start one worker rank there",
+    "could not": "see above: why GPUs cannot be asked for",
+}
+"""What to do about a note on the placement, by words of it. Other notes only tell."""
 GPU_BACKENDS = ("CUDA", "ROCm", "Vulkan", "SYCL", "Metal", "MTL", "OpenCL", "MUSA", "CANN")
 
 
@@ -274,9 +281,6 @@ def _placed(
     if len(placements) > len(shown):
         findings.append(ok(f"other {what}s", f"{len(placements) - len(shown)} more are placed likewise"))
     for note in notes:
-        idle = any(word in note for word in ("given to no rank", "oversubscribed", "could not", "not parted"))
-        remedy = "start as many worker ranks as there are GPUs" if "given to no rank" in note else (
-            "start fewer ranks there" if "oversubscribed" in note or "not parted" in note else "see above: why GPUs cannot be asked for"
-        )  # fmt: skip
-        findings.append(warning("placement", note, remedy) if idle else ok("placement", note))
+        remedy = next((remedy for words, remedy in REMEDIES.items() if words in note), "")
+        findings.append(warning("placement", note, remedy) if remedy else ok("placement", note))
     return findings

@@ -74,7 +74,7 @@ def _print_summary(console: Console, report: Report, hosts: set[str], plain: boo
         console.print(Padding(Text(_plain(f"→ {finding.remedy}", plain)), (0, 0, 0, 2)))
         if finding.command:
             # Never broken, so that it can be copied.
-            console.print(Text(f"    {finding.command}", style="cyan"), soft_wrap=True)
+            console.print(Text(_plain(f"    {finding.command}", plain), style="cyan"), soft_wrap=True)
 
 
 def _mark(level: Level, plain: bool) -> Text:
@@ -83,4 +83,4 @@ def _mark(level: Level, plain: bool) -> Text:
 
 
 def _plain(text: str, plain: bool) -> str:
-    return text.translate(ASCII) if plain else text
+    return text.translate(ASCII).encode("ascii", "replace").decode() if plain else text

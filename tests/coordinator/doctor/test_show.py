@@ -45,7 +45,7 @@ def test_every_level_has_a_word_and_errors_come_first_at_the_end(width: int) -> 
 
 
 def test_a_terminal_that_knows_ascii_alone_can_show_it() -> None:
-    report = Report({"MPI": (FINE, error("a", "b", "c"))})
+    report = Report({"MPI": (FINE, error("a", "/é: b", "c", command="sbatch …"))})
     assert "x error" in shown(report, 80, "ascii")
 
 
