@@ -23,7 +23,10 @@ def doctor(
         bool, typer.Option("--quick", help="Leave out how fast file systems are, and large messages.")
     ] = False,
     timeout: Annotated[
-        float, typer.Option(min=1.0, help="Seconds that a rank may take to answer, and each thing that it asks.")
+        float,
+        typer.Option(
+            min=1.0, help="Seconds that a rank may take to answer; a third of it for each thing that it asks."
+        ),
     ] = 60.0,
     as_json: AsJson = False,
 ) -> None:
@@ -34,5 +37,5 @@ def doctor(
     from coordinator.doctor.examining import run_doctor
     from coordinator.doctor.gather import Options
 
-    options = Options(model=model, run_dir=run_dir, stage_dir=stage_dir, quick=quick, patience_s=timeout / 2)
+    options = Options(model=model, run_dir=run_dir, stage_dir=stage_dir, quick=quick, patience_s=timeout / 3)
     raise typer.Exit(run_doctor(options, timeout_s=timeout, as_json=as_json))

@@ -8,6 +8,7 @@ import platform
 import resource
 import shutil
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,7 @@ class Probe(threading.Thread, Generic[T]):
         self._look = look
         self._found: list[T] = []
         self._error = ""
+        self._began_s = time.monotonic()
         self.start()
 
     def run(self) -> None:
@@ -65,8 +67,8 @@ class Probe(threading.Thread, Generic[T]):
             self._error = f"{type(error).__name__}: {error}"
 
     def result(self, otherwise: T, patience_s: float) -> tuple[T, str]:
-        """What was found, and why not."""
-        self.join(patience_s)
+        """What was found, and why not. The patience is from the probe's start: those that hang, hang together."""
+        self.join(max(0.0, self._began_s + patience_s - time.monotonic()))
         if self._found:
             return self._found[0], ""
         return otherwise, self._error or f"no answer within {patience_s:.0f} s"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.workers.fake_nvml import FakeGpu, FakeNvml
-from workers.gpudetails import survey
+from workers.gpudetails import COMPUTE_MODES, NVLINKS_MAX, SLOWED, survey
 
 
 class Telling(FakeNvml):
@@ -44,6 +44,26 @@ class Telling(FakeNvml):
 
     def nvmlDeviceGetComputeMode(self, gpu: FakeGpu) -> int:  # noqa: N802
         return 3
+
+
+def test_numbers_are_those_of_nvml() -> None:
+    pynvml: Any = pytest.importorskip("pynvml")
+    assert {pynvml.NVML_COMPUTEMODE_DEFAULT: "default", pynvml.NVML_COMPUTEMODE_PROHIBITED: "prohibited",
+            pynvml.NVML_COMPUTEMODE_EXCLUSIVE_PROCESS: "exclusive process",
+            pynvml.NVML_COMPUTEMODE_EXCLUSIVE_THREAD: "exclusive thread"} == COMPUTE_MODES  # fmt: skip
+    assert set(SLOWED) == {
+        pynvml.nvmlClocksThrottleReasonHwSlowdown, pynvml.nvmlClocksThrottleReasonSwThermalSlowdown,
+        pynvml.nvmlClocksThrottleReasonHwThermalSlowdown, pynvml.nvmlClocksThrottleReasonHwPowerBrakeSlowdown,
+    }  # fmt: skip
+    assert (pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, pynvml.NVML_VOLATILE_ECC) == (1, 0)
+    assert (pynvml.NVML_P2P_CAPS_INDEX_NVLINK, pynvml.NVML_P2P_STATUS_OK) == (2, 0)  # of READ it makes a tuple
+    assert pynvml.NVML_PAGE_RETIREMENT_CAUSE_DOUBLE_BIT_ECC_ERROR == 1
+    assert pynvml.NVML_NVLINK_MAX_LINKS == NVLINKS_MAX
+    for name in ("nvmlSystemGetDriverVersion", "nvmlSystemGetCudaDriverVersion", "nvmlDeviceGetRemappedRows",
+                 "nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetNvLinkState", "nvmlDeviceGetP2PStatus",
+                 "nvmlDeviceGetTotalEccErrors", "nvmlDeviceGetRetiredPages", "nvmlDeviceGetRetiredPagesPendingStatus",
+                 "nvmlDeviceGetCurrentClocksThrottleReasons", "nvmlDeviceGetComputeMode"):  # fmt: skip
+        assert callable(getattr(pynvml, name)), name
 
 
 def two(**more: Any) -> list[FakeGpu]:

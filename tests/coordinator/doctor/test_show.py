@@ -22,7 +22,7 @@ def shown(report: Report, width: int, encoding: str = "utf-8") -> str:
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     print_to(Console(file=stream, width=width, force_terminal=False, highlight=False), report)
     stream.flush()
-    return stream.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined, no-any-return]
+    return stream.buffer.getvalue().decode(encoding)
 
 
 def test_exit_codes() -> None:
