@@ -1,8 +1,9 @@
-"""Device lists as drivers and kernels print them, cut down to what is read, and machines made of them.
+"""Device lists in the form in which drivers and kernels print them, cut down to what is read.
 
-The shapes and values are those of lists that people have published: the kernel's kfd_topology.c and issues of ROCm for
-the topology (MI300X, Radeon RX 6800 XT beside the graphics of a Ryzen); Vulkan-Tools' `vulkaninfo --summary` of a
-laptop and of a machine with two drivers; `sycl-ls` from SYCL.md of llama.cpp and Intel's guide for the Max series.
+Forms and most values are those of lists that people have published, the machines are put together from them: issues of
+ROCm and LocalAI for the topology (MI300X; a Radeon RX 6800 beside the graphics of a Ryzen); `vulkaninfo --summary` of
+laptops in issues of Vulkan-Tools and elsewhere, ggml-vulkan.cpp for two drivers of one GPU; `sycl-ls` from SYCL.md of
+llama.cpp and Intel's guides for the Max series. None was taken on a machine of ours.
 """
 
 from __future__ import annotations

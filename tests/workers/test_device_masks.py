@@ -106,8 +106,16 @@ def test_a_gpu_without_a_uuid_of_its_own_is_named_by_index(
     assert rocm.inventory({"ROCR_VISIBLE_DEVICES": "1"}, tmp_path).gpus == found[1:]
 
 
-def test_a_machine_without_amds_driver_is_missing_not_none(tmp_path: Path) -> None:
-    found = rocm.inventory({}, tmp_path)
+def test_a_machine_without_amds_driver_has_no_gpus_and_says_why(tmp_path: Path) -> None:
+    found = rocm.inventory({}, tmp_path / "sys")
+    assert (found.known, found.gpus) == (True, ())
+    assert "amdgpu" in found.reason
+
+
+def test_where_rocm_goes_another_way_its_gpus_are_missing_not_none(tmp_path: Path) -> None:
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/dxg").touch()
+    found = rocm.inventory({}, tmp_path / "sys")
     assert (found.known, found.gpus) == (False, ())
     assert os.strerror(2) in found.reason
 

@@ -118,6 +118,8 @@ def test_drivers_programs_are_asked(name: str, text: str, names: list[str], tmp_
     ],
 )
 def test_without_a_list_one_stands_for_all_and_says_why(backend: object, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/dxg").touch()
     found = look({}, build=_build(backend.name), root=tmp_path, ask=_missing)  # type: ignore[attr-defined]
     assert not found.known
     (gpu,) = found.gpus

@@ -32,6 +32,9 @@ def inventory(environ: Mapping[str, str], sysfs: Path = Path("/sys")) -> GpuInve
     try:
         folders = sorted((path for path in nodes.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
     except OSError as error:
+        # ROCm reaches GPUs through this driver alone, except under WSL.
+        if isinstance(error, FileNotFoundError) and not (sysfs.parent / "dev/dxg").exists():
+            return GpuInventory(True, f"there is no {nodes}: no AMD GPU, or its driver (amdgpu) is not loaded", ())
         return GpuInventory(False, f"{nodes} cannot be read: {error.strerror}", ())
     found = [gpu for folder in folders if (gpu := _gpu(folder, sysfs)) is not None]
     gpus, remark = visible(name_each(found), environ)
