@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import psutil
 
-NVLINKS_MAX = 18
+NVLINKS_MAX = 36
 COMPUTE_MODES = {0: "default", 1: "exclusive thread", 2: "prohibited", 3: "exclusive process"}
 SLOWED = {0x08: "hardware slowdown", 0x20: "thermal (software)", 0x40: "thermal (hardware)", 0x80: "power brake"}
 """Of NVML's reasons for lower clocks, those that tell of trouble. A power cap (0x04) is normal under load."""

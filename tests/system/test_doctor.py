@@ -63,7 +63,7 @@ def test_three_ranks_tell_what_a_run_would_find(mpirun: Launcher, tmp_path: Path
 
 
 def test_a_rank_that_says_nothing_is_reported_in_time(mpirun: Launcher) -> None:
-    options = ("doctor", "--json", "--quick", "--timeout", 20)
+    options = ("doctor", "--json", "--quick", "--timeout", 6)
     done = mpirun(3, *options, program=("-c", STOPPED))
     assert done.rc != 0, done.output
     said = finding(told(done.stdout), "MPI", "answers")
