@@ -13,6 +13,14 @@ LOCKED_BYTES_MIN = 64 << 20
 SHM_BYTES_MIN = 256 << 20
 """Docker gives 64 MiB, which shared-memory transports of MPI can exhaust."""
 
+HIDING = {
+    "CUDA_VISIBLE_DEVICES": ("", "-1"),
+    "ROCR_VISIBLE_DEVICES": ("", "-1"),
+    "HIP_VISIBLE_DEVICES": ("-1",),
+    "GGML_VK_VISIBLE_DEVICES": ("",),
+}
+"""Values that hide all devices; an empty HIP_VISIBLE_DEVICES counts as not set."""
+
 
 def about_processors(facts: Mapping[int, Facts]) -> list[Finding]:
     """One finding a host: what its ranks may use there."""
@@ -96,7 +104,7 @@ def about_environment(facts: Mapping[int, Facts], nodes: Mapping[str, Node]) -> 
     findings: list[Finding] = []
     for one in facts.values():
         node = nodes.get(one.host.hostname)
-        findings += _variables(one, has_gpus=bool(node and (node.gpus or node.nvidia_devices)))
+        findings += _variables(one, has_gpus=node is not None and _has_gpus(node))
     for host, node in nodes.items():
         if node.limits is not None and not node.limits.home_writable:
             findings.append(
@@ -109,16 +117,20 @@ def about_environment(facts: Mapping[int, Facts], nodes: Mapping[str, Node]) -> 
     return findings or [ok("environment", "no variable that gets in the way; home can be written")]
 
 
+def _has_gpus(node: Node) -> bool:
+    return bool(node.gpus or node.nvidia_devices or node.other_gpus)
+
+
 def _variables(one: Facts, *, has_gpus: bool) -> list[Finding]:
     environ, host = one.environ, one.host.hostname
     findings = []
-    mask = environ.get("CUDA_VISIBLE_DEVICES")
-    if mask is not None and mask.strip() in ("", "-1") and has_gpus:
-        findings.append(
-            error("CUDA_VISIBLE_DEVICES", f"it is {mask.strip() or 'empty'}: all GPUs of this host are hidden",
-                  "unset it, or ask the scheduler for GPUs (srun --gpus-per-task=1)", host,
-                  command="unset CUDA_VISIBLE_DEVICES")
-        )  # fmt: skip
+    for name in one.mask_variables or ("CUDA_VISIBLE_DEVICES",):
+        mask = environ.get(name, "unset").strip()
+        if has_gpus and mask in HIDING.get(name, ()):
+            findings.append(
+                error(name, f"it is {mask or 'empty'}: all GPUs of this host are hidden",
+                      "unset it, or ask the scheduler for GPUs (srun --gpus-per-task=1)", host, command=f"unset {name}")
+            )  # fmt: skip
     if "OMP_NUM_THREADS" in environ:
         value = environ["OMP_NUM_THREADS"]
         findings.append(

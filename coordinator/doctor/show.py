@@ -18,7 +18,7 @@ MARKS: dict[Level, tuple[str, str]] = {
     "error": ("✗ error", "bold red"),
 }
 ASCII = str.maketrans({"✓": "+", "✗": "x", "→": ">", "…": ".", "±": "~"})
-CHECK_COLUMNS, CHECK_COLUMNS_NARROW = 24, 16
+CHECK_COLUMNS, CHECK_COLUMNS_NARROW = 24, 20
 
 
 def print_report(report: Report, stream: IO[str]) -> None:

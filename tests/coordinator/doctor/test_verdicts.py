@@ -284,6 +284,12 @@ def variables(environ: dict[str, str], **node: object) -> list[Finding]:
     return about_environment({0: Facts(rank=0, pid=1, host=about, environ=environ)}, {"n1": Node(**node)})  # type: ignore[arg-type]
 
 
+def hidden(variable: str, value: str) -> list[Finding]:
+    masks = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+    one = Facts(rank=0, pid=1, host=Host(hostname="n1"), environ={variable: value}, mask_variables=masks)
+    return about_environment({0: one}, {"n1": Node(other_gpus=("AMD",))})
+
+
 def processors(count: int, **told: object) -> list[Finding]:
     about = Host(hostname="n1", cpus=(0, 1), numa_cpus={0: (0, 1)}, **told)  # type: ignore[arg-type]
     return about_processors({k: Facts(rank=k, pid=1, host=about, bound_cpus=1) for k in range(count)})
@@ -312,6 +318,8 @@ SYSTEM_CASES = [
     Case("clean", variables({}), "environment", "ok"),
     Case("hidden GPUs", variables({"CUDA_VISIBLE_DEVICES": ""}, gpus=(gpu(),)), "CUDA_VISIBLE_DEVICES", "error",
          ("empty", "unset CUDA_VISIBLE_DEVICES")),
+    Case("hidden from ROCm", hidden("ROCR_VISIBLE_DEVICES", "-1"), "ROCR_VISIBLE_DEVICES", "error", ("unset ROCR",)),
+    Case("HIP's empty one", hidden("HIP_VISIBLE_DEVICES", ""), "environment", "ok"),
     Case("nothing hidden", variables({"CUDA_VISIBLE_DEVICES": ""}), "environment", "ok"),
     Case("OMP", variables({"OMP_NUM_THREADS": "1"}), "OMP_NUM_THREADS", "ok", ("do not go by it",)),
     Case("OMP limit", variables({"OMP_THREAD_LIMIT": "2"}), "OMP_THREAD_LIMIT", "warning", ("unset",)),
