@@ -21,6 +21,7 @@ from coordinator.engines import fitted_placements
 from coordinator.handshake import Handshake
 from coordinator.loop import Coordinator
 from coordinator.mpi import SoloCollectives
+from coordinator.relays import Trunk
 from coordinator.rundata import NO_COLLECTIVES
 from coordinator.serve import drive, turn
 from coordinator.setup import Setup, build_worker
@@ -73,7 +74,11 @@ class Session:
         self._routes: dict[int, Endpoint] = {}
         remote = list(range(1, world.size)) if world is not None else []
         self._remote = remote
-        self._endpoint = Routed(self._routes, world.endpoint() if world is not None else None)
+        self._trunk: Trunk | None = None
+        endpoint = world.endpoint() if world is not None else None
+        if world is not None and endpoint is not None and world.leaders:
+            endpoint = self._trunk = Trunk(endpoint, world.leaders)
+        self._endpoint = Routed(self._routes, endpoint)
         self.hub = Hub(self._endpoint, remote)
         self._pids: dict[int, int] = {}
         self._unreachable: list[int] = []
@@ -121,7 +126,13 @@ class Session:
             )
             self.hub.send(worker, self._welcome(self.plan.placements[worker]))
         self.hub.flush()
-        return list(self.plan.notes)
+        return [*self.plan.notes, *self._leading()]
+
+    def _leading(self) -> list[str]:
+        leaders = set() if self.world is None else set(self.world.leaders.values())
+        if not leaders:
+            return []
+        return [f"{len(leaders)} leaders carry messages between rank 0 and {len(self._remote)} workers"]
 
     def _place(self) -> Plan:
         config = self.setup.config
@@ -338,6 +349,9 @@ class Session:
         return code
 
     def _flush_all(self) -> None:
+        """Send the last words."""
+        if self._trunk is not None:
+            self._trunk.go_direct()
         self.hub.flush()
         deadline = self._clock() + min(CLOSE_S, 2 * self.engine_end_s)
         while self._endpoint.unsent_bytes() and self._clock() < deadline:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from coordinator.doctor.findings import Finding, ok, time_text, warning
-from coordinator.progress import duration
+from coordinator.durations import duration
 
 SOON_S = 600.0
 

@@ -161,6 +161,7 @@ class Rank0:
         """None: no answer by then."""
         self._number += 1
         self.endpoint.post(rank, _encode(Ping(self._number, payload)))
+        self.endpoint.flush()
         while self.clocks.monotonic() < deadline and rank not in self.endpoint.lost():
             for source, arrived in self.endpoint.receive():
                 message = _to_rank0.decode(arrived)
@@ -186,6 +187,7 @@ class Rank0:
         self._send_on()
 
     def _send_on(self, patience_s: float = 2.0) -> None:
+        self.endpoint.flush()
         deadline = self.clocks.monotonic() + patience_s
         while self.endpoint.unsent_bytes() and self.clocks.monotonic() < deadline:
             self.clocks.pause(0.001)
@@ -233,6 +235,7 @@ def answer(endpoint: Endpoint, facts: Facts, collectives: Callable[[], All], clo
     """
     clocks = clocks or Clocks()
     endpoint.post(0, _encode(facts))
+    endpoint.flush()
     heard, idle_s = clocks.monotonic(), 0.0
     while clocks.monotonic() - heard < ORPHANED_S and 0 not in endpoint.lost():
         arrived = endpoint.receive()
@@ -244,6 +247,7 @@ def answer(endpoint: Endpoint, facts: Facts, collectives: Callable[[], All], clo
             if isinstance(message, Ping):
                 digest = _digest(message.payload) if len(message.payload) > 8 else ""
                 endpoint.post(0, _encode(Pong(message.number, message.payload, digest, clocks.wall())))
+                endpoint.flush()
             else:
                 measure_together(collectives(), message.large_bytes, clocks)
         if not arrived:

@@ -39,6 +39,8 @@ class End:
     def post(self, address: int, payload: bytes) -> None:
         self.wire.boxes[address].put((self.rank, self.wire.change(self.rank, payload)))
 
+    def flush(self) -> None: ...
+
     def receive(self) -> list[tuple[int, bytes]]:
         box = self.wire.boxes[self.rank]
         return [box.get_nowait()] if not box.empty() else []
