@@ -111,6 +111,8 @@ def _memory(host: str, name: str, gpu: GpuDetails) -> Finding:
     if gpu.memory_bytes is not None and gpu.free_bytes is not None:
         memory = f"{size_text(gpu.free_bytes)} of {size_text(gpu.memory_bytes)} free"
     ecc = "ECC errors not told" if gpu.ecc_uncorrected is None else f"{gpu.ecc_uncorrected} uncorrected ECC errors"
+    retired = "not told" if gpu.retired_pages is None else gpu.retired_pages
+    ecc += f", damaged rows or pages retired: {retired}"
     place = [f"NUMA node {gpu.numa_node}"] if gpu.numa_node is not None else ["NUMA node not told"]
     place += [f"near processors {gpu.near_cpus}"] if gpu.near_cpus else []
     said = f"{gpu.name} {gpu.uuid}, {memory}, {', '.join(place)}, {ecc}{', cut into MIG devices' if gpu.mig else ''}"

@@ -186,6 +186,8 @@ GPU_CASES = [
     Case("driver", gpus(gpu()), "driver", "ok", ("580.1", "CUDA up to 13.0")),
     Case("a GPU", gpus(gpu()), "GPU 0", "ok", ("GPU-a", "139 GiB of 140 GiB free", "NUMA node 1", "32-63",
          "nobody else")),
+    Case("retired", gpus(gpu(retired_pages=2)), "GPU 0", "ok", ("retired: 2",)),
+    Case("retired, not told", gpus(gpu()), "GPU 0", "ok", ("retired: not told",)),
     Case("in use", gpus(gpu(users=(User(pid=7, name="python", memory_bytes=GIB),))), "GPU 0", "warning",
          ("python (pid 7, 1 GiB)", "exclusive")),
     Case("memory taken", gpus(gpu(free_bytes=60 * GIB)), "GPU 0", "warning", ("not shown",)),
