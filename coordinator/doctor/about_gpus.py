@@ -210,8 +210,10 @@ def _llama(host: str, node: Node, build: LlamaBuild) -> list[Finding]:
     gpus = [device for device in build.devices if device.gpu]
     if makers and not kinds:
         backend, option = BUILDS[makers[0]]
+        # Others' may be the picture's alone, a part of the processor.
+        tell = error if makers[0] == "NVIDIA" else warning
         findings.append(
-            error("GPU build", f"GPU present ({', '.join(makers)}), CPU-only build: models would run on the processors",
+            tell("GPU build", f"GPU present ({', '.join(makers)}), CPU-only build: models would run on the processors",
                   f"install it for {backend} (what else it needs: docs/install.md)", host,
                   command=install_command(option))
         )  # fmt: skip
