@@ -63,6 +63,8 @@ class BatchOptions:
     show: int = 0
     quiet: bool = False
     as_json: bool = False
+    part: bool = False
+    """Of something that says itself what concerns all its runs."""
 
 
 def refuse_edited_input(output: Path, source: FileSource, disk: Disk) -> dict[str, Any]:
@@ -220,7 +222,7 @@ class Lead:
         options = self._options
         return Ending(
             self._setup, self.session, run, self._disk, self._keeper, self._around.clock, replay=options.replay,
-            show=options.show, quiet=options.quiet, as_json=options.as_json,
+            show=options.show, quiet=options.quiet, as_json=options.as_json, part=options.part,
         )  # fmt: skip
 
     # ------------------------------------------------------------ what a run is
