@@ -106,6 +106,12 @@ class GatedSource:
     def fetch(self, index: int) -> bytes | None:
         return self._source.fetch(index)
 
+    def identity(self) -> dict[str, int | str]:
+        return self._source.identity()
+
+    def close(self) -> None:
+        self._source.close()
+
 
 # ---------------------------------------------------------------- a file
 

@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -169,13 +169,13 @@ class _Scaling:
     def _identity(self, fingerprint: str, adapters: tuple[str, ...]) -> dict[str, Any]:
         """What cells must have in common: all that they are run with."""
         path = self.options.input
-        form = self.options.format or (sniff_format(path) if path.is_file() else None)
-        content = ends_identity(path, form) if path.is_file() else str(path)
+        content: Any = ends_identity(path, sniff_format(path)) if path.is_file() else str(path)
         config = msgspec.to_builtins(self.config, str_keys=True)
         for name in ("model", "service_times", "stage", "stage_dir", "precheck"):
             config.pop(name)  # what is in them counts, or that they do not change times
         return {
-            "design": self.design.identity(), "input": content, "model": fingerprint, "adapters": list(adapters),
+            "design": self.design.identity(), "input": content, "format": self.options.format,
+            "columns": asdict(self.options.columns), "model": fingerprint, "adapters": list(adapters),
             "config": config,
         }  # fmt: skip
 

@@ -66,7 +66,9 @@ def test_a_study_that_was_killed_measures_what_lacks_and_nothing_twice(mpirun: L
     check_any_reader_takes(tmp_path / "study" / "study.h5")
     with h5py.File(tmp_path / "study" / "study.h5", "r", locking=False) as file:
         assert sorted(name.decode() for name in file["cells"]["name"]) == sorted(CELLS)
-    assert (tmp_path / "study" / "scaling.png").read_bytes().startswith(b"\x89PNG")
+    picture = tmp_path / "study" / "scaling.png"
+    # The environment of one of the two MPIs may lack matplotlib: then that is said.
+    assert picture.exists() is ("no picture: that needs matplotlib" not in done.stderr)
 
 
 def test_more_workers_than_ranks_are_told_once(mpirun: Launcher, tmp_path: Path) -> None:
