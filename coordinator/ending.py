@@ -182,7 +182,8 @@ class Ending:
         if outcome == "drained":
             unfinished = coordinator.plane.totals.unfinished
             cut = f", {unfinished} that ran cut off" if unfinished else ""
-            self._say(f"drained ({reason}){cut}; the same command resumes {path}")
+            if not self._part:
+                self._say(f"drained ({reason}){cut}; the same command resumes {path}")
             return EXIT_RESUMABLE
         if outcome == "no workers":
             self._say(f"llmpi: no worker is left: {reason}. The same command resumes {path}")
