@@ -15,7 +15,7 @@ from typing import Any
 from coordinator.compressed import STDIN, stdin_for_ranks
 from coordinator.config import JobConfig
 from coordinator.hostfile import count_slots, without_hostfile
-from coordinator.launch import detect
+from coordinator.launch import Launch, detect
 from coordinator.lead import BatchOptions, Lead
 from coordinator.ownmpirun import find_mpirun, own_mpirun, run_own_mpirun
 from coordinator.ranks import open_world, serve_rank
@@ -26,7 +26,16 @@ from coordinator.setup import prepare
 from coordinator.signals import StopSignals, ignore_stop_signals
 from coordinator.staging import stage_models
 from coordinator.timekeeper import Timekeeper, age_s
-from scheduling.errors import EXIT_INFRASTRUCTURE, EXIT_OK, EXIT_USAGE, ConfigError, LlmpiError, RunDirError
+from coordinator.timelimit import requeue
+from scheduling.errors import (
+    EXIT_INFRASTRUCTURE,
+    EXIT_OK,
+    EXIT_USAGE,
+    ConfigError,
+    LlmpiError,
+    RunDirError,
+    StoppedError,
+)
 from storage.runjson import RUN_NAME
 from storage.runstatus import status as run_status
 
@@ -58,21 +67,28 @@ def run_batch(config: JobConfig, options: BatchOptions, argv: list[str]) -> int:
             environ = {**os.environ, **(stdin_for_ranks() if options.input == STDIN else {})}
             command = own_mpirun(without_hostfile(argv), ranks, os.environ, hostfile=options.hostfile)
             return settled(run_own_mpirun(command, environ, resumable=str(options.output)), options.output)
-        world = None
-    else:
-        world = open_world(launch)
+    with StopSignals() as signals:  # before MPI starts: a signal that is not listened to ends the rank
+        return _run_rank(config, options, launch, signals)
+
+
+def _run_rank(config: JobConfig, options: BatchOptions, launch: Launch, signals: StopSignals) -> int:
+    world = None if launch.launcher == "none" else open_world(launch)
     if world is not None and world.rank > 0:
         ignore_stop_signals()
         with contextlib.suppress(LlmpiError):  # rank 0 tells why, once
             staged = stage_models(config, world)
             serve_rank(prepare(config, staged), world, options.output / "logs")
         return EXIT_OK
-    with StopSignals() as signals:
-        keeper = Timekeeper(options.stopping, signals, age_s=age_s())
-        if world is not None:
-            world.goodbye_s = lambda: keeper.goodbye_s(config.lease_s + CLOSE_S)
+    keeper = Timekeeper(options.stopping, signals, age_s=age_s())
+    if world is not None:
+        world.goodbye_s = lambda: keeper.goodbye_s(config.lease_s + CLOSE_S)
+    try:
         staged = stage_models(config, world, stopped=lambda: keeper.check("the model was staged"), quiet=options.quiet)
         return Lead(prepare(config, staged), options, launch, world, staged, signals, keeper=keeper).run()
+    except StoppedError:
+        if signals.name == "SIGUSR2" and keeper.job is not None and keeper.requeues():
+            requeue(keeper.job)
+        raise
 
 
 def settled(status: int, run_dir: Path) -> int:
@@ -99,7 +115,7 @@ def replayed(
     expected = recorded.expected(names)
     changes: dict[str, Any] = {"replay": expected}
     if expected.input is not None:
-        changes |= {"input": expected.input, "format": recorded.format}
+        changes |= {"input": expected.input, "format": recorded.format, "part": recorded.part}
     if "ranks" not in names and detect(os.environ).launcher == "none":
         changes["ranks"] = recorded.ranks
     return recorded.job(config, names), replace(options, **changes)

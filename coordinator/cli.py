@@ -87,8 +87,8 @@ def _run() -> int:
     try:
         result = app(standalone_mode=False, prog_name="llmpi")
         return result if isinstance(result, int) else 0
-    except typer.Exit as leave:
-        return leave.exit_code
+    except typer.Exit as asked:
+        return asked.exit_code
     except typer.Abort:
         return 130
     except typer.TyperException as error:

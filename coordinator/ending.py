@@ -31,7 +31,7 @@ class Ending:
     def __init__(
         self, setup: Setup, session: Session, run: RunDir, disk: Disk, keeper: Timekeeper, clock: Callable[[], float],
         *, replay: Replay | None = None, show: int = 0, quiet: bool = False, as_json: bool = False,
-        part: bool = False,
+        of_study: bool = False,
     ) -> None:  # fmt: skip
         self._config = setup.config
         self._session = session
@@ -43,7 +43,7 @@ class Ending:
         self._show = show
         self._quiet = quiet
         self._as_json = as_json
-        self._part = part
+        self._of_study = of_study
 
     def finish(
         self, coordinator: Coordinator, source: Source, found: Recovery, intervals: Intervals, fsyncs: int
@@ -173,7 +173,7 @@ class Ending:
             print_report(data, sys.stdout, run.path, show=self._show)
         if compared is not None and not self._as_json:
             compared.print(sys.stdout)
-        if self._config.engine == "simulated" and (self._as_json or self._quiet) and not self._part:
+        if self._config.engine == "simulated" and (self._as_json or self._quiet) and not self._of_study:
             self._say(WARNING)
 
     def _close(self, outcome: str, reason: str, failed: int, coordinator: Coordinator) -> int:
@@ -182,7 +182,7 @@ class Ending:
         if outcome == "drained":
             unfinished = coordinator.plane.totals.unfinished
             cut = f", {unfinished} that ran cut off" if unfinished else ""
-            if not self._part:
+            if not self._of_study:
                 self._say(f"drained ({reason}){cut}; the same command resumes {path}")
             return EXIT_RESUMABLE
         if outcome == "no workers":

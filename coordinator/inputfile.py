@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from coordinator.ids import hash_id, repeated
+from coordinator.slicing.slices import WHOLE, Slice
 from scheduling.embeddings import may_embed
 from scheduling.errors import InputError, RequestError
 from scheduling.lengths import Lengths, LengthScan
@@ -179,6 +180,10 @@ def empty_input(path: Path) -> InputError:
     return InputError(f"{path} is empty: there is no request in it; write one per line")
 
 
+def empty_slice(path: Path, part: Slice, requests: int) -> InputError:
+    return InputError(f"slice {part} of {path} has no request: there are {requests} in all; cut it into fewer slices")
+
+
 def text_of(line: bytes) -> str:
     """The prompt on a line of a text file. Raises RequestError with the position of a byte that is not UTF-8."""
     try:
@@ -217,7 +222,8 @@ def same_input(one: dict[str, int | str], other: dict[str, int | str]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What the check found: all lines are requests. `offsets[i]` is where the line of request i begins."""
+    """What the check found: all lines are requests. `total` are those of the slice that was asked for; `offsets[k]` is
+    where the line of the k-th of them begins."""
 
     total: int
     lengths: Lengths | None
@@ -249,10 +255,11 @@ class Problems:
         return InputError("\n  ".join([*said, f"and {more:,} more"] if more else said))
 
 
-def look_ahead(path: Path, form: Format, defaults: Sampling, max_tokens: int) -> Lengths | None:
-    """How long the first requests of the file at `path` are; None if there are none. Bad lines are passed over."""
+def look_ahead(path: Path, form: Format, defaults: Sampling, max_tokens: int, part: Slice = WHOLE) -> Lengths | None:
+    """How long the first requests of the file at `path` are, those of one slice; None if there are none. Bad lines are
+    passed over."""
     scan = LengthScan(max_tokens)
-    lines = 0
+    lines = number = 0
     with open_input(path) as file:
         for block in line_blocks(file):
             for line in block.lines if not block.dropped else []:
@@ -260,6 +267,9 @@ def look_ahead(path: Path, form: Format, defaults: Sampling, max_tokens: int) ->
                     return scan.found(whole=False)
                 lines += 1
                 stripped = line.strip()
+                number += bool(stripped)
+                if stripped and not part.has(number - 1):
+                    continue
                 if form == "text":
                     if stripped:
                         scan.add_text(line)
@@ -270,9 +280,16 @@ def look_ahead(path: Path, form: Format, defaults: Sampling, max_tokens: int) ->
 
 
 def check_file(
-    path: Path, form: Format, defaults: Sampling, on_progress: Progress | None = None, *, max_tokens: int
+    path: Path,
+    form: Format,
+    defaults: Sampling,
+    on_progress: Progress | None = None,
+    *,
+    max_tokens: int,
+    part: Slice = WHOLE,
 ) -> Checked:
-    """Read all of the file at `path` and validate it. `max_tokens`: of a request that does not say.
+    """Read all of the file at `path` and validate it. `max_tokens`: of a request that does not say. Of a slice its own
+    lines alone are looked at.
 
     Raises InputError: no readable file, no request in it, lines that are no requests (the first five, and how
     many), a custom_id that is there twice (both line numbers).
@@ -282,7 +299,7 @@ def check_file(
     offsets = array("q")
     problems = Problems()
     scan = LengthScan(max_tokens)
-    line_number = 0
+    line_number = number = 0
     with open_input(path) as file:
         status = os.fstat(file.fileno())
         for block in line_blocks(file, on_block=whole.update):
@@ -290,7 +307,9 @@ def check_file(
             for line in block.lines:
                 line_number += 1
                 stripped = line.strip()
-                if stripped or block.dropped:
+                own = part.has(number)
+                number += bool(stripped or block.dropped)
+                if own and (stripped or block.dropped):
                     try:
                         if block.dropped:
                             raise too_long(block.dropped)
@@ -298,7 +317,7 @@ def check_file(
                             text_of(line)
                             scan.add_text(line)
                         else:
-                            request = _request(stripped, defaults, len(offsets))
+                            request = _request(stripped, defaults, number - 1)
                             scan.add(request)
                             hashes += hash_id(request.custom_id)
                     except RequestError as error:
@@ -312,8 +331,8 @@ def check_file(
     if problems.count:
         raise problems.error(path)
     if not offsets:
-        raise empty_input(path)
-    _refuse_duplicates(path, hashes, defaults)
+        raise empty_input(path) if not number else empty_slice(path, part, number)
+    _refuse_duplicates(path, hashes, defaults, part)
     # Shares the array's memory rather than copying it.
     places = np.frombuffer(offsets, np.int64)
     lengths = scan.found(whole=True)
@@ -324,7 +343,7 @@ def _request(line: bytes, defaults: Sampling, index: int) -> Request:
     return parse_request(line, defaults, default_id=default_id(index))
 
 
-def _refuse_duplicates(path: Path, hashes: bytearray, defaults: Sampling) -> None:
+def _refuse_duplicates(path: Path, hashes: bytearray, defaults: Sampling, part: Slice) -> None:
     values = np.frombuffer(hashes, np.dtype("<u8"))
     values.sort()  # in place, so that no second copy is needed; equal hashes are looked up by reading again
     twice = repeated(values)
@@ -340,8 +359,10 @@ def _refuse_duplicates(path: Path, hashes: bytearray, defaults: Sampling) -> Non
                 line_number += 1
                 if not line.strip():
                     continue
-                custom_id = _request(line.strip(), defaults, index).custom_id
                 index += 1
+                if not part.has(index - 1):
+                    continue
+                custom_id = _request(line.strip(), defaults, index - 1).custom_id
                 if hash_id(custom_id) not in suspects:
                     continue
                 first = lines_of.setdefault(custom_id, line_number)

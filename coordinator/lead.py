@@ -31,6 +31,7 @@ from coordinator.rundata import copy_rows, rank_rows
 from coordinator.session import Session
 from coordinator.setup import Setup
 from coordinator.signals import StopSignals
+from coordinator.slicing.slices import WHOLE, Slice
 from coordinator.slurmjobs.chain import NEXT, PREVIOUS
 from coordinator.source import FileSource, same_input
 from coordinator.surroundings import Surroundings
@@ -56,6 +57,8 @@ class BatchOptions:
     columns: Columns = field(default_factory=Columns)
     replay: Replay | None = None
     """What this run is to be the same as."""
+    part: Slice | None = None
+    """Which requests of the input are this job's; None: all. `output` is the slice's own."""
     ranks: int | None = None
     hostfile: Path | None = None
     """Where llmpi starts its own mpirun: on which hosts."""
@@ -63,8 +66,8 @@ class BatchOptions:
     show: int = 0
     quiet: bool = False
     as_json: bool = False
-    part: bool = False
-    """Of something that says itself what concerns all its runs."""
+    of_study: bool = False
+    """A study says itself what concerns all its runs."""
 
 
 def refuse_edited_input(output: Path, source: FileSource, disk: Disk) -> dict[str, Any]:
@@ -163,7 +166,7 @@ class Lead:
         try:
             return FileSource(
                 self._given.path, format=form, defaults=self._config.sampling, precheck=self._config.precheck,
-                on_progress=self._checking, max_tokens=self._config.max_tokens,
+                on_progress=self._checking, max_tokens=self._config.max_tokens, part=self._options.part or WHOLE,
             )  # fmt: skip
         except InputError as error:
             raise tell_row(error, self._given) from None
@@ -222,15 +225,16 @@ class Lead:
         options = self._options
         return Ending(
             self._setup, self.session, run, self._disk, self._keeper, self._around.clock, replay=options.replay,
-            show=options.show, quiet=options.quiet, as_json=options.as_json, part=options.part,
+            show=options.show, quiet=options.quiet, as_json=options.as_json, of_study=options.of_study,
         )  # fmt: skip
 
     # ------------------------------------------------------------ what a run is
 
     def _identity(self, form: Format) -> dict[str, Any]:
         made_from = {} if self._given.source is None else {"source": self._given.source}
+        part = {} if self._options.part is None else {"slice": str(self._options.part)}
         return {
-            "input": ends_identity(self._given.path, form) | made_from,
+            "input": ends_identity(self._given.path, form) | made_from | part,
             "model": self._setup.fingerprint,
             "adapters": list(self._setup.adapters),
             "options": self._config.identity(),

@@ -16,6 +16,7 @@ import msgspec
 
 from coordinator.config import JobConfig
 from coordinator.inputfile import ends_identity, same_input
+from coordinator.slicing.slices import Slice, parse_slice
 from scheduling.errors import InputError, LlmpiError, ModelFileError, RunDirError
 from scheduling.requests import Sampling
 from storage.rundir import REQUESTS_NAME
@@ -34,12 +35,12 @@ _RENAMED = {
 }  # fmt: skip
 """Options whose field of `JobConfig` has another name."""
 NOT_CONFIGURATION = frozenset(
-    ("requests", "output", "hostfile", "ranks", "drain_timeout", "time_limit", "on_limit", "input_format",
+    ("requests", "output", "part", "hostfile", "ranks", "drain_timeout", "time_limit", "on_limit", "input_format",
      "prompt_column", "template", "id_column", "show", "quiet", "as_json", "replay")
 )  # fmt: skip
 """Options of `llmpi batch` that are no part of `JobConfig`."""
 _OF_MODEL = frozenset(("model", "engine", "service_times", "time_scale", "lora"))
-_OF_INPUT = ("input_format", "prompt_column", "template", "id_column")
+_OF_INPUT = ("input_format", "prompt_column", "template", "id_column", "part")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,7 @@ class Recorded:
     ranks: int | None
     input_identity: Mapping[str, Any]
     model: tuple[str, tuple[str, ...]]
+    part: Slice | None = None
 
     def job(self, given: JobConfig, names: Set[str]) -> JobConfig:
         """The recorded configuration with the fields of `given` that the options `names` decide."""
@@ -118,7 +120,7 @@ class Recorded:
         """
         anew = "requests" in names
         if not anew and (alone := [name for name in _OF_INPUT if name in names]):
-            flag = "--format" if alone[0] == "input_format" else "--" + alone[0].replace("_", "-")
+            flag = {"input_format": "--format", "part": "--slice"}.get(alone[0], "--" + alone[0].replace("_", "-"))
             raise InputError(f"{flag} with --replay needs -i: the requests are taken as {self.run_dir} had them")
         return Replay(
             self.run_dir, None if anew else self.input, None if anew else self.input_identity,
@@ -147,6 +149,7 @@ def read_recorded(run_dir: Path) -> Recorded:
         converted = "source" in identity["input"]
         known = dict(details.get("input_identity") or {}) | dict(identity["input"])
         known.pop("source", None)
+        part = known.pop("slice", None)
         return Recorded(
             run_dir=run_dir,
             config=config,
@@ -155,6 +158,7 @@ def read_recorded(run_dir: Path) -> Recorded:
             ranks=batch["ranks"],
             input_identity=known,
             model=(identity["model"], tuple(identity.get("adapters") or ())),
+            part=None if part is None else parse_slice(part),
         )
     except (KeyError, TypeError, AttributeError, ValueError, msgspec.MsgspecError) as error:
         raise RunDirError(f"{file} cannot be used to do the run again: {_said(error)}") from None

@@ -15,12 +15,13 @@ from rich.text import Text
 from coordinator.progress import duration
 from coordinator.simulated import WARNING
 from coordinator.terminal import NARROW_COLUMNS, console_for
+from scheduling.histogram import LogHistogram
 from scheduling.recordline import decode_row
 from scheduling.vectors import from_base64
 from storage.metrics import Metrics, read_summary, read_telemetry
 from storage.recovery import RECORD_NAME, whole_lines
 from storage.rundir import METRICS_NAME
-from storage.summary import Sums
+from storage.summary import Summary, Sums
 from storage.usage import energy
 
 ANSWER_CHARACTERS = 300
@@ -45,21 +46,6 @@ def report_data(run_dir: Path, metrics: Metrics | None = None) -> dict[str, Any]
     metrics = metrics or read_summary(run_dir / METRICS_NAME)
     summary, attributes = metrics.summary, metrics.attributes
     over_s, over = _over(metrics)
-    latencies = {
-        name: {
-            f"p{round(q.q * 100)}": {"value": _number(q.value_s), "samples": q.samples, "supported": q.supported}
-            for q in summary.quantiles(name)
-        }
-        for name in ("queue_s", "ttft_s", "tpot_s", "e2e_s")
-    }
-    itl = metrics.histograms.get("itl")
-    if itl is not None:
-        latencies["itl_s"] = {
-            f"p{round(q * 100)}": {
-                "value": _number(itl.percentile(q)), "samples": itl.count, "supported": itl.count * (1 - q) >= 1,
-            }
-            for q in (0.5, 0.95, 0.99)
-        }  # fmt: skip
     return {
         "run_dir": str(run_dir),
         "requests": summary.sums.requests,
@@ -74,11 +60,30 @@ def report_data(run_dir: Path, metrics: Metrics | None = None) -> dict[str, Any]
         "output_tokens_per_s": _number(_per(over.output_tokens, over_s)),
         "prompt_tokens_per_s": _number(_per(over.prompt_tokens, over_s)),
         "requests_per_s": _number(_per(over.requests, over_s)),
-        "latencies": latencies,
+        "latencies": latencies_of(summary, metrics.histograms.get("itl")),
         "ranks": [_rank(row) for row in metrics.ranks],
         "telemetry_samples": metrics.telemetry_samples,
         "energy": _energy(run_dir, metrics) if metrics.telemetry_samples else None,
     }
+
+
+def latencies_of(summary: Summary, itl: LogHistogram | None) -> dict[str, Any]:
+    """Percentiles in seconds with their sample counts, by latency. `itl`: times between tokens."""
+    latencies: dict[str, Any] = {
+        name: {
+            f"p{round(q.q * 100)}": {"value": _number(q.value_s), "samples": q.samples, "supported": q.supported}
+            for q in summary.quantiles(name)
+        }
+        for name in ("queue_s", "ttft_s", "tpot_s", "e2e_s")
+    }
+    if itl is not None:
+        latencies["itl_s"] = {
+            f"p{round(q * 100)}": {
+                "value": _number(itl.percentile(q)), "samples": itl.count, "supported": itl.count * (1 - q) >= 1,
+            }
+            for q in (0.5, 0.95, 0.99)
+        }  # fmt: skip
+    return latencies
 
 
 def _over(metrics: Metrics) -> tuple[float, Sums]:
@@ -160,7 +165,7 @@ def print_report(data: dict[str, Any], stream: IO[str], run_dir: Path, *, show: 
         share = data["cached_tokens"] / data["prompt_tokens"]
         console.print(f"{100 * share:.0f} % of the prompts' tokens were in the cache already", soft_wrap=True)
     console.print()
-    console.print(_latency_table(data["latencies"]))
+    console.print(latency_table(data["latencies"]))
     if data["ranks"]:
         console.print()
         ranks = [rank for rank in data["ranks"] if last.get("session") in (None, rank["session"])]
@@ -273,7 +278,8 @@ def _answer_text(body: dict[str, Any]) -> str:
     return str(choice["message"]["content"] if "message" in choice else choice["text"])
 
 
-def _latency_table(latencies: dict[str, Any]) -> Table:
+def latency_table(latencies: dict[str, Any]) -> Table:
+    """Of what `latencies_of` gives."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("latency")
     for title in ("P50", "P95", "P99", "samples"):

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from coordinator.slicing.slices import slice_dirs
 from scheduling.errors import EXIT_OK, ConfigError
-from storage.runjson import read_run
+from storage.runjson import RUN_NAME, read_run
 from storage.runstatus import Status
 from storage.runstatus import status as run_status
 
@@ -44,6 +45,8 @@ def show_report(run_dirs: Sequence[Path], options: ReportOptions) -> int:
     """
     if options.html is not None and options.no_html:
         raise ConfigError("--html and --no-html exclude each other: leave out one of them")
+    if len(run_dirs) == 1 and (dirs := slice_dirs(run_dirs[0])):
+        return _report_slices(run_dirs[0], dirs, options)
     if len(run_dirs) > RUNS_MAX:
         raise ConfigError(f"{len(run_dirs)} runs are too many to read side by side: give {RUNS_MAX} at most")
     if options.show and len(run_dirs) > 1:
@@ -54,6 +57,18 @@ def show_report(run_dirs: Sequence[Path], options: ReportOptions) -> int:
     _print_tables(run_dirs, states, options)
     if options.html is not None or not (options.no_html or options.as_json):
         _write_page(run_dirs, states, options)
+    return EXIT_OK
+
+
+def _report_slices(run_dir: Path, dirs: Sequence[Path], options: ReportOptions) -> int:
+    from coordinator.slicing import whole
+
+    if options.html is not None or options.show:
+        raise ConfigError(f"--html and --show are for one run: name a slice, as {dirs[0]}")
+    for path in dirs:
+        if (path / RUN_NAME).exists():
+            _make_metrics(path, options.rebuild)
+    whole.show_report(run_dir, dirs, options.as_json)
     return EXIT_OK
 
 

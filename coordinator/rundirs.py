@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import heapq
 import os
 import sys
 import time
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
-from typing import cast
+from typing import Any, BinaryIO, cast
 
+from coordinator.slicing.slices import slice_dirs
 from scheduling.errors import EXIT_OK, ConfigError, RankLostError
+from scheduling.recordline import decode_row
 from storage.export import Form, export_table
-from storage.recovery import RECORD_NAME, export_ordered, whole_lines
+from storage.recovery import RECORD_NAME, ordered_lines, whole_lines
 from storage.rundir import METRICS_NAME, SEGMENTS_NAME
-from storage.runjson import read_run
+from storage.runjson import RUN_NAME, read_run
 from storage.runstatus import Status, is_held, request_stop
 from storage.runstatus import status as run_status
 from storage.segments import segment_files
@@ -23,21 +28,28 @@ OVERDUE_S = 60.0
 
 
 def show_status(run_dir: Path, as_json: bool) -> int:
-    """Print how far a run is; the exit code says it too (0, 1 or 3)."""
+    """Print how far a run is, or all slices of one; the exit code says it too (0, 1 or 3)."""
+    if dirs := slice_dirs(run_dir):
+        from coordinator.slicing import whole
+
+        return whole.show_status(run_dir, dirs, as_json)
     found = run_status(run_dir)
     if as_json:
         from coordinator.values import print_json
 
-        print_json(
-            {
-                "run_dir": str(run_dir), "ok": found.ok, "failed": found.failed, "done": found.done,
-                "total": found.total, "complete": found.complete, "running": found.running,
-                "sessions": found.sessions, "exit_code": found.exit_code,
-            }
-        )  # fmt: skip
+        print_json(status_data(found))
         return found.exit_code
     print(state_line(found))
     return found.exit_code
+
+
+def status_data(found: Status) -> dict[str, Any]:
+    """How far a run is, as plain data."""
+    return {
+        "run_dir": str(found.path), "ok": found.ok, "failed": found.failed, "done": found.done, "total": found.total,
+        "complete": found.complete, "running": found.running, "sessions": found.sessions,
+        "exit_code": found.exit_code,
+    }  # fmt: skip
 
 
 def state_line(found: Status) -> str:
@@ -56,6 +68,14 @@ def stop_run(run_dir: Path, wait: bool) -> int:
         RunDirError: there is no run, or no job works on it.
         RankLostError: the job has not ended long after it should have.
     """
+    if dirs := slice_dirs(run_dir):
+        from coordinator.slicing import whole
+
+        for path in whole.stop_all(run_dir, dirs):
+            print(f"asked the job on {path} to drain", flush=True)
+        while wait and any(is_held(path) for path in dirs):
+            time.sleep(POLL_S)
+        return show_status(run_dir, as_json=False) if wait else EXIT_OK
     holder = request_stop(run_dir)
     where = f" (process {holder.pid} on {holder.host})" if holder is not None else ""
     bound_s = read_run(run_dir)["details"].get("batch", {}).get("stopping", {}).get("drain_timeout_s")
@@ -85,7 +105,14 @@ def export_answers(run_dir: Path, order: str, output: Path | None, table: str | 
 
     A table that goes to a file appears there whole or not at all.
     """
-    read_run(run_dir)
+    dirs = slice_dirs(run_dir) or [run_dir]
+    begun = [path for path in dirs if path == run_dir or (path / RUN_NAME).exists()]
+    for path in begun:
+        read_run(path)
+    if len(begun) < len(dirs):
+        print(
+            f"llmpi: {len(dirs) - len(begun)} of {len(dirs)} slices have not begun: they are left out", file=sys.stderr
+        )
     if table == "parquet" and output is None and sys.stdout.isatty():
         raise ConfigError("a Parquet file is nothing for a terminal: name a file with -o")
     to = output
@@ -97,11 +124,9 @@ def export_answers(run_dir: Path, order: str, output: Path | None, table: str | 
         raise ConfigError(f"cannot write {output}: {error.strerror}") from None
     try:
         if table is not None:
-            export_table(run_dir, target, cast("Form", table), in_input_order=order == "input")
-        elif order == "input":
-            export_ordered(run_dir, target)
+            export_table(begun, target, cast("Form", table), in_input_order=order == "input")
         else:
-            target.writelines(whole_lines(run_dir / RECORD_NAME))
+            _export_lines(begun, target, in_input_order=order == "input")
         target.flush()
         if to is not None and to != output:
             os.fsync(target.fileno())
@@ -116,3 +141,13 @@ def export_answers(run_dir: Path, order: str, output: Path | None, table: str | 
         if to is not None and to != output:
             to.unlink(missing_ok=True)
     return EXIT_OK
+
+
+def _export_lines(run_dirs: Sequence[Path], out: BinaryIO, *, in_input_order: bool) -> None:
+    records = [path / RECORD_NAME for path in run_dirs]
+    if not in_input_order:
+        out.writelines(chain.from_iterable(map(whole_lines, records)))
+    elif len(records) == 1:
+        out.writelines(ordered_lines(records[0]))
+    else:
+        out.writelines(heapq.merge(*map(ordered_lines, records), key=lambda line: decode_row(line).llmpi.index))

@@ -2,14 +2,19 @@
 
 Rank 0 listens to SIGINT, SIGTERM and SIGUSR2 (what the launchers pass on differs, see docs); workers ignore them, for
 they are told by rank 0 what to do. Handlers only note what came; the loop acts on it.
+
+A scheduler that ends a job sends SIGTERM to all its processes, and launchers hand on theirs: what comes twice within
+REPEAT_S was meant once.
 """
 
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType
 
 ASKED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+REPEAT_S = 2.0
 
 
 class StopSignals:
@@ -19,6 +24,7 @@ class StopSignals:
         self.count = 0
         self.name = ""
         self._before: dict[int, object] = {}
+        self._terminated_at: float | None = None
 
     def __enter__(self) -> StopSignals:
         for number in ASKED:
@@ -30,6 +36,10 @@ class StopSignals:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGTERM:
+            before, self._terminated_at = self._terminated_at, time.monotonic()
+            if before is not None and self._terminated_at - before < REPEAT_S:
+                return
         self.count += 1
         if self.count == 1:
             self.name = signal.Signals(number).name

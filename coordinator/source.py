@@ -35,6 +35,7 @@ from coordinator.inputfile import (
     check_file,
     default_id,
     empty_input,
+    empty_slice,
     ends_identity,
     line_blocks,
     look_ahead,
@@ -43,6 +44,7 @@ from coordinator.inputfile import (
     sniff_format,
     too_long,
 )
+from coordinator.slicing.slices import WHOLE, Slice
 from scheduling.errors import InputError, RequestError
 from scheduling.requestlines import request_line, text_line
 from scheduling.requests import Request, Sampling
@@ -122,6 +124,7 @@ class FileSource:
     With `precheck` all of the file is validated first, and an InputError names what is wrong with it; then `total`
     and `fetch` are known. Without, a bad line or a second use of a custom_id fails alone when it arrives.
     `lengths`: how long the requests are, those without a limit of their own taken to have `max_tokens` of output.
+    `part`: the requests that are read; they keep the numbers that they have in the whole file.
     """
 
     def __init__(
@@ -134,16 +137,20 @@ class FileSource:
         precheck: bool = True,
         on_progress: Progress | None = None,
         max_tokens: int = 512,
+        part: Slice = WHOLE,
     ) -> None:
         self._path = path = Path(path)
+        self._part = part
         self._defaults = Sampling() if defaults is None else defaults
         self._format: Format = sniff_format(path) if format is None else format
         self._checked: Checked | None = None
         if precheck:
-            self._checked = check_file(path, self._format, self._defaults, on_progress, max_tokens=max_tokens)
+            self._checked = check_file(
+                path, self._format, self._defaults, on_progress, max_tokens=max_tokens, part=part
+            )
             self.lengths = self._checked.lengths
         else:
-            self.lengths = look_ahead(path, self._format, self._defaults, max_tokens)
+            self.lengths = look_ahead(path, self._format, self._defaults, max_tokens, part)
         self._ids = None if precheck or self._format == "text" else IdSet()
         self._arrive = self._choose_arrive()
         self._done = b""
@@ -172,10 +179,18 @@ class FileSource:
             raise InputError(f"{self._path} was changed while it was checked; start again when it is written")
 
     def _refuse_empty(self) -> None:
+        requests = 0
         while self._next_block():
-            if self._block.dropped or any(line.strip() for line in self._block.lines):
-                return
-        raise empty_input(self._path)
+            lines = 1 if self._block.dropped else sum(bool(line.strip()) for line in self._block.lines)
+            if requests + lines > self._part.index:
+                break
+            requests += lines
+        else:
+            raise empty_slice(self._path, self._part, requests) if requests else empty_input(self._path)
+        if requests:  # the first one of this slice was looked for in later blocks
+            self._file.seek(0)
+            self._blocks = line_blocks(self._file)
+            self._next_block()
 
     @property
     def format(self) -> Format:
@@ -185,11 +200,11 @@ class FileSource:
     def total(self) -> int | None:
         if self._checked is not None:
             return self._checked.total
-        return self._index if self._exhausted else None
+        return len(range(self._part.index, self._index, self._part.count)) if self._exhausted else None
 
     @property
     def ended(self) -> bool:
-        if self._checked is not None and self._index >= self._checked.total:
+        if self._checked is not None and self._index >= self._part.end(self._checked.total):
             return True
         return self._exhausted
 
@@ -208,6 +223,12 @@ class FileSource:
             if not stripped and not self._block.dropped:
                 continue
             index = self._index
+            if not self._part.has(index):
+                self._index += 1
+                skipped += len(line) + 1
+                if skipped >= SKIPPED_BYTES_MAX:
+                    break
+                continue
             done = index < len(self._done) and bool(self._done[index])
             if done and arrivals and self._ids is not None:
                 self._place -= 1  # ids are compared in the input's order: skipped lines first, then arrivals
@@ -241,11 +262,11 @@ class FileSource:
         return block is not None
 
     def fetch(self, index: int) -> bytes | None:
-        if self._checked is None or not 0 <= index < self._checked.total:
+        if self._checked is None or not 0 <= index < self._part.end(self._checked.total) or not self._part.has(index):
             return None
-        offsets = self._checked.offsets
-        end = int(offsets[index + 1]) if index + 1 < len(offsets) else self._checked.bytes
-        start = int(offsets[index])
+        offsets, place = self._checked.offsets, self._part.place(index)
+        end = int(offsets[place + 1]) if place + 1 < len(offsets) else self._checked.bytes
+        start = int(offsets[place])
         line = os.pread(self._file.fileno(), end - start, start).split(b"\n", 1)[0]
         return self._arrive(index, line if self._format == "text" else line.strip(), self._defaults).line
 

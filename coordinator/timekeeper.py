@@ -19,7 +19,7 @@ import psutil
 from coordinator.closing import Size, reserve_s
 from coordinator.progress import duration
 from coordinator.signals import StopSignals
-from coordinator.timelimit import SlurmEnd
+from coordinator.timelimit import SlurmEnd, slurm_job
 from scheduling.errors import ConfigError, StoppedError
 from scheduling.events import DrainRequested, TimeLimited
 
@@ -74,7 +74,7 @@ class Timekeeper:
         self._asked: Asked | None = None
         self._drained_at: float | None = None
         self._told: float | None = None
-        self.job = environ.get("SLURM_JOB_ID") or None
+        self.job = slurm_job(environ)
         self._slurm_at: float | None = None
         self._slurm = SlurmEnd(environ if options.slurm_limit else {})
 

@@ -69,14 +69,23 @@ def parse_end_time(text: str) -> float | None:
         return None
 
 
+def slurm_job(environ: Mapping[str, str]) -> str | None:
+    """The name by which Slurm's tools know this job alone; None outside of Slurm.
+
+    The number of one task of a job array is that of the array, too, by which all of its tasks would be requeued.
+    """
+    array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else environ.get("SLURM_JOB_ID") or None
+
+
 class SlurmEnd:
     """When Slurm will end this job. `end_unix_s` is None while that is not known, or if there is no end.
 
-    `job`: its number; None outside of Slurm, where nobody is asked.
+    `job`: its name (`slurm_job`); None outside of Slurm, where nobody is asked.
     """
 
     def __init__(self, environ: Mapping[str, str]) -> None:
-        self.job = environ.get("SLURM_JOB_ID") or None
+        self.job = slurm_job(environ)
         self.end_unix_s: float | None = None
         self._asking: threading.Thread | None = None
         if self.job is None:

@@ -9,8 +9,10 @@ CSV written as JSON.
 from __future__ import annotations
 
 import csv
+import heapq
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -38,29 +40,31 @@ BATCH_BYTES = 8 << 20
 
 
 def export_table(
-    run_dir: Path, out: BinaryIO, form: Form, *, in_input_order: bool = True, disk: Disk | None = None
+    run_dirs: Sequence[Path], out: BinaryIO, form: Form, *, in_input_order: bool = True, disk: Disk | None = None
 ) -> int:
-    """Write the table of a run to `out`; returns how many rows.
+    """Write the table of a run, or one of all that are slices of one input, to `out`; returns how many rows.
 
     Raises RunDirError (no record, or a damaged one), ConfigError (pyarrow is missing); errors of `out` are the
     caller's.
     """
     if form == "parquet":
-        return _write_parquet(run_dir, out, in_input_order, disk)
+        return _write_parquet(run_dirs, out, in_input_order, disk)
     write = _write_csv if form == "csv" else _write_jsonl
     count = 0
     if form == "csv":
         out.write(_csv_lines([list(COLUMNS)]))
-    for rows in _batches(run_dir, in_input_order, disk):
+    for rows in _batches(run_dirs, in_input_order, disk):
         write(rows, out)
         count += len(rows)
     return count
 
 
-def _batches(run_dir: Path, in_input_order: bool, disk: Disk | None) -> Iterator[list[Row]]:
+def _batches(run_dirs: Sequence[Path], in_input_order: bool, disk: Disk | None) -> Iterator[list[Row]]:
     rows: list[Row] = []
     size = 0
-    for answer in answers(run_dir, in_input_order=in_input_order, disk=disk):
+    parts = [answers(run_dir, in_input_order=in_input_order, disk=disk) for run_dir in run_dirs]
+    merged = heapq.merge(*parts, key=lambda answer: answer.llmpi.index) if in_input_order else chain(*parts)
+    for answer in merged:
         for row in rows_of(answer):
             rows.append(row)
             size += len(row["text"] or "") + 32 * len(row["embedding"] or ())
@@ -108,7 +112,7 @@ def _csv_lines(rows: Iterable[list[Any]]) -> bytes:
     return text.getvalue().encode()
 
 
-def _write_parquet(run_dir: Path, out: BinaryIO, in_input_order: bool, disk: Disk | None) -> int:
+def _write_parquet(run_dirs: Sequence[Path], out: BinaryIO, in_input_order: bool, disk: Disk | None) -> int:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -122,7 +126,7 @@ def _write_parquet(run_dir: Path, out: BinaryIO, in_input_order: bool, disk: Dis
     schema = pa.schema([pa.field(name, kind, nullable=name not in _ALWAYS) for name, kind in types.items()])
     count = 0
     with pq.ParquetWriter(out, schema, compression="zstd") as writer:
-        for rows in _batches(run_dir, in_input_order, disk):
+        for rows in _batches(run_dirs, in_input_order, disk):
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))
             count += len(rows)
     return count

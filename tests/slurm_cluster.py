@@ -43,6 +43,7 @@ CLIENT_PATIENCE_S = 60.0
 PMIX_FOLDERS = ("/usr/lib/x86_64-linux-gnu/pmix2/lib", "/usr/lib/aarch64-linux-gnu/pmix2/lib")
 DEBIAN_OPENMPI = ("/usr/lib/x86_64-linux-gnu/libmpi.so.40", "/usr/lib/aarch64-linux-gnu/libmpi.so.40")
 
+UNSHARE = ("unshare", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc")
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY")
 
 
@@ -53,8 +54,11 @@ def cannot() -> str:
     for program in ("slurmctld", "slurmd", "munged", "sbatch", "unshare", "setpriv"):
         if _program(program) is None:
             return f"there is no {program} (Debian: slurm-wlm, munge, util-linux)"
-    done = subprocess.run(["unshare", "-u", "hostname", NODES[0]], capture_output=True, text=True, check=False)
-    return f"namespaces are not permitted: {done.stderr.strip()}" if done.returncode else ""
+    with tempfile.TemporaryDirectory() as folder:
+        # What a node is made of, where it leaves no trace.
+        tried = f"hostname {NODES[0]} && mount --bind /etc/hosts /etc/hosts && mknod {folder}/nvidia c 1 3"
+        done = subprocess.run([*UNSHARE, "bash", "-c", tried], capture_output=True, text=True, check=False)
+    return f"namespaces or devices are not permitted: {done.stderr.strip()}" if done.returncode else ""
 
 
 def debian_openmpi() -> Path | None:
@@ -220,7 +224,7 @@ def slurm_cluster() -> Iterator[Cluster]:
         for name in NODES:
             # A shell as the first process, for it collects those that lost their parent, which Slurm waits for.
             node = f"hostname {name}; mount --bind hosts /etc/hosts; {_daemon('slurmd')} -D -N {name} & wait"
-            start(name, "unshare", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc", "bash", "-c", node)
+            start(name, *UNSHARE, "bash", "-c", node)
         _until(lambda: _idle(cluster) == len(NODES), "two idle nodes", cluster, started)
         yield cluster
     finally:

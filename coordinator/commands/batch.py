@@ -54,6 +54,15 @@ def batch(
     id_column: Annotated[
         str | None, typer.Option(metavar="NAME", help="Column with each request's id. [default: custom_id, if there]")
     ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            "--slice",
+            metavar="I/N",
+            help="Answer every N-th request alone, from the I-th on (0/4, 1/4, 2/4, 3/4): jobs that share one input. "
+            "The run directory is RUN_DIR/slice-I.",
+        ),
+    ] = None,
     replay: Annotated[
         Path | None,
         typer.Option(
@@ -180,6 +189,7 @@ def batch(
     from coordinator.config import JobConfig, checked_sampling
     from coordinator.lead import BatchOptions
     from coordinator.rows import Columns
+    from coordinator.slicing.slices import parse_slice
     from coordinator.timekeeper import StopOptions
     from coordinator.timelimit import parse_time_limit
 
@@ -198,8 +208,10 @@ def batch(
     )  # fmt: skip
     needed: dict[str, Path | str | None] = {"-m/--model": model, "-i/--input": requests, "-o/--output": output}
     refuse_missing(needed if replay is None else {"-o/--output": output})
+    own = None if part is None else parse_slice(part)
     options = BatchOptions(
-        input=requests or Path(), output=output or Path(), format=input_format,
+        input=requests or Path(), output=own.directory(output or Path()) if own else output or Path(), part=own,
+        format=input_format,
         columns=Columns(prompt_column, template, id_column), ranks=ranks, hostfile=hostfile,
         show=show, quiet=quiet, as_json=as_json,
         stopping=StopOptions(

@@ -26,7 +26,7 @@ _WITH_VALUE = {name for name in _SHORT.values() if name != "--wait"} | {
 }  # fmt: skip
 _OURS = {
     "--dependency": "llmpi submit makes the jobs depend on each other itself",
-    "--array": "an array works on slices of its input, each a run of its own: sbatch slurm/array.sbatch",
+    "--array": "an array works on slices of its input, each a run of its own: sbatch --array=0-7 slurm/mpirun.sbatch",
     "--wait": "",
     "--wrap": "llmpi submit writes the script itself",
     "--parsable": "llmpi submit prints the job's number, with --json for programs",

@@ -23,8 +23,7 @@ def write_script(launcher: str, wanted: JobRequest, run_dir: Path, command: Sequ
     lines = slurm.text(f"{launcher}.sbatch").splitlines()
     end = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
     given = {long_name(word) for word in wanted.words if word.startswith("-")}
-    kept = [line for line in lines[1:end] if line.startswith("#SBATCH") and _name(line) not in given]
-    options = [line for line in kept if wanted.ranks is None or _name(line) != "--ntasks"]
+    options = [line for line in lines[1:end] if line.startswith("#SBATCH") and _name(line) not in given]
     if wanted.log is None:
         options = [line for line in options if _name(line) != "--output"]
         options.append(f"#SBATCH --output={_quoted(str(run_dir / FOLDER / 'job-%j.log'))}")
@@ -49,7 +48,8 @@ def write_script(launcher: str, wanted: JobRequest, run_dir: Path, command: Sequ
 
 _CHAIN = f"""
 # A signal may come at once: where it comes before what follows is ready for it, it is kept.
-trap 'asked=1' USR2 TERM
+trap 'asked=USR2' USR2
+trap 'asked=TERM' TERM
 
 # The job after this one is submitted now, to begin when this one has ended, however that may be.
 chain=$1

@@ -148,7 +148,7 @@ class _Scaling:
 
     def _cell(self, study: StudyDir, cell: Cell, name: str, order: list[int], placed: Plan) -> Outcome:
         path = study.fresh_cell(name)
-        options = replace(self.options, output=path, quiet=True, as_json=False, part=True)
+        options = replace(self.options, output=path, quiet=True, as_json=False, of_study=True)
         part = self.crew.call([0, *order[: cell.workers]], str(path / "logs"))
         start_unix_s = time.time()
         lead = Lead(

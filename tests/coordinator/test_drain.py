@@ -279,6 +279,16 @@ def test_slurm_is_asked_to_requeue_where_time_was_up_and_not_where_somebody_stop
         assert notes.read_text() == "requeue 77\n"
 
 
+def test_one_task_of_a_job_array_is_requeued_and_not_the_whole_array(
+    job: Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The array's last task has the array's number."""
+    notes = fake_scontrol(tmp_path, monkeypatch)
+    task = IN_SLURM | {"SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "3"}
+    assert job(10, 200, 200)({}, task, on_limit="requeue")[0] == 3
+    assert notes.read_text() == "requeue 77_3\n"
+
+
 def test_a_signal_after_llmpi_stop_changes_nothing(
     job: Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

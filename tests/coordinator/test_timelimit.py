@@ -61,19 +61,24 @@ def test_a_slurm_that_exports_the_end_is_not_asked(tmp_path: Path, monkeypatch: 
     assert not (tmp_path / "asked").exists()
 
 
-def test_squeue_is_asked_for_this_job_and_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("array", "job"), [({}, "7"), ({"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "0"}, "5_0")]
+)
+def test_squeue_is_asked_for_this_job_and_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, array: dict[str, str], job: str
+) -> None:
     fake_squeue(
         tmp_path, monkeypatch,
         f'echo "$@" > {tmp_path}/asked; while ! test -e {tmp_path}/go; do sleep 0.02; done; echo 2026-11-29T10:00:00',
     )  # fmt: skip
     began = time.monotonic()
-    found = SlurmEnd({"SLURM_JOB_ID": "7"})
+    found = SlurmEnd({"SLURM_JOB_ID": "7"} | array)
     assert time.monotonic() - began < SQUEUE_TIMEOUT_S / 2
     assert found.end_unix_s is None
     (tmp_path / "go").touch()
     until(lambda: found.end_unix_s is not None, "what squeue says")
     assert found.end_unix_s == parse_end_time("2026-11-29T10:00:00")
-    assert (tmp_path / "asked").read_text() == "-h -j 7 -o %e\n"
+    assert (tmp_path / "asked").read_text() == f"-h -j {job} -o %e\n"
 
 
 @pytest.mark.parametrize("script", ["exit 1", "echo NONE", "echo; exit 0", "echo nonsense"])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import slurm
+from tests.conftest import missing
 from tests.launch import ROOT
 
 pytestmark = pytest.mark.slow
@@ -28,13 +31,14 @@ echo up >> "$CALLS"
 for ((turn = 0; turn < 6000; turn++)); do sleep 0.1; done
 """
 SRUN = '#!/bin/bash\necho "srun $* cpus=${SRUN_CPUS_PER_TASK:-none}" >> "$CALLS"\n'
+SCONTROL = '#!/bin/bash\necho "scontrol $*" >> "$CALLS"\n'
 LLMPI = '#!/bin/bash\necho "llmpi $*" >> "$CALLS"\nexit "${STATUS:-0}"\n'
 
 
 @pytest.fixture
 def job(tmp_path: Path) -> Callable[..., tuple[subprocess.Popen[bytes], Path]]:
     """Starts a script with arguments and variables; gives the process and the file of calls."""
-    for name, text in {"mpirun": MPIRUN, "srun": SRUN, "llmpi": LLMPI}.items():
+    for name, text in {"mpirun": MPIRUN, "srun": SRUN, "llmpi": LLMPI, "scontrol": SCONTROL}.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     calls = tmp_path / "calls"
@@ -90,6 +94,15 @@ def catches(process: subprocess.Popen[bytes], sent: signal.Signals) -> bool:
     return bool(caught >> (sent - 1) & 1)
 
 
+def wait_up(process: subprocess.Popen[bytes], calls: Path, sent: signal.Signals) -> None:
+    """mpirun may be up before the script has come to its trap."""
+    pause, deadline = threading.Event(), time.monotonic() + PATIENCE_S
+    while not ("up" in calls.read_text() and catches(process, sent)):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        pause.wait(0.02)
+
+
 @pytest.mark.parametrize(
     ("says", "sent", "got"),
     [
@@ -102,12 +115,7 @@ def test_mpirun_script_drains_with_the_signal_that_its_mpirun_hands_on(
     job: Job, says: str, sent: signal.Signals, got: str
 ) -> None:
     process, calls = job("mpirun.sbatch", *ARGUMENTS, MPIRUN_SAYS=says, LASTS="1", STATUS="3")
-    pause, deadline = threading.Event(), time.monotonic() + PATIENCE_S
-    # mpirun may be up before the script has come to its trap.
-    while not ("up" in calls.read_text() and catches(process, sent)):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        pause.wait(0.02)
+    wait_up(process, calls, sent)
     process.send_signal(sent)
     assert process.wait(PATIENCE_S) == 3
     assert calls.read_text().splitlines()[-2:] == [f"got {got}", "llmpi status run 1"]
@@ -151,3 +159,64 @@ def test_options_of_sbatch_stand_before_the_first_command() -> None:
         options = [number for number, line in enumerate(lines) if line.startswith("#SBATCH")]
         assert options
         assert max(options) < first
+
+
+def test_shellcheck_finds_nothing() -> None:
+    tool = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if tool is None:
+        missing("no shellcheck: the extra test installs it")
+    done = subprocess.run(
+        [tool, *(ROOT / "slurm" / name for name in slurm.names())], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", ["mpirun.sbatch", "srun.sbatch"])
+def test_a_task_of_a_job_array_answers_its_slice(job: Job, script: str) -> None:
+    task = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "2"}
+    process, calls = job(script, *ARGUMENTS, **task, LLMPI_SLICES="8")
+    process.wait(PATIENCE_S)
+    first, last = calls.read_text().splitlines()
+    assert " -o run 1 --slice 3/8 " in first
+    assert last == "llmpi status run 1/slice-3"
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "on_limit", "asked"),
+    [
+        (signal.SIGUSR2, "3", True, True),
+        (signal.SIGUSR2, "2", True, True),
+        (signal.SIGUSR2, "0", True, False),
+        (signal.SIGUSR2, "3", False, False),
+        (signal.SIGTERM, "3", True, False),
+    ],
+)
+def test_slurm_is_asked_to_requeue_where_llmpi_has_not_heard_that_time_is_up(
+    job: Job, sent: signal.Signals, status: str, on_limit: bool, asked: bool
+) -> None:
+    more = ("--on-limit", "requeue") if on_limit else ()
+    environ = {
+        "LASTS": "1",
+        "STATUS": status,
+        "SLURM_JOB_ID": "7",
+        "SLURM_ARRAY_JOB_ID": "5",
+        "SLURM_ARRAY_TASK_ID": "1",
+    }
+    process, calls = job("mpirun.sbatch", *ARGUMENTS, *more, **environ, SLURM_ARRAY_TASK_COUNT="2")
+    wait_up(process, calls, sent)
+    process.send_signal(sent)
+    assert process.wait(PATIENCE_S) == int(status)
+    assert ("scontrol requeue 5_1" in calls.read_text().splitlines()) == asked
+
+
+@pytest.mark.parametrize(("nodes", "refused"), [("1", False), ("2", True)])
+def test_mpirun_script_refuses_gpus_per_task_on_several_nodes(job: Job, nodes: str, refused: bool) -> None:
+    process, calls = job("mpirun.sbatch", *ARGUMENTS, SLURM_GPUS_PER_TASK="1", SLURM_JOB_NUM_NODES=nodes)
+    assert process.wait(PATIENCE_S) == (2 if refused else 0)
+    assert (calls.read_text() == "") == refused
+
+
+def test_srun_script_makes_one_step_of_all_parts_of_a_heterogeneous_job(job: Job) -> None:
+    process, calls = job("srun.sbatch", *ARGUMENTS, SLURM_HET_SIZE="3")
+    process.wait(PATIENCE_S)
+    assert calls.read_text().startswith("srun --mpi=pmix --het-group=0-2 --cpu-bind=none llmpi batch ")

@@ -48,7 +48,7 @@ FORMATS: tuple[Any, ...] = ("float", "base64")
 
 def table(form: Form, disk: FakeDisk, *, in_input_order: bool = True) -> list[dict[str, Any]]:
     out = io.BytesIO()
-    count = export_table(RUN, out, form, in_input_order=in_input_order, disk=disk)
+    count = export_table([RUN], out, form, in_input_order=in_input_order, disk=disk)
     out.seek(0)
     if form == "parquet":
         rows: list[dict[str, Any]] = pq.read_table(out).to_pylist()
@@ -103,7 +103,7 @@ def test_any_text_comes_back_as_it_was(texts: list[str]) -> None:
 def test_parquet_has_types_and_row_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export_module, "BATCH_ROWS", 3)
     out = io.BytesIO()
-    export_table(RUN, out, "parquet", disk=disk_with(record()))
+    export_table([RUN], out, "parquet", disk=disk_with(record()))
     file = pq.ParquetFile(out)
     assert file.num_row_groups == 3
     types = {field.name: str(field.type) for field in file.schema_arrow}
@@ -154,7 +154,7 @@ def test_memory_does_not_grow_with_the_record(tmp_path: Path, monkeypatch: pytes
         text = "word " * 100
         (tmp_path / "results.jsonl").write_bytes(b"".join(ok_line(k, text=text) for k in range(count)))
         tracemalloc.start()
-        export_table(tmp_path, _Sink(), form)  # type: ignore[arg-type]
+        export_table([tmp_path], _Sink(), form)  # type: ignore[arg-type]
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < peaks[0] + (1 << 20)

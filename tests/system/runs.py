@@ -86,13 +86,18 @@ class Run:
 
 
 def check_ranks_add_up(run: Run) -> None:
-    """/ranks says what /requests says. Only for runs of one session whose input had no bad line."""
-    metrics = run.metrics()
+    """/ranks says what /requests says. Only for runs of one session whose input had no bad line.
+
+    On a loaded machine a request may have been copied to another rank and answered twice: the second answer is dropped,
+    and is in the books of the rank that gave it.
+    """
+    metrics, dropped = run.metrics(), run.about()["sessions"][-1]["late_answers_dropped"]
     rows, ranks = metrics["requests"], metrics["ranks"]
-    assert int(ranks["requests"].sum()) == len(rows)
+    assert int(ranks["requests"].sum()) == len(rows) + dropped
     assert int(ranks["failed"].sum()) == int((rows["ok"] == 0).sum())
     for name in ("prompt_tokens", "output_tokens"):
-        assert int(ranks[name].sum()) == int(rows[name].sum())
+        told, recorded = int(ranks[name].sum()), int(rows[name].sum())
+        assert told >= recorded if dropped else told == recorded
 
 
 def our_lines(done: Finished) -> list[str]:

@@ -34,7 +34,7 @@ def measured(tmp_path: Path) -> dict[str, dict[str, Any]]:
 def test_a_study_that_was_killed_measures_what_lacks_and_nothing_twice(mpirun: Launcher, tmp_path: Path) -> None:
     words = study(tmp_path, "--workers", "1,2,3", "--repeats", 2)
     with mpirun.start(4, *words) as job:
-        kept = until(lambda: measured(tmp_path), "a cell that is measured")
+        until(lambda: measured(tmp_path) or job.process.poll() is not None, "a cell that is measured")
         job.kill()
     kept = measured(tmp_path)
     assert 1 <= len(kept) < len(CELLS)
