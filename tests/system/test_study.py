@@ -31,6 +31,11 @@ def measured(tmp_path: Path) -> dict[str, dict[str, Any]]:
     return {cell["name"]: cell for cell in json.loads(file.read_text())["cells"]} if file.exists() else {}
 
 
+def workers_of(tmp_path: Path, name: str) -> list[dict[str, Any]]:
+    workers: list[dict[str, Any]] = Run(tmp_path / "study" / "cells" / name).about()["sessions"][0]["workers"]
+    return workers
+
+
 def test_a_study_that_was_killed_measures_what_lacks_and_nothing_twice(mpirun: Launcher, tmp_path: Path) -> None:
     words = study(tmp_path, "--workers", "1,2,3", "--repeats", 2)
     with mpirun.start(4, *words) as job:
@@ -55,6 +60,10 @@ def test_a_study_that_was_killed_measures_what_lacks_and_nothing_twice(mpirun: L
         assert cell["wall_s"] > 0
         assert cell["load_s"] > 0
         assert 0 <= cell["starved_share"] <= cell["idle_share"] + 0.05 <= 1.05
+
+    # The processors of the host are divided as for three, also where one works alone.
+    (three,) = {worker["threads"] for worker in workers_of(tmp_path, "w3-r1")}
+    assert {worker["threads"] for name in CELLS for worker in workers_of(tmp_path, name)} == {three}
 
     said = json.loads(done.stdout)
     assert said["complete"] is True
