@@ -12,16 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from coordinator.batchoptions import BatchOptions
 from coordinator.compressed import STDIN, stdin_for_ranks
 from coordinator.config import JobConfig
 from coordinator.hostfile import count_slots, without_hostfile
 from coordinator.launch import Launch, detect
-from coordinator.lead import BatchOptions, Lead
 from coordinator.ownmpirun import find_mpirun, own_mpirun, run_own_mpirun
 from coordinator.ranks import open_world, serve_rank
 from coordinator.replay import read_recorded
 from coordinator.rundirs import state_line
-from coordinator.session import CLOSE_S
 from coordinator.setup import prepare
 from coordinator.signals import StopSignals, ignore_stop_signals
 from coordinator.staging import stage_models
@@ -72,13 +71,16 @@ def run_batch(config: JobConfig, options: BatchOptions, argv: list[str]) -> int:
 
 
 def _run_rank(config: JobConfig, options: BatchOptions, launch: Launch, signals: StopSignals) -> int:
-    world = None if launch.launcher == "none" else open_world(launch)
+    world = None if launch.launcher == "none" else open_world(launch, fanout=config.fanout)
     if world is not None and world.rank > 0:
         ignore_stop_signals()
         with contextlib.suppress(LlmpiError):  # rank 0 tells why, once
             staged = stage_models(config, world)
             serve_rank(prepare(config, staged), world, options.output / "logs")
         return EXIT_OK
+    from coordinator.lead import Lead  # what these load no other rank needs
+    from coordinator.session import CLOSE_S
+
     keeper = Timekeeper(options.stopping, signals, age_s=age_s())
     if world is not None:
         world.goodbye_s = lambda: keeper.goodbye_s(config.lease_s + CLOSE_S)

@@ -40,6 +40,7 @@ def run_bench_dispatch(
     peer_requests: int,
     output: Path | None,
     schedule: str,
+    fanout: int,
     as_json: bool,
 ) -> int:
     """Run both on all ranks; rank 0 prints the figures."""
@@ -49,11 +50,11 @@ def run_bench_dispatch(
             "bench dispatch measures messages between ranks: start it as `mpirun -n 3 llmpi bench dispatch`"
         )
     # The peer's manager thread asks for this much; ours would need less.
-    world = open_world(launch, "serialized")
+    world = open_world(launch, "serialized", fanout)
     if world.size < 2:
         raise ConfigError("bench dispatch needs at least 2 ranks: one gives, the others answer")
     config = JobConfig(
-        model="null", engine="null", schedule=schedule, slots=slots, null_answer_bytes=answer_bytes,
+        model="null", engine="null", schedule=schedule, slots=slots, fanout=fanout, null_answer_bytes=answer_bytes,
         coordinator_works=False, device="cpu",
     )  # fmt: skip
     setup = prepare(config)
@@ -67,8 +68,14 @@ def run_bench_dispatch(
         write_prompts(prompts, requests, prompt_bytes)
         run_dir = output or Path(tempfile.mkdtemp(prefix="llmpi-dispatch-"))
         found = run_ours(Session(setup, world), config, prompts, run_dir)
-        found |= {"run_dir": str(run_dir), "requests": requests, "ranks": world.size, "prompt_bytes": prompt_bytes}
-        found |= {"answer_bytes": answer_bytes}
+        found |= {
+            "run_dir": str(run_dir),
+            "requests": requests,
+            "ranks": world.size,
+            "leaders": len(set(world.leaders.values())),
+            "prompt_bytes": prompt_bytes,
+        }
+        found |= {"answer_bytes": answer_bytes, "rank0_messages": world.messages}
         if peer_requests:
             lines = prompts.read_bytes().splitlines()[:peer_requests]
             peer_s = run_peer(world, lines, answer_bytes)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from typing import TYPE_CHECKING
 
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-from coordinator.terminal import console_for
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 PLAIN_EVERY_S = 30.0
 
@@ -19,9 +19,20 @@ class BytesDone:
     def __init__(self, what: str, total: int | None) -> None:
         self._what, self._total, self._done, self._said_s = what, total, 0, time.monotonic()
         self._lock = threading.Lock()
+        from coordinator.terminal import console_for  # no worker rank shows anything: it is spared loading rich
+
         console = console_for(sys.stderr, live=True)
         self._bar: Progress | None = None
         if console.is_terminal:
+            from rich.progress import (
+                BarColumn,
+                DownloadColumn,
+                Progress,
+                TextColumn,
+                TimeRemainingColumn,
+                TransferSpeedColumn,
+            )
+
             columns = (
                 TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), DownloadColumn(),
                 TransferSpeedColumn(), TimeRemainingColumn(),

@@ -21,6 +21,7 @@ from coordinator.bench_engine import BenchEngine, first_engine, say
 from coordinator.bench_load import Load
 from coordinator.config import JobConfig, package_versions
 from coordinator.setup import Setup, prepare
+from scheduling.backends import shown
 from scheduling.calibration import DecodeSample, ReadSample, Residual, fit, residuals
 from scheduling.errors import EXIT_OK, ConfigError
 from scheduling.requests import Sampling
@@ -167,7 +168,7 @@ def _measured(setup: Setup, engine: EngineConfig, bench: BenchEngine) -> Measure
     loaded = bench.loaded
     shape = setup.model.shape
     cell_bytes = 0 if shape is None else shape.token_bytes(engine.cache_type_k, engine.cache_type_v)
-    gpus = [gpu.name for gpu in setup.host.gpus if any(gpu.uuid in mask for mask in engine.device_mask.values())]
+    gpus = [gpu.name for gpu in shown(setup.host.backends, engine.device_mask, setup.host.gpus)]
     return Measured(
         model=setup.model_name, model_digest=setup.fingerprint, model_desc=loaded.model_desc,
         model_bytes=loaded.model_bytes, cell_bytes=cell_bytes, backend=loaded.backend,

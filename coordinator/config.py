@@ -32,6 +32,9 @@ RANK0_LEASE_LEAST_S = 5.0
 DRAFT_TOKENS_LIMIT = 31
 """With the token before them as many rows as a pass that checks drafts may have."""
 
+FANOUT = 256
+"""Ranks that rank 0 speaks to itself, and ranks that a leader carries for, where nobody says otherwise."""
+
 
 class JobConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Options of a job. None and "auto": chosen when the facts are known (model, devices, requests), and then said.
@@ -71,6 +74,8 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True):
     copies: bool | None = None
     """Whether what runs on a slow worker near the end is started again on an idle one. None: with work stealing."""
     prefetch: int | None = None
+    fanout: int = FANOUT
+    """Where more ranks than these are started there are leaders, each for up to so many (`coordinator.relays`)."""
     lease_s: float = 60.0
     rank0_lease_s: float | None = None
     """The same of rank 0, seen by workers; None: ten leases, and at least RANK0_LEASE_MIN_S."""
@@ -107,7 +112,7 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True):
             "--slots": self.slots, "--contexts": self.contexts, "--ctx": self.ctx, "--batch": self.batch,
             "--ubatch": self.ubatch, "--threads": self.threads, "--max-tokens": self.max_tokens,
             "--gpus-per-rank": self.gpus_per_rank, "--ranks-per-gpu": self.ranks_per_gpu,
-            "--commit-bytes": self.commit_bytes, "--draft-max": self.draft_max,
+            "--commit-bytes": self.commit_bytes, "--draft-max": self.draft_max, "--fanout": self.fanout,
         }  # fmt: skip
         for flag, value in least_one.items():
             if isinstance(value, int) and value < 1:

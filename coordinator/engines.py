@@ -15,6 +15,7 @@ import msgspec
 
 from coordinator.config import JobConfig
 from coordinator.simulated import simulated_engine
+from scheduling.backends import CUDA, hide_all
 from scheduling.errors import BugError, ConfigError
 from scheduling.fitting import CTX_UNKNOWN_TOKENS, SLOTS_CPU, UBATCH_CPU, Fit, Room, fit
 from scheduling.lengths import Lengths
@@ -146,7 +147,7 @@ def engine_config(config: JobConfig, model: ModelFacts, placement: Placement) ->
         raise BugError(f"a placement without a fit: {placement.note}")
     on_gpu = bool(placement.gpu_uuids) and (fitted.gpu_layers != 0 or config.gpu_layers == 0)
     # A GPU that is too small for a single layer would be used for prompts all the same, and might not hold even that.
-    mask = placement.device_mask if on_gpu else dict.fromkeys(placement.device_mask, "")
+    mask = placement.device_mask if on_gpu else hide_all(placement.device_mask)
     threads = config.threads or placement.threads
     return EngineConfig(
         model=model.path, slots=fitted.slots, contexts=fitted.contexts, ctx_tokens=fitted.ctx_tokens,
@@ -158,6 +159,7 @@ def engine_config(config: JobConfig, model: ModelFacts, placement: Placement) ->
         cache_type_k=config.cache_type_k, cache_type_v=config.cache_type_v, loras=model.adapters,
         rope_scaling=config.rope_scaling, rope_scale=config.rope_scale, rope_freq_base=config.rope_freq_base,
         split=config.split, tensor_split=fitted.tensor_split, cpus=placement.cpus, device_mask=mask,
+        use_devices=on_gpu or placement.backend == CUDA.name,
         max_tokens_default=config.max_tokens, chat_template=config.chat_template, prefix_reuse=config.prefix_reuse,
         sample_on="auto" if config.gpu_sampling else "host",
         constraint=config.sampling.constraint if "generate" in placement.lanes else None,

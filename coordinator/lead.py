@@ -8,12 +8,13 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 import msgspec
 
+from coordinator.batchoptions import BatchOptions
 from coordinator.callbacks import Callbacks, Snapshot
 from coordinator.collect import Rows
 from coordinator.compressed import STDIN, STDIN_VARIABLE
@@ -25,17 +26,15 @@ from coordinator.intervals import Intervals
 from coordinator.launch import Launch
 from coordinator.prepared import Prepared, prepare_input, tell_row
 from coordinator.progress import ProgressView
-from coordinator.replay import Replay
-from coordinator.rows import Columns
 from coordinator.rundata import copy_rows, rank_rows
 from coordinator.session import Session
 from coordinator.setup import Setup
 from coordinator.signals import StopSignals
-from coordinator.slicing.slices import WHOLE, Slice
+from coordinator.slicing.slices import WHOLE
 from coordinator.slurmjobs.chain import NEXT, PREVIOUS
 from coordinator.source import FileSource, same_input
 from coordinator.surroundings import Surroundings
-from coordinator.timekeeper import StopOptions, Timekeeper
+from coordinator.timekeeper import Timekeeper
 from coordinator.timelimit import requeue
 from coordinator.world import Ranks
 from scheduling import events as ev
@@ -45,29 +44,6 @@ from storage.recovery import Recovery, recover
 from storage.rundir import RunDir, holds_answers
 from storage.runjson import RUN_NAME, read_run, unusable
 from storage.staging import Staged
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BatchOptions:
-    """What concerns only rank 0, or how the job is shown."""
-
-    input: Path
-    output: Path
-    format: str | None = None
-    columns: Columns = field(default_factory=Columns)
-    replay: Replay | None = None
-    """What this run is to be the same as."""
-    part: Slice | None = None
-    """Which requests of the input are this job's; None: all. `output` is the slice's own."""
-    ranks: int | None = None
-    hostfile: Path | None = None
-    """Where llmpi starts its own mpirun: on which hosts."""
-    stopping: StopOptions = field(default_factory=StopOptions)
-    show: int = 0
-    quiet: bool = False
-    as_json: bool = False
-    of_study: bool = False
-    """A study says itself what concerns all its runs."""
 
 
 def refuse_edited_input(output: Path, source: FileSource, disk: Disk) -> dict[str, Any]:

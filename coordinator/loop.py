@@ -94,7 +94,7 @@ class Coordinator:
         """
         busy = False
         for worker, message in self._hub.poll():
-            busy = True
+            busy = busy or not isinstance(message, m.Heartbeat)
             self._heard[worker] = self._clock()
             self._handle(worker, message)
         for worker in self._hub.take_lost():

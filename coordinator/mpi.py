@@ -24,9 +24,11 @@ import numpy as np
 import numpy.typing as npt
 
 from coordinator.collect import COLLECTIVE_PATIENCE_S, Blocks
+from coordinator.config import FANOUT
 from coordinator.farewell import LEAVE_S, Farewell
 from coordinator.launcher_end import GRACE_S, guard_launcher, is_sibling
 from coordinator.mpi_endpoint import MpiEndpoint
+from coordinator.relays import leaders_of
 from scheduling.errors import EXIT_INFRASTRUCTURE, EXIT_OK, RankFailedError, RankLostError
 
 GATHER_CHUNK_BYTES = 64 << 20
@@ -44,10 +46,11 @@ class World:
     """`coordinator.world.Ranks` over MPI, on communicators of our own.
 
     `messages_comm` carries envelopes, `collectives_comm` the metrics. Errors come back as exceptions instead of ending
-    the job, so that a rank can say what happened before it leaves.
+    the job, so that a rank can say what happened before it leaves. `leaders` is empty where no more ranks than rank 0's
+    `fanout` were started (see `coordinator.relays`).
     """
 
-    def __init__(self, thread_level: str = "funneled") -> None:
+    def __init__(self, thread_level: str = "funneled", fanout: int = FANOUT) -> None:
         import mpi4py
 
         mpi4py.rc.thread_level = thread_level
@@ -62,6 +65,8 @@ class World:
             comm.Set_errhandler(MPI.ERRORS_RETURN)
         self.rank: int = world.Get_rank()
         self.size: int = world.Get_size()
+        self._fanout = fanout
+        self.leaders = self._agree_on_leaders(fanout)
         self.fault_tolerant = _fault_tolerant(MPI)
         self.reduced = False
         """Whether the collectives go on without some ranks."""
@@ -72,6 +77,21 @@ class World:
         self.unfinished: list[Any] = []
         """Collectives that failed: MPI may still write to their buffers."""
 
+    def _agree_on_leaders(self, fanout: int) -> dict[int, int]:
+        """Who carries for whom: all ranks are told the same, whatever options each was started with."""
+        comm = self.messages_comm
+        most = np.array([fanout], np.int64)
+        comm.Bcast(most, root=0)
+        if self.size <= most[0]:
+            return {}
+        node = comm.Split_type(self.MPI.COMM_TYPE_SHARED)
+        first, firsts = np.array([self.rank], np.int64), np.empty(self.size, np.int64)
+        node.Bcast(first, root=0)  # the lowest rank of a host names it
+        node.Free()
+        comm.Allgather(first, firsts)
+        workers = np.arange(1, self.size)
+        return leaders_of([workers[firsts[1:] == host].tolist() for host in np.unique(firsts[1:])], int(most[0]))
+
     def library(self) -> str:
         """The MPI library's own one-line description."""
         return str(self.MPI.Get_library_version()).strip("\x00 \n").splitlines()[0]
@@ -79,6 +99,11 @@ class World:
     def endpoint(self) -> MpiEndpoint:
         self._endpoint = MpiEndpoint(self.MPI, self.messages_comm)
         return self._endpoint
+
+    @property
+    def messages(self) -> int:
+        """Sent and received by this rank."""
+        return 0 if self._endpoint is None else self._endpoint.messages
 
     def collectives(self, patience_s: float = COLLECTIVE_PATIENCE_S) -> Collectives:
         return Collectives(self, patience_s=patience_s)
@@ -98,13 +123,14 @@ class World:
         try:
             part.messages_comm = self.messages_comm.Create_group(group, tag)
             part.collectives_comm = part.messages_comm.Dup()
+            part.rank, part.size = part.messages_comm.Get_rank(), part.messages_comm.Get_size()
+            part.leaders = part._agree_on_leaders(self._fanout)
         except self.MPI.Exception as error:
             raise RankLostError(f"ranks {', '.join(map(str, members))} could not come together: {error}") from error
         finally:
             watch.cancel()
         for comm in (part.messages_comm, part.collectives_comm):
             comm.Set_errhandler(self.MPI.ERRORS_RETURN)
-        part.rank, part.size = part.messages_comm.Get_rank(), part.messages_comm.Get_size()
         return part
 
     def _not_together(self) -> None:

@@ -26,6 +26,8 @@ class MpiEndpoint:
         self._arriving: dict[int, deque[tuple[Any, bytearray]]] = {}
         self._status = MPI.Status()
         self._lost: set[int] = set()
+        self.messages = 0
+        """Sent and received."""
 
     def post(self, address: int, payload: bytes) -> None:
         if address in self._lost:
@@ -35,8 +37,12 @@ class MpiEndpoint:
         except self._MPI.Exception as error:
             self._bear(error, f"cannot send to rank {address}", address)
             return
+        self.messages += 1
         # The buffer must live until the send is through.
         self._sending.setdefault(address, deque()).append((request, payload))
+
+    def flush(self) -> None:
+        """Nothing is kept back."""
 
     def receive(self) -> list[tuple[int, bytes | bytearray]]:
         self._send_on()
@@ -46,6 +52,7 @@ class MpiEndpoint:
             # A small message may be here before a large one that was sent earlier: order is kept.
             while messages and self._done(messages[0][0], source, f"receiving from rank {source} failed"):
                 arrived.append((source, messages.popleft()[1]))
+                self.messages += 1
             if not messages or source in self._lost:
                 del self._arriving[source]
         return arrived

@@ -155,7 +155,8 @@ class Pool:
         """True on rank 0, and where there is no launcher."""
 
     def __enter__(self) -> Pool:
-        world = None if self._launch.launcher == "none" else open_world(self._launch)
+        alone = self._launch.launcher == "none"
+        world = None if alone else open_world(self._launch, fanout=self._config.fanout)
         self.is_root = world is None or world.rank == 0
         if world is not None and not self.is_root:
             try:

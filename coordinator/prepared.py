@@ -19,7 +19,8 @@ from typing import Any
 
 from coordinator.compressed import WAIT_S, open_stdin
 from coordinator.convert import Converted, Source, convert
-from coordinator.progress import PLAIN_EVERY_S, duration
+from coordinator.durations import duration
+from coordinator.progress import PLAIN_EVERY_S
 from coordinator.rows import Columns
 from scheduling.errors import ConfigError, InputError, LlmpiError, RunDirError
 from storage.joblock import JobLock

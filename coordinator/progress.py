@@ -14,6 +14,7 @@ from typing import IO
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from coordinator.callbacks import Snapshot
+from coordinator.durations import duration
 from coordinator.terminal import NARROW_COLUMNS, console_for
 
 PLAIN_FIRST_S = 10.0
@@ -114,15 +115,3 @@ class ProgressView:
         if s.total is None or not ended or s.elapsed_s <= 0:
             return None
         return (s.total - s.earlier - ended) * s.elapsed_s / ended
-
-
-def duration(seconds: float | None) -> str:
-    """A length of time for people: 42s, 3m07s, 2h05m."""
-    if seconds is None:
-        return "?"
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"

@@ -8,22 +8,24 @@ import time
 import traceback
 from pathlib import Path
 
+from coordinator.config import FANOUT
 from coordinator.launch import Launch, check_singleton
 from coordinator.leaving import at_last
 from coordinator.mpi import World
+from coordinator.relays import Branch
 from coordinator.serve import serve
 from coordinator.setup import Setup, build_worker
 from coordinator.signals import ignore_stop_signals
 from scheduling.errors import EXIT_INFRASTRUCTURE, HandshakeError, RankLostError
-from scheduling.link import Spoke
+from scheduling.link import Endpoint, Spoke
 
 
-def open_world(launch: Launch, thread_level: str = "funneled") -> World:
+def open_world(launch: Launch, thread_level: str = "funneled", fanout: int = FANOUT) -> World:
     """MPI, started, and to be ended by `leaving.leave`.
 
     Raises ConfigError where the launcher's tasks do not see each other.
     """
-    world = World(thread_level)
+    world = World(thread_level, fanout)
     at_last(world.leave)
     check_singleton(launch, world.size, os.environ, world.library())
     return world
@@ -39,8 +41,12 @@ def serve_rank(setup: Setup, world: World, log_dir: Path | None) -> None:
     where = f"rank {world.rank} on {setup.host.hostname}"
     log = None if log_dir is None else log_dir / f"engine-{world.rank}.log"
     try:
-        worker = build_worker(setup, world.rank, Spoke(world.endpoint()), log)
-        serve(worker, world.collectives, time.monotonic)
+        endpoint: Endpoint = world.endpoint()
+        branch = None
+        if world.leaders:
+            endpoint = branch = Branch(endpoint, world.rank, world.leaders, time.monotonic, setup.config.lease_s)
+        worker = build_worker(setup, world.rank, Spoke(endpoint), log)
+        serve(worker, world.collectives, time.monotonic, branch=branch)
     except HandshakeError:
         raise
     except RankLostError as error:

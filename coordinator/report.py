@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from coordinator.progress import duration
+from coordinator.durations import duration
 from coordinator.simulated import WARNING
 from coordinator.terminal import NARROW_COLUMNS, console_for
 from scheduling.histogram import LogHistogram

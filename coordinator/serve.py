@@ -11,19 +11,24 @@ import gc
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from coordinator.collect import Collecting, collect
-from coordinator.loop import Coordinator
+from coordinator.relays import Branch
 from coordinator.surroundings import Sleep, sleep
 from coordinator.transport import Backoff
 from scheduling.errors import HandshakeError, RankLostError
 from workers.worker import Worker
 
+if TYPE_CHECKING:  # a worker rank has no use for rank 0's loop
+    from coordinator.loop import Coordinator
+
 
 def serve(
-    worker: Worker, collectives: Callable[[], Collecting], clock: Callable[[], float], sleep: Sleep = sleep
-) -> None:
-    """Be a worker rank until rank 0 says stop.
+    worker: Worker, collectives: Callable[[], Collecting], clock: Callable[[], float], sleep: Sleep = sleep,
+    branch: Branch | None = None,
+) -> None:  # fmt: skip
+    """Be a worker rank until rank 0 says stop. `branch`: its endpoint, where that may carry for others too.
 
     Raises:
         HandshakeError: rank 0 has refused this rank.
@@ -31,14 +36,17 @@ def serve(
     """
     try:
         with calm_collector():
-            _serve(worker, collectives, clock, sleep)
+            _serve(worker, collectives, clock, sleep, branch)
     finally:
         worker.close()
     if worker.refused is not None:
         raise HandshakeError(worker.refused)
 
 
-def _serve(worker: Worker, collectives: Callable[[], Collecting], clock: Callable[[], float], sleep: Sleep) -> None:
+def _serve(
+    worker: Worker, collectives: Callable[[], Collecting], clock: Callable[[], float], sleep: Sleep,
+    branch: Branch | None,
+) -> None:  # fmt: skip
     backoff = Backoff()
     while not worker.stopped:
         busy = step(worker)
@@ -47,10 +55,14 @@ def _serve(worker: Worker, collectives: Callable[[], Collecting], clock: Callabl
             collect(collectives(), [worker.metrics], clock(), reduced=worker.reduced)
         if (reason := worker.why_leave()) is not None and not worker.stopped:
             raise RankLostError(reason)
+        carries = False
+        if branch is not None:
+            busy = branch.took_part() or busy
+            carries = branch.lively
         if busy:
             backoff.reset()
         else:
-            sleep([worker.fileno()], backoff.next_s(worker.in_flight))
+            sleep([worker.fileno()], backoff.next_s(worker.in_flight or carries))
 
 
 def drive(coordinator: Coordinator, hosted: list[Worker], keep_on: Callable[[], bool], sleep: Sleep = sleep) -> None:

@@ -21,6 +21,7 @@ from coordinator.engines import fitted_placements
 from coordinator.handshake import Handshake
 from coordinator.loop import Coordinator
 from coordinator.mpi import SoloCollectives
+from coordinator.relays import Trunk
 from coordinator.rundata import NO_COLLECTIVES
 from coordinator.serve import drive, turn
 from coordinator.setup import Setup, build_worker
@@ -34,7 +35,7 @@ from scheduling.control import ControlPlane, Limits
 from scheduling.errors import LlmpiError, RankLostError
 from scheduling.lengths import Lengths
 from scheduling.link import Endpoint, Hub, Spoke
-from scheduling.placement import Plan, plan, plan_alone
+from scheduling.placement import Plan, plan, plan_alone, unparted
 from workers.worker import Worker
 
 EPOCH = 1
@@ -77,7 +78,11 @@ class Session:
         self._routes: dict[int, Endpoint] = {}
         remote = list(range(1, world.size)) if world is not None else []
         self._remote = remote
-        self._endpoint = Routed(self._routes, world.endpoint() if world is not None else None)
+        self._trunk: Trunk | None = None
+        endpoint = world.endpoint() if world is not None else None
+        if world is not None and endpoint is not None and world.leaders:
+            endpoint = self._trunk = Trunk(endpoint, world.leaders)
+        self._endpoint = Routed(self._routes, endpoint)
         self.hub = Hub(self._endpoint, remote)
         self._pids: dict[int, int] = {}
         self._unreachable: list[int] = []
@@ -125,7 +130,13 @@ class Session:
             )
             self.hub.send(worker, self._welcome(self.plan.placements[worker]))
         self.hub.flush()
-        return list(self.plan.notes)
+        return [*self.plan.notes, *self._leading()]
+
+    def _leading(self) -> list[str]:
+        leaders = set() if self.world is None else set(self.world.leaders.values())
+        if not leaders:
+            return []
+        return [f"{len(leaders)} leaders carry messages between rank 0 and {len(self._remote)} workers"]
 
     def _place(self) -> Plan:
         config = self.setup.config
@@ -136,7 +147,9 @@ class Session:
                 self.setup.host, gpus_per_rank=config.gpus_per_rank, ranks_per_gpu=config.ranks_per_gpu,
                 want_gpu=config.want_gpu,
             )  # fmt: skip
-            return Plan(dict(enumerate(alone)), coordinator_works=True, notes=())
+            host, taken = self.setup.host, {uuid for placement in alone for uuid in placement.gpu_uuids}
+            notes = tuple(unparted(host.hostname, host.gpus, taken))
+            return Plan(dict(enumerate(alone)), coordinator_works=True, notes=notes)
         return plan(
             self.hosts, rank0_works=config.coordinator_works, gpus_per_rank=config.gpus_per_rank,
             ranks_per_gpu=config.ranks_per_gpu, want_gpu=config.want_gpu,
@@ -344,6 +357,9 @@ class Session:
         return code
 
     def _flush_all(self) -> None:
+        """Send the last words."""
+        if self._trunk is not None:
+            self._trunk.go_direct()
         self.hub.flush()
         deadline = self._clock() + min(CLOSE_S, 2 * self.engine_end_s)
         while self._endpoint.unsent_bytes() and self._clock() < deadline:

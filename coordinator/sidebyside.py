@@ -9,7 +9,7 @@ from typing import IO, Any
 from rich.table import Table
 from rich.text import Text
 
-from coordinator.progress import duration
+from coordinator.durations import duration
 from coordinator.report import LATENCY_NAMES, figure_text, percent_text, time_cell
 from coordinator.terminal import console_for
 

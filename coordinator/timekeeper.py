@@ -17,7 +17,7 @@ from typing import Literal
 import psutil
 
 from coordinator.closing import Size, reserve_s
-from coordinator.progress import duration
+from coordinator.durations import duration
 from coordinator.signals import StopSignals
 from coordinator.timelimit import SlurmEnd, slurm_job
 from scheduling.errors import ConfigError, StoppedError

@@ -31,6 +31,9 @@ class _LoopbackEnd:
     def post(self, address: int, payload: bytes) -> None:
         self._outbox.append((self.address, payload))
 
+    def flush(self) -> None:
+        """Nothing is kept back."""
+
     def receive(self) -> list[tuple[int, bytes]]:
         arrived = list(self._inbox)
         self._inbox.clear()
@@ -63,6 +66,10 @@ class Routed:
             raise ValueError(f"no endpoint leads to rank {address}")
         endpoint.post(address, payload)
 
+    def flush(self) -> None:
+        for endpoint in self._all:
+            endpoint.flush()
+
     def receive(self) -> list[tuple[int, bytes | bytearray]]:
         return [arrived for endpoint in self._all for arrived in endpoint.receive()]
 
@@ -74,24 +81,32 @@ class Routed:
 
 
 class Backoff:
-    """How long a loop with nothing to do sleeps: doubling from 50 microseconds to a ceiling.
+    """How long a loop with nothing to do sleeps: doubling from 50 microseconds, then a twentieth of the time that
+    nothing has happened.
 
-    The ceiling is 1 ms while work is in flight and 20 ms otherwise, so an idle rank costs well under 1 % of a core.
+    The doubling ends at 1 ms while work is in flight and at 20 ms otherwise, and a twentieth at 20 ms and at 250 ms.
+    So what comes after a pause is seen late by a twentieth of the pause at most, and many idle ranks cost little: one
+    that has been idle for five seconds looks about four times a second.
     """
 
     FIRST_S = 5e-5
-    BUSY_MAX_S = 1e-3
-    IDLE_MAX_S = 2e-2
+    BUSY_S = 1e-3
+    IDLE_S = 2e-2
+    BUSY_MAX_S = 2e-2
+    IDLE_MAX_S = 0.25
+    SHARE = 1 / 20
 
     def __init__(self) -> None:
-        self._next_s = self.FIRST_S
+        self.reset()
 
     def reset(self) -> None:
         self._next_s = self.FIRST_S
+        self._idle_s = 0.0
 
     def next_s(self, in_flight: bool) -> float:
         """Seconds to sleep now; call after a turn in which nothing happened."""
-        ceiling = self.BUSY_MAX_S if in_flight else self.IDLE_MAX_S
-        delay = min(self._next_s, ceiling)
-        self._next_s = min(self._next_s * 2, ceiling)
+        soon, ceiling = (self.BUSY_S, self.BUSY_MAX_S) if in_flight else (self.IDLE_S, self.IDLE_MAX_S)
+        delay = max(min(self._next_s, soon), min(self._idle_s * self.SHARE, ceiling))
+        self._next_s = min(self._next_s * 2, soon)
+        self._idle_s += delay
         return delay

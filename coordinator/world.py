@@ -14,6 +14,8 @@ class Ranks(Protocol):
 
     rank: int
     size: int
+    leaders: dict[int, int]
+    """The rank that carries for each worker (`coordinator.relays`); empty: all speak to rank 0 themselves."""
     fault_tolerant: bool
     """Whether the death of a rank is told to the others, which go on, instead of ending the job."""
 

@@ -3,7 +3,8 @@
 An `Endpoint` moves opaque bytes between addresses (MPI ranks, loopback, a simulated network): it alone differs from
 run to run. `Link` turns messages into envelopes and back for one peer: an envelope is msgpack of [protocol version,
 number, messages], numbers rise by one per link and direction. So a duplicate is recognised and dropped, and a missing
-envelope is an error instead of a request that silently never arrives. `Hub` is rank 0's set of links, `Spoke` a
+envelope is an error instead of a request that silently never arrives. An envelope with nothing but a heartbeat has the
+number 0 and is always the same bytes: it may be lost, or come twice. `Hub` is rank 0's set of links, `Spoke` a
 worker's one. Both gather what they are given and send it on `flush`, so that everything of one turn shares an
 envelope, or several where it is much.
 """
@@ -16,7 +17,7 @@ from typing import Generic, Protocol, TypeVar
 import msgspec
 
 from scheduling.errors import ProtocolError
-from scheduling.messages import PROTOCOL_VERSION, FromCoordinator, FromWorker
+from scheduling.messages import PROTOCOL_VERSION, FromCoordinator, FromWorker, Heartbeat
 
 ENVELOPE_BYTES_MAX = 1 << 30
 """Largest envelope sent or accepted. Input lines are bounded well below (coordinator.source)."""
@@ -31,7 +32,10 @@ class Endpoint(Protocol):
     """Where bytes leave and arrive. Never blocks. Keeps the order between two addresses."""
 
     def post(self, address: int, payload: bytes) -> None:
-        """Send soon. The bytes must not change afterwards."""
+        """Send soon, at `flush` at the latest. The bytes must not change afterwards."""
+
+    def flush(self) -> None:
+        """Nothing more is posted in this turn."""
 
     def receive(self) -> Sequence[tuple[int, bytes | bytearray]]:
         """All that has arrived since the last call, as (address of the sender, payload)."""
@@ -57,6 +61,8 @@ class _FromCoordinatorEnvelope(msgspec.Struct, array_like=True, frozen=True):
 
 
 _encode = msgspec.msgpack.Encoder().encode
+HEARTBEAT = _encode((PROTOCOL_VERSION, 0, [Heartbeat()]))
+"""The envelope with nothing but a heartbeat."""
 _decode_from_worker = msgspec.msgpack.Decoder(_FromWorkerEnvelope)
 _decode_from_coordinator = msgspec.msgpack.Decoder(_FromCoordinatorEnvelope)
 
@@ -80,6 +86,8 @@ class Link(Generic[S, R]):
             ProtocolError: a message alone is over the limit. Nothing of this outbox is to be sent.
         """
         messages, self.outbox = self.outbox, []
+        if len(messages) == 1 and isinstance(messages[0], Heartbeat):
+            return [HEARTBEAT]
         before = self._sent
         try:
             return list(self._sealed(messages))
@@ -110,9 +118,12 @@ class Link(Generic[S, R]):
         try:
             envelope = self._decoder.decode(payload)
         except msgspec.MsgspecError as error:
-            self._refuse_version(_protocol_of(payload))
+            refuse_version(self.address, version_of(payload))
             raise ProtocolError(f"rank {self.address} sent {len(payload)} bytes that are no message: {error}") from None
-        self._refuse_version(envelope.protocol)
+        refuse_version(self.address, envelope.protocol)
+        messages: list[R] = envelope.messages
+        if envelope.number == 0:
+            return messages
         if envelope.number <= self._received:
             return []
         if envelope.number != self._received + 1:
@@ -120,18 +131,19 @@ class Link(Generic[S, R]):
                 f"rank {self.address} sent envelope {envelope.number} after {self._received}: one has gone missing"
             )
         self._received = envelope.number
-        messages: list[R] = envelope.messages
         return messages
 
-    def _refuse_version(self, protocol: int | None) -> None:
-        if protocol is not None and protocol != PROTOCOL_VERSION:
-            raise ProtocolError(
-                f"rank {self.address} speaks protocol {protocol}, this rank speaks {PROTOCOL_VERSION}: start all ranks "
-                "with the same installation"
-            )
+
+def refuse_version(rank: int, protocol: int | None) -> None:
+    """Raises ProtocolError if `rank` speaks another version than we do. None: it is not known which."""
+    if protocol is not None and protocol != PROTOCOL_VERSION:
+        raise ProtocolError(
+            f"rank {rank} speaks protocol {protocol}, this rank speaks {PROTOCOL_VERSION}: start all ranks "
+            "with the same installation"
+        )
 
 
-def _protocol_of(payload: bytes | bytearray) -> int | None:
+def version_of(payload: bytes | bytearray) -> int | None:
     """What leads an envelope that cannot be read otherwise; None if nothing can."""
     try:
         first = msgspec.msgpack.decode(payload, type=list[msgspec.Raw])[:1]
@@ -175,6 +187,7 @@ class Hub:
             if worker not in self.lost:
                 for payload in self._links[worker].seal():
                     self.endpoint.post(worker, payload)
+        self.endpoint.flush()
 
     def take_lost(self) -> list[int]:
         """Workers that the endpoint has found gone since the last call. To be asked after `poll`: what they said before
@@ -190,6 +203,8 @@ class Hub:
             link = self._links.get(address)
             if link is None:
                 raise ProtocolError(f"rank {address} is no worker of this job")
+            if address in self.lost:
+                continue  # it comes from somebody who passes it on, and speaks of a past
             arrived.extend((address, message) for message in link.open(payload))
         return arrived
 
@@ -206,11 +221,12 @@ class Spoke:
 
     def flush(self) -> bool:
         """Send what has been gathered. True if there was anything."""
-        if not self._link.outbox:
-            return False
-        for payload in self._link.seal():
-            self.endpoint.post(self._link.address, payload)
-        return True
+        some = bool(self._link.outbox)
+        if some:
+            for payload in self._link.seal():
+                self.endpoint.post(self._link.address, payload)
+        self.endpoint.flush()
+        return some
 
     @property
     def rank0_lost(self) -> bool:

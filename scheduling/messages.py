@@ -15,7 +15,7 @@ import msgspec
 
 from scheduling.fitting import Fit
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 """Raised with every change to a message of this module. It leads every envelope."""
 
 ENGINE_END_S = 5.0
@@ -36,6 +36,8 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True):
     pci_bus_id: str | None = None
     numa_node: int | None = None
     compute_capability: str | None = None
+    mask_entry: str | None = ""
+    """Its name in the variable of its backend, where that is not the UUID (""). None: it cannot be told from others."""
 
 
 class Host(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,6 +50,8 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
 
     hostname: str
     gpus: tuple[Gpu, ...] = ()
+    backends: tuple[str, ...] = ("cuda",)
+    """Of the installed llama.cpp, the CPU left out (`scheduling.backends`): `gpus` are the first one's devices."""
     gpus_known: bool = True
     """False where no library could be asked: then an empty `gpus` means 'missing', not 'none'."""
     cpus: tuple[int, ...] = ()
@@ -191,6 +195,8 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
 
     device_mask: dict[str, str] = {}
     gpu_uuids: tuple[str, ...] = ()
+    backend: str = "cuda"
+    """Whose devices they are."""
     cpus: tuple[int, ...] = ()
     threads: int = 1
     note: str = ""

@@ -19,13 +19,24 @@ from dataclasses import dataclass
 
 import msgspec
 
+from scheduling.backends import CUDA, mask_of, of
 from scheduling.cpushares import CpuShare, share_cpus
 from scheduling.errors import BugError, ConfigError
-from scheduling.messages import Host, Placement
+from scheduling.messages import Gpu, Host, Placement
 
-DEVICE_MASK = "CUDA_VISIBLE_DEVICES"
+DEVICE_MASK = CUDA.variables[0]
 """The variable that hides GPUs from a CUDA build. UUIDs are written into it: an index means another device
-under another mask or device order."""
+under another mask or device order. Those of other builds are in `scheduling.backends`."""
+
+
+_LISTED_BY = {
+    "cuda": "nvidia-smi",
+    "hip": "rocminfo",
+    "sycl": "sycl-ls",
+    "vulkan": "vulkaninfo --summary",
+    "metal": "system_profiler SPDisplaysDataType",
+}
+"""What lists a backend's devices for a person."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +114,12 @@ def plan_alone(
     return list(side.placements(range(count), devices, []).values())
 
 
+def unparted(name: str, gpus: Sequence[Gpu], taken: Collection[str]) -> list[str]:
+    """Notes on those of host `name`'s devices that stand for all and whose UUIDs are among `taken`."""
+    nameless = [gpu.name for gpu in gpus if gpu.mask_entry is None and gpu.uuid in taken]
+    return [f"{name}: {what}: not parted among workers" for what in nameless]
+
+
 def _in_local_order(hosts: Mapping[int, Host]) -> dict[int, Host]:
     """The ranks of one host by local rank; those whose launcher gave none come last, by rank."""
 
@@ -115,13 +132,15 @@ def _in_local_order(hosts: Mapping[int, Host]) -> dict[int, Host]:
 
 def _with_unknown_filled(name: str, hosts: dict[int, Host], notes: list[str]) -> dict[int, Host]:
     """Lend a rank that could not ask for its GPUs the answer of a neighbour under the same mask, if any."""
-    answers = {host.mask: host.gpus for host in reversed(hosts.values()) if host.gpus_known and host.gpus}
+    answers = {
+        (host.backends, host.mask): host.gpus for host in reversed(hosts.values()) if host.gpus_known and host.gpus
+    }
     filled = dict(hosts)
     for rank, host in hosts.items():
         if host.gpus_known or host.gpus:
             continue
-        if host.mask in answers:
-            filled[rank] = msgspec.structs.replace(host, gpus=answers[host.mask])
+        if (same := (host.backends, host.mask)) in answers:
+            filled[rank] = msgspec.structs.replace(host, gpus=answers[same])
             notes.append(f"rank {rank} on {name} could not ask for its GPUs: those of its neighbours are assumed")
         elif answers:
             notes.append(f"rank {rank} on {name} could not ask for its GPUs, and its device mask is its own")
@@ -156,10 +175,12 @@ class _HostSide:
         blind = [rank for rank in workers if rank not in on_gpu]
         if self.ask.want_gpu and blind:
             unknown = any(not self.hosts[rank].gpus_known for rank in blind)
+            backend = of(self.hosts[blind[0]].backends)
             why = "NVML cannot be asked there" if unknown else "it sees none"
+            check = " and ".join([_LISTED_BY[backend.name], *backend.variables[:1]])
             raise ConfigError(
                 f"a GPU was asked for and is not there: rank {blind[0]} on {self.name} has none ({why}). "
-                "Check nvidia-smi and CUDA_VISIBLE_DEVICES there, or run on the CPU with --device cpu"
+                f"Check {check} there, or run on the CPU with --device cpu"
             )
         dealt = self._match(on_gpu)
         if dealt is None:
@@ -193,6 +214,11 @@ class _HostSide:
         seen = {uuid for rank in ranks for uuid in self.sees(rank)}
         fits = len(seen) // each * per_gpu
         where = f"{self.name}: {_count(len(ranks), 'worker rank')} of {_count(each, 'GPU')} each, "
+        if nameless := [gpu for gpu in self.gpus if gpu.mask_entry is None]:
+            return (
+                f"{where}but there is no mask that could part {nameless[0].name}. Start one worker there, share with "
+                f"--ranks-per-gpu {len(ranks)}, or run on the CPU with --device cpu"
+            )
         if len(ranks) <= fits:
             masks = "; ".join(f"rank {rank} sees {', '.join(map(_short, self.sees(rank)))}" for rank in ranks[:4])
             return (
@@ -216,6 +242,7 @@ class _HostSide:
         taken = {uuid for uuids in dealt.values() for uuid in uuids}
         on_cpu = [rank for rank in workers if not dealt[rank]]
         idle = len(self.gpus) - len(taken)
+        lines += unparted(self.name, self.gpus, taken)
         if self.ask.want_gpu is not False and taken and idle:
             lines.append(f"{self.name}: {idle} of {_count(len(self.gpus), 'GPU')} are given to no rank")
         if on_cpu and self.gpus and self.ask.want_gpu is not False:
@@ -251,16 +278,23 @@ class _HostSide:
 
     def _placement(self, rank: int, uuids: tuple[str, ...], share: CpuShare) -> Placement:
         host = self.hosts[rank]
+        known = {gpu.uuid: gpu for gpu in self.gpus}
         if uuids:
-            mask = {DEVICE_MASK: ",".join(uuids)}
-            index = {gpu.uuid: gpu.index for gpu in self.gpus}
-            what = ", ".join(f"{_short(uuid)} (index {index[uuid]})" for uuid in uuids)
+            mask = mask_of(host.backends, [known[uuid] for uuid in uuids])
+            what = ", ".join(_said(known[uuid]) for uuid in uuids)
             note = f"{what}, {_count(share.threads, 'thread')}"
         else:
             hide = self.ask.want_gpu is False or bool(self.gpus)
-            mask = {DEVICE_MASK: ""} if hide else {}
+            mask = mask_of(host.backends, []) if hide else {}
             note = f"CPU, {_count(share.threads, 'thread')} of {len(host.cpus) or 'an unknown number'}"
-        return Placement(device_mask=mask, gpu_uuids=uuids, cpus=share.cpus, threads=share.threads, note=note)
+        return Placement(
+            device_mask=mask,
+            gpu_uuids=uuids,
+            backend=of(host.backends).name,
+            cpus=share.cpus,
+            threads=share.threads,
+            note=note,
+        )
 
 
 def match(visible: Mapping[int, Sequence[str]], *, each: int, capacity: int) -> dict[int, tuple[str, ...]] | None:
@@ -294,6 +328,11 @@ def match(visible: Mapping[int, Sequence[str]], *, each: int, capacity: int) -> 
         if not all(take(rank, set()) for _ in range(each)):
             return None
     return {rank: tuple(uuid for uuid in visible[rank] if uuid in owned[rank]) for rank in visible}
+
+
+def _said(gpu: Gpu) -> str:
+    # What stands for all has the reason in brackets, which is a note of the host's.
+    return gpu.name.partition(" (")[0] if gpu.mask_entry is None else f"{_short(gpu.uuid)} (index {gpu.index})"
 
 
 def _short(uuid: str) -> str:

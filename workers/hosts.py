@@ -17,8 +17,10 @@ import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from scheduling.backends import CPU, CUDA, of
 from scheduling.messages import Host
-from workers.gpus import GpuInventory, inventory, load_nvml
+from workers.devices import look
+from workers.gpus import GpuInventory
 
 LOCAL_RANK_VARIABLES = (
     "OMPI_COMM_WORLD_LOCAL_RANK",  # Open MPI's mpirun
@@ -41,19 +43,26 @@ def describe_host(
     environ: Mapping[str, str],
     *,
     gpus: GpuInventory | None = None,
+    backends: tuple[str, ...] = (CUDA.name,),
     root: Path = Path("/"),
     hostname: str | None = None,
     affinity: frozenset[int] | None = None,
 ) -> Host:
-    """This rank's `Host`. What is not given is found out: GPUs from NVML, the rest from the kernel."""
+    """This rank's `Host`. What is not given is found out: `gpus`, with the `backends` of the build whose devices they
+    are, by `workers.devices`, the rest from the kernel."""
     if gpus is None:
-        gpus = inventory(environ, nvml=load_nvml(), sysfs=root / "sys")
+        found = look(environ, root=root)
+        gpus = GpuInventory(found.known, found.reason, found.gpus)
+        backends = tuple(backend.name for backend in found.build.backends if backend != CPU)
     if affinity is None:
         affinity = _current_affinity()
     cpus = allowed_cpus(environ, root, affinity)
+    backend = of(backends)
+    masks = MASK_VARIABLES if backend == CUDA else backend.variables
     return Host(
         hostname=hostname or socket.gethostname(),
         gpus=gpus.gpus,
+        backends=backends,
         gpus_known=gpus.known,
         cpus=_neighbours_together(cpus, root),
         cpu_limit=cpu_quota(root),
@@ -61,7 +70,7 @@ def describe_host(
         memory_bytes=free_memory(root),
         cpus_per_task=_natural(environ.get("SLURM_CPUS_PER_TASK")),
         local_rank=local_rank(environ),
-        mask=next(((name, environ[name]) for name in MASK_VARIABLES if name in environ), None),
+        mask=next(((name, environ[name]) for name in masks if name in environ), None),
     )
 
 

@@ -75,6 +75,10 @@ class LlamaModel:
         params = lib.llama_model_default_params()
         params.n_gpu_layers = config.gpu_layers if config.gpu_layers >= 0 else 0x7FFFFFFF
         params.load_mode = lib.LLAMA_LOAD_MODE_MMAP if config.use_mmap else lib.LLAMA_LOAD_MODE_NONE
+        no_devices = ctypes.c_void_p(None)
+        if not config.use_devices:
+            # A list that ends at once; none at all would mean every device.
+            params.devices = ctypes.addressof(no_devices)
         params.split_mode = _SPLIT_MODES[config.split]
         if config.tensor_split:
             shares = (ctypes.c_float * max(len(config.tensor_split), int(lib.llama_max_devices())))(

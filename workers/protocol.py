@@ -95,6 +95,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Processors the engine may use; empty leaves the affinity alone."""
     device_mask: dict[str, str] = {}
     """Environment set before any GPU library is loaded, e.g. {"CUDA_VISIBLE_DEVICES": "GPU-…"}."""
+    use_devices: bool = True
+    """False: the processor alone computes, whatever devices the build sees (not every backend has a mask)."""
     max_tokens_default: int = 512
     constraint: Constraint | None = None
     """What answers are held to where a request does not say: compiled at the start, which fails if that cannot be."""

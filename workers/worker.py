@@ -94,7 +94,7 @@ class Worker:
     # ------------------------------------------------------------ one turn
 
     def step(self) -> bool:
-        """One turn. True if anything happened: then do not sleep before the next."""
+        """One turn. True if anything happened: then do not sleep before the next. That rank 0 is here is nothing."""
         now = self._clock()
         # The engine first: what comes after its death is not to be laid to it.
         said = self._engine.poll() if self._engine is not None else []
@@ -119,7 +119,7 @@ class Worker:
             self._spoke.send(counters)
         if self._spoke.flush():
             self._last_said = now
-        return bool(heard or said)
+        return bool(said) or any(not isinstance(message, m.Heartbeat) for message in heard)
 
     @property
     def _engine(self) -> Engine | None:

@@ -11,6 +11,7 @@ import typer
 from coordinator.commands.parameters import (
     AsJson,
     ChatTemplate,
+    Fanout,
     GrammarFile,
     JsonSchema,
     MaxTokens,
@@ -118,6 +119,7 @@ def batch(
             "sooner; the first answer counts. [default: with work stealing]",
         ),
     ] = None,
+    fanout: Fanout = 256,
     lease: Annotated[
         float, typer.Option(help="Seconds of silence after which a rank is lost and its work goes to others.")
     ] = 60.0,
@@ -186,8 +188,8 @@ def batch(
 ) -> None:
     """Answer every request of a file exactly once, on all ranks."""
     from coordinator.batch import replayed, run_batch
+    from coordinator.batchoptions import BatchOptions
     from coordinator.config import JobConfig, checked_sampling
-    from coordinator.lead import BatchOptions
     from coordinator.rows import Columns
     from coordinator.slicing.slices import parse_slice
     from coordinator.timekeeper import StopOptions
@@ -199,7 +201,8 @@ def batch(
         sampling=checked_sampling(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, **held_to(json_schema, grammar_file)
         ),
-        max_tokens=max_tokens, seed=seed, copies=copies, prefetch=prefetch, lease_s=lease, rank0_lease_s=rank0_lease,
+        max_tokens=max_tokens, seed=seed, copies=copies, prefetch=prefetch, fanout=fanout, lease_s=lease,
+        rank0_lease_s=rank0_lease,
         engine_lease_s=engine_lease, request_timeout_s=request_timeout, max_deaths=max_deaths,
         commit_interval_s=commit_interval, commit_bytes=commit_bytes, metrics_interval_s=metrics_interval,
         precheck=precheck, chat_template=read_text("--chat-template", chat_template),

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from coordinator.commands.parameters import AsJson, MinP, Model, Schedule, Temperature, TopK, TopP
+from coordinator.commands.parameters import AsJson, Fanout, MinP, Model, Schedule, Temperature, TopK, TopP
 from coordinator.options import EngineOptions, takes
 from coordinator.values import numbers_of
 
@@ -27,6 +27,7 @@ def dispatch(
         Path | None, typer.Option("-o", "--output", help="Run directory. [default: a temporary one]")
     ] = None,
     schedule: Schedule = "work-stealing",
+    fanout: Fanout = 256,
     as_json: AsJson = False,
 ) -> None:
     """Measure control plane, transport and durable record with an engine that answers at once."""
@@ -35,7 +36,7 @@ def dispatch(
     raise typer.Exit(
         run_bench_dispatch(
             requests=requests, prompt_bytes=prompt_bytes, answer_bytes=answer_bytes, slots=slots,
-            peer_requests=peer_requests, output=output, schedule=schedule, as_json=as_json,
+            peer_requests=peer_requests, output=output, schedule=schedule, fanout=fanout, as_json=as_json,
         )
     )  # fmt: skip
 

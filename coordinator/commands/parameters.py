@@ -39,4 +39,11 @@ StageDir = Annotated[
     str | None,
     typer.Option(help="Folder of every node for copies. [default: $SLURM_TMPDIR, $TMPDIR or /dev/shm]"),
 ]
+Fanout = Annotated[
+    int,
+    typer.Option(
+        help="Where more ranks than these are started, rank 0 speaks to one rank for each so many of a host, which "
+        "passes on what it and the others have to say."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON on stdout.")]

@@ -77,8 +77,8 @@ def scaling(
     as_json: AsJson = False,
 ) -> None:
     """Strong scaling: the same requests on several numbers of workers, with speed-up, efficiency and idle time."""
+    from coordinator.batchoptions import BatchOptions
     from coordinator.config import JobConfig, checked_sampling
-    from coordinator.lead import BatchOptions
     from coordinator.rows import Columns
     from coordinator.study.design import Design
     from coordinator.study.scaling import run_scaling

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from coordinator.durations import duration
 from coordinator.page import devices, latencies, overtime, ranks
 from coordinator.page.facts import about, config_of, failures
 from coordinator.page.parts import table_of, text_of
 from coordinator.page.style import STYLE
-from coordinator.progress import duration
 from coordinator.report import OVER_JOB, figure_text, state_text
 from coordinator.runview import RunView
 from coordinator.sidebyside import comparison

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from coordinator.progress import PLAIN_EVERY_S, duration
+from coordinator.durations import duration
+from coordinator.progress import PLAIN_EVERY_S
 from coordinator.slurmjobs.chain import Queued, in_queue, read_links
 from coordinator.slurmjobs.partitions import Client, run_client
 from coordinator.terminal import console_for

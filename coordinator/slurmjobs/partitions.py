@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from coordinator.progress import duration
+from coordinator.durations import duration
 from coordinator.slurmjobs.jobrequest import JobRequest
 from coordinator.timelimit import slurm_time_s
 from scheduling.errors import ConfigError, InfrastructureError

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from coordinator.progress import duration
+from coordinator.durations import duration
 from coordinator.slurmjobs.chain import FOLDER, SCRIPT, in_queue, read_links, submit
 from coordinator.slurmjobs.following import Follower, interrupted
 from coordinator.slurmjobs.jobrequest import read_request

@@ -13,11 +13,12 @@ from typing import Any
 
 import msgspec
 
+from coordinator.batchoptions import BatchOptions
 from coordinator.compressed import STDIN
 from coordinator.config import JobConfig, package_versions
 from coordinator.inputfile import ends_identity, sniff_format
 from coordinator.launch import Launch, detect
-from coordinator.lead import BatchOptions, Lead
+from coordinator.lead import Lead
 from coordinator.mpi import World
 from coordinator.ownmpirun import own_mpirun, run_own_mpirun
 from coordinator.ranks import open_world, serve_rank
@@ -46,7 +47,7 @@ def run_scaling(config: JobConfig, design: Design, options: BatchOptions, argv: 
     if launch.launcher == "none":
         command = own_mpirun(argv, 1 + design.most, os.environ)
         return run_own_mpirun(command, dict(os.environ), resumable=str(options.output))
-    world = open_world(launch)
+    world = open_world(launch, fanout=config.fanout)
     check_room(design, world.size)
     if world.rank > 0:
         ignore_stop_signals()

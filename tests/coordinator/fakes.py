@@ -53,6 +53,9 @@ class FakeEndpoint:
     def post(self, address: int, payload: bytes) -> None:
         self.posted.append((address, payload))
 
+    def flush(self) -> None:
+        """Nothing is kept back."""
+
     def receive(self) -> list[tuple[int, bytes]]:
         arrived, self.inbox = self.inbox, []
         return arrived

@@ -12,8 +12,8 @@ import pytest
 from coordinator import batch as batch_module
 from coordinator import cli
 from coordinator import infer as infer_module
+from coordinator.batchoptions import BatchOptions
 from coordinator.config import JobConfig
-from coordinator.lead import BatchOptions
 from coordinator.pool import Pool, Result
 from scheduling.constraints import Constraint
 from scheduling.errors import (

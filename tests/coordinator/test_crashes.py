@@ -25,9 +25,10 @@ import h5py
 import pytest
 
 from coordinator import config, intervals, lead, loop, serve, setup
+from coordinator.batchoptions import BatchOptions
 from coordinator.config import JobConfig
 from coordinator.launch import detect
-from coordinator.lead import BatchOptions, Lead
+from coordinator.lead import Lead
 from coordinator.rundata import make_metrics
 from coordinator.setup import Setup, prepare
 from coordinator.signals import StopSignals

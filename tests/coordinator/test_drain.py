@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 
 from coordinator import closing, setup
+from coordinator.batchoptions import BatchOptions
 from coordinator.closing import GOODBYE_S
 from coordinator.config import JobConfig
 from coordinator.launch import detect
-from coordinator.lead import BatchOptions, Lead
+from coordinator.lead import Lead
 from coordinator.setup import prepare
 from coordinator.signals import StopSignals
 from coordinator.surroundings import Surroundings

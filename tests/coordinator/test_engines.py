@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 
 from coordinator.config import JobConfig
@@ -133,6 +134,14 @@ def test_a_gpu_that_is_too_small_is_hidden_from_the_engine() -> None:
     assert (config.gpu_layers, config.device_mask) == (0, {"CUDA_VISIBLE_DEVICES": ""})
     kept = engine(on_gpu("a"), host(a=80), gpu_layers=0)
     assert (kept.gpu_layers, kept.device_mask) == (0, {"CUDA_VISIBLE_DEVICES": "a"})
+
+
+def test_an_engine_without_a_gpu_is_told_so_where_no_mask_hides_devices() -> None:
+    on_metal = Placement(gpu_uuids=("all-metal",), backend="metal", threads=2)
+    assert engine(on_metal, host()).use_devices
+    beside = msgspec.structs.replace(on_metal, gpu_uuids=())
+    assert not engine(beside, host()).use_devices
+    assert engine(CPU).use_devices
 
 
 def said(placements: dict[int, Placement], hosts: dict[int, Host], **options: Any) -> list[str]:

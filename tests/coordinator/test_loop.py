@@ -112,6 +112,15 @@ def test_it_is_over_when_the_last_answer_is_durable_not_before() -> None:
     assert not stage.coordinator.in_flight
 
 
+def test_a_heartbeat_is_no_reason_not_to_sleep() -> None:
+    stage = Stage(["one"])
+    stage.ready()
+    stage.workers[1].say(m.Heartbeat())
+    assert not stage.coordinator.step()
+    stage.workers[1].say(m.Heartbeat(), m.Report(started=[(0, 1)]))
+    assert stage.coordinator.step()
+
+
 def test_an_empty_input_is_over_at_once() -> None:
     stage = Stage([])
     stage.step()
@@ -628,7 +637,7 @@ def test_step_tells_whether_anything_happened() -> None:
     stage = Stage(["one"])
     stage.ready()
     assert not stage.coordinator.step()
-    stage.workers[1].say(m.Heartbeat())
+    stage.workers[1].say(m.Counters(row=b""))
     assert stage.coordinator.step()
 
 

@@ -10,7 +10,8 @@ from rich.text import Text
 
 from coordinator import progress as progress_module
 from coordinator.callbacks import Snapshot
-from coordinator.progress import PLAIN_EVERY_S, ProgressView, duration
+from coordinator.durations import duration
+from coordinator.progress import PLAIN_EVERY_S, ProgressView
 from tests.coordinator.fakes import FakeClock
 
 

@@ -11,9 +11,9 @@ import pytest
 
 from coordinator import cli
 from coordinator.batch import replayed
+from coordinator.batchoptions import BatchOptions
 from coordinator.config import JobConfig, checked_sampling
 from coordinator.inputfile import ends_identity
-from coordinator.lead import BatchOptions
 from coordinator.replay import _RENAMED, _SAMPLING, NOT_CONFIGURATION, read_recorded
 from scheduling.errors import InputError, ModelFileError, RunDirError
 from scheduling.requests import Sampling

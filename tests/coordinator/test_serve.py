@@ -195,8 +195,8 @@ def test_an_idle_rank_sleeps_longer_and_longer_and_not_so_long_with_work(sleeps:
     work = [lambda: rank.rank0.say(m.Assign(1, [m.WorkItem(0, 1, text_line("x", "a"))]))]
     sleeps.meanwhile = [*idle, *work, *idle, lambda: rank.rank0.say(m.Stop("done"))]
     rank.serve(sleeps)
-    assert max(sleeps.delays[:15]) == Backoff.IDLE_MAX_S
-    assert max(sleeps.delays[16:]) == Backoff.BUSY_MAX_S
+    assert max(sleeps.delays[:15]) == Backoff.IDLE_S
+    assert max(sleeps.delays[16:]) == Backoff.BUSY_S
 
 
 def hosted_job(prompts: int) -> tuple[Coordinator, Worker, FakeEngine, FakeRecord]:

@@ -44,6 +44,7 @@ class FakeWorld:
 
     def __init__(self, size: int) -> None:
         self.size = size
+        self.leaders: dict[int, int] = {}
         self.fault_tolerant = False
         self.survivors: Survivors | None = None
         self.patience_s = 0.0

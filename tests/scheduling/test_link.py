@@ -68,11 +68,11 @@ def test_broadcast_reaches_every_worker_also_later_ones() -> None:
 
 def test_duplicate_envelope_is_dropped() -> None:
     network, hub, spoke, _ = connected()
-    spoke.send(m.Heartbeat())
+    spoke.send(m.Recalled(1, []))
     spoke.flush()
     [(_, payload)] = network[1].take()
     network[0].inbox += [(1, payload), (1, payload)]
-    assert hub.poll() == [(1, m.Heartbeat())]
+    assert hub.poll() == [(1, m.Recalled(1, []))]
     network[0].inbox.append((1, payload))
     assert hub.poll() == []
 
@@ -80,12 +80,39 @@ def test_duplicate_envelope_is_dropped() -> None:
 def test_missing_envelope_is_an_error_that_names_rank_and_number() -> None:
     network, hub, spoke, _ = connected()
     for _ in range(2):
-        spoke.send(m.Heartbeat())
+        spoke.send(m.Recalled(1, []))
         spoke.flush()
     _, (_, second) = network[1].take()
     network[0].inbox.append((1, second))
     with pytest.raises(ProtocolError, match="rank 1 sent envelope 2 after 0"):
         hub.poll()
+
+
+def test_an_envelope_of_nothing_but_a_heartbeat_has_no_number_and_may_be_lost() -> None:
+    network, hub, spoke, _ = connected()
+    spoke.send(m.Heartbeat())
+    spoke.flush()
+    [(_, payload)] = network[1].take()
+    assert payload == link_module.HEARTBEAT
+    spoke.send(m.Recalled(1, []))
+    spoke.send(m.Heartbeat())
+    spoke.flush()
+    network.deliver()
+    assert hub.poll() == [(1, m.Recalled(1, [])), (1, m.Heartbeat())]
+    hub.send(1, m.Heartbeat())
+    hub.flush()
+    assert network[0].take() == [(1, payload)], "the same bytes both ways"
+
+
+def test_what_comes_of_a_worker_after_it_was_said_to_be_gone_is_dropped() -> None:
+    network, hub, one, two = connected()
+    network[0].gone = {1}
+    assert hub.take_lost() == [1]
+    for spoke in (one, two):
+        spoke.send(m.Recalled(1, []))
+        spoke.flush()
+    network.deliver()
+    assert hub.poll() == [(2, m.Recalled(1, []))]
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,14 @@ lasts; the product has no hooks for this. `BUGS` has them by name.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from coordinator import lead
+from coordinator.relays import Branch, Bundle, Parcel, Way
 from coordinator.rundata import OwnRows
 from coordinator.session import Session
 from coordinator.source import FileSource
@@ -33,6 +35,9 @@ from workers.worker import Worker
 
 BUGS: dict[str, Callable[[], list[Any]]] = {}
 """By name: what makes the patches."""
+
+FIRST_SEEDS = {"a leader vouches for its members": 2_180}
+"""Where to look for what shows in few seeds: a member has to vanish with work while its leader lives."""
 
 Patch = Any
 
@@ -119,6 +124,56 @@ def nobody_is_told_to_leave() -> list[Patch]:
             worker.close()
 
     return [wrapped(Session, "close", close)]
+
+
+# ---------------------------------------------------------------- leaders
+
+
+@bug
+def what_a_lost_leader_had_is_not_sent_again() -> list[Patch]:
+    def go_alone(original: Any, branch: Branch, now: float) -> None:
+        branch._way._kept.clear()
+        original(branch, now)
+
+    return [wrapped(Branch, "_go_alone", go_alone)]
+
+
+@bug
+def a_leader_vouches_for_its_members() -> list[Patch]:
+    def send(original: Any, branch: Branch, now: float) -> None:
+        for member in branch._members:
+            branch._up.heard.setdefault(member, 0)
+        original(branch, now)
+
+    return [wrapped(Branch, "_send", send)]
+
+
+@bug
+def what_is_sent_again_is_taken_again() -> list[Patch]:
+    """By links, too, which would recognise it."""
+    again: set[tuple[int, int]] = set()
+
+    def send_again(original: Any, way: Way) -> list[Parcel]:
+        parcels: list[Parcel] = original(way)
+        again.update((parcel.worker, parcel.number) for parcel in parcels)
+        return parcels
+
+    def take(original: Any, way: Way, parcel: Parcel) -> bool:
+        return original(way, parcel) or (parcel.worker, parcel.number) in again
+
+    [opened] = BUGS["a duplicate envelope is taken twice"]()
+    return [wrapped(Way, "again", send_again), wrapped(Way, "take", take), opened]
+
+
+@bug
+def a_leader_loses_a_bundle() -> list[Patch]:
+    carried = itertools.count(1)
+
+    def carry_up(original: Any, branch: Branch, bundle: Bundle, now: float) -> None:
+        if not bundle.parcels or next(carried) % 50:
+            original(branch, bundle, now)
+
+    return [wrapped(Branch, "_carry_up", carry_up)]
 
 
 # ---------------------------------------------------------------- the control plane

@@ -25,6 +25,7 @@ from coordinator import config as config_module
 from coordinator import lead, report, serve, setup
 from coordinator.config import JobConfig
 from coordinator.engines import ModelFacts
+from coordinator.relays import leaders_of
 from coordinator.setup import Setup
 from scheduling.errors import EXIT_INFRASTRUCTURE, EXIT_OK, EXIT_RESUMABLE, EXIT_SOME_FAILED
 from scheduling.messages import Host
@@ -76,6 +77,7 @@ class Case:
         self.work = work.draw(dice, max_tokens=40)
         self.weather = weather.draw(Random(f"{self.seed} weather"), size)
         self.shape = self._shape(dice, size)
+        self._lead(Random(f"{self.seed} leaders"), size)
         self.shape.input.write_bytes(self.work.content)
         self.storage = Storage(self.shape.run_dir.parent)
         self.books = Books(self.work, self.storage, self.shape.run_dir, self.shape.config)
@@ -114,7 +116,20 @@ class Case:
         return Shape(
             self.seed, size, simulated, self.folder / "in.jsonl", self.folder / "disk" / "run", tempers,
             dice.choice(("openmpi", "mpich")), dice.choice((3.0, 8.0, 20.0)), dice.random() < 0.4,
+            {},
         )  # fmt: skip
+
+    def _lead(self, dice: Random, size: int) -> None:
+        """In some seeds of several workers there are leaders, of one host or of two, and in most of these more ranks
+        than elsewhere stop or die."""
+        if size < 3 or dice.random() < 0.4:
+            return
+        workers, cut = list(range(1, size)), dice.choice((0, dice.randint(1, size - 2)))
+        leaders = leaders_of([part for part in (workers[:cut], workers[cut:]) if part], dice.choice((2, 3, 8, 8)))
+        more = dice.choice(({}, {"rank stopped": 0.5}, {"rank vanishes": 0.6}, {"rank killed": 0.3}))
+        self.weather = replace(self.weather, rates_per_s=self.weather.rates_per_s | more)
+        tolerant = self.shape.fault_tolerant or "rank killed" in more
+        self.shape = replace(self.shape, leaders=leaders, fault_tolerant=tolerant)
 
     # ------------------------------------------------------------ sessions
 

@@ -106,6 +106,10 @@ class Faults:
 
     def _rank(self) -> WorkerRank | None:
         ranks = [rank for rank in self.world.workers.values() if rank.alive and not rank.ended]
+        leaders = self.world.shape.leaders
+        leading = [rank for rank in ranks if list(leaders.values()).count(rank.rank) > 1]
+        if leading and self._dice.random() < 0.4:
+            ranks = leading  # they are few, and more depends on them
         return self._dice.choice(ranks) if ranks else None
 
     def _after(self, least_s: float, most_s: float, do: Callable[[], None]) -> None:

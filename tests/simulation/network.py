@@ -159,6 +159,9 @@ class SimulatedEndpoint:
         self.posts += 1
         self._network.post(self._rank, address, payload)
 
+    def flush(self) -> None:
+        """Nothing is kept back."""
+
     def receive(self) -> list[tuple[int, bytes]]:
         return self._network.take(self._rank)
 

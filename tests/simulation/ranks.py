@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from coordinator.collect import COLLECTIVE_PATIENCE_S, Blocks, collect
+from coordinator.relays import Branch
 from coordinator.serve import step
 from scheduling.errors import RankFailedError, RankLostError
 from scheduling.link import Endpoint, Spoke
@@ -26,6 +27,8 @@ SILENT_S = 2.5
 """Heartbeats come every second."""
 POLL_S = 0.2
 """How often a rank looks about while nothing happens that it could see."""
+LIVELY_POLL_S = 0.02
+"""The same of one that others may be waiting for."""
 
 Rows = npt.NDArray[Any]
 
@@ -40,8 +43,11 @@ class WorkerRank:
     def __init__(
         self, rank: int, agenda: Agenda, trace: Trace, dice: Random, endpoint: SimulatedEndpoint, board: Board,
         make: Callable[[Spoke], Worker], abort: Callable[[], None],
+        branch: Callable[[Endpoint], Branch] | None,
     ) -> None:  # fmt: skip
         self.rank = rank
+        self.branch: Branch | None = None
+        self._make_branch = branch
         self._abort = abort
         self.engine: SimulatedEngine | None = None
         self.worker: Worker | None = None
@@ -58,7 +64,8 @@ class WorkerRank:
 
     def _start(self) -> None:
         if self.alive:
-            self.worker = self._make(Spoke(self._endpoint))
+            self.branch = None if self._make_branch is None else self._make_branch(self._endpoint)
+            self.worker = self._make(Spoke(self.branch or self._endpoint))
             self.stir(self._agenda.now_s)
 
     # ------------------------------------------------------------ turns
@@ -97,7 +104,11 @@ class WorkerRank:
             self.ended = True
             self._trace.note(self._agenda.now_s, "rank ends", self.rank)
             return
-        self.stir(self._agenda.now_s + (0.0 if busy else POLL_S * self._dice.random()))
+        if self.branch is not None:
+            busy = self.branch.took_part() or busy
+        lively = self.branch is not None and self.branch.lively
+        pause_s = 0.0 if busy else LIVELY_POLL_S if lively else POLL_S
+        self.stir(self._agenda.now_s + pause_s * self._dice.random())
         if self.engine is not None and (next_s := self.engine.next_s()) < float("inf"):
             self.stir(next_s)
 
@@ -224,8 +235,10 @@ class SimulatedRanks:
     def __init__(
         self, endpoint: Endpoint, board: Board, sleep: Callable[[float], None], clock: Callable[[], float],
         abort: Callable[[int], NoReturn], fence: Callable[[Sequence[int]], bool], fault_tolerant: bool,
+        leaders: dict[int, int],
     ) -> None:  # fmt: skip
         self.size = board.size
+        self.leaders = leaders
         self.fault_tolerant = fault_tolerant
         self._fence = fence
         self._endpoint, self._board, self._sleep, self._clock, self._abort = endpoint, board, sleep, clock, abort

@@ -15,16 +15,18 @@ from unittest import mock
 import msgspec
 
 from coordinator import session as session_module
+from coordinator.batchoptions import BatchOptions
 from coordinator.config import JobConfig
 from coordinator.launch import detect
-from coordinator.lead import BatchOptions, Lead
+from coordinator.lead import Lead
+from coordinator.relays import Branch
 from coordinator.setup import Setup
 from coordinator.signals import StopSignals
 from coordinator.surroundings import Surroundings
 from coordinator.timekeeper import StopOptions, Timekeeper
 from scheduling import messages as m
 from scheduling.errors import EngineError, LlmpiError
-from scheduling.link import Spoke
+from scheduling.link import Endpoint, Spoke
 from storage import record as record_module
 from storage.staging import Staged
 from tests.simulation.agenda import Agenda, Trace, ViolationError
@@ -62,6 +64,8 @@ class Shape:
     drain_timeout_s: float
     fault_tolerant: bool
     """The death of a rank is told to the others, and does not end the job."""
+    leaders: dict[int, int]
+    """Who carries for each worker; empty: all speak to rank 0 themselves."""
 
     @property
     def config(self) -> JobConfig:
@@ -105,10 +109,11 @@ class World:
             self.workers[rank] = WorkerRank(
                 rank, self.agenda, trace, self.dice(f"rank {rank}"), self.network.endpoint(rank), self.board,
                 partial(self._make_worker, rank), self.everyone_dies,
+                partial(self._make_branch, rank) if shape.leaders else None,
             )  # fmt: skip
         self._ranks = SimulatedRanks(
             endpoint, self.board, partial(self.rank0.sleep, []), self.rank0.clock, self._abort, self._fence,
-            shape.fault_tolerant,
+            shape.fault_tolerant, shape.leaders,
         )  # fmt: skip
         if now_s >= weather.calm_at_s:
             self.calm_down()
@@ -148,6 +153,13 @@ class World:
         """Those that live now, by rank."""
         all_of_them = {rank: one.engine for rank, one in self.workers.items() if one.alive} | self.hosted
         return {rank: engine for rank, engine in sorted(all_of_them.items()) if engine is not None and engine.lives}
+
+    def _make_branch(self, rank: int, endpoint: Endpoint) -> Branch:
+        offset_s = 1e3 * self._dice.random()
+        return Branch(
+            endpoint, rank, self.shape.leaders, lambda: self.agenda.now_s + offset_s,
+            self.shape.config.lease_s,
+        )  # fmt: skip
 
     def _make_worker(
         self, rank: int, spoke: Spoke, clock: Callable[[], float] | None = None,

@@ -179,6 +179,43 @@ def test_when_a_rank_dies_within_a_collective_the_others_gather_among_themselves
     check_ranks_add_up(run)
 
 
+# ---------------------------------------------------------------- leaders
+
+
+def ranked(case: Held) -> dict[int, psutil.Process]:
+    """The ranks whose engines stand at the gate, once all do."""
+    until(lambda: len(case.gate.held()) == 4, "four engines at work")
+    return {int(rank.environ()["OMPI_COMM_WORLD_RANK"]): rank for rank in case.workers()}
+
+
+@OPEN_MPI
+def test_when_a_leader_is_killed_its_member_goes_on_and_keeps_what_it_had(
+    mpirun: Launcher, tmp_path: Path, undisturbed: Mapping[str, Any]
+) -> None:
+    with held(mpirun, tmp_path, "--fanout", 2, ranks=5, ulfm=True) as case:
+        ranked(case)[1].kill()
+        done = case.end()
+    assert done.rc == 0, done.output
+    assert "2 leaders carry messages between rank 0 and 4 workers" in done.stderr
+    check_whole(case.run, undisturbed)
+    assert done.stderr.count("its work goes to the others") == 1, "that of the leader alone"
+    assert collectives(case.run) == "4 of 5 ranks"
+    check_ranks_add_up(case.run)
+
+
+@OPEN_MPI
+def test_a_leader_that_stops_for_ever_holds_none_of_its_group_up(
+    mpirun: Launcher, tmp_path: Path, undisturbed: Mapping[str, Any]
+) -> None:
+    with held(mpirun, tmp_path, "--fanout", 2, *LEASE, ranks=5, ulfm=True) as case:
+        ranked(case)[3].suspend()
+        done = case.end()
+    assert done.rc == 0, done.output
+    assert done.stderr.count("has been silent for") == 1, "the stopped one alone"
+    check_whole(case.run, undisturbed)
+    assert collectives(case.run) == "4 of 5 ranks"
+
+
 # ---------------------------------------------------------------- stopped
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,3 +23,26 @@ def test_a_backend_without_split_buffers_is_no_fault_of_the_model_file(
     start_backend()
     with pytest.raises(error, match="--split layer" if split == "row" else "split buffers"):
         llama.LlamaModel(EngineConfig(model=str(tmp_path / "none.gguf"), slots=1, ctx_tokens=256, split=split))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("use_devices", [True, False])
+def test_an_engine_that_is_to_use_no_device_gives_llama_an_empty_list(
+    use_devices: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[ctypes.c_void_p | None] = []
+
+    def load(path: bytes, params: Any) -> None:
+        given.append(ctypes.c_void_p.from_address(params.devices) if params.devices else None)
+
+    monkeypatch.setattr("workers.llama.lib.llama_model_load_from_file", load)
+    config = EngineConfig(model=str(tmp_path / "none.gguf"), slots=1, ctx_tokens=256, use_devices=use_devices)
+    with pytest.raises(ModelFileError):
+        llama.LlamaModel(config)
+    assert [None if first is None else first.value for first in given] == [None]
+    assert (given[0] is None) is use_devices
+
+
+def test_a_model_loads_without_devices(tiny_model: Path) -> None:
+    start_backend()
+    config = EngineConfig(model=str(tiny_model), slots=1, ctx_tokens=256, gpu_layers=0, use_devices=False)
+    assert llama.LlamaModel(config).vocab_tokens > 0

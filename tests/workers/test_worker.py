@@ -85,6 +85,14 @@ def test_the_engine_has_as_long_to_end_as_rank_0_says(message: m.FromCoordinator
     assert bench.engines[0].close_s == 0.5
 
 
+def test_a_heartbeat_is_no_reason_not_to_sleep() -> None:
+    bench = Bench().ready()
+    bench.rank0.say(m.Heartbeat())
+    assert not bench.worker.step()
+    bench.rank0.say(m.Heartbeat(), m.Exhausted(True))
+    assert bench.worker.step()
+
+
 # ---------------------------------------------------------------- the way of a request
 
 
