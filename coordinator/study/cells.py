@@ -99,13 +99,16 @@ def measure(
     used = sum(rank["slot_s"] for rank in ranks)
     starved = sum(rank["starved_slot_s"] for rank in ranks) - waited_slot_s
     slot_time = slots * wall_s
+    idle_share = _share(slot_time - used, slot_time)
+    # Workers count from when they were ready, rank 0 from when it heard of that: in a cell of milliseconds it shows.
+    starved_share = min(idle_share, _share(starved, slot_time))
     energy = data["energy"] or {}
     joules = energy.get("joules")
     return Measured(
         name=cell.name, workers=cell.workers, repeat=cell.repeat, order=cell.order, start_unix_s=start_unix_s,
         wall_s=wall_s, load_s=load_s, requests=data["requests"], failed=data["failed"],
         prompt_tokens=data["prompt_tokens"], output_tokens=data["output_tokens"], slots=slots,
-        idle_share=_share(slot_time - used, slot_time), starved_share=_share(starved, slot_time),
+        idle_share=idle_share, starved_share=starved_share,
         energy_j=float("nan") if joules is None else float(joules),
     )  # fmt: skip
 

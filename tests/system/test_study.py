@@ -59,7 +59,7 @@ def test_a_study_that_was_killed_measures_what_lacks_and_nothing_twice(mpirun: L
         assert (cell["requests"], cell["slots"]) == (REQUESTS, 2 * cell["workers"])
         assert cell["wall_s"] > 0
         assert cell["load_s"] > 0
-        assert 0 <= cell["starved_share"] <= cell["idle_share"] + 0.05 <= 1.05
+        assert 0 <= cell["starved_share"] <= cell["idle_share"] <= 1
 
     # The processors of the host are divided as for three, also where one works alone.
     (three,) = {worker["threads"] for worker in workers_of(tmp_path, "w3-r1")}

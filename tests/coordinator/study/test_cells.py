@@ -70,6 +70,11 @@ def test_idle_and_starved_are_shares_of_all_slot_time() -> None:
     assert (found.wall_s, found.load_s, found.failed, found.output_tokens_per_s) == (10.0, 2.0, 1, 4.0)
 
 
+def test_starved_is_a_part_of_idle() -> None:
+    found = measure(Cell(1, 1, 0), report((36.0, 9.0)), slots=4, start_unix_s=1.0, load_s=2.0, waited_slot_s=0.0)
+    assert found.starved_share == found.idle_share == pytest.approx(0.1)
+
+
 def test_what_two_clocks_differ_by_makes_no_share_below_0() -> None:
     found = measure(Cell(1, 1, 0), report((40.5, 0.1)), slots=4, start_unix_s=1.0, load_s=2.0, waited_slot_s=0.2)
     assert (found.idle_share, found.starved_share) == (0.0, 0.0)
