@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -105,9 +106,11 @@ def settled(status: int, run_dir: Path) -> int:
 
 
 def replayed(
-    run_dir: Path, config: JobConfig, options: BatchOptions, names: frozenset[str]
+    run_dir: Path, fields: Mapping[str, Any], options: BatchOptions, names: frozenset[str]
 ) -> tuple[JobConfig, BatchOptions]:
     """The job that was run in `run_dir`, with what the options `names` say otherwise.
+
+    `fields`: of a `JobConfig`, by the command line alone. They are checked together with the recorded ones.
 
     Raises RunDirError: there is no such run, or not enough is known of it. InputError: options that need an input.
     """
@@ -120,7 +123,7 @@ def replayed(
         changes |= {"input": expected.input, "format": recorded.format, "part": recorded.part}
     if "ranks" not in names and detect(os.environ).launcher == "none":
         changes["ranks"] = recorded.ranks
-    return recorded.job(config, names), replace(options, **changes)
+    return recorded.job(fields, names), replace(options, **changes)
 
 
 def ranks_for_devices(config: JobConfig) -> int:

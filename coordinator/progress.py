@@ -32,6 +32,7 @@ class ProgressView:
         self._live: Progress | None = None
         self._task: TaskID | None = None
         self._quiet = quiet
+        self._over = False
         self._said_plain = False
         self._plain_at = time.monotonic() + PLAIN_FIRST_S
         self._window: deque[tuple[float, int, int]] = deque()
@@ -77,6 +78,7 @@ class ProgressView:
         self._console.print(text, soft_wrap=True, markup=False)
 
     def close(self, snapshot: Snapshot | None = None) -> None:
+        self._over = True
         if self._live is not None and self._task is not None:
             if snapshot is not None:
                 self.show(snapshot)
@@ -107,7 +109,8 @@ class ProgressView:
         words = ("run", "wait", "req/s", "tok/s") if self._narrow else ("running", "queued", "requests/s", "tokens/s")
         figures = (f"{s.running}", f"{left}", f"{rate:.1f}", f"{tokens_s:.0f}")
         parts += [f"{figure} {word}" for figure, word in zip(figures, words, strict=True)]
-        parts.append("draining" if s.draining else f"ETA {duration(self._eta_s(s, ended))}")
+        if not self._over:
+            parts.append("draining" if s.draining else f"ETA {duration(self._eta_s(s, ended))}")
         return " · ".join(parts)
 
     @staticmethod

@@ -99,16 +99,16 @@ class Recorded:
     model: tuple[str, tuple[str, ...]]
     part: Slice | None = None
 
-    def job(self, given: JobConfig, names: Set[str]) -> JobConfig:
+    def job(self, given: Mapping[str, Any], names: Set[str]) -> JobConfig:
         """The recorded configuration with the fields of `given` that the options `names` decide."""
         changes: dict[str, Any] = {}
         sampling: dict[str, Any] = {}
         for name in names - NOT_CONFIGURATION:
             if name in _SAMPLING:
-                sampling[_SAMPLING[name]] = getattr(given.sampling, _SAMPLING[name])
+                sampling[_SAMPLING[name]] = getattr(given["sampling"], _SAMPLING[name])
                 continue
             for field in _RENAMED.get(name, (name,)):
-                changes[field] = getattr(given, field)
+                changes[field] = given[field]
         if sampling:
             changes["sampling"] = msgspec.structs.replace(self.config.sampling, **sampling)
         return msgspec.structs.replace(self.config, **changes)

@@ -317,19 +317,24 @@ def _rank_table(ranks: list[dict[str, Any]], *, narrow: bool) -> Table:
 
 
 def figure_text(value: float | None) -> str:
-    """A rate: whole from 100 on, else with one decimal."""
+    """A rate: whole from 100 on, else with one decimal; below 1 with two digits that say something (0.028)."""
     if value is None:
         return "?"
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 0.95 or value < 0.0001 else f"{float(f'{value:.2g}'):.6f}".rstrip("0")
 
 
 def time_cell(values: dict[str, Any], percentile: str) -> str:
     """One percentile of a latency with its unit; a star says that there are too few samples for it."""
     value_s, supported = values[percentile]["value"], values[percentile]["supported"]
-    in_seconds = any((values[p]["value"] or 0) >= 10 for p in PERCENTILES)
+    longest_s = max(values[p]["value"] or 0 for p in PERCENTILES)
     if value_s is None:
         return "-"
-    text = f"{value_s:.1f} s" if in_seconds else f"{value_s * 1000:.1f} ms"
+    if longest_s < 1:
+        text = f"{value_s * 1000:.1f} ms"
+    else:
+        text = f"{value_s:.1f} s" if longest_s >= 10 else f"{value_s:.2f} s"
     return text if supported else f"{text} *"
 
 

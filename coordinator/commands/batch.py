@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -33,7 +33,12 @@ from coordinator.values import held_to, read_text, refuse_missing
 def batch(
     chosen: EngineOptions,
     context: typer.Context,
-    model: Annotated[str, typer.Option("-m", "--model", help="GGUF file.", show_default=False)] = "",
+    model: Annotated[
+        str,
+        typer.Option(
+            "-m", "--model", help="GGUF file, or a model of the store (`llmpi models ls`).", show_default=False
+        ),
+    ] = "",
     requests: Annotated[
         Path | None,
         typer.Option(
@@ -196,7 +201,7 @@ def batch(
     from coordinator.timelimit import parse_time_limit
 
     limit_s = None if time_limit is None else parse_time_limit(time_limit)
-    config = JobConfig(
+    fields: dict[str, Any] = dict(
         model=model, schedule=schedule, ranks_per_gpu=ranks_per_gpu, coordinator_works=coordinator_works,
         sampling=checked_sampling(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, **held_to(json_schema, grammar_file)
@@ -209,6 +214,8 @@ def batch(
         engine=engine, service_times=None if service_times is None else str(service_times), time_scale=time_scale,
         pooling=pooling, stage=stage, stage_dir=stage_dir, **chosen.job(),
     )  # fmt: skip
+    if replay is None:
+        config = JobConfig(**fields)
     needed: dict[str, Path | str | None] = {"-m/--model": model, "-i/--input": requests, "-o/--output": output}
     refuse_missing(needed if replay is None else {"-o/--output": output})
     own = None if part is None else parse_slice(part)
@@ -223,5 +230,5 @@ def batch(
         ),
     )  # fmt: skip
     if replay is not None:
-        config, options = replayed(replay, config, options, given_on_command_line(context))
+        config, options = replayed(replay, fields, options, given_on_command_line(context))
     raise typer.Exit(run_batch(config, options, sys.argv[1:]))

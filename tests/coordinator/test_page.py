@@ -92,6 +92,24 @@ def text(run: Path) -> str:
     return made(run)
 
 
+@pytest.mark.parametrize(
+    ("rate", "text"),
+    [(None, "?"), (0.0, "0.0"), (0.0286, "0.029"), (0.5, "0.5"), (0.97, "1.0"), (9.96, "10.0"), (12345.6, "12,346")],
+)
+def test_a_rate_of_some_requests_in_an_hour_is_not_nothing(rate: float | None, text: str) -> None:
+    assert figure_text(rate) == text
+
+
+@pytest.mark.parametrize(
+    ("longest_s", "texts"),
+    [(0.4967, ["109.0 ms", "496.7 ms *"]), (4.9342, ["0.11 s", "4.93 s *"]), (418.5, ["0.1 s", "418.5 s *"])],
+)
+def test_times_of_one_row_have_one_unit_that_suits_the_longest(longest_s: float, texts: list[str]) -> None:
+    values = {q: {"value": 0.109, "supported": True} for q in ("p50", "p95")}
+    values["p99"] = {"value": longest_s, "supported": False}
+    assert [time_cell(values, q) for q in ("p50", "p99")] == texts
+
+
 def test_figures_are_those_of_the_tables_and_of_the_metrics(run: Path, text: str) -> None:
     read, data = Read(text), report_data(run)
     for latency, title in (("ttft_s", "TTFT"), ("tpot_s", "TPOT"), ("itl_s", "ITL"), ("queue_s", "queue")):

@@ -111,6 +111,17 @@ def test_all_figures_fit_beside_a_bar_into_80_columns(
     assert "━" in line
 
 
+def test_the_last_line_of_a_run_that_was_stopped_promises_no_end(clock: FakeClock, stream: io.StringIO) -> None:
+    view = ProgressView(stream)
+    clock.pass_(11.0)
+    view.show(snapshot(5.0, done=4))
+    view.close(snapshot(5.0, done=4, running=0))
+    first, last = stream.getvalue().splitlines()
+    assert "ETA" in first
+    assert "ETA" not in last
+    assert "4/100 done" in last
+
+
 def test_quiet_shows_warnings_only(clock: FakeClock, stream: io.StringIO) -> None:
     view = ProgressView(stream, quiet=True)
     clock.pass_(100.0)

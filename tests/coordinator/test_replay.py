@@ -15,7 +15,7 @@ from coordinator.batchoptions import BatchOptions
 from coordinator.config import JobConfig, checked_sampling
 from coordinator.inputfile import ends_identity
 from coordinator.replay import _RENAMED, _SAMPLING, NOT_CONFIGURATION, read_recorded
-from scheduling.errors import InputError, ModelFileError, RunDirError
+from scheduling.errors import ConfigError, InputError, ModelFileError, RunDirError
 from scheduling.requests import Sampling
 
 CONFIG = JobConfig(
@@ -62,7 +62,7 @@ def options(tmp_path: Path) -> BatchOptions:
 
 
 def test_without_options_everything_is_as_it_was(run_dir: Path, tmp_path: Path) -> None:
-    config, made = replayed(run_dir, JobConfig(model=""), options(tmp_path), frozenset({"replay", "output"}))
+    config, made = replayed(run_dir, {}, options(tmp_path), frozenset({"replay", "output"}))
     whole = {"model": "/models/m.gguf", "loras": ("/home/one/a.gguf:0.5",), "draft_model": "/home/one/d.gguf"}
     assert config == msgspec.structs.replace(CONFIG, **whole)
     assert (made.input, made.format, made.ranks) == (tmp_path / "in.jsonl", "jsonl", 2)
@@ -93,7 +93,15 @@ def test_what_is_given_replaces_what_was_also_with_a_default(
     run_dir: Path, names: set[str], given: JobConfig, changed: dict[str, Any]
 ) -> None:
     recorded = read_recorded(run_dir)
-    assert recorded.job(given, names) == msgspec.structs.replace(recorded.config, **changed)
+    assert recorded.job(msgspec.structs.asdict(given), names) == msgspec.structs.replace(recorded.config, **changed)
+
+
+def test_an_option_is_checked_with_what_the_run_was_and_not_with_the_defaults(run_dir: Path) -> None:
+    edit(run_dir, details__config=msgspec.to_builtins(CONFIG) | {"engine": "simulated", "draft_model": None})
+    alone = {"time_scale": 0.5}
+    assert read_recorded(run_dir).job(alone, {"time_scale"}).time_scale == 0.5
+    with pytest.raises(ConfigError, match="are for --engine simulated"):
+        read_recorded(run_dir).job(alone | {"engine": "llama"}, {"time_scale", "engine"})
 
 
 def test_every_option_of_batch_decides_a_known_field_or_none() -> None:
@@ -177,4 +185,4 @@ def test_what_was_converted_is_taken_from_the_run(run_dir: Path) -> None:
 def test_a_run_is_not_replayed_into_itself(run_dir: Path) -> None:
     same = BatchOptions(input=Path("in"), output=run_dir / ".." / "run")
     with pytest.raises(RunDirError, match="give another run directory"):
-        replayed(run_dir, JobConfig(model=""), same, frozenset())
+        replayed(run_dir, {}, same, frozenset())
