@@ -30,3 +30,5 @@ class BatchOptions:
     show: int = 0
     quiet: bool = False
     as_json: bool = False
+    of_study: bool = False
+    """A study says itself what concerns all its runs."""

@@ -15,9 +15,11 @@ import typer
 
 from coordinator.commands.batch import batch
 from coordinator.commands.bench import bench
+from coordinator.commands.doctor import doctor
 from coordinator.commands.infer import embed, infer
 from coordinator.commands.models import models
 from coordinator.commands.runs import export, report, status, stop
+from coordinator.commands.study import study
 from coordinator.commands.submit import HERE as SBATCH_WORDS
 from coordinator.commands.submit import job, submit
 from coordinator.launch import Launch, detect
@@ -32,10 +34,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (batch, infer, embed, status, stop, report, export):
+for command in (batch, infer, embed, status, stop, report, export, doctor):
     app.command()(command)
 app.command(context_settings=SBATCH_WORDS)(submit)
-for group in (bench, models, job):
+for group in (bench, models, job, study):
     app.add_typer(group)
 
 

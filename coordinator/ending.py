@@ -31,6 +31,7 @@ class Ending:
     def __init__(
         self, setup: Setup, session: Session, run: RunDir, disk: Disk, keeper: Timekeeper, clock: Callable[[], float],
         *, replay: Replay | None = None, show: int = 0, quiet: bool = False, as_json: bool = False,
+        of_study: bool = False,
     ) -> None:  # fmt: skip
         self._config = setup.config
         self._session = session
@@ -42,6 +43,7 @@ class Ending:
         self._show = show
         self._quiet = quiet
         self._as_json = as_json
+        self._of_study = of_study
 
     def finish(
         self, coordinator: Coordinator, source: Source, found: Recovery, intervals: Intervals, fsyncs: int
@@ -171,7 +173,7 @@ class Ending:
             print_report(data, sys.stdout, run.path, show=self._show)
         if compared is not None and not self._as_json:
             compared.print(sys.stdout)
-        if self._config.engine == "simulated" and (self._as_json or self._quiet):
+        if self._config.engine == "simulated" and (self._as_json or self._quiet) and not self._of_study:
             self._say(WARNING)
 
     def _close(self, outcome: str, reason: str, failed: int, coordinator: Coordinator) -> int:
@@ -180,7 +182,8 @@ class Ending:
         if outcome == "drained":
             unfinished = coordinator.plane.totals.unfinished
             cut = f", {unfinished} that ran cut off" if unfinished else ""
-            self._say(f"drained ({reason}){cut}; the same command resumes {path}")
+            if not self._of_study:
+                self._say(f"drained ({reason}){cut}; the same command resumes {path}")
             return EXIT_RESUMABLE
         if outcome == "no workers":
             self._say(f"llmpi: no worker is left: {reason}. The same command resumes {path}")

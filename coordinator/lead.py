@@ -201,7 +201,7 @@ class Lead:
         options = self._options
         return Ending(
             self._setup, self.session, run, self._disk, self._keeper, self._around.clock, replay=options.replay,
-            show=options.show, quiet=options.quiet, as_json=options.as_json,
+            show=options.show, quiet=options.quiet, as_json=options.as_json, of_study=options.of_study,
         )  # fmt: skip
 
     # ------------------------------------------------------------ what a run is

@@ -10,6 +10,7 @@ With fault tolerance (ULFM: `mpirun --with-ft ulfm`) that communicator can be re
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import os
 import signal
@@ -33,6 +34,8 @@ from scheduling.errors import EXIT_INFRASTRUCTURE, EXIT_OK, RankFailedError, Ran
 GATHER_CHUNK_BYTES = 64 << 20
 END_S = 60.0
 """For MPI's own end, which all ranks enter at about the same time. It takes a tenth of a second."""
+TOGETHER_S = 120.0
+"""How long the members of a part of the world may take to come together."""
 GOODBYE_S = 70.0
 """How long a rank may take to leave once rank 0 does, unless somebody says otherwise."""
 OPENMPI_FT_KEYVAL = 12
@@ -62,6 +65,7 @@ class World:
             comm.Set_errhandler(MPI.ERRORS_RETURN)
         self.rank: int = world.Get_rank()
         self.size: int = world.Get_size()
+        self._fanout = fanout
         self.leaders = self._agree_on_leaders(fanout)
         self.fault_tolerant = _fault_tolerant(MPI)
         self.reduced = False
@@ -103,6 +107,38 @@ class World:
 
     def collectives(self, patience_s: float = COLLECTIVE_PATIENCE_S) -> Collectives:
         return Collectives(self, patience_s=patience_s)
+
+    def among(self, members: Sequence[int], tag: int = 0) -> World:
+        """These ranks alone, as a world of its own in which they are numbered in this order: other messages, other
+        collectives. To be called by all of them, and by no other; `tag` tells calls apart that overlap. Only the whole
+        world can be left.
+        """
+        part = copy.copy(self)
+        part._endpoint, part.unfinished, part.reduced = None, [], False
+        group = self.MPI.COMM_WORLD.Get_group().Incl(list(members))
+        # It blocks, for milliseconds unless a member does not come.
+        watch = threading.Timer(TOGETHER_S, self._not_together)
+        watch.daemon = True
+        watch.start()
+        try:
+            part.messages_comm = self.messages_comm.Create_group(group, tag)
+            part.collectives_comm = part.messages_comm.Dup()
+            part.rank, part.size = part.messages_comm.Get_rank(), part.messages_comm.Get_size()
+            part.leaders = part._agree_on_leaders(self._fanout)
+        except self.MPI.Exception as error:
+            raise RankLostError(f"ranks {', '.join(map(str, members))} could not come together: {error}") from error
+        finally:
+            watch.cancel()
+        for comm in (part.messages_comm, part.collectives_comm):
+            comm.Set_errhandler(self.MPI.ERRORS_RETURN)
+        return part
+
+    def _not_together(self) -> None:
+        print(
+            f"llmpi: rank {self.rank}: other ranks did not come within {TOGETHER_S:.0f} s: it leaves", file=sys.stderr
+        )
+        guard_launcher()
+        os._exit(EXIT_INFRASTRUCTURE)
 
     def fence(self, pids: Sequence[int]) -> bool:
         """Kill ranks of this host, so that MPI knows them to be gone. False where that would end the job, or for
@@ -177,6 +213,20 @@ class World:
         raise SystemExit(code)
 
 
+def library_facts() -> tuple[str, str, str]:
+    """(MPI library in its own words, MPI standard, vendor), without starting MPI, where no world is to be opened.
+
+    Raises ImportError, OSError or RuntimeError where there is none.
+    """
+    import mpi4py
+
+    mpi4py.rc.initialize = False
+    from mpi4py import MPI
+
+    library = str(MPI.Get_library_version()).strip("\x00 \n").splitlines()[0]
+    return library, ".".join(map(str, MPI.Get_version())), str(MPI.get_vendor()[0])
+
+
 def _fault_tolerant(MPI: Any) -> bool:
     if MPI.get_vendor()[0] != "Open MPI":
         return False
@@ -211,7 +261,7 @@ class Collectives:
         self._comm = comm
         self.rank = comm.Get_rank()
         self.size = comm.Get_size()
-        everyone = self._MPI.COMM_WORLD.Get_group()
+        everyone = self._world.messages_comm.Get_group()
         places = list(range(self.size))
         self.ranks = tuple(self._MPI.Group.Translate_ranks(comm.Get_group(), places, everyone))
 
@@ -228,6 +278,16 @@ class Collectives:
         """Element by element over all ranks. The result is meaningful on rank 0 only."""
         result: npt.NDArray[Any] = np.zeros_like(values)
         self._finish(lambda: self._comm.Ireduce(values, result, op=operation, root=0))
+        return result
+
+    def barrier(self) -> None:
+        """Wait until every rank has come to this."""
+        self._finish(self._comm.Ibarrier)
+
+    def sum_everywhere(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """As `sum`, meaningful on every rank."""
+        result: npt.NDArray[Any] = np.zeros_like(values)
+        self._finish(lambda: self._comm.Iallreduce(values, result, op=self._MPI.SUM))
         return result
 
     def gather_rows(self, rows: npt.NDArray[Any] | Blocks, take: Callable[[npt.NDArray[Any]], None]) -> None:

@@ -25,7 +25,7 @@ from coordinator.relays import Trunk
 from coordinator.rundata import NO_COLLECTIVES
 from coordinator.serve import drive, turn
 from coordinator.setup import Setup, build_worker
-from coordinator.source import Source
+from coordinator.source import GatedSource, Source
 from coordinator.surroundings import Recorder, Surroundings
 from coordinator.transport import Backoff, Loopback, Routed
 from coordinator.world import Ranks
@@ -69,6 +69,10 @@ class Session:
         """Whether engines need not be ready for generating text. To be set before `start`."""
         self.lengths: Lengths | None = None
         """How long the requests are, if that is known before the workers start."""
+        self.given_plan: Plan | None = None
+        """Who is to have what, where that does not follow from who is here."""
+        self.gate: Callable[[Coordinator], bool] | None = None
+        """Asked before requests are read, whether they may be."""
         self.beats = False
         """Whether it is driven without a pause from `start` to `collect`, so that its silence means that it is gone."""
         self._routes: dict[int, Endpoint] = {}
@@ -136,6 +140,8 @@ class Session:
 
     def _place(self) -> Plan:
         config = self.setup.config
+        if self.given_plan is not None:
+            return self.given_plan
         if self.world is None:
             alone = plan_alone(
                 self.setup.host, gpus_per_rank=config.gpus_per_rank, ranks_per_gpu=config.ranks_per_gpu,
@@ -194,6 +200,8 @@ class Session:
             self.hub.workers, config.schedule, now, limits=limits, output_limit_default=config.max_tokens,
             first_index=first_index, first_recall=first_recall,
         )  # fmt: skip
+        if (gate := self.gate) is not None:
+            source = GatedSource(source, lambda: gate(coordinator))
         self.coordinator = coordinator = Coordinator(
             self.hub, plane, source, record, self._clock, names=self.names(), session=self.number,
             earlier=earlier, callbacks=callbacks,

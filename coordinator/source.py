@@ -84,6 +84,37 @@ class Source(Protocol):
     def close(self) -> None: ...
 
 
+class GatedSource:
+    """`source`, which gives nothing as long as `is_open` says no."""
+
+    def __init__(self, source: Source, is_open: Callable[[], bool]) -> None:
+        self._source = source
+        self._is_open = is_open
+
+    @property
+    def ended(self) -> bool:
+        return self._source.ended
+
+    @property
+    def total(self) -> int | None:
+        return self._source.total
+
+    def skip(self, done: npt.NDArray[np.bool_]) -> None:
+        self._source.skip(done)
+
+    def read(self, max_requests: int, max_bytes: int) -> list[Arrival]:
+        return self._source.read(max_requests, max_bytes) if self._is_open() else []
+
+    def fetch(self, index: int) -> bytes | None:
+        return self._source.fetch(index)
+
+    def identity(self) -> dict[str, int | str]:
+        return self._source.identity()
+
+    def close(self) -> None:
+        self._source.close()
+
+
 # ---------------------------------------------------------------- a file
 
 

@@ -3,7 +3,8 @@
 mpirun.sbatch starts the ranks with mpirun inside the job, which works with any Slurm. srun.sbatch starts them as
 a step, where Slurm's PMI and MPI fit each other, and takes heterogeneous jobs. Both take job arrays, whose tasks share
 the requests. The run stops by itself before the time limit (docs/stopping.md), and both end with the status that the
-record tells, for a launcher's own status cannot be trusted. docs/slurm.md has the commands.
+record tells, for a launcher's own status cannot be trusted. docs/slurm.md has the commands. study.sbatch
+is mpirun.sbatch for a scaling study (docs/studies.md).
 """
 
 from __future__ import annotations

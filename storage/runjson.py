@@ -65,14 +65,17 @@ def _well_formed(state: dict[str, Json]) -> bool:
 
 def refuse_other_run(path: Path, there: Mapping[str, Json], here: Mapping[str, Json]) -> None:
     """Raise RunDirError, naming what differs, unless the identities of two runs are the same."""
-    differences = _differences("", dict(there), dict(here))
-    if differences:
-        shown = "; ".join(differences[:_DIFFERENCES_SHOWN])
-        more = len(differences) - _DIFFERENCES_SHOWN
+    if told := told_differences(there, here):
         raise RunDirError(
-            f"{path} holds another run: {shown}{f'; and {more} more' if more > 0 else ''}. Give another run "
-            "directory, or the same command as before to resume."
+            f"{path} holds another run: {told}. Give another run directory, or the same command as before to resume."
         )
+
+
+def told_differences(there: Mapping[str, Json], here: Mapping[str, Json]) -> str:
+    """In what two identities differ, for people; empty if in nothing."""
+    found = _differences("", dict(there), dict(here))
+    more = len(found) - _DIFFERENCES_SHOWN
+    return "; ".join(found[:_DIFFERENCES_SHOWN]) + (f"; and {more} more" if more > 0 else "")
 
 
 def _differences(name: str, there: Json, here: Json) -> list[str]:

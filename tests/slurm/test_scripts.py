@@ -78,6 +78,15 @@ def test_mpirun_script_starts_all_ranks_of_the_job(job: Job) -> None:
     )
 
 
+def test_study_script_starts_all_ranks_and_ends_as_the_study_stands(job: Job) -> None:
+    process, calls = job("study.sbatch", *ARGUMENTS, "--workers", "1,2", STATUS="3")
+    assert process.wait(PATIENCE_S) == 3
+    assert calls.read_text().splitlines() == [
+        "mpirun --bind-to none llmpi study scaling -o run 1 -m model.gguf -i a b.jsonl --workers 1,2",
+        "llmpi study show run 1",
+    ]
+
+
 def catches(process: subprocess.Popen[bytes], sent: signal.Signals) -> bool:
     """Whether the process has a handler for the signal."""
     lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
@@ -127,7 +136,7 @@ def test_srun_script_asks_for_pmix_and_leaves_processors_alone_by_default(job: J
     assert "cpus=none" in calls.read_text()
 
 
-@pytest.mark.parametrize("script", ["mpirun.sbatch", "srun.sbatch"])
+@pytest.mark.parametrize("script", ["mpirun.sbatch", "srun.sbatch", "study.sbatch"])
 @pytest.mark.parametrize("arguments", [(), ("-m", "model.gguf")])
 def test_a_forgotten_run_directory_is_refused(job: Job, script: str, arguments: tuple[str, ...]) -> None:
     process, calls = job(script, *arguments)
@@ -136,7 +145,7 @@ def test_a_forgotten_run_directory_is_refused(job: Job, script: str, arguments: 
 
 
 def test_scripts_come_with_the_package() -> None:
-    assert slurm.names() == ["mpirun.sbatch", "srun.sbatch"]
+    assert slurm.names() == ["mpirun.sbatch", "srun.sbatch", "study.sbatch"]
     assert all(slurm.text(name).startswith("#!/bin/bash\n") for name in slurm.names())
     with pytest.raises(FileNotFoundError, match=r"mpirun\.sbatch"):
         slurm.text("other.sbatch")

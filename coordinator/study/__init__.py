@@ -1,0 +1,1 @@
+"""`llmpi study`: the same work measured again and again under one mpirun, while one thing is varied."""
