@@ -36,6 +36,7 @@ from workers.supervisor import EngineProcess
 
 WARM_UP = 1 << 30
 """Number of the repeat that is not counted."""
+TELL_EVERY_S = 15.0
 POLL_S = 0.05
 CLOSE_S = 10.0
 
@@ -111,8 +112,12 @@ class BenchEngine:
         self._submit(waiting, concurrency or len(jobs))
         repeat, open_jobs, between = Repeat(wall_s=0.0), len(jobs), set[int]()
         prompt_tokens = output_tokens = 0
+        told_s = began_s
         # The counters of the last steps may follow the last answer.
         while open_jobs or between or repeat.output_tokens < output_tokens:
+            if (now_s := time.monotonic()) - told_s >= TELL_EVERY_S:
+                told_s = now_s
+                say(f"{len(jobs) - open_jobs} of {len(jobs)} requests, {repeat.output_tokens:,} output tokens so far")
             if interrupts is not None and open_jobs:
                 due = interrupts.due(time.monotonic() - began_s, idle=not between)
                 between.update(job.key for job in due)

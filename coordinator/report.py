@@ -174,6 +174,8 @@ def print_report(data: dict[str, Any], stream: IO[str], run_dir: Path, *, show: 
         # No caption: that would be cut to the width of the table.
         note = "busy: time with a slot in use · starved: free slots, of the slot time in which work waited to start"
         console.print(Text(f"{'in, out: stolen · ' if narrow else ''}{note}", style="dim italic"))
+        if last.get("copies"):
+            console.print(Text("requests that ran as copies, too, may be counted in two rows", style="dim italic"))
         if who := collectives_sentence(last.get("collectives", "")):
             console.print(f"\n{who}", soft_wrap=True)
         _print_speculation(console, ranks)
