@@ -55,7 +55,8 @@ class Builder:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=BUILD_S)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
         container = self("from", "scratch")
-        shutil.copytree(tree, self("mount", container), symlinks=True, dirs_exist_ok=True)
+        # Devices are to be made anew, not read: cp knows that, Python's copytree does not.
+        subprocess.run(["cp", "-a", f"{tree}/.", self("mount", container)], check=True, timeout=BUILD_S)
         self("commit", "-q", container, BASE)
         self("rm", container)
         shutil.rmtree(tree)
