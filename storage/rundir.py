@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 
-from scheduling.errors import BugError, RunDirError
+from scheduling.errors import BugError, RecordError, RunDirError
 from storage.files import Disk, OsDisk, replace_file
 from storage.joblock import BEAT_SUFFIX, JobLock, Judge, this_process, utc_text
 from storage.recovery import RECORD_NAME
@@ -158,11 +158,14 @@ class RunDir:
             return False  # a disk that fails is found by who writes what counts
 
     def check_held(self) -> None:
-        """Raises RunDirError if another job has taken the directory over, this one having given no sign of life, or if
-        it is there no more: then what is written would be acknowledged and found by nobody."""
+        """Raises RunDirError if another job has taken the directory over, this one having given no sign of life.
+        RecordError if it is there no more: then what is written would be acknowledged and found by nobody."""
         self._lock.check()
         if not self._disk.exists(self.path / RUN_NAME) and self._is_gone():
-            raise RunDirError(f"{self.path} was removed or renamed while this job worked on it: it ends here")
+            raise RecordError(
+                f"{self.path} was removed or renamed while this job worked on it, or its file system is not connected "
+                "any more: the job ends here. When the directory is back the same command again goes on."
+            )
 
     def _is_gone(self) -> bool:
         """Whether that is so, and not a file system that answers nothing just now."""

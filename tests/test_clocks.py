@@ -20,7 +20,11 @@ TIME_OF_DAY = {
 }  # fmt: skip
 ALLOWED = {
     "coordinator/bench_dispatch.py": "when a benchmark was made",
+    "coordinator/doctor/exchange.py": "hosts' clocks are compared",
+    "coordinator/doctor/probe_slurm.py": "Slurm's end of a job is told so",
     "coordinator/setup.py": "`created` of answers",
+    "coordinator/study/directory.py": "when a study began",
+    "coordinator/study/scaling.py": "when a cell began",
     "coordinator/surroundings.py": "`created` of answers",
     "coordinator/timekeeper.py": "Slurm's end of a job and a process's start are told so; each is read once",
     "storage/blobs.py": "the age of other processes' leftovers, a name that is new",

@@ -33,14 +33,18 @@ REQUESTS = 40
 
 
 @pytest.fixture(scope="module")
-def builder(tmp_path_factory: pytest.TempPathFactory) -> Builder:
+def builder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Builder]:
     assert not WHY_NOT, WHY_NOT
     made = Builder(tmp_path_factory.mktemp("images"))
-    made.make_base()
     wheels = ROOT / ".cache" / "wheels" / "default"
     wheels.mkdir(parents=True, exist_ok=True)
-    made.build(TAG, wheels)
-    return made
+    try:
+        made.make_base()
+        made.build(TAG, wheels)
+        yield made
+    finally:
+        made("umount", "--all")
+        shutil.rmtree(made.folder)  # more than a gigabyte
 
 
 def image_environ(builder: Builder) -> dict[str, str]:

@@ -285,7 +285,7 @@ def test_nothing_is_acknowledged_once_the_directory_is_gone(tmp_path: Path, away
         core.add([ok_line(1)], 0.0)
         with pytest.raises(RecordError, match="was removed or renamed"):
             core.commit()
-        with pytest.raises(RunDirError, match="was removed or renamed"):
+        with pytest.raises(RecordError, match="was removed or renamed"):
             run.stop_requested()
 
 
