@@ -44,7 +44,7 @@ def builder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Builder]:
         yield made
     finally:
         made("umount", "--all")
-        shutil.rmtree(made.folder)  # more than a gigabyte
+        shutil.rmtree(made.folder, ignore_errors=True)  # more than a gigabyte
 
 
 def image_environ(builder: Builder) -> dict[str, str]:
