@@ -50,7 +50,7 @@ def run_client(command: Sequence[str]) -> str:
         raise InfrastructureError(f"{command[0]} did not answer within {ANSWER_S:g} s") from None
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"]
-        raise InfrastructureError(f"{command[0]}: {said[-1]}")
+        raise InfrastructureError(f"{command[0]}: {said[-1].removeprefix(f'{command[0]}: ')}")
     return done.stdout
 
 
