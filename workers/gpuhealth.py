@@ -85,7 +85,7 @@ class GpuHealth:
             except nvml.NVMLError as error:
                 if getattr(error, "value", None) in lost:
                     return str(error)
-            except Exception:
+            except Exception:  # the driver's library is older than the question: that says nothing of the GPU
                 continue
         return ""
 
