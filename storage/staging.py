@@ -195,6 +195,12 @@ class _Work:
                 return _place(folder=str(folder), direct=True, has=[True] * len(self._models))
             digests = [self._known(found, model) for model in self._models]
             lacks = [found.lacks(model.files, known) for model, known in zip(self._models, digests, strict=True)]
+            try:
+                if sum(lacks):
+                    found.need_writable()
+            except StagingError as error:
+                problems.append(str(error))
+                continue
             room = found.room_bytes(self._node.mounts(), self._node.free_memory_bytes)
             if sum(lacks) and sum(lacks) > room:
                 problems.append(
