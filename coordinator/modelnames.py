@@ -47,7 +47,7 @@ def find_model(text: str, environment: Mapping[str, str] = os.environ) -> Named:
         ModelFileError: neither a file nor a model of the store. What is plainly a path is not looked at here.
     """
     path = Path(text)
-    if not is_digest(text) and (os.path.isfile(text) or path.is_absolute() or path.suffix.lower() == SUFFIX):
+    if _is_path(text):
         return Named(path, path.stem)
     store = open_store(environment)
     try:
@@ -64,3 +64,13 @@ def find_model(text: str, environment: Mapping[str, str] = os.environ) -> Named:
         raise ModelFileError(f"there is no file {text}, and {said}") from None
     store.use(model)
     return found
+
+
+def whole_name(text: str, folder: Path) -> str:
+    """What means the same from anywhere as `text` does in `folder`."""
+    return str(folder / text) if _is_path(text, folder) else text
+
+
+def _is_path(text: str, folder: Path = Path()) -> bool:
+    path = folder / text
+    return not is_digest(text) and (os.path.isfile(path) or Path(text).is_absolute() or path.suffix.lower() == SUFFIX)

@@ -59,11 +59,12 @@ class Node:
 
 @dataclass(frozen=True)
 class StagedModel:
-    """Where this rank finds a model: the copy on its node. `name`, `digest` as rank 0 knows them."""
+    """Where this rank finds a model: the copy on its node. `name`, `digest`, `source` as rank 0 knows them."""
 
     path: Path
     name: str
     digest: str | None
+    source: str
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ class _Work:
             if lacking:
                 digests, read = self._send(model, digests, lacking, stopped, progress)
             path = Path(model.files[0].path) if own["direct"] else _copy(Path(own["folder"]), model, digests)
-            staged[model.role] = StagedModel(path, model.name, model.digest)
+            staged[model.role] = StagedModel(path, model.name, model.digest, model.files[0].path)
             told = facts_of(model, places, len(lacking), time.monotonic() - began_s, read)
             facts.append(told)
             notes.append(told_as_line(told))
