@@ -186,8 +186,10 @@ def _why(error: Exception) -> str:
 
 def _way_out(error: Exception) -> str:
     if getattr(error, "errno", None) in (errno.EROFS, errno.EACCES, errno.EPERM):
-        return "`llmpi report` makes it in a copy of the run directory that you may write to, the same."
-    return "The answers are safe in the record; free space, then run the same command again."
+        way = "where it can be written run the same command again, or `llmpi report` on a copy of the run directory"
+    else:
+        way = "free space, then run the same command again"
+    return f"The answers are safe in the record; {way}."
 
 
 def _root_attributes(file: h5py.File, attributes: Mapping[str, Any]) -> None:
