@@ -43,7 +43,7 @@ def find_model(text: str, environment: Mapping[str, str] = os.environ) -> Named:
     """The file at `text`, if there is one, else the store's model of that name.
 
     Raises:
-        ModelStoreError: a digest that is none, or that the store does not have.
+        ModelStoreError: a digest that is none, or that the store does not have; a model that it has lost files of.
         ModelFileError: neither a file nor a model of the store. What is plainly a path is not looked at here.
     """
     path = Path(text)
@@ -52,8 +52,6 @@ def find_model(text: str, environment: Mapping[str, str] = os.environ) -> Named:
     store = open_store(environment)
     try:
         model = store.find(text)
-        blobs = tuple((store.blobs.path(file.digest), file.digest) for file in model.files)
-        found = Named(store.path(model), str(model.name), str(model.digest), blobs)
     except ModelStoreError as error:
         if is_digest(text):
             raise
@@ -62,6 +60,8 @@ def find_model(text: str, environment: Mapping[str, str] = os.environ) -> Named:
         # Of a name that cannot be one, the store says other things.
         said = str(error).removeprefix("there is ")
         raise ModelFileError(f"there is no file {text}, and {said}") from None
+    blobs = tuple((store.blobs.path(file.digest), file.digest) for file in model.files)
+    found = Named(store.path(model), str(model.name), str(model.digest), blobs)
     store.use(model)
     return found
 
