@@ -47,9 +47,9 @@ def top(
     version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
 ) -> None:
     if version:
-        from importlib.metadata import version as version_of
+        from coordinator.versions import package_version
 
-        print(f"llmpi {version_of('llmpi')}")
+        print(f"llmpi {package_version('llmpi')}")
         raise typer.Exit(0)
 
 

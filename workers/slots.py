@@ -167,11 +167,11 @@ class SlotArrays:
 
     def put(self, slots: Places, tokens: Ints, now_s: float) -> npt.NDArray[np.float64]:
         """Append one output token to each of `slots`. Returns the gaps to the tokens before, where there are."""
-        later = slots[self.outputs[slots] > 0]
-        gaps: npt.NDArray[np.float64] = now_s - self.last_s[later]
-        self.tokens[slots, self.length[slots]] = tokens
-        self.length[slots] += 1
-        self.outputs[slots] += 1
+        length, outputs = self.length[slots], self.outputs[slots]
+        gaps: npt.NDArray[np.float64] = now_s - self.last_s[slots[outputs > 0]]
+        self.tokens[slots, length] = tokens
+        self.length[slots] = length + 1
+        self.outputs[slots] = outputs + 1
         self.last_s[slots] = now_s
         return gaps
 

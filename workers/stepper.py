@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +49,24 @@ class Vocabulary:
 
     eog: npt.NDArray[np.bool_]
     pieces: PieceTable
+
+
+class _Stepped(NamedTuple):
+    """A step that was made: when it and its parts ended, what came of it."""
+
+    since_s: float
+    began_s: float
+    decoded_s: float
+    chosen_s: float
+    ended_s: float
+    used: int
+    decoding: int
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    accepted_tokens: int
+    check: Check | None
+    gaps_s: npt.NDArray[np.float64]
 
 
 class Stepper:
@@ -94,6 +113,8 @@ class Stepper:
         self._cancels_seen = 0
         self._errors_in_a_row = 0
         self._step_ended_s = 0.0
+        self._unbooked: _Stepped | None = None
+        """A step that the meter and the pace have not heard of yet."""
         self._started: list[int] = []
         self._finished: list[Answer] = []
         self._pieces: list[Piece] = []
@@ -105,6 +126,7 @@ class Stepper:
             self._meter.wake(self._step_ended_s)
             while not self._backlog.closed and self.step():
                 pass
+            self._book()
             self._meter.sleep(self._clock())
 
     def step(self) -> bool:
@@ -118,6 +140,7 @@ class Stepper:
                 self._emit()  # before they are computed: whoever finds this engine dead must know what it ran
         used = self._slots.count - self._slots.free
         if not used:
+            self._book()
             self._emit()
             return False
         began_s = self._clock()
@@ -125,6 +148,7 @@ class Stepper:
         check = self._speculation.check() if self._speculation is not None else None
         fed_s = self._clock()
         rows, prompt_tokens = self._feed(check, decoding)
+        self._book()  # of the step before, while a device computes this one
         turn = self._chooser.begin(rows) if rows is not None and rows.output_slots.size else None
         if turn is not None:
             turn.wait()
@@ -142,23 +166,36 @@ class Stepper:
                 gaps, output_tokens, accepted = self._settle(check, tokens, now_s)
         self._emit()
         ended_s = self._clock()
-        self._meter.step(
-            ended_s,
-            prompt_tokens=prompt_tokens,
-            cached_tokens=self._seats.cached_tokens,
-            output_tokens=output_tokens,
-            drafted_tokens=check.drafted if check is not None else 0,
-            accepted_tokens=accepted,
-            slot_s=used * (ended_s - self._step_ended_s),
-            decode_s=decoded_s - began_s,
-            sample_s=now_s - decoded_s,
-            gaps_s=gaps,
-        )
-        if check is None:
-            self._pace.observe(decoding, prompt_tokens, ended_s - self._step_ended_s)
+        self._unbooked = _Stepped(
+            self._step_ended_s, began_s, decoded_s, now_s, ended_s, used, decoding, prompt_tokens,
+            self._seats.cached_tokens, output_tokens, accepted, check, gaps,
+        )  # fmt: skip
+        if not self._slots.shape.steady:
+            self._book()  # where decoding does not come back before it has computed, this would be told too late
         self._seats.cached_tokens = 0
         self._step_ended_s = ended_s
         return True
+
+    def _book(self) -> None:
+        """Tell the meter and the pace of the last step, if they have not heard of it."""
+        done, self._unbooked = self._unbooked, None
+        if done is None:
+            return
+        took_s = done.ended_s - done.since_s
+        self._meter.step(
+            done.ended_s,
+            prompt_tokens=done.prompt_tokens,
+            cached_tokens=done.cached_tokens,
+            output_tokens=done.output_tokens,
+            drafted_tokens=done.check.drafted if done.check is not None else 0,
+            accepted_tokens=done.accepted_tokens,
+            slot_s=done.used * took_s,
+            decode_s=done.decoded_s - done.began_s,
+            sample_s=done.chosen_s - done.decoded_s,
+            gaps_s=done.gaps_s,
+        )
+        if done.check is None:
+            self._pace.observe(done.decoding, done.prompt_tokens, took_s)
 
     # ------------------------------------------------ the model's turn
 
@@ -197,7 +234,7 @@ class Stepper:
         decoder.seq[:count] = rows.seq
         decoder.wanted[:count] = rows.wanted
         if rows.output_slots.size:
-            decoder.want_lists(bool(self._slots.listable[rows.output_slots].any()))
+            decoder.want_lists(bool(np.count_nonzero(self._slots.listable[rows.output_slots])))
         code = decoder.decode(count)
         if code:
             self._fail_batch(rows, code)
@@ -245,18 +282,19 @@ class Stepper:
     def _advance(self, outputs: Places, tokens: Ints, now_s: float) -> npt.NDArray[np.float64]:
         """Book the new tokens and finish what has ended. Returns the gaps between tokens in seconds."""
         slots = self._slots
-        if (tokens < 0).any():
+        if np.count_nonzero(tokens < 0):
             outputs, tokens = self._drop_failed(outputs, tokens)
         gaps = slots.put(outputs, tokens, now_s)
-        for slot in outputs[slots.outputs[outputs] == 1].tolist():
+        counts = slots.outputs[outputs]
+        for slot in outputs[counts == 1].tolist():
             seat = self._seats[slot]
             if seat.task.first_token_s is None:
                 seat.task.first_token_s = now_s
         ended = self._vocabulary.eog[tokens] & ~slots.ignore_eos[outputs]
-        full = slots.outputs[outputs] >= slots.limit[outputs]
+        full = counts >= slots.limit[outputs]
         watched = slots.watched[outputs]
         over = self._over(outputs)
-        for place in np.flatnonzero(ended | full | watched | over).tolist():
+        for place in (ended | full | watched | over).nonzero()[0].tolist():
             slot = int(outputs[place])
             stopped = watched[place] and self._watch(slot, int(tokens[place]), bool(ended[place]))
             matcher = self._seats[slot].matcher
