@@ -175,6 +175,16 @@ class SlotArrays:
         self.last_s[slots] = now_s
         return gaps
 
+    def put_one(self, slot: int, token: int, now_s: float) -> float:
+        """Append one more output token to `slot`. Returns the gap to the token before."""
+        length: int = self.length.item(slot)
+        self.tokens[slot, length] = token
+        self.length[slot] = length + 1
+        self.outputs[slot] += 1
+        gap_s: float = now_s - self.last_s.item(slot)
+        self.last_s[slot] = now_s
+        return gap_s
+
     # ------------------------------------------------ neighbours
 
     def moves_for(self, newcomers: int) -> list[tuple[int, int]]:

@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from scheduling.errors import EngineError
 from workers import passes
+from workers.alone import Alone
 from workers.backlog import CANCELLED, Backlog
 from workers.chooser import Chooser
 from workers.constraints import STUCK, Constraints
@@ -36,7 +37,7 @@ from workers.protocol import Answer, Choice, Frame, Piece
 from workers.sampling import NOT_FINITE
 from workers.seating import Decoder, Seat, Seating, failed
 from workers.shape import Shape
-from workers.slots import Ints, Places, SlotArrays
+from workers.slots import NOBODY, Ints, Places, SlotArrays
 from workers.speculation import Check, Speculation
 from workers.text import PieceTable
 
@@ -51,22 +52,28 @@ class Vocabulary:
     pieces: PieceTable
 
 
+class _Made(NamedTuple):
+    """What came of a step, and when its parts ended. `output_tokens`: `accepted_tokens` among them were drafted."""
+
+    decoded_s: float
+    chosen_s: float
+    prompt_tokens: int
+    output_tokens: int
+    accepted_tokens: int
+    gaps_s: npt.NDArray[np.float64]
+
+
 class _Stepped(NamedTuple):
-    """A step that was made: when it and its parts ended, what came of it."""
+    """A step that is over. `since_s`: the end of the one before; `used`, `decoding`: slots."""
 
     since_s: float
     began_s: float
-    decoded_s: float
-    chosen_s: float
     ended_s: float
     used: int
     decoding: int
-    prompt_tokens: int
     cached_tokens: int
-    output_tokens: int
-    accepted_tokens: int
     check: Check | None
-    gaps_s: npt.NDArray[np.float64]
+    made: _Made
 
 
 class Stepper:
@@ -108,6 +115,7 @@ class Stepper:
         self._backlog = backlog
         self._meter = meter
         self._send = send
+        self._alone = Alone(decoder, self._slots, vocabulary.eog)
         self._pace = Pace(decoder.batch_tokens)
         self._clock = clock
         self._cancels_seen = 0
@@ -146,6 +154,21 @@ class Stepper:
         began_s = self._clock()
         decoding = self._slots.decoding
         check = self._speculation.check() if self._speculation is not None else None
+        alone = NOBODY if check is not None or self._seats.noting else self._alone.slot()
+        made = self._make_alone(alone) if alone != NOBODY else self._make(check, decoding, used)
+        self._emit()
+        ended_s = self._clock()
+        self._unbooked = _Stepped(
+            self._step_ended_s, began_s, ended_s, used, decoding, self._seats.cached_tokens, check, made
+        )
+        if not self._slots.shape.steady:
+            self._book()  # where decoding does not come back before it has computed, this would be told too late
+        self._seats.cached_tokens = 0
+        self._step_ended_s = ended_s
+        return True
+
+    def _make(self, check: Check | None, decoding: int, used: int) -> _Made:
+        """Feed the model, choose tokens, book them."""
         fed_s = self._clock()
         rows, prompt_tokens = self._feed(check, decoding)
         self._book()  # of the step before, while a device computes this one
@@ -164,38 +187,53 @@ class Stepper:
                 gaps = self._advance(rows.output_slots, tokens, now_s)
             else:
                 gaps, output_tokens, accepted = self._settle(check, tokens, now_s)
-        self._emit()
-        ended_s = self._clock()
-        self._unbooked = _Stepped(
-            self._step_ended_s, began_s, decoded_s, now_s, ended_s, used, decoding, prompt_tokens,
-            self._seats.cached_tokens, output_tokens, accepted, check, gaps,
-        )  # fmt: skip
-        if not self._slots.shape.steady:
-            self._book()  # where decoding does not come back before it has computed, this would be told too late
-        self._seats.cached_tokens = 0
-        self._step_ended_s = ended_s
-        return True
+        return _Made(decoded_s, now_s, prompt_tokens, output_tokens, accepted, gaps)
+
+    def _make_alone(self, slot: int) -> _Made:
+        """The same for the only sequence."""
+        fed_s = self._clock()
+        code = self._alone.feed(slot)
+        self._book()
+        if code:
+            self._fail_batch([slot], 1, code)
+            failed_s = self._clock()
+            return _Made(failed_s, failed_s, 0, 0, 0, np.empty(0))
+        self._errors_in_a_row = 0
+        self._alone.wait()
+        decoded_s = self._clock()
+        token = self._alone.token(slot)
+        now_s = self._clock()
+        self._time(1, None, now_s - fed_s)
+        if token < 0:
+            self._drop_failed(np.array([slot]), np.array([token], np.int32))
+            return _Made(decoded_s, now_s, 0, 0, 0, np.empty(0))
+        gap_s = self._slots.put_one(slot, token, now_s)
+        if self._vocabulary.eog.item(token) and not self._slots.ignore_eos.item(slot):
+            self._finish(slot, "stop")
+        elif self._slots.outputs.item(slot) >= self._slots.limit.item(slot):
+            self._finish(slot, "length")
+        return _Made(decoded_s, now_s, 0, 1, 0, np.array([gap_s]))
 
     def _book(self) -> None:
         """Tell the meter and the pace of the last step, if they have not heard of it."""
         done, self._unbooked = self._unbooked, None
         if done is None:
             return
-        took_s = done.ended_s - done.since_s
+        took_s, made = done.ended_s - done.since_s, done.made
         self._meter.step(
             done.ended_s,
-            prompt_tokens=done.prompt_tokens,
+            prompt_tokens=made.prompt_tokens,
             cached_tokens=done.cached_tokens,
-            output_tokens=done.output_tokens,
+            output_tokens=made.output_tokens,
             drafted_tokens=done.check.drafted if done.check is not None else 0,
-            accepted_tokens=done.accepted_tokens,
+            accepted_tokens=made.accepted_tokens,
             slot_s=done.used * took_s,
-            decode_s=done.decoded_s - done.began_s,
-            sample_s=done.chosen_s - done.decoded_s,
-            gaps_s=done.gaps_s,
+            decode_s=made.decoded_s - done.began_s,
+            sample_s=made.chosen_s - made.decoded_s,
+            gaps_s=made.gaps_s,
         )
         if done.check is None:
-            self._pace.observe(done.decoding, done.prompt_tokens, took_s)
+            self._pace.observe(done.decoding, made.prompt_tokens, took_s)
 
     # ------------------------------------------------ the model's turn
 
@@ -237,21 +275,21 @@ class Stepper:
             decoder.want_lists(bool(np.count_nonzero(self._slots.listable[rows.output_slots])))
         code = decoder.decode(count)
         if code:
-            self._fail_batch(rows, code)
+            self._fail_batch(rows.slots.tolist(), rows.token.size, code)
         elif rows.output_slots.size:
             # Not after one that only read: those that decode may fail all the same.
             self._errors_in_a_row = 0
         return not code
 
-    def _fail_batch(self, rows: Pass, code: int) -> None:
-        """llama.cpp refused a batch: its requests fail, all others of this context start again."""
+    def _fail_batch(self, taking_part: list[int], tokens: int, code: int) -> None:
+        """llama.cpp refused a batch of `tokens`: its requests fail, all others of this context start again."""
         self._errors_in_a_row += 1
         if code < -1 or self._errors_in_a_row >= ERRORS_IN_A_ROW_MAX:
             raise EngineError(
-                f"llama_decode {failed(code)} on {rows.token.size} tokens of {rows.slots.size} "
+                f"llama_decode {failed(code)} on {tokens} tokens of {len(taking_part)} "
                 "sequences; if memory is short, use fewer --slots or a smaller --ctx"
             )
-        for slot in rows.slots.tolist():
+        for slot in taking_part:
             self._finish(slot, "error", f"llama_decode failed with code {code}")
         self._start_again()
 
