@@ -193,12 +193,13 @@ class Stepper:
         """The same for the only sequence."""
         fed_s = self._clock()
         code = self._alone.feed(slot)
-        self._book()
         if code:
             self._fail_batch([slot], 1, code)
+            self._book()
             failed_s = self._clock()
             return _Made(failed_s, failed_s, 0, 0, 0, np.empty(0))
         self._errors_in_a_row = 0
+        self._book()
         self._alone.wait()
         decoded_s = self._clock()
         token = self._alone.token(slot)
