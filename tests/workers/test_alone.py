@@ -21,9 +21,12 @@ STEADY = Shape(steady=True, pad_tokens=8, moves=True, keeps=True, copy_tokens=4)
 Seen = tuple[Any, ...]
 
 
-def run(jobs: list[tuple[int, int, bool]], codes: list[int], damaged: bool, shape: Shape, alone: bool) -> Seen:
-    """All that can be seen of `jobs`, (last token of the prompt, most tokens, whether the end is ignored), one after
-    another. `codes`: of the first decodes; `damaged`: the logits of the first slot are NaN from the third step on."""
+def run(
+    jobs: list[tuple[int, int, bool]], codes: list[int], damaged: bool, together: bool, shape: Shape, alone: bool
+) -> Seen:
+    """All that can be seen of `jobs`, (last token of the prompt, most tokens, whether the end is ignored), in two slots
+    or one after another. `codes`: of the first decodes; `damaged`: the third step's logits of the first slot are NaN.
+    """
     rig, found = Rig(slots=2, shape=shape), list[Any]()
     rig.decoder.codes = list(codes)
     never = mock.patch.object(Alone, "slot", return_value=NOBODY) if not alone else contextlib.nullcontext()
@@ -35,7 +38,9 @@ def run(jobs: list[tuple[int, int, bool]], codes: list[int], damaged: bool, shap
                     rig.stepper.step()
                 if damaged:
                     rig.decoder.damage = {0}
-                rig.run()
+                if not together:
+                    rig.run()
+            rig.run()
     except EngineError as error:
         found.append(str(error))
     answers = rig.answers()
@@ -55,12 +60,13 @@ def run(jobs: list[tuple[int, int, bool]], codes: list[int], damaged: bool, shap
     jobs=st.lists(st.tuples(st.integers(EOG - 12, EOG - 1), st.integers(1, 20), st.booleans()), min_size=1, max_size=3),
     codes=st.lists(st.sampled_from([0, 0, 0, 0, 1, -1, -2]), max_size=6),
     damaged=st.booleans(),
+    together=st.booleans(),
 )
 def test_nothing_differs(
-    shape: Shape, chooses: bool, jobs: list[tuple[int, int, bool]], codes: list[int], damaged: bool
+    shape: Shape, chooses: bool, jobs: list[tuple[int, int, bool]], codes: list[int], damaged: bool, together: bool
 ) -> None:
     with mock.patch.object(FakeDecoder, "chooses", chooses):
-        assert run(jobs, codes, damaged, shape, True) == run(jobs, codes, damaged, shape, False)
+        assert run(jobs, codes, damaged, together, shape, True) == run(jobs, codes, damaged, together, shape, False)
 
 
 def steps_alone(rig: Rig) -> int:
