@@ -1,7 +1,6 @@
 """Endpoints without MPI: the loopback between rank 0 and workers it hosts, and several endpoints as one.
 
-The endpoint over MPI is in `coordinator.mpi`, the only module that imports mpi4py. `Backoff` is how all loops sleep:
-no rank spins.
+The endpoint over MPI is in `coordinator.mpi_endpoint`. `Backoff` is how all loops sleep: no rank spins.
 """
 
 from __future__ import annotations

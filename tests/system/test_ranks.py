@@ -156,13 +156,14 @@ def test_without_it_the_launcher_ends_the_job_which_can_be_resumed(
 
 DIE_WITHIN = """
 import os, signal, sys
-from coordinator import cli, mpi
-gather = mpi.Collectives.gather_rows
+from coordinator import cli
+from coordinator.mpi_collectives import Collectives
+gather = Collectives.gather_rows
 def dying(self, rows, take):
     if self.rank == 2 and self.size == 4:
         os.kill(os.getpid(), signal.SIGKILL)
     gather(self, rows, take)
-mpi.Collectives.gather_rows = dying
+Collectives.gather_rows = dying
 cli.main()
 """
 
