@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +98,17 @@ def held(mpirun: Launcher, folder: Path, *more: Argument, ranks: int = 3, ulfm: 
         yield Held(run, job, gate, command)
 
 
+def altered(
+    mpirun: Launcher, folder: Path, program: str, *, ranks: int, runner: Sequence[str] = (), ulfm: bool = False
+) -> tuple[Finished, Run]:
+    """A job from its start to its end, begun by a `program` that changes something and then calls the command line."""
+    path, run = folder / "altered.py", Run(folder / "run")
+    path.write_text(program)
+    mpi_options = ULFM if ulfm else ()
+    given = words(folder, run)
+    return mpirun(ranks, *given, program=[*runner, path], mpi_options=mpi_options, timeout_s=PATIENCE_S), run
+
+
 def check_resumes(case: Held, undisturbed: Mapping[str, Any]) -> None:
     """Not complete, said so by its status; the same command, without a launcher, does the rest."""
     before = case.run.by_id()
@@ -172,9 +183,7 @@ cli.main()
 def test_when_a_rank_dies_within_a_collective_the_others_gather_among_themselves(
     mpirun: Launcher, tmp_path: Path, undisturbed: Mapping[str, Any]
 ) -> None:
-    program, run = tmp_path / "dying.py", Run(tmp_path / "run")
-    program.write_text(DIE_WITHIN)
-    done = mpirun(4, *words(tmp_path, run), program=[program], mpi_options=ULFM, timeout_s=PATIENCE_S)
+    done, run = altered(mpirun, tmp_path, DIE_WITHIN, ranks=4, ulfm=True)
     assert done.rc == 0, done.output
     check_whole(run, undisturbed)
     assert collectives(run) == "3 of 4 ranks"
@@ -339,9 +348,7 @@ cli.main()
 def test_when_a_rank_dies_as_the_job_ends_the_others_leave_without_it(
     mpirun: Launcher, tmp_path: Path, undisturbed: Mapping[str, Any]
 ) -> None:
-    program, run = tmp_path / "dying.py", Run(tmp_path / "run")
-    program.write_text(DIE_LEAVING)
-    done = mpirun(4, *words(tmp_path, run), program=[program], mpi_options=ULFM, timeout_s=PATIENCE_S)
+    done, run = altered(mpirun, tmp_path, DIE_LEAVING, ranks=4, ulfm=True)
     assert done.rc == 0, done.output
     check_whole(run, undisturbed)
     assert collectives(run) == "4 ranks"
@@ -367,10 +374,8 @@ cli.main()
 def test_an_exception_in_a_worker_is_told_by_rank_0_and_costs_that_worker_alone(
     mpirun: Launcher, tmp_path: Path, undisturbed: Mapping[str, Any]
 ) -> None:
-    program, run = tmp_path / "failing.py", Run(tmp_path / "run")
-    program.write_text(FAIL_ONCE)
     # As people start MPI programs of their own: this runner ends the job at an exception that nobody catches.
-    done = mpirun(3, *words(tmp_path, run), program=["-m", "mpi4py", program], timeout_s=PATIENCE_S)
+    done, run = altered(mpirun, tmp_path, FAIL_ONCE, ranks=3, runner=["-m", "mpi4py"])
     assert done.rc == 0, done.output
     assert "rank 1 on " in done.stderr
     assert "Traceback (most recent call last)" in done.stderr
