@@ -33,7 +33,7 @@ def dispatch(
     fanout: Fanout = 256,
     as_json: AsJson = False,
 ) -> None:
-    """Measure control plane, transport and durable record with an engine that answers at once."""
+    """Measure all but the engine. Control plane, transport and durable record, with one that answers at once."""
     from coordinator.bench_dispatch import run_bench_dispatch
 
     raise typer.Exit(
@@ -85,7 +85,7 @@ def engine(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure one engine: tokens a second, the parts of a step, and llama.cpp's own benchmark beside it."""
+    """Measure one engine. Tokens a second, the parts of a step, and llama.cpp's own benchmark beside it."""
     from coordinator.bench_engine import run_bench_engine
     from coordinator.bench_load import Load
     from coordinator.calibrate import CTX_TOKENS, run_calibrate

@@ -56,7 +56,7 @@ def scaling(
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress and no tables.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Strong scaling: the same requests on several numbers of workers, with speed-up, efficiency and idle time."""
+    """Measure strong scaling. The same requests on several numbers of workers: speed-up, efficiency, idle time."""
     from coordinator.batchoptions import BatchOptions
     from coordinator.config import JobConfig
     from coordinator.rows import Columns
@@ -81,7 +81,7 @@ def show(
     directory: Annotated[Path, typer.Argument(metavar="STUDY_DIR", help="Directory of a study.")],
     as_json: AsJson = False,
 ) -> None:
-    """Print what a study has found so far; exits with 0, 1 if requests failed, 3 if cells lack."""
+    """Print what a study has found so far. Exit 0 if it is whole, 1 if requests failed, 3 if cells lack."""
     from coordinator.study.results import show_study
 
     raise typer.Exit(show_study(directory, as_json=as_json))

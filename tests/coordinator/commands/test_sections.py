@@ -70,6 +70,11 @@ def test_help_is_as_wide_as_the_terminal_up_to_120_columns(told: Help, columns: 
     assert most - 10 < max(map(len, told.of("batch", columns).splitlines())) <= most
 
 
+@pytest.mark.parametrize("words", ["", "bench", "models", "study"])
+def test_what_a_command_is_for_fits_into_its_line(told: Help, words: str) -> None:
+    assert "..." not in sections_of(told.of(words))["Commands"]
+
+
 def test_a_command_with_few_options_has_no_other_headings(told: Help) -> None:
     found = sections_of(told.of("export"))
     assert list(found) == [ARGUMENTS, OPTIONS]
