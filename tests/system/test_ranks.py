@@ -25,6 +25,7 @@ from tests.system.runs import (
     Gate,
     Run,
     check_ranks_add_up,
+    drain_signal,
     engines_of,
     prompts,
     ranks_of,
@@ -317,7 +318,7 @@ def test_a_second_signal_ends_the_job_though_a_rank_is_stopped(
         processes = case.job.processes()
         case.workers()[0].suspend()
         until(lambda: "has been silent for" in case.job.stderr, "that it is taken for lost")
-        asking = signal.SIGUSR2 if mpirun.kind == "openmpi" else signal.SIGTERM
+        asking = drain_signal(mpirun)
         case.job.process.send_signal(asking)
         until(lambda: "draining (" in case.job.stderr, "that it drains")
         time.sleep(2 * REPEAT_S)  # what comes sooner is the same request
