@@ -215,7 +215,8 @@ def batch_speed(bench: Bench, model: str, folder: Path, workers: int) -> float:
 
 
 def split_tensor(bench: Bench, model: str) -> Found:
-    """One rank over two GPUs by tensors, one sequence, against llama-bench split the same way."""
+    """One rank over two GPUs by tensors, one sequence, against llama-bench split the same way. Both begin with one
+    token."""
     if bench.peers is None:
         raise MissingError("needs --peers")
     words = [
@@ -225,7 +226,7 @@ def split_tensor(bench: Bench, model: str) -> Found:
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
     peer = json.loads(done.stdout)[0]["avg_ts"]
     ours = bench.engine(
-        model, "--slots", 1, "--requests", 8, "--prompt-tokens", 2, "--output-tokens", 128, "--gpus-per-rank", 2,
+        model, "--slots", 1, "--requests", 8, "--prompt-tokens", 1, "--output-tokens", 128, "--gpus-per-rank", 2,
         "--split", "tensor", *PLAIN,
     )["output_tokens_per_s"]  # fmt: skip
     return {"ratio": ours / peer, "ours": ours, "peer": peer}

@@ -38,7 +38,8 @@ def peak_bytes() -> int:
 def rank_main(rows: int) -> None:
     """One rank: its rows, then the gather. Rank 0 prints what all ranks measured."""
     from coordinator.collect import collect
-    from coordinator.mpi import Collectives, World
+    from coordinator.mpi import World
+    from coordinator.mpi_collectives import Collectives
     from scheduling.tables import REQUEST
     from storage.summary import check_reduced
     from workers.metrics import RankMetrics

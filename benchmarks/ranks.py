@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 LAUNCHED = "LLMPI_BENCH_LAUNCHED"
-SETTLE_S = 10.0
+SETTLE_S = 15.0
 """Idle before it is measured: loops sleep longer and longer."""
 COLUMNS = (
     ("ranks", "ranks", "{:d}"), ("fanout", "fanout", "{:d}"), ("start_s", "start s", "{:.1f}"),

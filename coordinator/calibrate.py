@@ -19,8 +19,9 @@ import msgspec
 
 from coordinator.bench_engine import BenchEngine, first_engine, say
 from coordinator.bench_load import Load
-from coordinator.config import JobConfig, package_versions
+from coordinator.config import JobConfig
 from coordinator.setup import Setup, prepare
+from coordinator.versions import package_versions
 from scheduling.backends import shown
 from scheduling.calibration import DecodeSample, ReadSample, Residual, fit, residuals
 from scheduling.errors import EXIT_OK, ConfigError

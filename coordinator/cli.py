@@ -19,6 +19,7 @@ from coordinator.commands.doctor import doctor
 from coordinator.commands.infer import embed, infer
 from coordinator.commands.models import models
 from coordinator.commands.runs import export, report, status, stop
+from coordinator.commands.sections import Sectioned
 from coordinator.commands.study import study
 from coordinator.commands.submit import HERE as SBATCH_WORDS
 from coordinator.commands.submit import job, submit
@@ -33,9 +34,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"max_content_width": 120},
 )
 for command in (batch, infer, embed, status, stop, report, export, doctor):
-    app.command()(command)
+    app.command(cls=Sectioned)(command)
 app.command(context_settings=SBATCH_WORDS)(submit)
 for group in (bench, models, job, study):
     app.add_typer(group)
@@ -47,9 +49,9 @@ def top(
     version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
 ) -> None:
     if version:
-        from importlib.metadata import version as version_of
+        from coordinator.versions import package_version
 
-        print(f"llmpi {version_of('llmpi')}")
+        print(f"llmpi {package_version('llmpi')}")
         raise typer.Exit(0)
 
 

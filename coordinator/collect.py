@@ -54,7 +54,7 @@ class Blocks:
 
 
 class Collecting(Protocol):
-    """`coordinator.mpi.Collectives`, or the one for a process that is alone.
+    """Those of `coordinator.mpi_collectives`: over MPI, or of a process that is alone.
 
     `ranks`: who takes part, by their numbers in the world. All but `agree` and `shrink` raise RankFailedError if a rank
     has died.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from importlib import metadata
 from typing import Any, Literal
 
 import msgspec
@@ -22,8 +21,6 @@ from workers.loading import CacheType, RopeScaling, Split
 from workers.protocol import Adapter
 
 Auto = Literal["auto"]
-
-VERSIONED_PACKAGES = ("llmpi", "llama-cpp-python", "llguidance", "msgspec", "numpy")
 
 RANK0_LEASE_MIN_S = 600.0
 """Rank 0 may stand still for long: its record may lie on a file system that hangs."""
@@ -230,17 +227,6 @@ def parse_adapter(text: str) -> Adapter:
     if not path or not abs(value) < float("inf"):
         raise ConfigError(f"--lora {text}: give PATH or PATH:SCALE, as in adapter.gguf:0.5")
     return Adapter(path, value)
-
-
-def package_versions() -> dict[str, str]:
-    """Versions that must not differ between ranks; 'missing' where a package is not installed."""
-    versions = {}
-    for name in VERSIONED_PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "missing"
-    return versions
 
 
 def checked_sampling(**values: object) -> Sampling:

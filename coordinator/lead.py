@@ -18,7 +18,6 @@ from coordinator.batchoptions import BatchOptions
 from coordinator.callbacks import Callbacks, Snapshot
 from coordinator.collect import Rows
 from coordinator.compressed import STDIN, STDIN_VARIABLE
-from coordinator.config import package_versions
 from coordinator.convert import source_of
 from coordinator.ending import Ending, size_of
 from coordinator.inputfile import Format, ends_identity, only_embeddings, sniff_format
@@ -36,6 +35,7 @@ from coordinator.source import FileSource, same_input
 from coordinator.surroundings import Surroundings
 from coordinator.timekeeper import Timekeeper
 from coordinator.timelimit import requeue
+from coordinator.versions import package_versions
 from coordinator.world import Ranks
 from scheduling import events as ev
 from scheduling.errors import EXIT_INFRASTRUCTURE, InputError, LlmpiError, RecordError, RunDirError

@@ -30,7 +30,7 @@ that is less."""
 HOLD_S = 0.01
 """How long a leader may keep envelopes for rank 0, to send more of them together."""
 LEADER_SILENT_S = 10.0
-"""A leader that has said nothing for so long, or for half a lease, is left alone."""
+"""A worker whose leader has said nothing for so long, or for half a lease if that is less, speaks to rank 0 itself."""
 FIRST_WORD_S = 30.0
 """The same until it has said anything: it may still be starting."""
 LIVELY_S = 0.25
@@ -38,8 +38,8 @@ LIVELY_S = 0.25
 
 
 def leaders_of(hosts: Iterable[Collection[int]], fanout: int) -> dict[int, int]:
-    """The leader of each worker, from the workers of each host: the first of each `fanout` of them. Leaders lead
-    themselves."""
+    """The leader of each worker, from the workers of each host: these form groups of at most `fanout`, as even as can
+    be, and the first of each group is its leader. Leaders lead themselves."""
     leaders: dict[int, int] = {}
     for workers in hosts:
         ranked = sorted(workers)
@@ -60,8 +60,8 @@ class Parcel(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
 
 class Bundle(msgspec.Struct, array_like=True, frozen=True):
-    """What one rank sends to another at once. `heard`: a worker and how far the sender of its heartbeat has received,
-    again and again."""
+    """What one rank sends to another at once. `heard`: for each heartbeat two numbers, the worker between whom and
+    rank 0 it goes, and how far its sender has received."""
 
     protocol: int
     parcels: list[Parcel] = []
@@ -80,6 +80,8 @@ def read_bundle(source: int, payload: bytes | bytearray) -> Bundle:
         refuse_version(source, version_of(payload))
         raise ProtocolError(f"rank {source} sent {len(payload)} bytes that are no bundle: {error}") from None
     refuse_version(source, bundle.protocol)
+    if len(bundle.heard) % 2:
+        raise ProtocolError(f"rank {source} sent a bundle with half a heartbeat")
     return bundle
 
 
@@ -185,7 +187,7 @@ class Trunk:
             for worker, received in zip(bundle.heard[::2], bundle.heard[1::2], strict=True):
                 self._way(source, worker).settle(received)
                 arrived.append((worker, HEARTBEAT))
-            if self._next.get(source) != source:
+            if self._next.get(source) != source:  # what has a leader has spoken for itself
                 self._go_around({source})
         if gone := set(self._base.lost()).intersection(self._next.values()):
             self._go_around({worker for worker, leader in self._next.items() if leader in gone})

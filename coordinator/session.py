@@ -20,7 +20,7 @@ from coordinator.collect import Collecting, Gathered, Rows, collect
 from coordinator.engines import fitted_placements
 from coordinator.handshake import Handshake
 from coordinator.loop import Coordinator
-from coordinator.mpi import SoloCollectives
+from coordinator.mpi_collectives import SoloCollectives
 from coordinator.relays import Trunk
 from coordinator.rundata import NO_COLLECTIVES
 from coordinator.serve import drive, turn

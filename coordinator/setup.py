@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coordinator.config import JobConfig, package_versions
+from coordinator.config import JobConfig
 from coordinator.engines import ModelFacts, engine_factory
 from coordinator.modelnames import find_model
 from coordinator.simulated import read_service_times
 from coordinator.staging import adapter_role
+from coordinator.versions import package_versions
 from scheduling import messages as m
 from scheduling.errors import UserError
 from scheduling.link import Spoke

@@ -1,7 +1,6 @@
 """Endpoints without MPI: the loopback between rank 0 and workers it hosts, and several endpoints as one.
 
-The endpoint over MPI is in `coordinator.mpi`, the only module that imports mpi4py. `Backoff` is how all loops sleep:
-no rank spins.
+The endpoint over MPI is in `coordinator.mpi_endpoint`. `Backoff` is how all loops sleep: no rank spins.
 """
 
 from __future__ import annotations
@@ -84,16 +83,16 @@ class Backoff:
     """How long a loop with nothing to do sleeps: doubling from 50 microseconds, then a twentieth of the time that
     nothing has happened.
 
-    The doubling ends at 1 ms while work is in flight and at 20 ms otherwise, and a twentieth at 20 ms and at 250 ms.
+    The doubling ends at 1 ms while work is in flight and at 20 ms otherwise, and a twentieth at 20 ms and at 500 ms.
     So what comes after a pause is seen late by a twentieth of the pause at most, and many idle ranks cost little: one
-    that has been idle for five seconds looks about four times a second.
+    that has been idle for ten seconds looks about twice a second.
     """
 
     FIRST_S = 5e-5
     BUSY_S = 1e-3
     IDLE_S = 2e-2
     BUSY_MAX_S = 2e-2
-    IDLE_MAX_S = 0.25
+    IDLE_MAX_S = 0.5
     SHARE = 1 / 20
 
     def __init__(self) -> None:

@@ -173,7 +173,9 @@ class _Fitting:
     def _usual_contexts(self, slots: int) -> int:
         """As many as a GPU is given for the sake of speed, whatever the slots need."""
         if self.ask.split == "tensor":
-            return 1  # the passes of several contexts would only wait for each other
+            # Passes take turns: a second context's compute while the tokens of the first one's are chosen, on the CPU
+            # there. Of few rows they are not worth what they cost.
+            return CONTEXTS_GPU if slots >= CONTEXTS_GPU * SLOTS_OF_A_CONTEXT_MIN else 1
         small = self.shape.weight_bytes < SMALL_MODEL_BYTES and slots >= CONTEXTS_SMALL_GPU * SLOTS_OF_A_CONTEXT_MIN
         return CONTEXTS_SMALL_GPU if small else CONTEXTS_GPU
 

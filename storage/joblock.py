@@ -110,11 +110,13 @@ class Judge:
 class JobLock:
     """The lock of a run directory, held from construction to `release`.
 
-    `note` says what was taken over, or that the file system has no locks; None if there is nothing to say. Raises
-    RunDirError naming the holder if another job has it.
+    `note` says what was taken over and goes on (`goes_on`: from or with what), or that the file system has no locks;
+    None if there is nothing to say. Raises RunDirError naming the holder if another job has it.
     """
 
-    def __init__(self, disk: Disk, path: Path, me: Holder, judge: Judge | None = None) -> None:
+    def __init__(
+        self, disk: Disk, path: Path, me: Holder, judge: Judge | None = None, *, goes_on: str = "from its record"
+    ) -> None:
         judge = judge or Judge()
         self._disk = disk
         self._path = path
@@ -136,7 +138,7 @@ class JobLock:
             if not free or (earlier is not None and not reaches and judge.lives(disk, path, earlier)):
                 raise _held(path, earlier, me)
             if earlier is not None:
-                self.note = f"the last job here ({earlier}) ended without stopping in order: going on from its record"
+                self.note = f"the last job here ({earlier}) ended without stopping in order: going on {goes_on}"
             self._write(_named(me))
             if not reaches:
                 self._beat(judge)

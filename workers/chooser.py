@@ -62,6 +62,7 @@ class Turn:
     """The choosing of one step, whose last batch was `rows`."""
 
     __slots__ = (
+        "_all_easy",
         "_allowed",
         "_best",
         "_count",
@@ -82,8 +83,10 @@ class Turn:
         if chooser.seats.noting:
             seats = chooser.seats
             self._hard |= np.array([seats[slot].noted is not None for slot in rows.output_slots.tolist()], np.bool_)
+        self._all_easy = not np.count_nonzero(self._hard)
+        """Each row's token is its largest logit, as far as that is allowed to come."""
         self._listable: Flags = self._hard & chooser.slots.listable[rows.output_slots]
-        self._parameters = self._asked(rows.only(self._hard)) if self._hard.any() else None
+        self._parameters = None if self._all_easy else self._asked(rows.only(self._hard))
         """Of the hard rows."""
         self._listed: Shortlist | None = None
         self._allowed: Allowed | None = None
@@ -100,18 +103,20 @@ class Turn:
         self._best = decoder.best(self._count)
         if self._best is None:
             self._logits = decoder.logits(self._count)
-        elif self._listable.any():
+        elif not self._all_easy and self._listable.any():
             self._listed = decoder.shortlist(self._count)
 
     def tokens(self) -> Ints:
         """One token for each of the batch's `output_slots`; NOT_FINITE where its row of logits is damaged, STUCK where
         its grammar has failed."""
         of, rows, hard = self._of, self._rows, self._hard
+        if self._all_easy and self._best is None:
+            return self._choose(rows, None)
         tokens = np.empty(hard.size, np.int32)
-        easy = np.flatnonzero(~hard)
+        easy = (~hard).nonzero()[0]
         if self._listed is not None and self._best is not None:
             hard = self._choose_listed(tokens, self._listed, self._best)
-        if hard.any():
+        if not self._all_easy and hard.any():
             allowed = self._allowed
             if allowed is not None:
                 strict = np.flatnonzero(~self._listable[hard])
@@ -125,7 +130,7 @@ class Turn:
         tokens[easy] = best = self._best[rows.output_rows[easy]]
         # A text that must not end may have its end as the likeliest token: what comes next after that?
         ends = of.slots.ignore_eos[rows.output_slots[easy]] & (best >= 0) & of.eog[best]
-        if ends.any():
+        if np.count_nonzero(ends):
             again = easy[ends]
             tokens[again] = self._choose(rows.only(again), None)
         return tokens
@@ -156,7 +161,7 @@ class Turn:
         logits = self._logits if self._logits is not None else of.decoder.logits(self._count, rows.output_rows)
         look = self._look(logits, rows)
         # Before bias and penalties, which leave -inf as it is.
-        silenced = np.flatnonzero(of.slots.ignore_eos[rows.output_slots])
+        silenced = of.slots.ignore_eos[rows.output_slots].nonzero()[0]
         if silenced.size and of.eog_ids.size:
             logits[rows.output_rows[silenced, None], of.eog_ids] = -np.inf
         threads = of.threads(logits)
@@ -171,7 +176,7 @@ class Turn:
 
     def _chosen(self, logits: npt.NDArray[np.float32], rows: Pass, asked: Parameters | None, threads: Threads) -> Ints:
         slots, outputs = self._of.slots, rows.output_slots
-        if slots.plain[outputs].all():
+        if np.count_nonzero(slots.plain[outputs]) == outputs.size:
             return largest(logits, rows.output_rows, threads)
         places = outputs.tolist()
         ahead = None if rows.ahead is None else rows.ahead.tolist()

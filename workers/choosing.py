@@ -30,6 +30,7 @@ that neighbours that make a table wider change nothing.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -63,6 +64,10 @@ History = Callable[[int], Tokens]
 
 def largest(logits: Floats, rows: Ids, threads: Threads = ALONE) -> Tokens:
     """For each of `rows` (ascending) the first of its largest logits; NOT_FINITE if that is NaN or infinite."""
+    if rows.size == 1:
+        row = rows.item()
+        best = int(logits[row].argmax())
+        return np.array([best if math.isfinite(logits[row, best]) else NOT_FINITE], np.int32)
     chosen = np.empty(rows.size, np.int32)
 
     def part(first: int, last: int) -> None:

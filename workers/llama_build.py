@@ -81,8 +81,8 @@ def main() -> None:
 
 def _look() -> LlamaBuild:
     import ctypes
-    from importlib import metadata
 
+    import llama_cpp
     import llama_cpp.llama_cpp as lib
     from llama_cpp._ggml import libggml
 
@@ -104,7 +104,7 @@ def _look() -> LlamaBuild:
     backend = function("ggml_backend_reg_name", text, pointer)
     devices = [get(place) for place in range(count())]
     return LlamaBuild(
-        version=metadata.version("llama-cpp-python"),
+        version=str(llama_cpp.__version__),
         backends=tuple(backend(registry(place)).decode() for place in range(registries())),
         # ggml.h: type 1 is a GPU, 2 an integrated one.
         devices=tuple(

@@ -121,7 +121,8 @@ class LlamaContext(BatchArrays):
             self._sampling = BackendSampling(slots, self._outputs, model.vocab_tokens)
             self._sampling.attach(params)
             params.n_outputs_max_per_seq = self._outputs
-        params.n_threads = threads
+        # For passes of one token: a GPU leaves the CPU to look that up, which takes less than to wake threads for it.
+        params.n_threads = threads if model.takes_turns else 1
         params.n_threads_batch = config.threads_batch or threads
         params.kv_unified = shared_cells is not None
         params.no_perf = True

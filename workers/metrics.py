@@ -80,8 +80,6 @@ class RankMetrics:
         self.starved_slot_s = 0.0
         self.open_slot_s = 0.0
         self.steps = 0
-        self.decode_s = 0.0
-        self.sample_s = 0.0
         self.drafted_tokens = 0
         self.accepted_tokens = 0
         self.ready_at: float | None = None
@@ -115,8 +113,6 @@ class RankMetrics:
         self.steps += stats.steps
         self.busy_s += stats.busy_s
         self.slot_s += stats.slot_s
-        self.decode_s += stats.decode_s
-        self.sample_s += stats.sample_s
         self.drafted_tokens += stats.drafted_tokens
         self.accepted_tokens += stats.accepted_tokens
         self.itl.add_sparse(stats.itl_buckets, stats.itl_counts)

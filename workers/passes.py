@@ -30,6 +30,8 @@ CELLS_STEP = 256
 """A pass attends to a multiple of this many cells of each stream: as many as the longest stream in it needs."""
 IDLE_ROOM = 32
 """Where what an idle slot keeps is cut, for so many steps nothing need be cut again."""
+_ONE_WANTED, _ONE_ROW = np.ones(1, np.bool_), np.zeros(1, np.int64)
+"""Of the pass of one row. Nobody writes to them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,7 @@ def mixes(state: SlotArrays) -> bool:
 def mixed_pass(state: SlotArrays, batch_tokens: int, read_tokens: int) -> Pass:
     """A token for each slot that decodes, then prompts in order of arrival while there is room, `read_tokens` of
     them at most. Marks them as fed. At least one slot must be in use."""
-    slots = np.flatnonzero(state.used & (state.donor == NOBODY))
+    slots = (state.used & (state.donor == NOBODY)).nonzero()[0]
     if slots.size == 1 and state.length[slots[0]] - state.fed[slots[0]] == 1:
         return _lonely_pass(state, slots)
     counts = _shares(state, slots, batch_tokens, read_tokens)
@@ -96,19 +98,20 @@ def mixed_pass(state: SlotArrays, batch_tokens: int, read_tokens: int) -> Pass:
 
 
 def _lonely_pass(state: SlotArrays, slots: Places) -> Pass:
-    """The next token of the only sequence, whose speed is all that matters then."""
-    pos = state.fed[slots]
-    state.fed[slots] += 1
+    """The next token of the only sequence, whose speed is all that matters then: a GPU stands still meanwhile."""
+    slot = slots.item()
+    pos = state.fed.item(slot)
+    state.fed[slot] = pos + 1
     return Pass(
-        token=state.tokens[slots, pos],
-        pos=pos.astype(np.int32),
-        seq=slots.astype(np.int32),
-        wanted=np.ones(1, np.bool_),
+        token=state.tokens[slot, pos : pos + 1],
+        pos=np.array([pos], np.int32),
+        seq=np.array([slot], np.int32),
+        wanted=_ONE_WANTED,
         slots=slots,
         output_slots=slots,
-        output_rows=np.zeros(1, np.int64),
-        prompt_tokens=int(state.outputs[slots[0]] == 0),
-        trim=slots[:0],
+        output_rows=_ONE_ROW,
+        prompt_tokens=int(not state.outputs.item(slot)),
+        trim=state.no_places,
     )
 
 

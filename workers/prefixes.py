@@ -74,7 +74,7 @@ class Prefixes:
     def settled(self) -> list[int]:
         """Slots that wait no longer: their donors have what they wait for. Those whose donors have ended look again."""
         slots = self._slots
-        waiting = np.flatnonzero(slots.donor != NOBODY)
+        waiting = (slots.donor != NOBODY).nonzero()[0]
         if not waiting.size:
             return []
         there = slots.held[slots.donor[waiting]] >= slots.awaited[waiting]

@@ -167,13 +167,23 @@ class SlotArrays:
 
     def put(self, slots: Places, tokens: Ints, now_s: float) -> npt.NDArray[np.float64]:
         """Append one output token to each of `slots`. Returns the gaps to the tokens before, where there are."""
-        later = slots[self.outputs[slots] > 0]
-        gaps: npt.NDArray[np.float64] = now_s - self.last_s[later]
-        self.tokens[slots, self.length[slots]] = tokens
-        self.length[slots] += 1
-        self.outputs[slots] += 1
+        length, outputs = self.length[slots], self.outputs[slots]
+        gaps: npt.NDArray[np.float64] = now_s - self.last_s[slots[outputs > 0]]
+        self.tokens[slots, length] = tokens
+        self.length[slots] = length + 1
+        self.outputs[slots] = outputs + 1
         self.last_s[slots] = now_s
         return gaps
+
+    def put_one(self, slot: int, token: int, now_s: float) -> float:
+        """Append one more output token to `slot`. Returns the gap to the token before."""
+        length: int = self.length.item(slot)
+        self.tokens[slot, length] = token
+        self.length[slot] = length + 1
+        self.outputs[slot] += 1
+        gap_s: float = now_s - self.last_s.item(slot)
+        self.last_s[slot] = now_s
+        return gap_s
 
     # ------------------------------------------------ neighbours
 

@@ -18,12 +18,14 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from scheduling.errors import EngineError
 from workers import passes
+from workers.alone import Alone
 from workers.backlog import CANCELLED, Backlog
 from workers.chooser import Chooser
 from workers.constraints import STUCK, Constraints
@@ -35,7 +37,7 @@ from workers.protocol import Answer, Choice, Frame, Piece
 from workers.sampling import NOT_FINITE
 from workers.seating import Decoder, Seat, Seating, failed
 from workers.shape import Shape
-from workers.slots import Ints, Places, SlotArrays
+from workers.slots import NOBODY, Ints, Places, SlotArrays
 from workers.speculation import Check, Speculation
 from workers.text import PieceTable
 
@@ -48,6 +50,30 @@ class Vocabulary:
 
     eog: npt.NDArray[np.bool_]
     pieces: PieceTable
+
+
+class _Made(NamedTuple):
+    """What came of a step, and when its parts ended. `output_tokens`: `accepted_tokens` among them were drafted."""
+
+    decoded_s: float
+    chosen_s: float
+    prompt_tokens: int
+    output_tokens: int
+    accepted_tokens: int
+    gaps_s: npt.NDArray[np.float64]
+
+
+class _Stepped(NamedTuple):
+    """A step that is over. `since_s`: the end of the one before; `used`, `decoding`: slots."""
+
+    since_s: float
+    began_s: float
+    ended_s: float
+    used: int
+    decoding: int
+    cached_tokens: int
+    check: Check | None
+    made: _Made
 
 
 class Stepper:
@@ -89,11 +115,14 @@ class Stepper:
         self._backlog = backlog
         self._meter = meter
         self._send = send
+        self._alone = Alone(decoder, self._slots, vocabulary.eog)
         self._pace = Pace(decoder.batch_tokens)
         self._clock = clock
         self._cancels_seen = 0
         self._errors_in_a_row = 0
         self._step_ended_s = 0.0
+        self._unbooked: _Stepped | None = None
+        """A step that the meter and the pace have not heard of yet."""
         self._started: list[int] = []
         self._finished: list[Answer] = []
         self._pieces: list[Piece] = []
@@ -105,6 +134,7 @@ class Stepper:
             self._meter.wake(self._step_ended_s)
             while not self._backlog.closed and self.step():
                 pass
+            self._book()
             self._meter.sleep(self._clock())
 
     def step(self) -> bool:
@@ -118,13 +148,30 @@ class Stepper:
                 self._emit()  # before they are computed: whoever finds this engine dead must know what it ran
         used = self._slots.count - self._slots.free
         if not used:
+            self._book()
             self._emit()
             return False
         began_s = self._clock()
         decoding = self._slots.decoding
         check = self._speculation.check() if self._speculation is not None else None
+        alone = NOBODY if check is not None or self._seats.noting else self._alone.slot()
+        made = self._make_alone(alone) if alone != NOBODY else self._make(check, decoding, used)
+        self._emit()
+        ended_s = self._clock()
+        self._unbooked = _Stepped(
+            self._step_ended_s, began_s, ended_s, used, decoding, self._seats.cached_tokens, check, made
+        )
+        if not self._slots.shape.steady:
+            self._book()  # where decoding does not come back before it has computed, this would be told too late
+        self._seats.cached_tokens = 0
+        self._step_ended_s = ended_s
+        return True
+
+    def _make(self, check: Check | None, decoding: int, used: int) -> _Made:
+        """Feed the model, choose tokens, book them."""
         fed_s = self._clock()
         rows, prompt_tokens = self._feed(check, decoding)
+        self._book()  # of the step before, while a device computes this one
         turn = self._chooser.begin(rows) if rows is not None and rows.output_slots.size else None
         if turn is not None:
             turn.wait()
@@ -140,25 +187,54 @@ class Stepper:
                 gaps = self._advance(rows.output_slots, tokens, now_s)
             else:
                 gaps, output_tokens, accepted = self._settle(check, tokens, now_s)
-        self._emit()
-        ended_s = self._clock()
+        return _Made(decoded_s, now_s, prompt_tokens, output_tokens, accepted, gaps)
+
+    def _make_alone(self, slot: int) -> _Made:
+        """The same for the only sequence."""
+        fed_s = self._clock()
+        code = self._alone.feed(slot)
+        if code:
+            self._fail_batch([slot], 1, code)
+            self._book()
+            failed_s = self._clock()
+            return _Made(failed_s, failed_s, 0, 0, 0, np.empty(0))
+        self._errors_in_a_row = 0
+        self._book()
+        self._alone.wait()
+        decoded_s = self._clock()
+        token = self._alone.token(slot)
+        now_s = self._clock()
+        self._time(1, None, now_s - fed_s)
+        if token < 0:
+            self._drop_failed(np.array([slot]), np.array([token], np.int32))
+            return _Made(decoded_s, now_s, 0, 0, 0, np.empty(0))
+        gap_s = self._slots.put_one(slot, token, now_s)
+        if self._vocabulary.eog.item(token) and not self._slots.ignore_eos.item(slot):
+            self._finish(slot, "stop")
+        elif self._slots.outputs.item(slot) >= self._slots.limit.item(slot):
+            self._finish(slot, "length")
+        return _Made(decoded_s, now_s, 0, 1, 0, np.array([gap_s]))
+
+    def _book(self) -> None:
+        """Tell the meter and the pace of the last step, if they have not heard of it."""
+        done, self._unbooked = self._unbooked, None
+        if done is None:
+            return
+        took_s, made = done.ended_s - done.since_s, done.made
         self._meter.step(
-            ended_s,
-            prompt_tokens=prompt_tokens,
-            cached_tokens=self._seats.cached_tokens,
-            output_tokens=output_tokens,
-            drafted_tokens=check.drafted if check is not None else 0,
-            accepted_tokens=accepted,
-            slot_s=used * (ended_s - self._step_ended_s),
-            decode_s=decoded_s - began_s,
-            sample_s=now_s - decoded_s,
-            gaps_s=gaps,
+            done.ended_s,
+            prompt_tokens=made.prompt_tokens,
+            cached_tokens=done.cached_tokens,
+            output_tokens=made.output_tokens,
+            drafted_tokens=done.check.drafted if done.check is not None else 0,
+            accepted_tokens=made.accepted_tokens,
+            slot_s=done.used * took_s,
+            decode_s=made.decoded_s - done.began_s,
+            sample_s=made.chosen_s - made.decoded_s,
+            gaps_s=made.gaps_s,
         )
-        if check is None:
-            self._pace.observe(decoding, prompt_tokens, ended_s - self._step_ended_s)
-        self._seats.cached_tokens = 0
-        self._step_ended_s = ended_s
-        return True
+        if done.check is None:
+            self._pace.observe(done.decoding, made.prompt_tokens, took_s)
 
     # ------------------------------------------------ the model's turn
 
@@ -197,24 +273,24 @@ class Stepper:
         decoder.seq[:count] = rows.seq
         decoder.wanted[:count] = rows.wanted
         if rows.output_slots.size:
-            decoder.want_lists(bool(self._slots.listable[rows.output_slots].any()))
+            decoder.want_lists(bool(np.count_nonzero(self._slots.listable[rows.output_slots])))
         code = decoder.decode(count)
         if code:
-            self._fail_batch(rows, code)
+            self._fail_batch(rows.slots.tolist(), rows.token.size, code)
         elif rows.output_slots.size:
             # Not after one that only read: those that decode may fail all the same.
             self._errors_in_a_row = 0
         return not code
 
-    def _fail_batch(self, rows: Pass, code: int) -> None:
-        """llama.cpp refused a batch: its requests fail, all others of this context start again."""
+    def _fail_batch(self, taking_part: list[int], tokens: int, code: int) -> None:
+        """llama.cpp refused a batch of `tokens`: its requests fail, all others of this context start again."""
         self._errors_in_a_row += 1
         if code < -1 or self._errors_in_a_row >= ERRORS_IN_A_ROW_MAX:
             raise EngineError(
-                f"llama_decode {failed(code)} on {rows.token.size} tokens of {rows.slots.size} "
+                f"llama_decode {failed(code)} on {tokens} tokens of {len(taking_part)} "
                 "sequences; if memory is short, use fewer --slots or a smaller --ctx"
             )
-        for slot in rows.slots.tolist():
+        for slot in taking_part:
             self._finish(slot, "error", f"llama_decode failed with code {code}")
         self._start_again()
 
@@ -245,18 +321,19 @@ class Stepper:
     def _advance(self, outputs: Places, tokens: Ints, now_s: float) -> npt.NDArray[np.float64]:
         """Book the new tokens and finish what has ended. Returns the gaps between tokens in seconds."""
         slots = self._slots
-        if (tokens < 0).any():
+        if np.count_nonzero(tokens < 0):
             outputs, tokens = self._drop_failed(outputs, tokens)
         gaps = slots.put(outputs, tokens, now_s)
-        for slot in outputs[slots.outputs[outputs] == 1].tolist():
+        counts = slots.outputs[outputs]
+        for slot in outputs[counts == 1].tolist():
             seat = self._seats[slot]
             if seat.task.first_token_s is None:
                 seat.task.first_token_s = now_s
         ended = self._vocabulary.eog[tokens] & ~slots.ignore_eos[outputs]
-        full = slots.outputs[outputs] >= slots.limit[outputs]
+        full = counts >= slots.limit[outputs]
         watched = slots.watched[outputs]
         over = self._over(outputs)
-        for place in np.flatnonzero(ended | full | watched | over).tolist():
+        for place in (ended | full | watched | over).nonzero()[0].tolist():
             slot = int(outputs[place])
             stopped = watched[place] and self._watch(slot, int(tokens[place]), bool(ended[place]))
             matcher = self._seats[slot].matcher

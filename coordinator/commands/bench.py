@@ -7,8 +7,11 @@ from typing import Annotated
 
 import typer
 
-from coordinator.commands.parameters import AsJson, Fanout, MinP, Model, Schedule, Temperature, TopK, TopP
-from coordinator.options import EngineOptions, takes
+from coordinator.commands.engine_options import EngineOptions
+from coordinator.commands.groups import takes_groups
+from coordinator.commands.job_options import GREEDY, SamplingOptions
+from coordinator.commands.parameters import AsJson, Fanout, Model, Schedule
+from coordinator.commands.sections import Sectioned
 from coordinator.values import numbers_of
 
 bench = typer.Typer(name="bench", help="Measure parts of the system on this machine.", no_args_is_help=True)
@@ -30,7 +33,7 @@ def dispatch(
     fanout: Fanout = 256,
     as_json: AsJson = False,
 ) -> None:
-    """Measure control plane, transport and durable record with an engine that answers at once."""
+    """Measure all but the engine. Control plane, transport and durable record, with one that answers at once."""
     from coordinator.bench_dispatch import run_bench_dispatch
 
     raise typer.Exit(
@@ -41,10 +44,10 @@ def dispatch(
     )  # fmt: skip
 
 
-@bench.command()
-@takes(EngineOptions)
+@bench.command(cls=Sectioned)
+@takes_groups
 def engine(
-    chosen: EngineOptions,
+    *,
     model: Model,
     requests: Annotated[int, typer.Option(help="Requests of each repeat.")] = 512,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 128,
@@ -66,10 +69,8 @@ def engine(
     peer_sequences: Annotated[
         str, typer.Option(help="Numbers of sequences that it tries, as in 32,64,128; its best counts. [default: slots]")
     ] = "",
-    temperature: Temperature = 0.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    min_p: MinP = 0.0,
+    sampling: SamplingOptions = GREEDY,
+    chosen: EngineOptions,
     seed: Annotated[int, typer.Option(help="Of prompts and lengths.")] = 0,
     calibrate: Annotated[
         bool,
@@ -84,24 +85,24 @@ def engine(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure one engine: tokens a second, the parts of a step, and llama.cpp's own benchmark beside it."""
+    """Measure one engine. Tokens a second, the parts of a step, and llama.cpp's own benchmark beside it."""
     from coordinator.bench_engine import run_bench_engine
     from coordinator.bench_load import Load
     from coordinator.calibrate import CTX_TOKENS, run_calibrate
-    from coordinator.config import JobConfig, checked_sampling
+    from coordinator.config import JobConfig
 
     most = output_tokens_max if sigma else output_tokens
-    sampling = checked_sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    sampled = sampling.sampling()
     given = chosen.job()
     if calibrate:
         given |= {"ctx": CTX_TOKENS if given["ctx"] == "auto" else given["ctx"], "speculate": False}
     config = JobConfig(model=model, seed=seed, **given)
     if calibrate:
-        raise typer.Exit(run_calibrate(config, sampling, repeats=repeats, output=output, as_json=as_json))
+        raise typer.Exit(run_calibrate(config, sampled, repeats=repeats, output=output, as_json=as_json))
     load = Load(
         requests=requests, prompt_tokens=prompt_tokens, output_tokens=output_tokens, output_tokens_max=most,
         sigma=sigma, shared_prefix_tokens=shared_prefix, interrupt_tokens=interrupt_tokens,
-        interrupt_every_s=interrupt_every, concurrency=concurrency, sampling=sampling, seed=seed,
+        interrupt_every_s=interrupt_every, concurrency=concurrency, sampling=sampled, seed=seed,
     )  # fmt: skip
     sequences = numbers_of("--peer-sequences", peer_sequences)
     code = run_bench_engine(

@@ -30,7 +30,7 @@ def doctor(
     ] = 60.0,
     as_json: AsJson = False,
 ) -> None:
-    """Look at what a job would find here, alone or under mpirun or srun, and say what to mend.
+    """Look at what a job would find here, and say what to mend. Alone, or under mpirun or srun.
 
     Exit 0 if a job can run, also with warnings; 4 with errors.
     """

@@ -7,29 +7,18 @@ from typing import Annotated
 
 import typer
 
-from coordinator.commands.parameters import (
-    AsJson,
-    ChatTemplate,
-    GrammarFile,
-    JsonSchema,
-    MaxTokens,
-    MinP,
-    Model,
-    PoolingOption,
-    Seed,
-    Stage,
-    StageDir,
-    Temperature,
-    TopK,
-    TopP,
-)
-from coordinator.options import GeneratingOptions, ModelOptions, takes
-from coordinator.values import held_to, read_text, refuse_beside_continuation
+from coordinator.commands.engine_options import GeneratingOptions, ModelOptions
+from coordinator.commands.groups import takes_groups
+from coordinator.commands.job_options import AnswerOptions, StagingOptions
+from coordinator.commands.parameters import AsJson, Model, PoolingOption
+from coordinator.values import refuse_beside_continuation
+
+GREEDY = AnswerOptions(temperature=0.0)
 
 
-@takes(GeneratingOptions)
+@takes_groups
 def infer(
-    chosen: GeneratingOptions,
+    *,
     model: Model,
     prompt: Annotated[str, typer.Option("-p", "--prompt", help="The user's message ('-' reads standard input).")],
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
@@ -51,31 +40,17 @@ def infer(
         list[str] | None,
         typer.Option(help="Do not answer: how likely is this text after the prompt as it is? May be given again."),
     ] = None,
-    max_tokens: MaxTokens = 512,
-    temperature: Temperature = 0.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    min_p: MinP = 0.0,
-    seed: Seed = 0,
-    json_schema: JsonSchema = None,
-    grammar_file: GrammarFile = None,
-    chat_template: ChatTemplate = None,
-    stage: Stage = "auto",
-    stage_dir: StageDir = None,
+    answers: AnswerOptions = GREEDY,
+    chosen: GeneratingOptions,
+    staging: StagingOptions,
     as_json: AsJson = False,
 ) -> None:
     """Answer one prompt and print the answer."""
-    from coordinator.config import JobConfig, checked_sampling
+    from coordinator.config import JobConfig
     from coordinator.infer import run_infer, run_score
 
-    config = JobConfig(
-        model=model, slots=1, max_tokens=max(max_tokens, 1) if echo else max_tokens, seed=seed, stage=stage,
-        stage_dir=stage_dir, chat_template=read_text("--chat-template", chat_template),
-        sampling=checked_sampling(
-            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, **held_to(json_schema, grammar_file)
-        ),
-        **chosen.job(),
-    )  # fmt: skip
+    asked = answers.job() | ({"max_tokens": max(answers.max_tokens, 1)} if echo else {})
+    config = JobConfig(model=model, slots=1, **asked, **chosen.job(), **staging.job())
     text = sys.stdin.read() if prompt == "-" else prompt
     if continuation:
         refuse_beside_continuation(
@@ -83,21 +58,21 @@ def infer(
                 "--system": system,
                 "--stream": stream,
                 "--echo": echo,
-                "--json-schema": json_schema,
-                "--grammar-file": grammar_file,
+                "--json-schema": answers.json_schema,
+                "--grammar-file": answers.grammar_file,
             }
         )
         raise typer.Exit(run_score(config, text, continuation, logprobs, as_json))
     done = run_infer(
-        config, text, system=system, raw=raw, echo=echo, max_tokens=max_tokens, stream=stream, logprobs=logprobs,
-        as_json=as_json,
+        config, text, system=system, raw=raw, echo=echo, max_tokens=answers.max_tokens, stream=stream,
+        logprobs=logprobs, as_json=as_json,
     )  # fmt: skip
     raise typer.Exit(done)
 
 
-@takes(ModelOptions)
+@takes_groups
 def embed(
-    chosen: ModelOptions,
+    *,
     model: Model,
     prompt: Annotated[
         list[str], typer.Option("-p", "--prompt", help="A text; may be given again. '-' reads them, a line each.")
@@ -106,17 +81,14 @@ def embed(
         int | None, typer.Option(help="First numbers to keep, of models trained for it. [default: all]")
     ] = None,
     pooling: PoolingOption = None,
-    stage: Stage = "auto",
-    stage_dir: StageDir = None,
+    chosen: ModelOptions,
+    staging: StagingOptions,
     as_json: AsJson = False,
 ) -> None:
     """Print the embedding of each text, a JSON list a line."""
     from coordinator.config import JobConfig
     from coordinator.embed import run_embed
 
-    config = JobConfig(
-        model=model, slots=1, pooling=pooling, embeddings=True, stage=stage,
-        stage_dir=stage_dir, **chosen.job(),
-    )  # fmt: skip
+    config = JobConfig(model=model, slots=1, pooling=pooling, embeddings=True, **chosen.job(), **staging.job())
     texts = sys.stdin.read().splitlines() if prompt == ["-"] else prompt
     raise typer.Exit(run_embed(config, texts, dimensions=dimensions, as_json=as_json))

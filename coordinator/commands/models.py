@@ -106,7 +106,7 @@ def verify(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Hash the files of models again: exit 1 if one is damaged. Continues where it was interrupted."""
+    """Hash the files of models again. Exit 1 if one is damaged. Continues where it was interrupted."""
     from coordinator.models import verify_models
 
     raise typer.Exit(verify_models(names or [], as_json))
@@ -139,7 +139,7 @@ def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remove files that no model needs, and what interrupted work has left."""
+    """Remove files that no model needs. What interrupted work has left goes, too."""
     from coordinator.models import collect
 
     raise typer.Exit(collect(keep_bytes, dry_run=dry_run, as_json=as_json))

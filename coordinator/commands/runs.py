@@ -14,7 +14,7 @@ from scheduling.errors import EXIT_OK
 
 
 def status(run_dir: RunDirectory, as_json: AsJson = False) -> None:
-    """Say how far a run is: exit 0 if all is answered, 1 if some failed, 3 if it can be resumed."""
+    """Say how far a run is. Exit 0 if all is answered, 1 if some failed, 3 if it can be resumed."""
     from coordinator.rundirs import show_status
 
     raise typer.Exit(show_status(run_dir, as_json) if detect(os.environ).speaks else EXIT_OK)
@@ -26,7 +26,7 @@ def stop(
         bool, typer.Option("--wait", help="Until the job has ended; then exit as `llmpi status` does.")
     ] = False,
 ) -> None:
-    """Drain a running job: nothing new is started, what runs is finished if it can be, the run can be resumed."""
+    """Drain a running job. Nothing new is started, what runs is finished if it can be, the run can be resumed."""
     from coordinator.rundirs import stop_run
 
     raise typer.Exit(stop_run(run_dir, wait) if detect(os.environ).speaks else EXIT_OK)
@@ -45,7 +45,7 @@ def report(
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Make metrics.h5 anew from the record.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Print the tables of a run, or of several side by side, and write a page with pictures.
+    """Print the tables of runs, and write a page with pictures. Several runs stand side by side.
 
     metrics.h5 is made from the record and the segments where it is missing or older.
     """
@@ -66,7 +66,7 @@ def export(
     ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="File to write. [default: stdout]")] = None,
 ) -> None:
-    """Write the answers as OpenAI batch output, a line each, or as a table."""
+    """Write the answers as OpenAI batch output or as a table. Each is a line or a row."""
     from coordinator.rundirs import export_answers
 
     if not detect(os.environ).speaks:

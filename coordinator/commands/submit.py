@@ -32,7 +32,7 @@ def submit(
     ] = "mpirun",
     as_json: AsJson = False,
 ) -> None:
-    """Run a batch as jobs of Slurm, one after another until all is answered.
+    """Run a batch as Slurm jobs, one after another until all is done.
 
     Options of sbatch come first, as sbatch takes them; behind `--` stands the command. The script is checked against
     what sinfo says, and kept in RUN_DIR/slurm.

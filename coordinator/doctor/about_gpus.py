@@ -174,15 +174,17 @@ def about_devices(facts: Mapping[int, Facts]) -> list[Finding]:
         if not one.backend:
             continue
         host = one.host
-        hidden = f"hidden by {listed(one.mask_variables)}" if one.mask_variables else "nothing hides some of them"
+        hides = (
+            f"{listed(one.mask_variables)} hides some of them" if one.mask_variables else "nothing hides some of them"
+        )
         mask = f", {host.mask[0]}={host.mask[1] or chr(39) * 2} is set" if host.mask else ""
         seen = listed(dict.fromkeys(gpu.name for gpu in host.gpus)) or "none"
         if one.backend == "CPU":
             said = "a build for the CPU: it needs none"
         elif host.gpus_known:
-            said = f"{one.backend}: {len(host.gpus)} ({seen}); {hidden}{mask}"
+            said = f"{one.backend}: {len(host.gpus)} ({seen}); {hides}{mask}"
         else:
-            said = f"{one.backend}: not told ({one.gpu_reason}); {hidden}{mask}"
+            said = f"{one.backend}: not told ({one.gpu_reason}); {hides}{mask}"
         findings.append(ok("devices", said, host.hostname))
     return merged(findings)
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from coordinator.doctor.findings import Finding, error, listed, ok, size_text, time_text, warning
+from coordinator.versions import MISSING, UNTOLD
 
 SLOW_LATENCY_S = 2e-3
 SLOW_BYTES_PER_S = 50e6
@@ -134,8 +135,8 @@ def about_versions(versions: Mapping[int, Mapping[str, str]], hosts: Mapping[int
     for name in own:
         others: dict[str, list[int]] = {}
         for rank, theirs in versions.items():
-            if theirs.get(name, "missing") != own[name]:
-                others.setdefault(theirs.get(name, "missing"), []).append(rank)
+            if theirs.get(name, MISSING) != own[name]:
+                others.setdefault(theirs.get(name, MISSING), []).append(rank)
         for version, ranks in others.items():
             where = listed(dict.fromkeys(hosts[rank] for rank in ranks))
             fix = f"'{name}=={own[name]}'" if name not in ("python", "llmpi") else ""
@@ -146,9 +147,17 @@ def about_versions(versions: Mapping[int, Mapping[str, str]], hosts: Mapping[int
                     command=f"python -m pip install {fix}" if fix else "",
                 )
             )  # fmt: skip
-    for name, version in own.items():
-        if version == "missing" and name not in {finding.check for finding in findings}:
+    differing = {finding.check for finding in findings}
+    for name in [name for name in own if name not in differing]:
+        if own[name] == MISSING:
             findings.append(error(name, "it is not installed", "install it", command=f"python -m pip install {name}"))
+        elif own[name] == UNTOLD:
+            findings.append(
+                warning(
+                    name, "it is used from a folder, without having been installed: ranks with another version of it "
+                    "would not be noticed", "install it; a checkout with `python -m pip install -e .`",
+                )
+            )  # fmt: skip
     if not findings:
         alike = "the same on all ranks: " if len(versions) > 1 else ""
         findings.append(ok("versions", alike + ", ".join(f"{name} {version}" for name, version in own.items())))

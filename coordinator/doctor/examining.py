@@ -22,7 +22,8 @@ from coordinator.doctor.probe_slurm import look_at_slurm
 from coordinator.doctor.watching import watched
 from coordinator.launch import Launch, check_singleton, detect
 from coordinator.leaving import at_last
-from coordinator.mpi import Collectives, World
+from coordinator.mpi import World
+from coordinator.mpi_collectives import Collectives
 from scheduling.errors import EXIT_INFRASTRUCTURE, EXIT_OK, ConfigError, RankLostError
 
 START_S = 120.0

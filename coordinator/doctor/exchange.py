@@ -67,7 +67,7 @@ class Leave(msgspec.Struct, frozen=True, tag="leave"):
 
 
 class All(Protocol):
-    """Collectives, as `coordinator.mpi.Collectives` has them."""
+    """Collectives, as `coordinator.mpi_collectives.Collectives` has them."""
 
     size: int
 

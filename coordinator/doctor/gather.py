@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from coordinator.config import package_versions
 from coordinator.doctor.about_files import RUN_DIR, STAGING, STORE
 from coordinator.doctor.facts import ENVIRONMENT, Facts, Limits, ModelFile, Node, Place
 from coordinator.doctor.probe_files import look_at
 from coordinator.modelnames import find_model
+from coordinator.versions import package_versions
 from scheduling.backends import CPU
 from scheduling.errors import UserError
 from scheduling.messages import Host

@@ -1,8 +1,8 @@
 """Jobs that follow each other until a run is complete: each submits its successor when it begins.
 
 So the run goes on however a job ends: at its time limit, killed, or with its node. A job after which nothing is left to
-do takes its successor back. `RUN_DIR/slurm/jobs.jsonl` has a line for each job. The
-chain ends by itself when `FUTILE` jobs in a row have answered nothing.
+do takes its successor back, and the chain ends by itself when `FUTILE` jobs in a row have answered nothing.
+`RUN_DIR/slurm/jobs.jsonl` has a line for each job that has begun.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def in_queue(jobs: Sequence[str], client: Client = run_client) -> list[Queued]:
     try:
         lines = client(["squeue", "-h", "-j", ",".join(jobs), "-o", "%i|%T|%R"]).splitlines()
     except InfrastructureError as error:
-        if "Invalid job id" in str(error):  # it is forgotten, as squeue says it of a single one
+        if "Invalid job id" in str(error):  # how squeue says of a single job that it is long over
             return []
         raise
     return [Queued(*line.strip().split("|", 2)) for line in lines if line.strip()]

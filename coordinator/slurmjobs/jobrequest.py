@@ -27,7 +27,7 @@ _WITH_VALUE = {name for name in _SHORT.values() if name != "--wait"} | {
 _OURS = {
     "--dependency": "llmpi submit makes the jobs depend on each other itself",
     "--array": "an array works on slices of its input, each a run of its own: sbatch --array=0-7 slurm/mpirun.sbatch",
-    "--wait": "",
+    "--wait": "write --wait, which waits for the run, where -W waits for one job",
     "--wrap": "llmpi submit writes the script itself",
     "--parsable": "llmpi submit prints the job's number, with --json for programs",
     "--clusters": "a run directory is one cluster's",
@@ -70,7 +70,7 @@ def read_request(words: Sequence[str]) -> JobRequest:
         name = long_name(word)
         value = word.partition("=")[2] if word.startswith("--") else word[2:].removeprefix("=")
         if name in _OURS:
-            raise ConfigError(f"{name} is not for llmpi submit: {_OURS[name]}")
+            raise ConfigError(f"{word if name == '--wait' else name} is not for llmpi submit: {_OURS[name]}")
         if name in _WITH_VALUE and not value and left:
             value = left.pop(0)
         found[name] = value

@@ -1,5 +1,6 @@
-"""The ranks of a study between its cells. Rank 0 calls those that the next cell takes; the others sleep, and look every
-20 ms whether it is their turn. Messages go over the whole world; a cell has communicators of its own.
+"""The ranks of a study between its cells. Rank 0 calls those that the next cell takes; the others sleep, and look
+whether it is their turn as seldom as any idle rank (`coordinator.transport.Backoff`). Messages go over the whole
+world; a cell has communicators of its own.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class StudyDir:
         self.path = path
         self._lock = lock
         self._state = state
-        self.notes = [lock.note.replace("from its record", "with the cells that lack")] if lock.note else []
+        self.notes = [lock.note] if lock.note else []
 
     @classmethod
     def open(cls, path: Path, identity: Mapping[str, Any], details: Mapping[str, Any]) -> StudyDir:
@@ -54,7 +54,7 @@ class StudyDir:
         try:
             path.mkdir(parents=True, exist_ok=True)
             _refuse_foreign(path)
-            lock = JobLock(disk, path / LOCK_NAME, this_process(time.time()))
+            lock = JobLock(disk, path / LOCK_NAME, this_process(time.time()), goes_on="with the cells that lack")
         except OSError as error:
             raise unusable(path, error) from error
         try:

@@ -15,7 +15,7 @@ import msgspec
 
 from coordinator.batchoptions import BatchOptions
 from coordinator.compressed import STDIN
-from coordinator.config import JobConfig, package_versions
+from coordinator.config import JobConfig
 from coordinator.inputfile import ends_identity, sniff_format
 from coordinator.launch import Launch, detect
 from coordinator.lead import Lead
@@ -32,6 +32,7 @@ from coordinator.study.design import Cell, Design, fill_hosts
 from coordinator.study.directory import WARM_UP_NAME, StudyDir
 from coordinator.study.results import Results
 from coordinator.timekeeper import Timekeeper, age_s
+from coordinator.versions import package_versions
 from scheduling.errors import EXIT_OK, EXIT_RESUMABLE, ConfigError, LlmpiError
 from scheduling.messages import Host
 from scheduling.placement import Plan, plan

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from coordinator.collect import collect
-from coordinator.mpi import SoloCollectives
+from coordinator.mpi_collectives import SoloCollectives
 from scheduling.errors import BugError, RankFailedError, RankLostError
 from scheduling.tables import RANK, REQUEST, TELEMETRY
 from storage.summary import Sums, check_reduced, summarise
@@ -117,7 +117,7 @@ def test_alone_collectives_give_back_what_they_are_given() -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 5])
 def test_solo_rows_come_in_chunks(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coordinator.mpi.GATHER_CHUNK_BYTES", 2 * 8)
+    monkeypatch.setattr("coordinator.mpi_collectives.GATHER_CHUNK_BYTES", 2 * 8)
     taken: list[Any] = []
     SoloCollectives().gather_rows(np.arange(count), taken.append)
     assert [value for chunk in taken for value in chunk] == list(range(count))

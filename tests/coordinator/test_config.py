@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from coordinator.config import JobConfig, checked_sampling, package_versions
+from coordinator.config import JobConfig, checked_sampling
 from scheduling.constraints import Constraint
 from scheduling.errors import ConfigError
 from scheduling.requests import Sampling
@@ -114,12 +114,6 @@ def test_what_decides_the_answers_is_the_identity_and_nothing_else() -> None:
 )
 def test_an_adapter_is_a_path_and_perhaps_a_scale(text: str, path: str, scale: float) -> None:
     assert JobConfig(model="m", loras=(text,)).adapters() == (Adapter(path, scale),)
-
-
-def test_versions_name_what_is_not_installed() -> None:
-    versions = package_versions()
-    assert {"llmpi", "llama-cpp-python", "msgspec", "numpy"} <= versions.keys()
-    assert all(versions.values())
 
 
 def test_sampling_of_the_command_line_is_held_to_a_requests_limits() -> None:

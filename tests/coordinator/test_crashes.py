@@ -24,7 +24,7 @@ from typing import Any
 import h5py
 import pytest
 
-from coordinator import config, intervals, lead, loop, serve, setup
+from coordinator import intervals, lead, loop, serve, setup, versions
 from coordinator.batchoptions import BatchOptions
 from coordinator.config import JobConfig
 from coordinator.launch import detect
@@ -176,9 +176,9 @@ def in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     # Hundreds of sessions: what takes long in each and is nothing to these tests is left out.
     monkeypatch.setattr(metrics, "CHUNK_ROWS", 16)
     monkeypatch.setattr(serve, "calm_collector", contextlib.nullcontext)
-    versions = cache(config.package_versions)
-    for module in (config, setup, lead):
-        monkeypatch.setattr(module, "package_versions", versions)
+    told = cache(versions.package_versions)
+    for module in (setup, lead):
+        monkeypatch.setattr(module, "package_versions", told)
 
 
 @pytest.fixture

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import io
-import json
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -17,23 +14,7 @@ from coordinator import inputfile
 from coordinator.inputfile import Block, line_blocks, only_embeddings
 from coordinator.source import FileSource, sniff_format
 from scheduling.errors import InputError
-
-WriteFile = Callable[..., Path]
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> WriteFile:
-    def write_file(content: bytes | str, name: str = "requests.jsonl") -> Path:
-        path = tmp_path / name
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-        return path
-
-    return write_file
-
-
-def jsonl(*rows: dict[str, Any]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
+from tests.coordinator.inputs import WriteFile, jsonl
 
 # ---------------------------------------------------------------- lines in blocks
 

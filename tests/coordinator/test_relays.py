@@ -220,6 +220,7 @@ def test_much_together_is_divided_into_bundles(tree: Tree, monkeypatch: pytest.M
         (3, b"", "rank 3 sent 0 bytes that are no bundle"),
         (3, link_module.HEARTBEAT, "rank 3 sent .* bytes that are no bundle"),
         (3, [m.PROTOCOL_VERSION + 1, [], []], "rank 3 speaks protocol"),
+        (3, [m.PROTOCOL_VERSION, [], [3, 0, 3]], "rank 3 sent a bundle with half a heartbeat"),
         (3, [m.PROTOCOL_VERSION, [[2, 1, 0, b""]], []], "rank 3 speaks for rank 2, which is not of its group"),
         (4, [m.PROTOCOL_VERSION, [[2, 1, 0, b""]], []], "rank 4 speaks for rank 2"),
         (9, [m.PROTOCOL_VERSION, [[9, 1, 0, b""]], []], "rank 9 is no worker of this job"),

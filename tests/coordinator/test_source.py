@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +18,7 @@ from coordinator.inputfile import check_file, line_blocks
 from coordinator.source import Arrival, FileSource, IterableSource, Source, same_input
 from scheduling.errors import InputError
 from scheduling.requests import Message, Request, Sampling, parse_request
-
-WriteFile = Callable[..., Path]
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> WriteFile:
-    def write_file(content: bytes | str, name: str = "requests.jsonl") -> Path:
-        path = tmp_path / name
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-        return path
-
-    return write_file
-
-
-def jsonl(*rows: dict[str, Any]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
+from tests.coordinator.inputs import WriteFile, jsonl
 
 
 def read_all(source: Source, max_requests: int = 3, max_bytes: int = 1 << 20) -> list[Arrival]:

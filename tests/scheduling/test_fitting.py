@@ -147,9 +147,11 @@ def test_what_cuda_takes_goes_by_all_memory_of_a_gpu_and_not_by_what_is_free() -
     assert "nothing on the GPU, which is too small" in full.said
 
 
-def test_a_model_split_by_tensors_has_one_context_unless_more_are_needed() -> None:
+def test_a_model_split_by_tensors_has_two_contexts_for_many_slots_unless_more_are_needed() -> None:
     pair = gpu(141, 141)
-    assert fit(B1, Ask(split="tensor"), pair, alike(256, 256)).contexts == 1
+    assert fit(B1, Ask(split="tensor"), pair, alike(256, 256)).contexts == 2
+    assert fit(B8, Ask(split="tensor", slots=64), pair, alike(256, 256)).contexts == 2
+    assert fit(B8, Ask(split="tensor", slots=63), pair, alike(256, 256)).contexts == 1
     assert fit(B1, Ask(), pair, alike(256, 256)).contexts == 4
     assert fit(B8, Ask(split="tensor"), pair, alike(1024, 256)).contexts == 4
     assert fit(B8, Ask(split="tensor", contexts=2), pair, alike(64, 256)).contexts == 2

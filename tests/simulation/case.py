@@ -21,8 +21,7 @@ from random import Random
 from typing import Any
 from unittest import mock
 
-from coordinator import config as config_module
-from coordinator import lead, report, serve, setup
+from coordinator import lead, report, serve, setup, versions
 from coordinator.config import JobConfig
 from coordinator.engines import ModelFacts
 from coordinator.relays import leaders_of
@@ -240,10 +239,10 @@ def in_simulation(folder: Path) -> Iterator[None]:
     What takes long in each session, and is nothing to them, is left out meanwhile: units, formulas and compression in
     metrics.h5, indentation in run.json, the table that is printed at the end, the collection of cycles.
     """
-    versions = cache(config_module.package_versions)
+    told = cache(versions.package_versions)
     with contextlib.ExitStack() as patches:
-        for module in (config_module, setup, lead):
-            patches.enter_context(mock.patch.object(module, "package_versions", versions))
+        for module in (setup, lead):
+            patches.enter_context(mock.patch.object(module, "package_versions", told))
         patches.enter_context(mock.patch.object(serve, "calm_collector", contextlib.nullcontext))
         patches.enter_context(mock.patch.object(report, "report_data", return_value={}))
         patches.enter_context(mock.patch.object(metrics, "CHUNK_ROWS", 64))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import threading
 import time
 from collections import Counter
@@ -20,7 +21,7 @@ import h5py
 import psutil
 
 from tests.launch import PATIENCE_S as PATIENCE_S
-from tests.launch import ROOT, Finished, Job
+from tests.launch import ROOT, Finished, Job, Launcher
 from tests.storage.hdf5_rules import check_any_reader_takes
 
 Line = dict[str, Any]
@@ -134,6 +135,11 @@ def wait_for_answers(job: Job, run: Run) -> None:
         return run.lines_so_far() > 0
 
     until(some, "answers in the record")
+
+
+def drain_signal(mpirun: Launcher, mpich: signal.Signals = signal.SIGTERM) -> signal.Signals:
+    """What this launcher hands on to its ranks without killing them. MPICH's does so with SIGTERM and SIGINT."""
+    return signal.SIGUSR2 if mpirun.kind == "openmpi" else mpich
 
 
 def lives(process: psutil.Process) -> bool:

@@ -180,7 +180,7 @@ def test_a_text_file_is_a_prompt_a_line(tiny_model: Path, tmp_path: Path) -> Non
 LOSE_A_ROW = """
 import sys
 import coordinator.session as session
-from coordinator.mpi import SoloCollectives
+from coordinator.mpi_collectives import SoloCollectives
 class Lossy(SoloCollectives):
     def gather_rows(self, rows, take):
         super().gather_rows(rows[1:] if "e2e_s" in rows.dtype.names else rows, take)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import time
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from tests.system.runs import (
     Gate,
     Run,
     check_one_clear_line,
+    drain_signal,
     prompts,
     until,
     wait_for_answers,
@@ -72,7 +72,7 @@ def test_a_drain_by_signal_is_over_within_its_bound_and_what_was_cut_off_is_done
         until(gate.held, "an engine that stands still")
         processes = job.processes()
         asked_at = time.monotonic()
-        job.process.send_signal(signal.SIGUSR2 if mpirun.kind == "openmpi" else signal.SIGTERM)
+        job.process.send_signal(drain_signal(mpirun))
         stopped = job.wait(PATIENCE_S)
         took_s = time.monotonic() - asked_at
         wait_gone(processes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from tests.system.runs import (
     Gate,
     Run,
     check_ranks_add_up,
+    drain_signal,
     engines_of,
     prompts,
     ranks_of,
@@ -98,6 +99,17 @@ def held(mpirun: Launcher, folder: Path, *more: Argument, ranks: int = 3, ulfm: 
         yield Held(run, job, gate, command)
 
 
+def altered(
+    mpirun: Launcher, folder: Path, program: str, *, ranks: int, runner: Sequence[str] = (), ulfm: bool = False
+) -> tuple[Finished, Run]:
+    """A job from its start to its end, begun by a `program` that changes something and then calls the command line."""
+    path, run = folder / "altered.py", Run(folder / "run")
+    path.write_text(program)
+    mpi_options = ULFM if ulfm else ()
+    given = words(folder, run)
+    return mpirun(ranks, *given, program=[*runner, path], mpi_options=mpi_options, timeout_s=PATIENCE_S), run
+
+
 def check_resumes(case: Held, undisturbed: Mapping[str, Any]) -> None:
     """Not complete, said so by its status; the same command, without a launcher, does the rest."""
     before = case.run.by_id()
@@ -156,13 +168,14 @@ def test_without_it_the_launcher_ends_the_job_which_can_be_resumed(
 
 DIE_WITHIN = """
 import os, signal, sys
-from coordinator import cli, mpi
-gather = mpi.Collectives.gather_rows
+from coordinator import cli
+from coordinator.mpi_collectives import Collectives
+gather = Collectives.gather_rows
 def dying(self, rows, take):
     if self.rank == 2 and self.size == 4:
         os.kill(os.getpid(), signal.SIGKILL)
     gather(self, rows, take)
-mpi.Collectives.gather_rows = dying
+Collectives.gather_rows = dying
 cli.main()
 """
 
@@ -171,9 +184,7 @@ cli.main()
 def test_when_a_rank_dies_within_a_collective_the_others_gather_among_themselves(
     mpirun: Launcher, tmp_path: Path, undisturbed: Mapping[str, Any]
 ) -> None:
-    program, run = tmp_path / "dying.py", Run(tmp_path / "run")
-    program.write_text(DIE_WITHIN)
-    done = mpirun(4, *words(tmp_path, run), program=[program], mpi_options=ULFM, timeout_s=PATIENCE_S)
+    done, run = altered(mpirun, tmp_path, DIE_WITHIN, ranks=4, ulfm=True)
     assert done.rc == 0, done.output
     check_whole(run, undisturbed)
     assert collectives(run) == "3 of 4 ranks"
@@ -307,7 +318,7 @@ def test_a_second_signal_ends_the_job_though_a_rank_is_stopped(
         processes = case.job.processes()
         case.workers()[0].suspend()
         until(lambda: "has been silent for" in case.job.stderr, "that it is taken for lost")
-        asking = signal.SIGUSR2 if mpirun.kind == "openmpi" else signal.SIGTERM
+        asking = drain_signal(mpirun)
         case.job.process.send_signal(asking)
         until(lambda: "draining (" in case.job.stderr, "that it drains")
         time.sleep(2 * REPEAT_S)  # what comes sooner is the same request
@@ -338,9 +349,7 @@ cli.main()
 def test_when_a_rank_dies_as_the_job_ends_the_others_leave_without_it(
     mpirun: Launcher, tmp_path: Path, undisturbed: Mapping[str, Any]
 ) -> None:
-    program, run = tmp_path / "dying.py", Run(tmp_path / "run")
-    program.write_text(DIE_LEAVING)
-    done = mpirun(4, *words(tmp_path, run), program=[program], mpi_options=ULFM, timeout_s=PATIENCE_S)
+    done, run = altered(mpirun, tmp_path, DIE_LEAVING, ranks=4, ulfm=True)
     assert done.rc == 0, done.output
     check_whole(run, undisturbed)
     assert collectives(run) == "4 ranks"
@@ -366,10 +375,8 @@ cli.main()
 def test_an_exception_in_a_worker_is_told_by_rank_0_and_costs_that_worker_alone(
     mpirun: Launcher, tmp_path: Path, undisturbed: Mapping[str, Any]
 ) -> None:
-    program, run = tmp_path / "failing.py", Run(tmp_path / "run")
-    program.write_text(FAIL_ONCE)
     # As people start MPI programs of their own: this runner ends the job at an exception that nobody catches.
-    done = mpirun(3, *words(tmp_path, run), program=["-m", "mpi4py", program], timeout_s=PATIENCE_S)
+    done, run = altered(mpirun, tmp_path, FAIL_ONCE, ranks=3, runner=["-m", "mpi4py"])
     assert done.rc == 0, done.output
     assert "rank 1 on " in done.stderr
     assert "Traceback (most recent call last)" in done.stderr

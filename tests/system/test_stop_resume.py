@@ -21,6 +21,7 @@ from tests.system.runs import (
     Line,
     Run,
     check_one_clear_line,
+    drain_signal,
     prompts,
     until,
     wait_for_answers,
@@ -103,18 +104,13 @@ def test_killed_run_resumes_where_its_record_ends(
     assert f"{REQUESTS} of {REQUESTS}" in status.stdout
 
 
-def drain_signal(mpirun: Launcher) -> signal.Signals:
-    """What this launcher hands on to its ranks without killing them."""
-    return signal.SIGUSR2 if mpirun.kind == "openmpi" else signal.SIGINT
-
-
 def test_drained_by_signal_it_finishes_what_runs_and_resumes(
     mpirun: Launcher, gate: Gate, work: Words, run: Run
 ) -> None:
     with mpirun.start(3, *work, env=gate.env) as job:
         wait_for_answers(job, run)
         processes = job.processes()
-        job.process.send_signal(drain_signal(mpirun))
+        job.process.send_signal(drain_signal(mpirun, mpich=signal.SIGINT))
         wait_for_drain(job)
         gate.open()
         stopped = job.wait(PATIENCE_S)
@@ -134,9 +130,9 @@ def test_second_signal_stops_now_and_the_run_can_be_resumed(
     with mpirun.start(3, *work, env=gate.env) as job:
         wait_for_answers(job, run)
         processes = job.processes()
-        job.process.send_signal(drain_signal(mpirun))
+        job.process.send_signal(drain_signal(mpirun, mpich=signal.SIGINT))
         wait_for_drain(job)
-        job.process.send_signal(drain_signal(mpirun))
+        job.process.send_signal(drain_signal(mpirun, mpich=signal.SIGINT))
         stopped = job.wait(PATIENCE_S)
         wait_gone(processes)
     if mpirun.kind == "openmpi":

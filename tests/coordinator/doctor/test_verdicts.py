@@ -120,6 +120,7 @@ NETWORK_CASES = [
          ("one installation",)),
     Case("missing", about_versions({0: {"llguidance": "missing"}}, HOSTS), "llguidance", "error",
          ("pip install llguidance",)),
+    Case("a checkout", about_versions({0: {"llmpi": "unknown"}}, HOSTS), "llmpi", "warning", ("pip install -e .",)),
 ]  # fmt: skip
 
 
@@ -214,7 +215,7 @@ GPU_CASES = [
     Case("other maker", llama(WITH_GPU, "ROCm"), "GPU build", "error", ("-DGGML_CUDA=ON",)),
     Case("Vulkan", llama(WITH_GPU, "Vulkan", devices=(VULKAN0,)), "GPU build", "ok", ("Vulkan0",)),
     Case("devices", devices("CUDA", "CUDA_VISIBLE_DEVICES"), "devices", "ok",
-         ("CUDA: 1 (NVIDIA H200)", "hidden by CUDA_")),
+         ("CUDA: 1 (NVIDIA H200)", "CUDA_VISIBLE_DEVICES hides")),
     Case("masked", devices("ROCm", "ROCR_VISIBLE_DEVICES", mask=("ROCR_VISIBLE_DEVICES", "0")), "devices", "ok",
          ("ROCR_VISIBLE_DEVICES=0 is set",)),
     Case("no list", devices("Metal", known=False), "devices", "ok", ("not told", "nothing hides")),

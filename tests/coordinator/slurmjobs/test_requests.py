@@ -49,6 +49,7 @@ def test_options_are_read_and_kept(words: str, expected: dict[str, object]) -> N
         ("--array=0-7", "--array is not for llmpi submit: an array works on slices"),
         ("-d afterok:7", "--dependency is not for llmpi submit"),
         ("--wrap=true", "writes the script itself"),
+        ("-N2 -W", "-W is not for llmpi submit: write --wait, which waits for the run"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(words: str, said: str) -> None:

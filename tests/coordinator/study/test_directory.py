@@ -57,6 +57,16 @@ def test_one_job_at_a_time(tmp_path: Path) -> None:
         StudyDir.open(tmp_path, identity(), {})
 
 
+def test_what_a_killed_job_left_is_taken_over_and_that_is_said(tmp_path: Path) -> None:
+    with StudyDir.open(tmp_path, identity(), {}) as study:
+        held = (tmp_path / "lock").read_bytes()
+        study.add(cell(2, 1, 3.5), {})
+    (tmp_path / "lock").write_bytes(held)
+    with StudyDir.open(tmp_path, identity(), {}) as study:
+        [note] = study.notes
+        assert note.endswith("ended without stopping in order: going on with the cells that lack")
+
+
 def test_a_directory_with_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "results.jsonl").write_text("{}\n")
     with pytest.raises(RunDirError, match=r"something else \(results\.jsonl\)"):
