@@ -71,7 +71,8 @@ def open_input(path: Path) -> BinaryIO:
         if stat.S_ISDIR(mode):
             raise InputError(f"{path} is a directory; name a file of requests in it")
         if not stat.S_ISREG(mode):
-            raise InputError(f"{path} is no regular file, and requests are read more than once; copy it to one")
+            way = f", or give it as standard input (-i - < {path})" if stat.S_ISFIFO(mode) else ""
+            raise InputError(f"{path} is no regular file, and requests are read more than once; copy it to one{way}")
         file = open(path, "rb", buffering=0)  # noqa: SIM115 - the caller closes it
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; -i takes a file of requests") from None

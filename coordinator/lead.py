@@ -226,7 +226,7 @@ class Lead:
                 "stopping": asdict(self._options.stopping),
             },
             "replay_of": None if self._options.replay is None else str(self._options.replay.run_dir.resolve()),
-            "model": self._setup.model.path,
+            "model": self._setup.source or self._setup.model.path,
             "model_digest": self._setup.model_digest,
             "config": msgspec.to_builtins(self._config),
             "versions": package_versions() | {"python": sys.version.split()[0]},

@@ -43,17 +43,15 @@ def find_model(text: str, environment: Mapping[str, str] = os.environ) -> Named:
     """The file at `text`, if there is one, else the store's model of that name.
 
     Raises:
-        ModelStoreError: a digest that is none, or that the store does not have.
+        ModelStoreError: a digest that is none, or that the store does not have; a model that it has lost files of.
         ModelFileError: neither a file nor a model of the store. What is plainly a path is not looked at here.
     """
     path = Path(text)
-    if not is_digest(text) and (os.path.isfile(text) or path.is_absolute() or path.suffix.lower() == SUFFIX):
+    if _is_path(text):
         return Named(path, path.stem)
     store = open_store(environment)
     try:
         model = store.find(text)
-        blobs = tuple((store.blobs.path(file.digest), file.digest) for file in model.files)
-        found = Named(store.path(model), str(model.name), str(model.digest), blobs)
     except ModelStoreError as error:
         if is_digest(text):
             raise
@@ -62,5 +60,17 @@ def find_model(text: str, environment: Mapping[str, str] = os.environ) -> Named:
         # Of a name that cannot be one, the store says other things.
         said = str(error).removeprefix("there is ")
         raise ModelFileError(f"there is no file {text}, and {said}") from None
+    blobs = tuple((store.blobs.path(file.digest), file.digest) for file in model.files)
+    found = Named(store.path(model), str(model.name), str(model.digest), blobs)
     store.use(model)
     return found
+
+
+def whole_name(text: str, folder: Path) -> str:
+    """What means the same from anywhere as `text` does in `folder`."""
+    return str(folder / text) if _is_path(text, folder) else text
+
+
+def _is_path(text: str, folder: Path = Path()) -> bool:
+    path = folder / text
+    return not is_digest(text) and (os.path.isfile(path) or Path(text).is_absolute() or path.suffix.lower() == SUFFIX)

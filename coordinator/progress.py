@@ -1,8 +1,8 @@
 """What a person sees while a job runs: a live line on a terminal, a plain line now and then otherwise.
 
-Fed with `Snapshot`s four times a second. Rates are over the last ten seconds, so that a change shows; the ETA is over
-the whole run. Nothing else may write to the same stream while it is live: what there is to say goes through
-`note` and `warn`.
+Fed with `Snapshot`s four times a second. Rates are over the last ten seconds, so that a change shows; that of requests
+is over the whole run where too few ended in these, and so is the ETA. Nothing else may write to the same stream while
+it is live: what there is to say goes through `note` and `warn`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from coordinator.terminal import NARROW_COLUMNS, console_for
 PLAIN_FIRST_S = 10.0
 PLAIN_EVERY_S = 30.0
 RATE_WINDOW_S = 10.0
+RATE_REQUESTS = 5
+"""Fewer that ended in the last seconds make no rate: that of the whole run is shown."""
 
 
 class ProgressView:
@@ -96,19 +98,19 @@ class ProgressView:
             self._window.popleft()
         since_s, ended_then, tokens_then = self._window[0]
         span_s = max(1e-9, s.elapsed_s - since_s)
-        if s.elapsed_s - since_s < 0.5:
-            rate = tokens_s = 0.0
-        else:
-            rate = (ended - ended_then) / span_s
-            tokens_s = max(0, self._window[-1][2] - tokens_then) / span_s
+        tokens_s = max(0, self._window[-1][2] - tokens_then) / span_s if span_s >= 0.5 else 0.0
+        recent = ended - ended_then
+        rate = recent / span_s if span_s >= 0.5 and recent >= RATE_REQUESTS else ended / max(0.5, s.elapsed_s)
         total = f"/{s.total}" if s.total is not None else ""
         parts = [f"{s.earlier + ended}{total} done"]
         if s.failed:
             parts.append(f"{s.failed} failed")
         left = s.queued if s.total is None else max(0, s.total - s.earlier - ended - s.running)
-        words = ("run", "wait", "req/s", "tok/s") if self._narrow else ("running", "queued", "requests/s", "tokens/s")
-        figures = (f"{s.running}", f"{left}", f"{rate:.1f}", f"{tokens_s:.0f}")
-        parts += [f"{figure} {word}" for figure, word in zip(figures, words, strict=True)]
+        run, wait, requests, tokens = _NARROW if self._narrow else _WIDE
+        parts += [f"{s.running} {run}", f"{left} {wait}"]
+        if ended:
+            parts.append(_rate_text(rate, requests))
+        parts.append(f"{tokens_s:.{0 if tokens_s >= 10 or not tokens_s else 1}f} {tokens}/s")
         if not self._over:
             parts.append("draining" if s.draining else f"ETA {duration(self._eta_s(s, ended))}")
         return " · ".join(parts)
@@ -118,3 +120,15 @@ class ProgressView:
         if s.total is None or not ended or s.elapsed_s <= 0:
             return None
         return (s.total - s.earlier - ended) * s.elapsed_s / ended
+
+
+_WIDE = ("running", "queued", "requests", "tokens")
+_NARROW = ("run", "wait", "req", "tok")
+
+
+def _rate_text(per_s: float, what: str) -> str:
+    """In the unit of time that leaves a figure before the point: slow models end some requests an hour."""
+    for unit, seconds in (("s", 1.0), ("min", 60.0)):
+        if per_s * seconds >= 1:
+            return f"{per_s * seconds:.1f} {what}/{unit}"
+    return f"{per_s * 3600:.1f} {what}/h"

@@ -16,6 +16,7 @@ import msgspec
 
 from coordinator.config import JobConfig
 from coordinator.inputfile import ends_identity, same_input
+from coordinator.modelnames import whole_name
 from coordinator.slicing.slices import Slice, parse_slice
 from scheduling.errors import InputError, LlmpiError, ModelFileError, RunDirError
 from scheduling.requests import Sampling
@@ -180,12 +181,12 @@ def _config(details: Mapping[str, Any], cwd: Path) -> JobConfig:
         raise ValueError(f"this version has no sampling parameter {', '.join(unknown)}; use the llmpi that ran it")
     config = msgspec.convert(plain, JobConfig, str_keys=True)
     whole = {
-        "model": details["model"] if config.engine == "llama" else config.model,
+        # By its digest a model of the store is found under any name, and is missed in words that say what to do.
+        "model": details.get("model_digest") or details["model"] if config.engine == "llama" else config.model,
         "loras": tuple(_whole_adapter(text, cwd) for text in config.loras),
     }
-    for name in ("draft_model", "service_times"):
-        value = getattr(config, name)
-        whole[name] = None if value is None else str(cwd / value)
+    whole["service_times"] = None if config.service_times is None else str(cwd / config.service_times)
+    whole["draft_model"] = None if config.draft_model is None else whole_name(config.draft_model, cwd)
     return msgspec.structs.replace(config, **whole)
 
 

@@ -62,6 +62,7 @@ def report_data(run_dir: Path, metrics: Metrics | None = None) -> dict[str, Any]
         "requests_per_s": _number(_per(over.requests, over_s)),
         "latencies": latencies_of(summary, metrics.histograms.get("itl")),
         "ranks": [_rank(row) for row in metrics.ranks],
+        "uncounted": _uncounted(metrics),
         "telemetry_samples": metrics.telemetry_samples,
         "energy": _energy(run_dir, metrics) if metrics.telemetry_samples else None,
     }
@@ -97,6 +98,17 @@ def _over(metrics: Metrics) -> tuple[float, Sums]:
         return float(attributes["wall_s"]), Sums(**{name: int(attributes.get(name, 0)) for name in names})
     ends_s = metrics.summary.ends_s
     return sum(ends_s.values()) if ends_s else float("nan"), metrics.summary.sums
+
+
+def _uncounted(metrics: Metrics) -> int:
+    """Recorded requests that no counters of ranks have: of jobs killed after the last one that ended in order."""
+    ended = metrics.attributes.get("session", -1)
+    missing = 0
+    for session, recorded in metrics.summary.requests.items():
+        if session > ended:
+            of_session = metrics.ranks[metrics.ranks["session"] == session]
+            missing += max(0, recorded - int(of_session["requests"].sum()))
+    return missing
 
 
 def _energy(run_dir: Path, metrics: Metrics) -> dict[str, Any] | None:
@@ -180,6 +192,8 @@ def print_report(data: dict[str, Any], stream: IO[str], run_dir: Path, *, show: 
             console.print(f"\n{who}", soft_wrap=True)
         _print_speculation(console, ranks)
         _print_copies(console, last)
+    if data["uncounted"]:
+        console.print(f"\n{uncounted_sentence(data)}", soft_wrap=True)
     if lost := last.get("workers_lost"):
         console.print(Text.assemble("\n", ("left before the end", "bold"), f": {lost}"), soft_wrap=True)
     if data["energy"]:
@@ -251,6 +265,14 @@ def collectives_sentence(took_part: str) -> str:
     if " of " in took_part:
         return f"metrics: {took_part} took part in the collectives; what the others did is from the record"
     return f"collectives: {took_part}" if took_part.startswith("none") else ""
+
+
+def uncounted_sentence(data: dict[str, Any]) -> str:
+    """What the counters of ranks lack."""
+    return (
+        f"counters: {data['uncounted']:,} of {data['requests']:,} recorded requests are in no rank's. A job that is "
+        "killed leaves those up to its last interval, or none (--metrics-interval)"
+    )
 
 
 def _print_answers(console: Console, run_dir: Path, count: int) -> None:

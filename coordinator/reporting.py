@@ -6,6 +6,7 @@ written to a temporary name and renamed. That a page cannot be made never takes 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -136,5 +137,6 @@ def _write_page(run_dirs: Sequence[Path], states: Sequence[Status], options: Rep
         print(f"llmpi: {problem}. Give another place with --html FILE", file=sys.stderr)
         return
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where nothing can be written, nothing is there
+            temporary.unlink(missing_ok=True)
     print(f"page with pictures: {target}", file=sys.stderr if options.as_json else sys.stdout)

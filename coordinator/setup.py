@@ -49,6 +49,8 @@ class Setup:
     adapters: tuple[str, ...] = ()
     model_digest: str | None = None
     """Of all its bytes, where the model store knows it."""
+    source: str = ""
+    """The file that a model was staged from; '' where it is loaded from where it is."""
 
     def hello(self) -> m.Hello:
         return m.Hello(
@@ -71,7 +73,8 @@ def prepare(config: JobConfig, staged: Staged | None = None) -> Setup:
     path, name = Path(config.model), Path(config.model).stem
     try:
         copies = {} if staged is None else staged.models
-        named = copies.get("model") or find_model(config.model)
+        copy = copies.get("model")
+        named = copy or find_model(config.model)
         path, name = named.path, named.name
         draft = None
         if config.draft_model is not None:
@@ -82,7 +85,10 @@ def prepare(config: JobConfig, staged: Staged | None = None) -> Setup:
         whole = tuple(Adapter(str(Path(adapter.path).resolve()), adapter.scale) for adapter in wanted)
         facts = ModelFacts(str(path.absolute()), info.shape, whole, sum(sizes), draft)
         prints = tuple(f"{fingerprint(Path(adapter.path))}*{adapter.scale:g}" for adapter in whole)
-        return Setup(config, facts, name, fingerprint(path), host, adapters=prints, model_digest=named.digest)
+        return Setup(
+            config, facts, name, fingerprint(path), host, adapters=prints, model_digest=named.digest,
+            source="" if copy is None else copy.source,
+        )  # fmt: skip
     except UserError as error:
         return Setup(config, ModelFacts(str(path)), name, "none", host, error)
 

@@ -9,6 +9,7 @@ HDF5's own file locking is not used: the run directory has a lock already, and p
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import math
 import os
@@ -109,10 +110,7 @@ def write_metrics(
         disk.rename(temporary, path)
         disk.sync_dir(path.parent)
     except (OSError, RuntimeError) as error:  # RuntimeError is what h5py makes of a failed close
-        raise RecordError(
-            f"cannot write {path}: {_why(error)}. The answers are safe in the record; free space, then run the same "
-            "command again."
-        ) from error
+        raise RecordError(f"cannot write {path}: {_why(error)}. {_way_out(error)}") from error
     finally:
         with contextlib.suppress(OSError):  # a disk that refuses everything does not hide why
             disk.remove(temporary)
@@ -184,6 +182,14 @@ def _why(error: Exception) -> str:
     """The reason in a few words: HDF5 says it with addresses, over several lines."""
     number = getattr(error, "errno", None)
     return os.strerror(number) if number else str(error).partition("\n")[0]
+
+
+def _way_out(error: Exception) -> str:
+    if getattr(error, "errno", None) in (errno.EROFS, errno.EACCES, errno.EPERM):
+        way = "where it can be written run the same command again, or `llmpi report` on a copy of the run directory"
+    else:
+        way = "free space, then run the same command again"
+    return f"The answers are safe in the record; {way}."
 
 
 def _root_attributes(file: h5py.File, attributes: Mapping[str, Any]) -> None:
@@ -323,4 +329,4 @@ def _plain(value: Any) -> Any:
 
 
 def _unreadable(path: Path, error: Exception) -> RunDirError:
-    return RunDirError(f"cannot read the metrics {path}: {error}. Make them again with 'llmpi report'.")
+    return RunDirError(f"cannot read the metrics {path}: {error}. Make them again with 'llmpi report --rebuild'.")

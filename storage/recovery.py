@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scheduling.errors import RecordError, RunDirError
+from scheduling.link import ENVELOPE_BYTES_MAX
 from scheduling.recordline import SEAL_BYTES, SEAL_OPEN, Row, decode_row, request_row, text_checks
 from scheduling.tables import REQUEST
 from storage.files import Disk, OsDisk, read_all
@@ -30,7 +31,8 @@ RECORD_NAME = "results.jsonl"
 SYNCED_SUFFIX = ".synced"
 """In the place of the record's own, for the file that says how much of it was synced."""
 CHUNK_BYTES = 1 << 18
-LINE_BYTES_MAX = 1 << 28
+LINE_BYTES_MAX = ENVELOPE_BYTES_MAX
+"""No line that a worker could send is refused here."""
 INDEX_MAX = 1 << 34
 ROWS_PER_CHUNK = 65_536
 
@@ -78,12 +80,17 @@ class _Lines:
 
         Raises RunDirError for damage elsewhere.
         """
-        rest = b""
+        parts: list[bytes] = []  # of a line that goes on: put together once, as one may be of hundreds of chunks
+        parts_bytes = 0
         left = self.size
         while left and (chunk := self._file.read(min(CHUNK_BYTES, left))):
             left -= len(chunk)
-            lines = (rest + chunk).split(b"\n")
-            rest = lines.pop()
+            *lines, tail = chunk.split(b"\n")
+            if lines:
+                lines[0] = b"".join((*parts, lines[0]))
+                parts, parts_bytes = [], 0
+            parts.append(tail)
+            parts_bytes += len(tail)
             for text in lines:
                 self.offset = self.good_bytes
                 self.number += 1
@@ -96,13 +103,13 @@ class _Lines:
                     raise self.damaged("its checksum is wrong")
                 self.good_bytes += len(text) + 1
                 yield text
-            if len(rest) > LINE_BYTES_MAX:
+            if parts_bytes > LINE_BYTES_MAX:
                 self.offset = self.good_bytes
                 self.number += 1
                 raise self.damaged(f"it is longer than {LINE_BYTES_MAX} bytes")
         self.offset = self.good_bytes
         self.number += 1
-        self._must_be_torn(rest)
+        self._must_be_torn(b"".join(parts))
 
     def _must_be_torn(self, tail: bytes) -> None:
         """Refuse a last line in which a whole line is followed by more: a newline between two was damaged.

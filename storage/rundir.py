@@ -224,9 +224,11 @@ def lock_run(
     disk = disk or OsDisk()
     try:
         _prepare(disk, path)
+        left = disk.exists(path / STOP_NAME)  # meant for an earlier job
         lock = JobLock(disk, path / LOCK_NAME, this_process(now_unix_s()), judge)
         try:
-            disk.remove(path / STOP_NAME)  # meant for an earlier job; from now on it is for this one
+            if left:  # what came since the lock was there is for this job
+                disk.remove(path / STOP_NAME)
         except BaseException:
             lock.release()
             raise

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scheduling.errors import EXIT_OK, EXIT_RESUMABLE, EXIT_SOME_FAILED, RunDirError
-from storage.files import Disk, OsDisk, replace_file
+from storage.files import Disk, OsDisk
 from storage.joblock import Holder, Judge, holder_of
 from storage.recovery import RECORD_NAME, scan
 from storage.rundir import LOCK_NAME, STOP_NAME
@@ -84,7 +84,9 @@ def request_stop(path: Path, disk: Disk | None = None, judge: Judge | None = Non
         running, holder = holder_of(disk, path / LOCK_NAME, judge)
         if not running:
             raise RunDirError(f"no job is running on {path}: there is nothing to stop.")
-        replace_file(disk, path / STOP_NAME, b"stop\n")
+        # That it is there says it all: several may ask at once, and on a disk that is full.
+        disk.open_append(path / STOP_NAME).close()
+        disk.sync_dir(path)
     except OSError as error:
         raise unusable(path, error) from error
     return holder

@@ -100,6 +100,15 @@ class StageDir:
         )
         return ModelStore(self.root).path(Manifest(ModelName("staged"), stored, created_at="", source=""))
 
+    def need_writable(self) -> None:
+        """Raises StagingError where nothing can be written. Only writing tells: what modes allow, mounts may not."""
+        try:
+            fd, path = self.blobs.scratch()
+            os.close(fd)
+            path.unlink()
+        except (OSError, ModelStoreError) as error:
+            raise StagingError(_unwritable(self.root, error)) from None
+
     # ------------------------------------------------ digests of files that are in no store
 
     def known(self, key: str) -> tuple[Digest, ...]:
@@ -156,8 +165,11 @@ class Writing:
     def drop(self) -> None:
         """Close them; what has no name yet is removed."""
         for fd, path in self._open:
-            os.close(fd)
-            path.unlink(missing_ok=True)
+            # Where nothing can be written any more nothing can be removed; who wrote has said why.
+            with contextlib.suppress(OSError):
+                os.close(fd)
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
         self._open.clear()
 
 
@@ -171,5 +183,10 @@ def _reserve(fd: int, size: int) -> None:
 
 
 def _unwritable(root: Path, error: Exception) -> str:
-    why = error.strerror if isinstance(error, OSError) else str(error)
-    return f"{root} cannot be written: {why}; make room there, or name another folder with --stage-dir"
+    cause = error if isinstance(error, OSError) else error.__cause__
+    why, full = str(error), False
+    if isinstance(cause, OSError):
+        why, full = cause.strerror or str(cause), cause.errno in (errno.ENOSPC, errno.EDQUOT)
+    return (
+        f"{root} cannot be written: {why}; {'make room there, or ' if full else ''}name another folder with --stage-dir"
+    )

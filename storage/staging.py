@@ -59,11 +59,12 @@ class Node:
 
 @dataclass(frozen=True)
 class StagedModel:
-    """Where this rank finds a model: the copy on its node. `name`, `digest` as rank 0 knows them."""
+    """Where this rank finds a model: the copy on its node. `name`, `digest`, `source` as rank 0 knows them."""
 
     path: Path
     name: str
     digest: str | None
+    source: str
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ class _Work:
             if lacking:
                 digests, read = self._send(model, digests, lacking, stopped, progress)
             path = Path(model.files[0].path) if own["direct"] else _copy(Path(own["folder"]), model, digests)
-            staged[model.role] = StagedModel(path, model.name, model.digest)
+            staged[model.role] = StagedModel(path, model.name, model.digest, model.files[0].path)
             told = facts_of(model, places, len(lacking), time.monotonic() - began_s, read)
             facts.append(told)
             notes.append(told_as_line(told))
@@ -195,6 +196,12 @@ class _Work:
                 return _place(folder=str(folder), direct=True, has=[True] * len(self._models))
             digests = [self._known(found, model) for model in self._models]
             lacks = [found.lacks(model.files, known) for model, known in zip(self._models, digests, strict=True)]
+            try:
+                if sum(lacks):
+                    found.need_writable()
+            except StagingError as error:
+                problems.append(str(error))
+                continue
             room = found.room_bytes(self._node.mounts(), self._node.free_memory_bytes)
             if sum(lacks) and sum(lacks) > room:
                 problems.append(

@@ -60,6 +60,8 @@ class Summary:
     histograms: dict[str, LogHistogram] = field(default_factory=lambda: {name: LogHistogram() for name in LATENCIES})
     ends_s: dict[int, float] = field(default_factory=dict)
     """By session: when its last request ended, since rank 0's welcome. Of sessions that have noted it."""
+    requests: dict[int, int] = field(default_factory=dict)
+    """By session: how many, failed ones too."""
 
     def add(self, rows: Rows) -> None:
         """Count one chunk of `scheduling.tables.REQUEST` rows."""
@@ -72,6 +74,9 @@ class Summary:
             # fmin and fmax: a number against NaN is the number.
             self.shortest_s = float(np.fmin(self.shortest_s, answered["e2e_s"].min()))
             self.longest_s = float(np.fmax(self.longest_s, answered["e2e_s"].max()))
+        for session, count in enumerate(np.bincount(rows["session"]).tolist()):
+            if count:
+                self.requests[session] = self.requests.get(session, 0) + count
         for session, end_s in last_ends_s(rows).items():
             self.ends_s[session] = max(self.ends_s.get(session, 0.0), end_s)
 

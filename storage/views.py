@@ -47,7 +47,11 @@ class Views:
                 os.close(fd)
                 temporary.unlink()
                 temporary.symlink_to(target)
-                os.replace(temporary, link)
+                try:
+                    os.replace(temporary, link)
+                except OSError:
+                    temporary.unlink(missing_ok=True)
+                    raise
 
     def drop_others(self, needed: set[Digest]) -> None:
         """Remove those of models that are not `needed`, as far as that is allowed."""

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from coordinator.page.parts import figure_of, table_of, text_of, untimed
 from coordinator.page.svg import INK, MUTED, PAPER, WIDTH, breaks, colour, new_figure, set_margins, svg_of, time_axis
-from coordinator.report import percent_text, share_text
+from coordinator.report import percent_text, share_text, uncounted_sentence
 from coordinator.runview import RunView
 from storage.timeline import BINS, Lane, Timeline, coarser
 
@@ -168,6 +168,8 @@ def chapter(runs: Sequence[RunView]) -> list[str]:
                 '<p class="absent">Busy shares and counters of ranks: not measured. Ranks hand these over when their '
                 "job ends in order, and none has.</p>"
             )
+        elif run.data["uncounted"]:
+            out.append(f'<p class="absent">{text_of(uncounted_sentence(run.data))}.</p>')
     return out
 
 

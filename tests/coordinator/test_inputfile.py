@@ -107,7 +107,7 @@ def test_what_is_no_readable_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="standard input"):
         FileSource(Path("-"))
     os.mkfifo(tmp_path / "fifo")
-    with pytest.raises(InputError, match="no regular file"):
+    with pytest.raises(InputError, match=r"no regular file.*\(-i - < .*fifo\)"):
         FileSource(tmp_path / "fifo")
 
 

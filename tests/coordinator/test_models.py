@@ -192,6 +192,13 @@ def test_what_is_neither_is_said(llmpi: Llmpi, text: str) -> None:
     assert prepare(JobConfig(model=text)).problem is not None
 
 
+def test_a_model_that_the_store_has_and_cannot_give_is_not_looked_for_as_a_file(llmpi: Llmpi, tmp_path: Path) -> None:
+    llmpi("models", "add", str(small_model(tmp_path / "m.gguf")), "--name", "mine")
+    find_model("mine").path.unlink()
+    with pytest.raises(ModelStoreError, match=r"^the store has lost sha256:.*; add or pull the model again$"):
+        find_model("mine")
+
+
 def test_what_is_much_too_long_for_a_path_is_no_model(llmpi: Llmpi) -> None:
     llmpi("models", "add", "a" * 5000, code=2)
     for text in ("a" * 5000, "/" + "a" * 5000):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 
 from coordinator.page.document import page
 from coordinator.page.ranks import LANES_MAX
+from coordinator.page.ranks import chapter as ranks_chapter
 from coordinator.report import failure_reasons, figure_text, percent_text, report_data, time_cell
 from coordinator.reporting import NEEDS, ReportOptions, show_report
 from coordinator.runview import RunView, names_of, view_run
@@ -273,6 +275,13 @@ def test_absent_figures_are_said_not_drawn_as_0(tmp_path: Path) -> None:
     assert "Energy an output token: not measured" in processor.text
 
 
+def test_counters_that_a_killed_job_did_not_leave_are_told_below_the_table(run: Path) -> None:
+    whole = view(run)
+    assert "counters:" not in " ".join(ranks_chapter([whole]))
+    less = replace(whole, data=whole.data | {"uncounted": 7})
+    assert "counters: 7 of 120 recorded requests are in no rank's" in Read(" ".join(ranks_chapter([less]))).text
+
+
 @pytest.mark.parametrize("ended", [True, False])
 def test_a_run_without_answers_has_a_page(tmp_path: Path, ended: bool) -> None:
     failed = Read(made(make_run(tmp_path / "failed", 9, failed=9)))
@@ -367,6 +376,26 @@ def test_the_page_goes_where_it_is_told(
     capsys.readouterr()
     with pytest.raises(ConfigError, match="cannot write"):
         show_report([run], ReportOptions(html=tmp_path / "no" / "page.html"))
+
+
+def test_where_nothing_can_be_written_the_tables_are_printed_and_a_line_says_so(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another's run directory, or one on a disk that is mounted read-only: there a file cannot even be removed."""
+
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("coordinator.page.document.page", lambda *_: "page")
+    for name in ("write_text", "unlink"):
+        monkeypatch.setattr(Path, name, refused)
+    assert show_report([run], ReportOptions()) == 0
+    said = capsys.readouterr()
+    assert "113 answered, 7 failed" in said.out
+    assert (
+        said.err
+        == f"llmpi: cannot write {run}/report.html: Read-only file system. Give another place with --html FILE\n"
+    )
 
 
 @pytest.mark.parametrize(

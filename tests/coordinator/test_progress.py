@@ -88,6 +88,25 @@ def test_resumed_requests_count_as_done_but_not_as_speed(clock: FakeClock, strea
     assert "ETA 20s" in line
 
 
+@pytest.mark.parametrize(
+    ("done", "elapsed_s", "text"),
+    [(0, 60.0, None), (1, 60.0, "1.0 requests/min"), (90, 360.0, "15.0 requests/min"), (4, 7200.0, "2.0 requests/h")],
+)
+def test_slow_requests_have_a_rate_too(
+    clock: FakeClock, stream: io.StringIO, done: int, elapsed_s: float, text: str | None
+) -> None:
+    """Where none ends within ten seconds, the last ten seconds say that none ever does."""
+    view = ProgressView(stream)
+    view.show(snapshot(elapsed_s - 10.0, done=done, made_tokens=96))
+    clock.pass_(11.0)
+    view.show(snapshot(elapsed_s, done=done, made_tokens=100))
+    line = stream.getvalue()
+    assert "0.0 requests" not in line
+    assert ("requests" in line) == (text is not None)
+    assert text is None or text in line
+    assert "0.4 tokens/s" in line
+
+
 def test_unknown_total_has_no_eta(clock: FakeClock, stream: io.StringIO) -> None:
     view = ProgressView(stream)
     clock.pass_(11.0)

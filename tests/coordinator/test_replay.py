@@ -115,6 +115,13 @@ def test_every_option_of_batch_decides_a_known_field_or_none() -> None:
     assert set(_SAMPLING.values()) <= set(Sampling.__struct_fields__)
 
 
+def test_models_of_the_store_are_asked_of_the_store_again(run_dir: Path) -> None:
+    """A blob's path would lose the model's name, and what is said where the store has it no more."""
+    edit(run_dir, details__model_digest="sha256:" + "0" * 64, details__config__draft_model="drafts/small:q4")
+    config = read_recorded(run_dir).config
+    assert (config.model, config.draft_model) == ("sha256:" + "0" * 64, "drafts/small:q4")
+
+
 @pytest.mark.parametrize("name", ["details__cwd", "details__config", "details__batch", "identity__model"])
 def test_a_run_that_does_not_say_enough_is_refused(run_dir: Path, name: str) -> None:
     edit(run_dir, **{name: None})

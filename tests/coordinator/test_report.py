@@ -211,6 +211,35 @@ def test_rates_of_a_run_whose_jobs_were_all_killed_are_those_of_the_record(tmp_p
     )
 
 
+@pytest.mark.parametrize(
+    ("ended", "counted", "uncounted"),
+    [
+        (None, {0: 60, 1: 25}, 15),  # the second job was killed after an interval
+        (None, {0: 60}, 40),  # ... before its first one
+        (None, {}, 100),
+        (0, {0: 60}, 40),  # the first one was drained, the second killed
+        (1, {1: 40}, 0),  # the first one was killed; the figures are the last one's, and whole
+        (None, {0: 60, 1: 41}, 0),  # a copy of a straggler counts twice
+    ],
+)
+def test_what_the_counters_of_a_killed_job_lack_is_said(
+    tmp_path: Path, ended: int | None, counted: dict[int, int], uncounted: int
+) -> None:
+    recorded = [rows(60), rows(40)]
+    recorded[1]["session"] = 1
+    ranks = np.zeros(len(counted), RANK)
+    ranks["rank"], ranks["session"], ranks["requests"] = 1, list(counted), list(counted.values())
+    attributes = {} if ended is None else {"session": ended, "wall_s": 3.0, "requests": [60, 40][ended]}
+    write_metrics(tmp_path / METRICS_NAME, recorded, ranks, {}, np.zeros(0, TELEMETRY), attributes)
+    data = report_data(tmp_path)
+    assert data["uncounted"] == uncounted
+    stream = io.StringIO()
+    print_report(data, stream, tmp_path)
+    said = f"counters: {uncounted} of 100 recorded requests are in no rank's"
+    assert (said in stream.getvalue()) == (uncounted > 0)
+    assert ("counters:" in stream.getvalue()) == (uncounted > 0)
+
+
 def test_nothing_answered_is_told_without_figures(tmp_path: Path) -> None:
     write_metrics(tmp_path / METRICS_NAME, [rows(3, failed=3)], np.zeros(0, RANK), {}, np.zeros(0, TELEMETRY), {})
     data = report_data(tmp_path)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from coordinator.config import JobConfig
 from coordinator.setup import prepare
+from storage.staging import Staged, StagedModel
 from tests.adapters import random_pair, write_adapter
 from workers.protocol import Adapter
 
@@ -32,3 +33,11 @@ def test_an_adapter_that_cannot_be_used_is_the_ranks_problem(tiny_model: Path, t
         assert problem is not None
         assert word in str(problem)
         assert "\n" not in str(problem)
+
+
+def test_of_a_staged_model_it_is_known_where_it_came_from(tiny_model: Path) -> None:
+    """The copy may be gone when the run is done again."""
+    copy = StagedModel(tiny_model, "big", None, "/far/big.gguf")
+    staged = prepare(JobConfig(model="far/big.gguf"), Staged({"model": copy}))
+    assert (staged.model.path, staged.source) == (str(tiny_model), "/far/big.gguf")
+    assert prepare(JobConfig(model=str(tiny_model))).source == ""

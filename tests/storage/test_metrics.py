@@ -264,6 +264,13 @@ def test_a_disk_that_refuses_is_a_record_error(tmp_path: Path, monkeypatch: pyte
         write(tmp_path / "metrics.h5")
     assert list(tmp_path.iterdir()) == []
 
+    def read_only(disk: OsDisk, *paths: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(OsDisk, "rename", read_only)
+    with pytest.raises(RecordError, match=r"Read-only file system\. .* or `llmpi report` on a copy"):
+        write(tmp_path / "metrics.h5")
+
 
 def test_rows_of_another_type_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="/requests"):
@@ -271,7 +278,7 @@ def test_rows_of_another_type_are_refused(tmp_path: Path) -> None:
 
 
 def test_what_is_no_metrics_file_is_said_so(tmp_path: Path) -> None:
-    with pytest.raises(RunDirError, match="llmpi report"):
+    with pytest.raises(RunDirError, match="llmpi report --rebuild"):
         read_summary(tmp_path / "none.h5")
     (tmp_path / "text.h5").write_text("no")
     with pytest.raises(RunDirError, match="llmpi report"):

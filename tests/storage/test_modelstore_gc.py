@@ -257,6 +257,25 @@ def test_a_folder_that_another_removes_is_made_again(
     assert store.find("small-1") == added
 
 
+def test_a_view_that_a_collection_removes_while_it_is_made_leaves_nothing_behind(
+    store: ModelStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.replace
+    fired: list[bool] = []
+
+    def replace(old: Any, new: Any) -> None:
+        if Path(new).parent.parent.name == "views" and not fired:
+            fired.append(True)
+            Path(new).parent.rmdir()
+        real(old, new)
+
+    monkeypatch.setattr(os, "replace", replace)
+    added = store.add(split_model(tmp_path / "files")[0])
+    assert fired
+    assert store.path(added).exists()
+    assert files_of(store, "partial") == []
+
+
 # ---------------------------------------------------------------- who may do what
 
 

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduling.errors import RecordError, RunDirError
+from scheduling.link import ENVELOPE_BYTES_MAX
 from scheduling.recordline import line_checks, seal
 from storage import files, recovery
 from storage.files import OsDisk
@@ -222,6 +223,39 @@ def test_a_line_without_end_is_refused_not_read_into_memory(monkeypatch: pytest.
     monkeypatch.setattr(recovery, "CHUNK_BYTES", 100)
     with pytest.raises(RunDirError, match="longer than 1000"):
         scan(disk_with(ok_line(0) + b"x" * 5000), PATH)
+
+
+class _Piece(bytes):
+    """A chunk that counts what is copied to add it to what came before."""
+
+    copied_bytes = 0
+
+    def __radd__(self, before: bytes) -> bytes:
+        _Piece.copied_bytes += len(before) + len(self)
+        return bytes(before) + bytes(self)
+
+
+def test_a_line_of_many_chunks_is_put_together_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embeddings of one request make lines of a hundred megabytes: each chunk must not cost all those before it."""
+    monkeypatch.setattr(recovery, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(_Piece, "copied_bytes", 0)
+    content = ok_line(0) + ok_line(1, text="x" * 20_000) + ok_line(2, text="y" * 20_000)
+
+    class Pieces(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            return _Piece(super().read(size))
+
+    class Disk(FakeDisk):
+        def open_read(self, path: Path) -> io.BytesIO:
+            return Pieces(super().open_read(path).read())
+
+    disk = Disk(dirs={RUN}, files={PATH: Content(content, content)})
+    assert scan(disk, PATH).ok == 3
+    assert _Piece.copied_bytes <= 4 * len(content)
+
+
+def test_no_line_that_a_worker_may_send_is_too_long_to_be_read_again() -> None:
+    assert recovery.LINE_BYTES_MAX >= ENVELOPE_BYTES_MAX
 
 
 def test_rows_come_in_bounded_chunks_in_order_of_completion(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from scheduling.errors import BugError, RecordError, RunDirError
 from scheduling.recordline import encode_failure
-from storage.files import OsDisk
+from storage.files import AppendFile, Lock, OsDisk
 from storage.joblock import Holder, Judge, alive, read_holder, this_process
 from storage.record import GroupCommit, open_record
 from storage.recovery import recover
@@ -287,6 +287,34 @@ def test_nothing_is_acknowledged_once_the_directory_is_gone(tmp_path: Path, away
             core.commit()
         with pytest.raises(RecordError, match="was removed or renamed"):
             run.stop_requested()
+
+
+def test_a_stop_that_comes_as_soon_as_the_job_has_its_lock_is_kept(tmp_path: Path) -> None:
+    with RunDir.create_or_resume(tmp_path, IDENTITY):
+        pass
+
+    class Asked(OsDisk):
+        def try_lock(self, path: Path) -> Lock | None:
+            lock = super().try_lock(path)
+            request_stop(tmp_path)
+            return lock
+
+    with RunDir.create_or_resume(tmp_path, IDENTITY, disk=Asked()) as run:
+        assert run.stop_requested()
+
+
+def test_several_may_ask_for_a_stop_at_once(tmp_path: Path) -> None:
+    class Between(OsDisk):
+        """A second one asks whenever the first has opened a file."""
+
+        def open_append(self, path: Path) -> AppendFile:
+            file = super().open_append(path)
+            request_stop(tmp_path)
+            return file
+
+    with RunDir.create_or_resume(tmp_path, IDENTITY) as run:
+        request_stop(tmp_path, Between())
+        assert run.stop_requested()
 
 
 def test_stop_without_a_job_or_a_run_says_so(tmp_path: Path) -> None:

@@ -182,6 +182,71 @@ def test_auto_without_room_reads_it_where_it_is_and_says_why(tmp_path: Path, mon
     assert "cannot be staged on b: " in said.pop()
 
 
+def unwritable(folder: Path) -> Path:
+    """A folder for copies in which nothing can be written, not by root either: what a read-only mount is."""
+    root = folder / f"llmpi-{os.getuid()}"
+    root.mkdir(mode=0o700, parents=True)
+    (root / "partial").write_bytes(b"")
+    return folder
+
+
+def test_a_folder_that_cannot_be_written_is_passed_over_for_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = model([written(tmp_path / "far" / "m.gguf", DATA)])
+    nodes = Nodes(tmp_path, "ab")
+    unwritable(nodes.scratch("b"))
+    (tmp_path / "memory").mkdir()
+    monkeypatch.setattr("storage.stagedir.MEMORY_FOLDER", str(tmp_path / "memory"))
+    came = nodes.staged([one])
+    assert came[1].models["model"].path.is_relative_to(tmp_path / "memory")
+    assert came[1].models["model"].path.read_bytes() == DATA
+
+
+def test_auto_with_nowhere_to_write_reads_it_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = model([written(tmp_path / "far" / "m.gguf", DATA)])
+    nodes = Nodes(tmp_path, "a")
+    unwritable(nodes.scratch("a"))
+    monkeypatch.setattr("storage.stagedir.MEMORY_FOLDER", "")
+    nfs = f"1 0 0:1 / / rw - ext4 x rw\n2 1 0:2 / {(tmp_path / 'far').resolve()} rw - nfs x rw\n"
+    [came] = nodes.staged([one], mode="auto", mounts=nfs)
+    assert not came.models
+    assert "cannot be written: File exists; name another folder with --stage-dir" in came.notes[0]
+    assert "LLMPI_HOME" not in came.notes[0]  # which is not where copies lie
+
+
+def test_a_copy_in_a_folder_that_cannot_be_written_any_more_is_used(tmp_path: Path) -> None:
+    one = model([written(tmp_path / "far" / "m.gguf", DATA)])
+    Nodes(tmp_path, "a").staged([one])
+    partial = tmp_path / "node-a" / f"llmpi-{os.getuid()}" / "partial"
+    partial.rmdir()
+    partial.write_bytes(b"")
+    again = Nodes(tmp_path, "a")
+    [came] = again.staged([one])
+    assert came.models["model"].path.read_bytes() == DATA
+    assert came.facts[0]["source_bytes_read"] == 0
+
+
+def test_a_folder_that_becomes_read_only_meanwhile_ends_all_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = model([written(tmp_path / "far" / "m.gguf", DATA)])
+    nodes, unlink = Nodes(tmp_path, "ab"), Path.unlink
+
+    def refused(self: Path, *_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    def pwrite(fd: int, data: Any, place: int) -> int:
+        monkeypatch.setattr(Path, "unlink", refused)
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    came = nodes.stage([one])
+    monkeypatch.setattr(Path, "unlink", unlink)
+    text = all_say(came, "Read-only file system; name another folder with --stage-dir")
+    assert "make room" not in text
+
+
 def all_say(came: list[Any], *words: str) -> str:
     """Every rank ended with the same StagingError."""
     assert all(isinstance(one, StagingError) for one in came), came

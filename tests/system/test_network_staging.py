@@ -58,6 +58,7 @@ def test_a_model_on_a_network_file_system_is_read_once_for_all_hosts_and_a_local
         assert "read once" in said
         (told,) = Run(tmp_path / "auto").about()["sessions"][-1]["staging"]
         assert (told["source_bytes_read"], told["nodes_staged"], told["nodes"]) == (size, HOSTS, HOSTS)
+        assert Run(tmp_path / "auto").about()["details"]["model"] == str(far)  # the copies may be gone for a replay
         # The reader looks at the file's header as well, before it is staged; the others never open it.
         assert size <= sent[0] < 1.5 * size, (size, sent)
         assert all(one < 0.2 * size for one in sent[1:]), (size, sent)
