@@ -17,12 +17,17 @@ _SHORT = {
     "-N": "--nodes", "-n": "--ntasks", "-p": "--partition", "-t": "--time", "-G": "--gpus", "-J": "--job-name",
     "-o": "--output", "-d": "--dependency", "-a": "--array", "-c": "--cpus-per-task", "-W": "--wait",
     "-A": "--account", "-q": "--qos", "-C": "--constraint", "-D": "--chdir", "-w": "--nodelist", "-x": "--exclude",
-    "-e": "--error", "-M": "--clusters",
+    "-e": "--error", "-M": "--clusters", "-b": "--begin", "-L": "--licenses", "-m": "--distribution",
+    "-S": "--core-spec", "-B": "--extra-node-info", "-F": "--nodefile", "-i": "--input",
 }  # fmt: skip
 _WITH_VALUE = {name for name in _SHORT.values() if name != "--wait"} | {
     "--ntasks-per-node", "--gpus-per-node", "--gpus-per-task", "--gres", "--mem", "--mem-per-cpu", "--mem-per-gpu",
     "--cpus-per-gpu", "--export", "--signal", "--mail-type", "--mail-user", "--reservation", "--licenses",
-    "--gpu-bind", "--comment", "--begin", "--deadline", "--open-mode", "--time-min", "--tmp",
+    "--gpu-bind", "--comment", "--deadline", "--open-mode", "--time-min", "--tmp", "--bb", "--bbf",
+    "--cluster-constraint", "--container", "--cores-per-socket", "--cpu-freq", "--delay-boot", "--export-file", "--gid",
+    "--gpu-freq", "--gpus-per-socket", "--gres-flags", "--hint", "--mcs-label", "--mem-bind", "--mincpus",
+    "--ntasks-per-core", "--ntasks-per-gpu", "--ntasks-per-socket", "--power", "--prefer", "--priority", "--profile",
+    "--sockets-per-node", "--switches", "--thread-spec", "--threads-per-core", "--uid", "--wckey",
 }  # fmt: skip
 _OURS = {
     "--dependency": "llmpi submit makes the jobs depend on each other itself",
@@ -60,14 +65,15 @@ class JobRequest:
 def read_request(words: Sequence[str]) -> JobRequest:
     """Raises ConfigError: a word that is no option, a number that is none, or an option that is submit's own affair."""
     found: dict[str, str] = {}
-    left = list(words)
+    left, last = list(words), ""
     while left:
         word = left.pop(0)
         if not word.startswith("-") or word == "-":
+            values = f". If it belongs to {last}, write {last}={word}" if last.startswith("--") else ""
             raise ConfigError(
-                f"{word!r} is no option of sbatch: write `llmpi submit [options of sbatch] -- batch -m MODEL …`"
+                f"{word!r} is no option of sbatch: write `llmpi submit [options of sbatch] -- batch -m MODEL …`{values}"
             )
-        name = long_name(word)
+        name = last = long_name(word)
         value = word.partition("=")[2] if word.startswith("--") else word[2:].removeprefix("=")
         if name in _OURS:
             raise ConfigError(f"{name} is not for llmpi submit: {_OURS[name]}")

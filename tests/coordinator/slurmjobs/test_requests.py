@@ -30,6 +30,7 @@ from tests.coordinator.slurmjobs.fakes import FakeSlurm
         ("-G a100:2,v100:3", {"gpus": 5}),
         ("--mem 20G --account=x -o out-%j -J name", {"log": "out-%j", "ranks": None}),
         ("--unheard-of --exclusive=user", {"ranks": None}),
+        ("--ntasks-per-socket 2 --hint nomultithread -L matlab:1 -S 1 -b now+1hour -n 4", {"ranks": 4}),
     ],
 )
 def test_options_are_read_and_kept(words: str, expected: dict[str, object]) -> None:
@@ -43,6 +44,7 @@ def test_options_are_read_and_kept(words: str, expected: dict[str, object]) -> N
     [
         ("run.sh", "'run.sh' is no option of sbatch"),
         ("-N 2 batch", "'batch' is no option of sbatch"),
+        ("--unheard-of 3", "If it belongs to --unheard-of, write --unheard-of=3"),
         ("-n none", "--ntasks=none: a number above 0 is wanted"),
         ("--nodes=0", "a number above 0"),
         ("-t soon", "--time=soon: give minutes"),
@@ -114,7 +116,7 @@ def test_what_is_seldom_meant_is_said(words: str, said: str) -> None:
 
 def test_a_slurm_without_a_default_wants_to_be_told() -> None:
     with pytest.raises(ConfigError, match="no default partition: give -p cpu"):
-        check_fits(read_request([]), read_partitions(FakeSlurm("cpu|up|1:00|1|8|(null)|idle\n")))
+        check_fits(read_request([]), read_partitions(FakeSlurm("cpu|up|1:00|n/a|1|8|(null)|idle\n")))
     with pytest.raises(ConfigError, match="shows no partition"):
         check_fits(read_request([]), read_partitions(FakeSlurm("")))
 
