@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
+
+from rich.text import Text
 
 from coordinator.durations import duration
 from coordinator.progress import PLAIN_EVERY_S
@@ -48,6 +51,7 @@ class Follower:
         self._clock = clock
         self._sleep = sleep
         self._console = console_for(stream or sys.stderr, live=True)
+        self._live = self._console.status("") if self._console.is_terminal else None
         self._told = ""
         self._told_at = -PLAIN_EVERY_S
         self._began: tuple[float, int] | None = None
@@ -55,13 +59,14 @@ class Follower:
 
     def follow(self) -> int:
         """Until no job of the run is left in the queue."""
-        while True:
-            queued = self._queued()
-            found = self._status()
-            if not queued:
-                break
-            self._tell(queued, found)
-            self._sleep(POLL_S)
+        with self._live or contextlib.nullcontext():
+            while True:
+                queued = self._queued()
+                found = self._status()
+                if not queued:
+                    break
+                self._tell(queued, found)
+                self._sleep(POLL_S)
         self._check_end(found)
         assert found is not None
         self._console.print(f"{_done(found)} · no job is left", soft_wrap=True, markup=False)
@@ -97,16 +102,17 @@ class Follower:
         return run_status(self._run_dir) if (self._run_dir / RUN_NAME).exists() else None
 
     def _tell(self, queued: list[Queued], found: Status | None) -> None:
-        """A line when jobs changed, and now and then."""
+        """A line when the job changed, and now and then; on a terminal one line that is drawn over itself."""
         now, first = self._clock(), queued[0]
         self.job = first.job
         state = f"{first.job} {first.state}"
-        every_s = POLL_S if self._console.is_terminal else PLAIN_EVERY_S
-        if state == self._told and (now - self._told_at < every_s or found is None):
-            return
         why = "" if first.why in UNTOLD else f" {'on ' if first.state == 'RUNNING' else ''}{first.why}"
         where = f"job {first.job} {first.state.lower()}{why}"
         line = " · ".join([where, *([] if found is None else [_done(found), *self._rate(now, found)])])
+        if self._live is not None:
+            self._live.update(Text(line))
+        if state == self._told and (self._live or now - self._told_at < PLAIN_EVERY_S or found is None):
+            return
         self._console.print(line, soft_wrap=True, markup=False)
         self._told, self._told_at = state, now
 

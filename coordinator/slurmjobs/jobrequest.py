@@ -42,7 +42,10 @@ _OURS = {
 
 @dataclass(frozen=True, slots=True)
 class JobRequest:
-    """The options of sbatch: `words` as they were given, and what they say. None: they do not say."""
+    """The options of sbatch: `words` as they were given, and what they say. None: they do not say.
+
+    `by_gpu`: the tasks follow from the GPUs, or the other way round.
+    """
 
     words: tuple[str, ...]
     partition: str | None
@@ -53,13 +56,16 @@ class JobRequest:
     gpus: int | None
     time_s: float | None
     log: str | None
+    by_gpu: bool = False
 
     @property
     def ranks(self) -> int | None:
-        """Tasks that the job will have."""
+        """Tasks that the job will have; where nothing says it, Slurm makes it one for each node."""
         if self.tasks is not None:
             return self.tasks
-        return None if self.tasks_per_node is None else self.tasks_per_node * (self.nodes or 1)
+        if self.tasks_per_node is None and self.by_gpu:
+            return None
+        return (self.tasks_per_node or 1) * (self.nodes or 1)
 
 
 def read_request(words: Sequence[str]) -> JobRequest:
@@ -84,7 +90,7 @@ def read_request(words: Sequence[str]) -> JobRequest:
         words=tuple(words), partition=found.get("--partition") or None, nodes=_count(found, "--nodes"),
         tasks=_count(found, "--ntasks"), tasks_per_node=_count(found, "--ntasks-per-node"),
         gpus_per_node=_gpus_per_node(found), gpus=_gpu_count(found.get("--gpus")), time_s=_time(found.get("--time")),
-        log=found.get("--output"),
+        log=found.get("--output"), by_gpu=not found.keys().isdisjoint(("--gpus-per-task", "--ntasks-per-gpu")),
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from coordinator.durations import duration
 from coordinator.slurmjobs.chain import SCRIPT, in_queue, submit
 from coordinator.slurmjobs.following import Follower, interrupted
-from coordinator.slurmjobs.jobrequest import read_request
+from coordinator.slurmjobs.jobrequest import long_name, read_request
 from coordinator.slurmjobs.jobscript import write_script
 from coordinator.slurmjobs.journal import FOLDER, note_submitted, read_journal
 from coordinator.slurmjobs.partitions import Client, check_fits, read_partitions, run_client
@@ -45,6 +45,11 @@ def submit_run(
     if options.dry_run and options.wait:
         raise ConfigError("--dry-run submits nothing that --wait could wait for: leave one of them out")
     wanted = read_request(words)
+    if options.launcher == "mpirun" and "--gpus-per-task" in map(long_name, words) and (wanted.nodes or 1) > 1:
+        raise ConfigError(
+            "--gpus-per-task on several nodes is not for mpirun, whose daemons Slurm takes for the tasks: give "
+            "--gpus-per-node, or --launcher srun"
+        )
     partition, advice = check_fits(wanted, read_partitions(client))
     text = write_script(options.launcher, wanted, run_dir, command, options.chained)
     for line in advice:

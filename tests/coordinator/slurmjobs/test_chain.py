@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import pty
 from dataclasses import asdict
 from pathlib import Path
 
@@ -204,6 +206,22 @@ def test_a_reason_that_slurm_does_not_know_is_not_told_nor_a_successor_that_wait
         "job 7 running on n1 · 20 of 30 done",
     ]
     assert follower.job == "7"
+
+
+def test_on_a_terminal_one_line_is_drawn_over_itself(tmp_path: Path) -> None:
+    """A job of days would scroll away all that was there before."""
+    master, slave = pty.openpty()
+    run, slurm = make_run(tmp_path / "run", 20, ended=False), FakeSlurm()
+    slurm.queue["7"] = ("RUNNING", "n1")
+    story = Story(*[lambda: None] * 200, slurm.queue.clear)
+    with os.fdopen(slave, "w") as stream:
+        Follower(run, "7", slurm, clock=lambda: story.now, sleep=story.sleep, stream=stream).follow()
+        stream.flush()
+        os.set_blocking(master, False)
+        said = os.read(master, 1 << 20).decode()
+    os.close(master)
+    assert said.count("\n") <= 3, said
+    assert "job 7 running on n1 · 20 of 30 done" in said
 
 
 def test_a_job_that_ended_before_there_was_a_run_says_where_to_look(run: Path) -> None:

@@ -28,8 +28,11 @@ from tests.coordinator.slurmjobs.fakes import FakeSlurm
         ("--gres=shard:9", {"gpus_per_node": None}),
         ("--gpus-per-task=1 --ntasks-per-node=3", {"gpus_per_node": 3}),
         ("-G a100:2,v100:3", {"gpus": 5}),
-        ("--mem 20G --account=x -o out-%j -J name", {"log": "out-%j", "ranks": None}),
-        ("--unheard-of --exclusive=user", {"ranks": None}),
+        ("--mem 20G --account=x -o out-%j -J name", {"log": "out-%j", "ranks": 1}),
+        ("--unheard-of --exclusive=user", {"ranks": 1}),
+        ("-N3", {"ranks": 3}),
+        ("-G 8 --gpus-per-task=1", {"ranks": None}),
+        ("-N2 --gpus-per-node 4 --ntasks-per-gpu 1", {"ranks": None}),
         ("--ntasks-per-socket 2 --hint nomultithread -L matlab:1 -S 1 -b now+1hour -n 4", {"ranks": 4}),
     ],
 )
@@ -106,6 +109,7 @@ def test_what_would_never_start_is_refused(words: str, said: str) -> None:
     [
         ("-n 3", "no GPU is asked for, and nodes of main have 4"),
         ("--gpus-per-node=4 --ntasks-per-node=2 -N2", "8 GPUs are asked for and 4 ranks: 4 GPUs would idle"),
+        ("--gpus-per-node=4 -N2", "8 GPUs are asked for and 2 ranks: 6 GPUs would idle"),
         ("--gpus-per-node=1 -n 8", "8 ranks share 1 GPUs"),
     ],
 )

@@ -105,6 +105,15 @@ def test_of_two_who_submit_at_once_one_is_refused(tmp_path: Path) -> None:
     assert len(told) == len(slurm.submitted()) == 1
 
 
+def test_a_number_of_gpus_for_each_task_is_refused_where_mpirun_would_fail(tmp_path: Path) -> None:
+    for words in (["-N2", "--gpus-per-task=1", "-n4"], ["-N", "2", "--gpus-per-task", "1", "-n4"]):
+        with pytest.raises(ConfigError, match="give --gpus-per-node, or --launcher srun"):
+            submit_run(words, COMMAND, tmp_path / "run", SubmitOptions(dry_run=True), FakeSlurm())
+        assert submit_run(words, COMMAND, tmp_path, SubmitOptions(dry_run=True, launcher="srun"), FakeSlurm()) == 0
+    one_node = ["--gpus-per-task=1", "-n4"]
+    assert submit_run(one_node, COMMAND, tmp_path, SubmitOptions(dry_run=True), FakeSlurm()) == 0
+
+
 def test_names_that_sbatch_would_read_otherwise(tmp_path: Path) -> None:
     """`%j` in a name is no pattern; an option's value in one word with it may have blanks."""
     found = options(script("'-Jmy job' -pcpu", run=Path("/data/100%j")))
