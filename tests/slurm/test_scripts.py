@@ -30,7 +30,9 @@ for name in USR2 TERM; do trap "echo got $name >> '$CALLS'; exit 3" $name; done
 echo up >> "$CALLS"
 for ((turn = 0; turn < 6000; turn++)); do sleep 0.1; done
 """
-SRUN = '#!/bin/bash\necho "srun $* cpus=${SRUN_CPUS_PER_TASK:-none}" >> "$CALLS"\nexit "${LAUNCHED:-0}"\n'
+SRUN = (
+    '#!/bin/bash\necho "srun $* cpus=${SRUN_CPUS_PER_TASK:-none} wait=$SLURM_WAIT" >> "$CALLS"\nexit "${LAUNCHED:-0}"\n'
+)
 SCONTROL = '#!/bin/bash\necho "scontrol $*" >> "$CALLS"\n'
 LLMPI = '#!/bin/bash\necho "llmpi $*" >> "$CALLS"\nexit "${STATUS:-0}"\n'
 
@@ -145,7 +147,7 @@ def test_srun_script_starts_a_step_with_the_pmi_asked_for(job: Job) -> None:
     process, calls = job("srun.sbatch", *ARGUMENTS, LLMPI_SRUN_MPI="pmi2", SLURM_CPUS_PER_TASK="4")
     process.wait(PATIENCE_S)
     assert calls.read_text().splitlines()[0] == (
-        "srun --mpi=pmi2 --cpu-bind=none llmpi batch -o run 1 -m model.gguf -i a b.jsonl cpus=4"
+        "srun --mpi=pmi2 --cpu-bind=none llmpi batch -o run 1 -m model.gguf -i a b.jsonl cpus=4 wait=60"
     )
 
 

@@ -165,6 +165,21 @@ def test_tasks_without_a_pmi_that_fits_are_refused_with_the_options_that_do(
     assert not run.path.exists()
 
 
+def test_a_task_that_waits_for_others_which_could_not_start_does_not_hold_the_job(
+    slurm: Cluster, tmp_path: Path
+) -> None:
+    """As when MPI fails in some ranks as it starts: the others wait in there, and srun for them."""
+    fake = tmp_path / "bin" / "llmpi"
+    fake.parent.mkdir()
+    fake.write_text("#!/bin/bash\n[[ $1 == status ]] && exit 2\n((SLURM_PROCID)) && sleep 1000\nexit 15\n")
+    fake.chmod(0o755)
+    env = {"PATH": f"{fake.parent}:{os.environ['PATH']}", "LLMPI_SRUN_MPI": "none", "SLURM_WAIT": "2"}
+    job = slurm.submit(
+        ROOT / "slurm" / "srun.sbatch", tmp_path / "run", options=("--nodes=2", "--ntasks=2"), env=env, cwd=tmp_path
+    )
+    assert job.wait() == 4, job.output
+
+
 @only_openmpi
 def test_a_refused_command_does_not_end_as_the_complete_run_that_it_found(
     slurm: Cluster, mpirun: Launcher, run: Run
