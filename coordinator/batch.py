@@ -18,7 +18,7 @@ from coordinator.compressed import STDIN, stdin_for_ranks
 from coordinator.config import JobConfig
 from coordinator.hostfile import count_slots, without_hostfile
 from coordinator.launch import Launch, detect
-from coordinator.ownmpirun import find_mpirun, own_mpirun, run_own_mpirun
+from coordinator.ownmpirun import find_mpirun, flavour_of, own_mpirun, run_own_mpirun, unstarted
 from coordinator.ranks import open_world, serve_rank
 from coordinator.replay import read_recorded
 from coordinator.rundirs import state_line
@@ -55,7 +55,7 @@ def run_batch(config: JobConfig, options: BatchOptions, argv: list[str]) -> int:
             "the file to that"
         )
     if launch.launcher == "none":
-        room = None if options.hostfile is None else count_slots(options.hostfile)
+        room = None if options.hostfile is None else count_slots(options.hostfile, flavour_of(find_mpirun(os.environ)))
         ranks = options.ranks or room or ranks_for_devices(config)
         if room is not None and ranks > room:
             raise ConfigError(f"--ranks {ranks}, but {options.hostfile} has room for {room}")
@@ -97,7 +97,9 @@ def _run_rank(config: JobConfig, options: BatchOptions, launch: Launch, signals:
 def settled(status: int, run_dir: Path) -> int:
     """The exit code of a job that mpirun ended with `status`. That is not always the ranks' own: mpirun returns 0 when
     a host's daemon died, 1 when it was told to stop, 137 when a rank was killed. What the record says is true."""
-    if status in (EXIT_USAGE, EXIT_INFRASTRUCTURE) or not (run_dir / RUN_NAME).exists():
+    if not (run_dir / RUN_NAME).exists():
+        return unstarted(status)
+    if status in (EXIT_USAGE, EXIT_INFRASTRUCTURE):
         return status
     found = run_status(run_dir)
     if found.exit_code != status:

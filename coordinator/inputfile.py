@@ -181,10 +181,6 @@ def empty_input(path: Path) -> InputError:
     return InputError(f"{path} is empty: there is no request in it; write one per line")
 
 
-def empty_slice(path: Path, part: Slice, requests: int) -> InputError:
-    return InputError(f"slice {part} of {path} has no request: there are {requests} in all; cut it into fewer slices")
-
-
 def text_of(line: bytes) -> str:
     """The prompt on a line of a text file. Raises RequestError with the position of a byte that is not UTF-8."""
     try:
@@ -292,8 +288,8 @@ def check_file(
     """Read all of the file at `path` and validate it. `max_tokens`: of a request that does not say. Of a slice its own
     lines alone are looked at.
 
-    Raises InputError: no readable file, no request in it, lines that are no requests (the first five, and how
-    many), a custom_id that is there twice (both line numbers).
+    Raises InputError: no readable file, no request in it (a slice may have none), lines that are no requests (the
+    first five, and how many), a custom_id that is there twice (both line numbers).
     """
     whole = hashlib.sha256()
     hashes = bytearray()
@@ -331,8 +327,8 @@ def check_file(
                 on_progress(min(offset, status.st_size), status.st_size)
     if problems.count:
         raise problems.error(path)
-    if not offsets:
-        raise empty_input(path) if not number else empty_slice(path, part, number)
+    if not number:
+        raise empty_input(path)
     _refuse_duplicates(path, hashes, defaults, part)
     # Shares the array's memory rather than copying it.
     places = np.frombuffer(offsets, np.int64)

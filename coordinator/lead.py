@@ -158,6 +158,8 @@ class Lead:
         found = recover(disk, run.record_path)
         if source.total is not None:
             run.set_total(source.total)
+            if source.total == 0:
+                self._view.note(f"slice {self._options.part} has no request: there are fewer in all")
         if run.complete and run.total is not None and found.done < run.total:
             lacking = run.total - found.done
             self._view.warn(f"{run.path} was complete, but its record lacks {lacking} of {run.total} answers: going on")

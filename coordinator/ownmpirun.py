@@ -16,13 +16,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
-from scheduling.errors import EXIT_RESUMABLE, ConfigError
+from coordinator.signals import TURNED
+from scheduling.errors import EXIT_INFRASTRUCTURE, EXIT_RESUMABLE, EXIT_USAGE, ConfigError
 
 
 def find_mpirun(environ: Mapping[str, str], executable: str = sys.executable) -> str:
@@ -131,13 +133,17 @@ def run_own_mpirun(
     The first SIGINT, SIGTERM or SIGHUP drains the run, the second asks mpirun to end it now, the third kills.
     mpirun ends with this process, however that dies. Called outside the main thread no signal is turned.
     """
-    relay = _Relay(signal.SIGUSR2 if flavour(command[0]) == "openmpi" else signal.SIGTERM)
+    kind = flavour(command[0])
+    relay = _Relay(signal.SIGUSR2 if kind == "openmpi" else signal.SIGTERM)
+    given = dict(os.environ if environ is None else environ) | {TURNED: relay.drain_with.name}
+    if kind == "openmpi":
+        given.setdefault("HOME", _home())  # without it this mpirun does not start
     previous: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             previous[number] = signal.signal(number, relay.on_signal)
     try:
-        child = (start or _start)(command, dict(os.environ if environ is None else environ))
+        child = (start or _start)(command, given)
         relay.attach(child)
         status = child.wait()
     except OSError as error:
@@ -151,10 +157,25 @@ def run_own_mpirun(
     return 128 - status if status < 0 else status
 
 
+def unstarted(status: int) -> int:
+    """The exit code of a job that mpirun ended with `status` and that has left nothing: it was refused or stopped by a
+    rank, which has told why, or no rank began, which only mpirun has told."""
+    if status in (EXIT_USAGE, EXIT_RESUMABLE, EXIT_INFRASTRUCTURE):
+        return status
+    print(f"llmpi: mpirun ended with {status} before any rank began: what it says is above", file=sys.stderr)
+    return EXIT_INFRASTRUCTURE
+
+
+def _home() -> str:
+    home = os.path.expanduser("~")
+    return home if os.path.isabs(home) else tempfile.gettempdir()
+
+
 class _Relay:
     """Turns the signals that this process gets into those that mpirun should have."""
 
     def __init__(self, drain_with: signal.Signals) -> None:
+        self.drain_with = drain_with
         self._steps = (drain_with, signal.SIGTERM)
         self.count = 0
         """Signals that came."""

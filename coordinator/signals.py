@@ -9,18 +9,24 @@ REPEAT_S was meant once.
 
 from __future__ import annotations
 
+import os
 import signal
 import time
+from collections.abc import Mapping
 from types import FrameType
 
 ASKED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 REPEAT_S = 2.0
+TURNED = "LLMPI_TURNED_SIGNAL"
+"""The variable that names the signal into which our own mpirun's parent turns what a person sends (`ownmpirun`)."""
+BY_HAND = "Ctrl-C or SIGTERM"
 
 
 class StopSignals:
-    """While in force: `count` of signals received, `name` of the first."""
+    """While in force: `count` of signals received, `name` of the first, BY_HAND if another was turned into it."""
 
-    def __init__(self) -> None:
+    def __init__(self, environ: Mapping[str, str] = os.environ) -> None:
+        self._turned = environ.get(TURNED)
         self.count = 0
         self.name = ""
         self._before: dict[int, object] = {}
@@ -42,7 +48,8 @@ class StopSignals:
                 return
         self.count += 1
         if self.count == 1:
-            self.name = signal.Signals(number).name
+            name = signal.Signals(number).name
+            self.name = BY_HAND if name == self._turned else name
 
 
 def ignore_stop_signals() -> None:

@@ -35,7 +35,6 @@ from coordinator.inputfile import (
     check_file,
     default_id,
     empty_input,
-    empty_slice,
     ends_identity,
     line_blocks,
     look_ahead,
@@ -179,18 +178,10 @@ class FileSource:
             raise InputError(f"{self._path} was changed while it was checked; start again when it is written")
 
     def _refuse_empty(self) -> None:
-        requests = 0
         while self._next_block():
-            lines = 1 if self._block.dropped else sum(bool(line.strip()) for line in self._block.lines)
-            if requests + lines > self._part.index:
-                break
-            requests += lines
-        else:
-            raise empty_slice(self._path, self._part, requests) if requests else empty_input(self._path)
-        if requests:  # the first one of this slice was looked for in later blocks
-            self._file.seek(0)
-            self._blocks = line_blocks(self._file)
-            self._next_block()
+            if self._block.dropped or any(line.strip() for line in self._block.lines):
+                return
+        raise empty_input(self._path)
 
     @property
     def format(self) -> Format:

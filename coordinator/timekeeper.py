@@ -18,7 +18,7 @@ import psutil
 
 from coordinator.closing import Size, reserve_s
 from coordinator.durations import duration
-from coordinator.signals import StopSignals
+from coordinator.signals import BY_HAND, StopSignals
 from coordinator.timelimit import SlurmEnd, slurm_job
 from scheduling.errors import ConfigError, StoppedError
 from scheduling.events import DrainRequested, TimeLimited
@@ -156,7 +156,7 @@ class Timekeeper:
         if self._asked is None or self._signals.name == "SIGUSR2":
             return True
         near = self._slurm_at is not None and self._slurm_at - self._clock() <= SLURM_TERM_S
-        return self._signals.name == "SIGTERM" and near
+        return self._signals.name in ("SIGTERM", BY_HAND) and near
 
 
 def age_s() -> float:

@@ -111,13 +111,22 @@ class JobLock:
     """The lock of a run directory, held from construction to `release`.
 
     `note` says what was taken over and goes on (`goes_on`: from or with what), or that the file system has no locks;
-    None if there is nothing to say. Raises RunDirError naming the holder if another job has it.
+    None if there is nothing to say. Raises RunDirError naming the holder if another job has it, and how that is ended:
+    `way`, if not by `llmpi stop`.
     """
 
     def __init__(
-        self, disk: Disk, path: Path, me: Holder, judge: Judge | None = None, *, goes_on: str = "from its record"
+        self,
+        disk: Disk,
+        path: Path,
+        me: Holder,
+        judge: Judge | None = None,
+        *,
+        goes_on: str = "from its record",
+        way: str | None = None,
     ) -> None:
         judge = judge or Judge()
+        self._way = way or f"with 'llmpi stop {path.parent}'"
         self._disk = disk
         self._path = path
         self._me = me
@@ -136,7 +145,7 @@ class JobLock:
         earlier = read_holder(disk, path)
         try:
             if not free or (earlier is not None and not reaches and judge.lives(disk, path, earlier)):
-                raise _held(path, earlier, me)
+                raise _held(path, earlier, me, self._way)
             if earlier is not None:
                 self.note = f"the last job here ({earlier}) ended without stopping in order: going on {goes_on}"
             self._write(_named(me))
@@ -151,7 +160,7 @@ class JobLock:
         judge.pause(SETTLE_S)
         self._beating.look()
         if self._beating.taken:
-            raise _held(self._path, self._beating.taken_by, self._me)
+            raise _held(self._path, self._beating.taken_by, self._me, self._way)
         self._beating.start()
 
     def check(self) -> None:
@@ -286,9 +295,9 @@ def holder_of(disk: Disk, path: Path, judge: Judge | None = None) -> tuple[bool,
     return running, named if running else None
 
 
-def _held(path: Path, holder: Holder | None, me: Holder) -> RunDirError:
+def _held(path: Path, holder: Holder | None, me: Holder, way: str) -> RunDirError:
     who = "another job" if holder is None else str(holder)
-    text = f"{path.parent} is in use by {who}. Wait for it, or end it with 'llmpi stop {path.parent}'"
+    text = f"{path.parent} is in use by {who}. Wait for it, or end it {way}"
     if holder is not None and holder.host != me.host:
         text += f"; if that job is dead for certain and the lock stays, remove {path}"
     return RunDirError(text + ".")

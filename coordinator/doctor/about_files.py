@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Mapping
 
 from coordinator.doctor.facts import ModelFile, Node, Place
@@ -54,7 +56,13 @@ def _option(use: str) -> str:
 def _unusable(host: str, place: Place) -> Finding:
     said = f"{place.path}: {place.problem}"
     if place.use == RUN_DIR:
-        return error(place.use, said, "name a folder that you may write to with -o", host)
+        full = os.strerror(errno.ENOSPC) in place.problem
+        return error(
+            place.use,
+            said,
+            f"{'free space there, or ' if full else ''}name a folder that you may write to with -o",
+            host,
+        )
     if place.use == STORE:
         return warning(
             place.use, f"{said}; models given as files work", "set LLMPI_HOME to a folder that you may write to", host,

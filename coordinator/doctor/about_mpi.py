@@ -70,7 +70,7 @@ def about_mpi(
     findings = [ok("library", f"{facts.library} (MPI {facts.standard})")]
     findings.append(_launch(facts))
     if facts.launcher == "none":
-        findings.append(_mpirun(facts))
+        findings.append(_mpirun(facts, environ))
     if facts.thread_level:
         findings.append(_threads(facts.thread_level))
     findings.append(_fault_tolerance(facts))
@@ -91,7 +91,7 @@ def _launch(facts: MpiFacts) -> Finding:
     return ok("launcher", f"{facts.launcher}, {facts.size} rank{'s' if facts.size > 1 else ''}")
 
 
-def _mpirun(facts: MpiFacts) -> Finding:
+def _mpirun(facts: MpiFacts, environ: Mapping[str, str]) -> Finding:
     if not facts.mpirun:
         return warning(
             "mpirun", "there is none on PATH", "put the mpirun of this MPI on PATH, or load the cluster's MPI module"
@@ -102,6 +102,11 @@ def _mpirun(facts: MpiFacts) -> Finding:
         return error(
             "mpirun", f"{facts.mpirun} is {theirs}'s, mpi4py uses {facts.vendor}: every rank would be alone",
             f"use the mpirun of {facts.vendor}, or install mpi4py for {theirs}",
+        )  # fmt: skip
+    if not theirs and facts.vendor == "Open MPI" and not environ.get("HOME"):
+        return error(
+            "mpirun", f"HOME is not set, and {facts.mpirun} does not start without it", "set it to any folder",
+            command="export HOME=/tmp",
         )  # fmt: skip
     return ok("mpirun", f"{facts.mpirun}: {facts.mpirun_version or 'it does not say its version'}")
 

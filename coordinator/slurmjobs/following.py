@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+from rich.text import Text
+
 from coordinator.durations import duration
 from coordinator.progress import PLAIN_EVERY_S
-from coordinator.slurmjobs.chain import Queued, in_queue, read_links
+from coordinator.slurmjobs.chain import Queued, in_queue, last_state
+from coordinator.slurmjobs.journal import FOLDER, read_journal
 from coordinator.slurmjobs.partitions import Client, run_client
 from coordinator.terminal import console_for
-from scheduling.errors import EXIT_RESUMABLE, InfrastructureError
+from scheduling.errors import EXIT_RESUMABLE, EXIT_USAGE, ConfigError, InfrastructureError
 from storage.runjson import RUN_NAME
 from storage.runstatus import Status
 from storage.runstatus import status as run_status
@@ -21,10 +25,15 @@ from storage.runstatus import status as run_status
 POLL_S = 2.0
 PATIENCE_S = 600.0
 """How long squeue may fail before that is believed: controllers restart."""
+UNTOLD = ("", "(null)", "(None)")
+"""What squeue shows where there is no reason yet."""
 
 
 class Follower:
-    """Tells of a run whose first job is `job`. `follow` returns the exit code that the record calls for."""
+    """Tells of a run whose first job is `job`. `follow` returns the exit code that the record calls for.
+
+    `job`: the one that runs, or will next.
+    """
 
     def __init__(
         self,
@@ -37,34 +46,34 @@ class Follower:
         stream: IO[str] | None = None,
     ) -> None:
         self._run_dir = run_dir
-        self._first = job
+        self._first = self.job = job
         self._client = client
         self._clock = clock
         self._sleep = sleep
         self._console = console_for(stream or sys.stderr, live=True)
-        self._told: tuple[str, ...] = ()
+        self._live = self._console.status("") if self._console.is_terminal else None
+        self._told = ""
         self._told_at = -PLAIN_EVERY_S
         self._began: tuple[float, int] | None = None
         self._answers_since = clock()
 
     def follow(self) -> int:
         """Until no job of the run is left in the queue."""
-        while True:
-            queued = self._queued()
-            found = self._status()
-            if not queued:
-                break
-            self._tell(queued, found)
-            self._sleep(POLL_S)
-        if found is None:
-            where = f"{self._run_dir / 'slurm'}/job-{self._first}.log"
-            raise InfrastructureError(f"job {self._first} ended before there was a run: {where} says why")
+        with self._live or contextlib.nullcontext():
+            while True:
+                queued = self._queued()
+                found = self._status()
+                if not queued:
+                    break
+                self._tell(queued, found)
+                self._sleep(POLL_S)
+        self._check_end(found)
+        assert found is not None
         self._console.print(f"{_done(found)} · no job is left", soft_wrap=True, markup=False)
         return found.exit_code
 
     def _queued(self) -> list[Queued]:
-        links = read_links(self._run_dir)
-        jobs = {self._first, *(link.job for link in links[-2:]), *(link.next for link in links[-2:] if link.next)}
+        jobs = {self._first, *read_journal(self._run_dir).recent()}
         try:
             queued = in_queue(sorted(jobs), self._client)
         except InfrastructureError:
@@ -74,19 +83,36 @@ class Follower:
         self._answers_since = self._clock()
         return sorted(queued, key=lambda job: (job.state != "RUNNING", job.job))
 
+    def _check_end(self, found: Status | None) -> None:
+        """Raises where the record says nothing of how the last job ended: it was refused, or never came to a run."""
+        journal = read_journal(self._run_dir)
+        last = journal.links[-1].job if journal.links else self._first
+        log = self._run_dir / FOLDER / f"job-{last}.log"
+        where = f"{log} says why" if log.exists() else "its log says why"
+        if journal.statuses.get(last) == EXIT_USAGE:
+            raise ConfigError(f"the command was refused in job {last}: {where}")
+        if found is not None:
+            return
+        if journal.links:
+            raise InfrastructureError(f"job {last} ended before there was a run: {where}")
+        state = last_state(last, self._client).lower()
+        raise InfrastructureError(f"job {last} is over and has not begun{f' (it was {state})' if state else ''}")
+
     def _status(self) -> Status | None:
         return run_status(self._run_dir) if (self._run_dir / RUN_NAME).exists() else None
 
     def _tell(self, queued: list[Queued], found: Status | None) -> None:
-        """A line when jobs changed, and now and then."""
-        now = self._clock()
-        state = tuple(f"{job.job} {job.state}" for job in queued)
-        every_s = POLL_S if self._console.is_terminal else PLAIN_EVERY_S
-        if state == self._told and (now - self._told_at < every_s or found is None):
-            return
-        first = queued[0]
-        where = f"job {first.job} {first.state.lower()} {'on ' if first.state == 'RUNNING' else ''}{first.why}"
+        """A line when the job changed, and now and then; on a terminal one line that is drawn over itself."""
+        now, first = self._clock(), queued[0]
+        self.job = first.job
+        state = f"{first.job} {first.state}"
+        why = "" if first.why in UNTOLD else f" {'on ' if first.state == 'RUNNING' else ''}{first.why}"
+        where = f"job {first.job} {first.state.lower()}{why}"
         line = " · ".join([where, *([] if found is None else [_done(found), *self._rate(now, found)])])
+        if self._live is not None:
+            self._live.update(Text(line))
+        if state == self._told and (self._live or now - self._told_at < PLAIN_EVERY_S or found is None):
+            return
         self._console.print(line, soft_wrap=True, markup=False)
         self._told, self._told_at = state, now
 

@@ -17,12 +17,17 @@ _SHORT = {
     "-N": "--nodes", "-n": "--ntasks", "-p": "--partition", "-t": "--time", "-G": "--gpus", "-J": "--job-name",
     "-o": "--output", "-d": "--dependency", "-a": "--array", "-c": "--cpus-per-task", "-W": "--wait",
     "-A": "--account", "-q": "--qos", "-C": "--constraint", "-D": "--chdir", "-w": "--nodelist", "-x": "--exclude",
-    "-e": "--error", "-M": "--clusters",
+    "-e": "--error", "-M": "--clusters", "-b": "--begin", "-L": "--licenses", "-m": "--distribution",
+    "-S": "--core-spec", "-B": "--extra-node-info", "-F": "--nodefile", "-i": "--input",
 }  # fmt: skip
 _WITH_VALUE = {name for name in _SHORT.values() if name != "--wait"} | {
     "--ntasks-per-node", "--gpus-per-node", "--gpus-per-task", "--gres", "--mem", "--mem-per-cpu", "--mem-per-gpu",
     "--cpus-per-gpu", "--export", "--signal", "--mail-type", "--mail-user", "--reservation", "--licenses",
-    "--gpu-bind", "--comment", "--begin", "--deadline", "--open-mode", "--time-min", "--tmp",
+    "--gpu-bind", "--comment", "--deadline", "--open-mode", "--time-min", "--tmp", "--bb", "--bbf",
+    "--cluster-constraint", "--container", "--cores-per-socket", "--cpu-freq", "--delay-boot", "--export-file", "--gid",
+    "--gpu-freq", "--gpus-per-socket", "--gres-flags", "--hint", "--mcs-label", "--mem-bind", "--mincpus",
+    "--ntasks-per-core", "--ntasks-per-gpu", "--ntasks-per-socket", "--power", "--prefer", "--priority", "--profile",
+    "--sockets-per-node", "--switches", "--thread-spec", "--threads-per-core", "--uid", "--wckey",
 }  # fmt: skip
 _OURS = {
     "--dependency": "llmpi submit makes the jobs depend on each other itself",
@@ -37,7 +42,10 @@ _OURS = {
 
 @dataclass(frozen=True, slots=True)
 class JobRequest:
-    """The options of sbatch: `words` as they were given, and what they say. None: they do not say."""
+    """The options of sbatch: `words` as they were given, and what they say. None: they do not say.
+
+    `by_gpu`: the tasks follow from the GPUs, or the other way round.
+    """
 
     words: tuple[str, ...]
     partition: str | None
@@ -48,26 +56,30 @@ class JobRequest:
     gpus: int | None
     time_s: float | None
     log: str | None
+    by_gpu: bool = False
 
     @property
     def ranks(self) -> int | None:
-        """Tasks that the job will have."""
+        """Tasks that the job will have; where nothing says it, Slurm makes it one for each node."""
         if self.tasks is not None:
             return self.tasks
-        return None if self.tasks_per_node is None else self.tasks_per_node * (self.nodes or 1)
+        if self.tasks_per_node is None and self.by_gpu:
+            return None
+        return (self.tasks_per_node or 1) * (self.nodes or 1)
 
 
 def read_request(words: Sequence[str]) -> JobRequest:
     """Raises ConfigError: a word that is no option, a number that is none, or an option that is submit's own affair."""
     found: dict[str, str] = {}
-    left = list(words)
+    left, last = list(words), ""
     while left:
         word = left.pop(0)
         if not word.startswith("-") or word == "-":
+            values = f". If it belongs to {last}, write {last}={word}" if last.startswith("--") else ""
             raise ConfigError(
-                f"{word!r} is no option of sbatch: write `llmpi submit [options of sbatch] -- batch -m MODEL …`"
+                f"{word!r} is no option of sbatch: write `llmpi submit [options of sbatch] -- batch -m MODEL …`{values}"
             )
-        name = long_name(word)
+        name = last = long_name(word)
         value = word.partition("=")[2] if word.startswith("--") else word[2:].removeprefix("=")
         if name in _OURS:
             raise ConfigError(f"{word if name == '--wait' else name} is not for llmpi submit: {_OURS[name]}")
@@ -78,7 +90,7 @@ def read_request(words: Sequence[str]) -> JobRequest:
         words=tuple(words), partition=found.get("--partition") or None, nodes=_count(found, "--nodes"),
         tasks=_count(found, "--ntasks"), tasks_per_node=_count(found, "--ntasks-per-node"),
         gpus_per_node=_gpus_per_node(found), gpus=_gpu_count(found.get("--gpus")), time_s=_time(found.get("--time")),
-        log=found.get("--output"),
+        log=found.get("--output"), by_gpu=not found.keys().isdisjoint(("--gpus-per-task", "--ntasks-per-gpu")),
     )  # fmt: skip
 
 

@@ -12,21 +12,28 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import slurm
-from coordinator.slurmjobs.chain import FOLDER, NEXT, PREVIOUS, SCRIPT
+from coordinator.slurmjobs.chain import NEXT, PREVIOUS, SCRIPT
 from coordinator.slurmjobs.jobrequest import JobRequest, long_name
+from coordinator.slurmjobs.journal import FOLDER
+from scheduling.errors import ConfigError
 
 _OPTION = re.compile(r"#SBATCH\s+(\S+)")
 
 
 def write_script(launcher: str, wanted: JobRequest, run_dir: Path, command: Sequence[str], chained: bool) -> str:
-    """The text. `command`: the arguments of `llmpi batch` without its run directory."""
+    """The text. `command`: the arguments of `llmpi batch` without its run directory.
+
+    Raises ConfigError: a run directory whose name sbatch cannot read.
+    """
+    if {"\n", "\\"} & set(str(run_dir)) or not _is_text(str(run_dir)):
+        raise ConfigError(f"-o {str(run_dir)!r}: sbatch takes no line break, no \\ and nothing but UTF-8 in a name")
     lines = slurm.text(f"{launcher}.sbatch").splitlines()
     end = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
     given = {long_name(word) for word in wanted.words if word.startswith("-")}
     options = [line for line in lines[1:end] if line.startswith("#SBATCH") and _name(line) not in given]
     if wanted.log is None:
         options = [line for line in options if _name(line) != "--output"]
-        options.append(f"#SBATCH --output={_quoted(str(run_dir / FOLDER / 'job-%j.log'))}")
+        options.append(f"#SBATCH --output={_quoted(_plain(run_dir / FOLDER) + '/job-%j.log')}")
     if "--job-name" not in given:
         options = [line for line in options if _name(line) != "--job-name"]
         options.append(f"#SBATCH --job-name={_quoted('llmpi-' + run_dir.name)}")
@@ -40,6 +47,7 @@ def write_script(launcher: str, wanted: JobRequest, run_dir: Path, command: Sequ
         f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH",
         f"set -- {shlex.join([str(run_dir), *command])}",
         *(_CHAIN.splitlines() if chained else []),
+        *([] if "--chdir" in given else ["", f"cd -- {shlex.quote(str(Path.cwd()))} || exit 4"]),
         "",
         *lines[end:],
     ]
@@ -70,10 +78,26 @@ def _options(words: Sequence[str]) -> list[str]:
     for word in words:
         if word.startswith("-") or not lines:
             name, equals, value = word.partition("=")
-            lines.append(f"{name}={_quoted(value)}" if equals else word)
+            if word.startswith("--"):
+                lines.append(f"{name}={_quoted(value)}" if equals else word)
+            else:
+                lines.append(word if _quoted(word) == word else f"{word[:2]} {_quoted(word[2:])}")
         else:
             lines[-1] += f" {_quoted(word)}"
     return lines
+
+
+def _plain(path: Path) -> str:
+    """A path in which sbatch sees no pattern."""
+    return str(path).replace("%", "%%")
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _quoted(value: str) -> str:

@@ -14,7 +14,7 @@ from coordinator.timelimit import slurm_time_s
 from scheduling.errors import ConfigError, InfrastructureError
 
 ANSWER_S = 60.0
-_FORMAT = "%P|%a|%l|%D|%c|%G|%t"
+_FORMAT = "%P|%a|%l|%L|%D|%c|%G|%t"
 
 Client = Callable[[Sequence[str]], str]
 """Runs a command of Slurm and gives what it prints."""
@@ -22,12 +22,14 @@ Client = Callable[[Sequence[str]], str]
 
 @dataclass(frozen=True, slots=True)
 class Partition:
-    """`time_s`: the longest that a job may take (inf: no limit). `gpus_per_node`: of the node that has most."""
+    """`time_s`: the longest that a job may take (inf: no limit). `usual_time_s`: of one that does not say.
+    `gpus_per_node`: of the node that has most."""
 
     name: str
     default: bool
     up: bool
     time_s: float
+    usual_time_s: float
     nodes: int
     cpus_per_node: int
     gpus_per_node: int
@@ -49,8 +51,9 @@ def run_client(command: Sequence[str]) -> str:
     except subprocess.TimeoutExpired:
         raise InfrastructureError(f"{command[0]} did not answer within {ANSWER_S:g} s") from None
     if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"]
-        raise InfrastructureError(f"{command[0]}: {said[-1].removeprefix(f'{command[0]}: ')}")
+        lines = [line.removeprefix(f"{command[0]}: ") for line in done.stderr.strip().splitlines()]
+        said = [line for line in lines if not line.startswith("Try ")] or [f"it ended with status {done.returncode}"]
+        raise InfrastructureError(f"{command[0]}: {said[-1]}")
     return done.stdout
 
 
@@ -58,20 +61,28 @@ def read_partitions(client: Client = run_client) -> list[Partition]:
     """All partitions that sinfo shows, the default one first."""
     found: dict[str, Partition] = {}
     for line in client(["sinfo", "-h", "-o", _FORMAT]).splitlines():
-        name, state, limit, nodes, cpus, gres, node_state = line.strip().split("|")
+        name, state, limit, usual, nodes, cpus, gres, node_state = line.strip().split("|")
         plain = name.rstrip("*")
-        time_s = math.inf if limit in ("infinite", "n/a") else slurm_time_s(limit) or math.inf
+        time_s = _limit(limit)
         idle = int(nodes) if node_state.rstrip("*~#$@+") == "idle" else 0
         cpu_count, gpus = int(cpus.rstrip("+")), _gpus(gres)
         if (old := found.get(plain)) is None:
-            new = Partition(plain, name.endswith("*"), state == "up", time_s, int(nodes), cpu_count, gpus, idle)
+            usual_s = min(time_s, _limit(usual))
+            new = Partition(
+                plain, name.endswith("*"), state == "up", time_s, usual_s, int(nodes), cpu_count, gpus, idle
+            )
         else:
             new = Partition(
-                plain, old.default, old.up, old.time_s, old.nodes + int(nodes), max(old.cpus_per_node, cpu_count),
-                max(old.gpus_per_node, gpus), old.idle + idle,
+                plain, old.default, old.up, old.time_s, old.usual_time_s, old.nodes + int(nodes),
+                max(old.cpus_per_node, cpu_count), max(old.gpus_per_node, gpus), old.idle + idle,
             )  # fmt: skip
         found[plain] = new
     return sorted(found.values(), key=lambda partition: not partition.default)
+
+
+def _limit(text: str) -> float:
+    """Seconds, inf where there is no limit, or it is not told."""
+    return math.inf if text in ("infinite", "n/a", "NONE") else slurm_time_s(text) or math.inf
 
 
 def _gpus(gres: str) -> int:

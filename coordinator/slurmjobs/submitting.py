@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from coordinator.durations import duration
-from coordinator.slurmjobs.chain import FOLDER, SCRIPT, in_queue, read_links, submit
+from coordinator.slurmjobs.chain import SCRIPT, in_queue, submit
 from coordinator.slurmjobs.following import Follower, interrupted
-from coordinator.slurmjobs.jobrequest import read_request
+from coordinator.slurmjobs.jobrequest import long_name, read_request
 from coordinator.slurmjobs.jobscript import write_script
+from coordinator.slurmjobs.journal import FOLDER, note_submitted, read_journal
 from coordinator.slurmjobs.partitions import Client, check_fits, read_partitions, run_client
 from coordinator.values import print_json
 from scheduling.errors import EXIT_OK, ConfigError, RunDirError
+from storage.files import OsDisk
+from storage.joblock import JobLock, this_process
+from storage.rundir import LOCK_NAME
 from storage.runjson import unusable
 
 
@@ -39,6 +45,11 @@ def submit_run(
     if options.dry_run and options.wait:
         raise ConfigError("--dry-run submits nothing that --wait could wait for: leave one of them out")
     wanted = read_request(words)
+    if options.launcher == "mpirun" and "--gpus-per-task" in map(long_name, words) and (wanted.nodes or 1) > 1:
+        raise ConfigError(
+            "--gpus-per-task on several nodes is not for mpirun, whose daemons Slurm takes for the tasks: give "
+            "--gpus-per-node, or --launcher srun"
+        )
     partition, advice = check_fits(wanted, read_partitions(client))
     text = write_script(options.launcher, wanted, run_dir, command, options.chained)
     for line in advice:
@@ -46,29 +57,32 @@ def submit_run(
     if options.dry_run:
         print(text, end="")
         return EXIT_OK
-    _refuse_second(run_dir, client)
-    script = _store(run_dir, text)
-    job = submit(script, client)
+    script = run_dir / FOLDER / SCRIPT
+    with _alone(run_dir):
+        _refuse_second(run_dir, client)
+        _store(script, run_dir, text)
+        job = submit(script, client)
+        note_submitted(run_dir, job)
     if options.as_json:
         print_json({"job": job, "run_dir": str(run_dir), "script": str(script), "partition": partition.name})
     else:
-        limit = wanted.time_s or partition.time_s
+        limit = wanted.time_s or partition.usual_time_s
         lasts = "" if limit == float("inf") else f", at most {duration(limit)} each" if options.chained else ""
         print(f"job {job} in partition {partition.name}{lasts}", flush=True)
         if not options.wait:
             print(f"`llmpi status {run_dir}` says how far it is, `llmpi stop {run_dir}` ends it in order", flush=True)
     if not options.wait:
         return EXIT_OK
+    follower = Follower(run_dir, job, client)
     try:
-        return Follower(run_dir, job, client).follow()
+        return follower.follow()
     except KeyboardInterrupt:
-        return interrupted(run_dir, job)
+        return interrupted(run_dir, follower.job)
 
 
 def _refuse_second(run_dir: Path, client: Client) -> None:
     """Two chains on one run would take turns at refusing each other."""
-    links = read_links(run_dir)[-2:]
-    jobs = sorted({job for link in links for job in (link.job, link.next) if job})
+    jobs = read_journal(run_dir).recent()
     queued = in_queue(jobs, client) if jobs else []
     if queued:
         raise RunDirError(
@@ -77,18 +91,30 @@ def _refuse_second(run_dir: Path, client: Client) -> None:
         )
 
 
-def _store(run_dir: Path, text: str) -> Path:
-    folder = run_dir / FOLDER
+@contextmanager
+def _alone(run_dir: Path) -> Iterator[None]:
+    """Of two who submit the same run at once, one is refused. Makes the folder."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        script = folder / SCRIPT
+        (run_dir / FOLDER).mkdir(parents=True, exist_ok=True)
+        lock = JobLock(OsDisk(), run_dir / FOLDER / LOCK_NAME, this_process(time.time()))
+    except OSError as error:
+        raise unusable(run_dir, error) from error
+    except RunDirError:
+        raise RunDirError(f"another `llmpi submit` is submitting a job for {run_dir} at this moment") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _store(script: Path, run_dir: Path, text: str) -> None:
+    try:
         new = script.with_suffix(".tmp")
         new.write_text(text, encoding="utf-8")
         new.chmod(0o755)
         new.replace(script)
     except OSError as error:
         raise unusable(run_dir, error) from error
-    return script
 
 
 def own_words(argv: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -29,6 +29,7 @@ from storage.runjson import plain, told_differences, unusable
 
 STUDY_NAME, CELLS_NAME, LOCK_NAME = "study.json", "cells", "lock"
 WARM_UP_NAME = "warm-up"
+WAY = "where it was started, with Ctrl-C or scancel"
 FORMAT, VERSION = "llmpi-study", 1
 _BEFORE_STUDY_JSON = {LOCK_NAME, LOCK_NAME + BEAT_SUFFIX, f".{STUDY_NAME}.tmp", CELLS_NAME}
 _JOB_OUTPUT = (".out", ".err", ".log")
@@ -54,7 +55,9 @@ class StudyDir:
         try:
             path.mkdir(parents=True, exist_ok=True)
             _refuse_foreign(path)
-            lock = JobLock(disk, path / LOCK_NAME, this_process(time.time()), goes_on="with the cells that lack")
+            lock = JobLock(
+                disk, path / LOCK_NAME, this_process(time.time()), goes_on="with the cells that lack", way=WAY
+            )
         except OSError as error:
             raise unusable(path, error) from error
         try:

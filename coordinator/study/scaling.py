@@ -20,7 +20,7 @@ from coordinator.inputfile import ends_identity, sniff_format
 from coordinator.launch import Launch, detect
 from coordinator.lead import Lead
 from coordinator.mpi import World
-from coordinator.ownmpirun import own_mpirun, run_own_mpirun
+from coordinator.ownmpirun import own_mpirun, run_own_mpirun, unstarted
 from coordinator.ranks import open_world, serve_rank
 from coordinator.session import CLOSE_S
 from coordinator.setup import prepare
@@ -29,7 +29,7 @@ from coordinator.staging import stage_models
 from coordinator.study.cells import Outcome, run_cell
 from coordinator.study.crew import Crew, answer_calls
 from coordinator.study.design import Cell, Design, fill_hosts
-from coordinator.study.directory import WARM_UP_NAME, StudyDir
+from coordinator.study.directory import STUDY_NAME, WARM_UP_NAME, StudyDir
 from coordinator.study.results import Results
 from coordinator.timekeeper import Timekeeper, age_s
 from coordinator.versions import package_versions
@@ -47,7 +47,8 @@ def run_scaling(config: JobConfig, design: Design, options: BatchOptions, argv: 
         raise ConfigError("-i -: each cell reads the input, and standard input can be read once: give a file")
     if launch.launcher == "none":
         command = own_mpirun(argv, 1 + design.most, os.environ)
-        return run_own_mpirun(command, dict(os.environ), resumable=str(options.output))
+        status = run_own_mpirun(command, dict(os.environ), resumable=str(options.output))
+        return status if (options.output / STUDY_NAME).exists() else unstarted(status)
     world = open_world(launch, fanout=config.fanout)
     check_room(design, world.size)
     if world.rank > 0:

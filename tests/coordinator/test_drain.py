@@ -20,7 +20,7 @@ from coordinator.config import JobConfig
 from coordinator.launch import detect
 from coordinator.lead import Lead
 from coordinator.setup import prepare
-from coordinator.signals import StopSignals
+from coordinator.signals import BY_HAND, StopSignals
 from coordinator.surroundings import Surroundings
 from coordinator.timekeeper import StopOptions, Timekeeper
 from scheduling.errors import StoppedError
@@ -252,6 +252,7 @@ def fake_scontrol(folder: Path, patch: pytest.MonkeyPatch, *, status: int = 0) -
 
 
 IN_SLURM = {"SLURM_JOB_ID": "77", "SLURM_JOB_END_TIME": f"{BORN + 100:.0f}"}
+FAR_FROM_ITS_END = {"SLURM_JOB_ID": "77", "SLURM_JOB_END_TIME": f"{BORN + 86_400:.0f}"}
 
 
 @pytest.mark.parametrize(
@@ -260,8 +261,10 @@ IN_SLURM = {"SLURM_JOB_ID": "77", "SLURM_JOB_END_TIME": f"{BORN + 100:.0f}"}
         (None, IN_SLURM, True),
         ("SIGUSR2", IN_SLURM, True),
         ("SIGTERM", IN_SLURM, True),
-        ("SIGTERM", {"SLURM_JOB_ID": "77", "SLURM_JOB_END_TIME": f"{BORN + 86_400:.0f}"}, False),
+        ("SIGTERM", FAR_FROM_ITS_END, False),
         ("SIGINT", IN_SLURM, False),
+        (BY_HAND, IN_SLURM, True),
+        (BY_HAND, FAR_FROM_ITS_END, False),
         ("stop", IN_SLURM, False),
     ],
 )

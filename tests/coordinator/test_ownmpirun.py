@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -18,6 +19,7 @@ import pytest
 from coordinator.batch import settled
 from coordinator.hostfile import count_slots, without_hostfile
 from coordinator.ownmpirun import find_mpirun, flavour_of, own_mpirun, run_own_mpirun
+from coordinator.signals import StopSignals
 from scheduling.errors import ConfigError
 from tests.coordinator.runs import make_run
 from tests.launch import Job, Launcher, start_alone
@@ -111,17 +113,43 @@ def test_ranks_are_started_on_the_hosts_of_a_file(tmp_path: Path, flavour: str, 
 
 
 @pytest.mark.parametrize(
-    ("text", "slots"),
+    ("flavour", "text", "slots"),
     [
-        ("# two\ngpu01 slots=4\ngpu02 slots = 2 max_slots=8\n\n", 6),
-        ("gpu01:4\n  gpu02:2  # a comment\n", 6),
-        ("pod-0.llmpi.ns.svc slots=1\npod-1.llmpi.ns.svc slots=1", 2),
-        ("192.0.2.7 user=ann slots=3\n", 3),
+        ("openmpi", "# two\ngpu01 slots=4 # a comment\ngpu02 slots = 2 max_slots=8\n\n", 6),
+        ("mpich", "# two\ngpu01:4\n\n  gpu02:2\ngpu01:1\n", 7),
+        ("openmpi", "pod-0.llmpi.ns.svc slots=1\npod-1.llmpi.ns.svc slots=1", 2),
+        ("openmpi", "192.0.2.7 user=ann slots=3\n", 3),
     ],
 )
-def test_slots_of_a_hostfile(tmp_path: Path, text: str, slots: int) -> None:
+def test_slots_of_a_hostfile(tmp_path: Path, flavour: str, text: str, slots: int) -> None:
     (tmp_path / "hosts").write_text(text)
-    assert count_slots(tmp_path / "hosts") == slots
+    assert count_slots(tmp_path / "hosts", flavour) == slots
+
+
+@pytest.mark.parametrize(
+    ("flavour", "text", "said"),
+    [
+        (
+            "openmpi",
+            "a slots=2\nb:4\n",
+            "line 2: `b:4` is written for MPICH, and this mpirun is Open MPI's: write `b slo",
+        ),
+        (
+            "mpich",
+            "a slots=2\n",
+            "`a slots=2` is written for Open MPI, and this mpirun is MPICH's: write `a:2`",
+        ),
+        ("mpich", "# fine\na:2 # not fine\n", "line 2: MPICH's mpirun takes comments on lines of their own alone"),
+        ("mpich", "a\n", "how many ranks does a take? Write `a:N`"),
+        ("openmpi", "a slots=2\nb slots=1\na slots=1\n", "line 3: a stands in line 1 already: Open MPI wants one line"),
+    ],
+)
+def test_what_the_mpirun_at_hand_would_not_read_is_refused_with_what_it_would(
+    tmp_path: Path, flavour: str, text: str, said: str
+) -> None:
+    (tmp_path / "hosts").write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        count_slots(tmp_path / "hosts", flavour)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +166,7 @@ def test_hostfiles_of_no_use(tmp_path: Path, text: str | None, said: str) -> Non
     if text is not None:
         (tmp_path / "hosts").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(ConfigError, match=said):
-        count_slots(tmp_path / "hosts")
+        count_slots(tmp_path / "hosts", "openmpi")
 
 
 def test_ranks_are_not_given_the_hostfile() -> None:
@@ -202,8 +230,29 @@ def test_the_record_says_how_it_ended(
     assert (f"mpirun ended with {ended}; {run}" in capsys.readouterr().err) == (ended != code)
 
 
-def test_without_a_run_the_status_is_mpiruns(tmp_path: Path) -> None:
-    assert settled(137, tmp_path / "run") == 137
+@pytest.mark.parametrize(("ended", "code"), [(2, 2), (3, 3), (4, 4), (255, 4), (1, 4), (0, 4)])
+def test_without_a_run_it_was_refused_or_stopped_or_did_not_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], ended: int, code: int
+) -> None:
+    assert settled(ended, tmp_path / "run") == code
+    told = f"llmpi: mpirun ended with {ended} before any rank began: what it says is above\n"
+    assert capsys.readouterr().err == ("" if ended == code else told)
+
+
+@pytest.mark.parametrize(("flavour", "turned"), [("openmpi", "SIGUSR2"), ("mpich", "SIGTERM")])
+def test_ranks_know_which_signal_is_a_persons(flavour: str, turned: str) -> None:
+    given = _run(FakeChild(), flavour)[1]
+    assert (given["A"], given["LLMPI_TURNED_SIGNAL"]) == ("b", turned)
+    with StopSignals(given) as stop:
+        signal.raise_signal(signal.Signals[turned])
+    assert stop.name == "Ctrl-C or SIGTERM"
+
+
+def test_open_mpis_mpirun_has_a_home_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME", raising=False)
+    assert Path(_run(FakeChild())[1]["HOME"]).is_absolute()
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # nor is it known whose it is
+    assert Path(_run(FakeChild())[1]["HOME"]).is_dir()
 
 
 def _press(*numbers: int) -> Callable[[], None]:

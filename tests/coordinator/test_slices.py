@@ -64,11 +64,13 @@ def test_a_slice_reads_neither_bad_lines_nor_ids_of_others(tmp_path: Path, prech
 
 
 @pytest.mark.parametrize("precheck", [True, False])
-def test_more_slices_than_requests_are_refused(file: Path, precheck: bool) -> None:
-    with pytest.raises(InputError, match=r"slice 7/8 .* no request: there are 7 in all"):
-        FileSource(file, precheck=precheck, part=Slice(7, 8))
+def test_of_more_slices_than_requests_the_last_have_none(file: Path, precheck: bool) -> None:
+    assert read_all(FileSource(file, precheck=precheck, part=Slice(7, 8))) == []
     (last,) = read_all(FileSource(file, precheck=precheck, part=Slice(6, 8)))
     assert last.index == 6
+    file.write_text("\n \n")
+    with pytest.raises(InputError, match="is empty: there is no request in it"):
+        FileSource(file, precheck=precheck, part=Slice(7, 8))
 
 
 @pytest.mark.parametrize("text", ["", "3", "4/4", "5/4", "-1/4", "1/4/2", "a/b", "0/0", "²/4"])
@@ -85,6 +87,25 @@ def test_slices_of_unlike_cuts_are_not_taken_for_one_run(tmp_path: Path) -> None
         (folder / "run.json").write_text(json.dumps(state | {"total": None, "sessions": [], "complete": False}))
     with pytest.raises(RunDirError, match="slice-0 is one of 2, slice-2 one of 3"):
         slice_dirs(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.system
+@pytest.mark.parametrize("more", [(), ("--no-precheck",)])
+def test_the_tasks_of_an_array_are_complete_though_there_are_fewer_requests(
+    tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    given, run = write_lines(tmp_path / "in.jsonl", prompts(2, max_tokens=5)), tmp_path / "run"
+    simulated = ("-m", "any-name", "--engine", "simulated", "--ctx", 256, "--slots", 4, "--time-scale", "0.0")
+    for index in range(3):
+        done = run_alone("batch", *simulated, "-i", given, "-o", run, "--slice", f"{index}/3", *more)
+        assert done.rc == 0, done.output
+    assert more or "slice 2/3 has no request: there are fewer in all" in done.stderr
+    told = run_alone("status", run)
+    assert (told.rc, "2 of 2 done" in told.stdout) == (0, True), told.output
+    assert run_alone("report", run).rc == 0
+    assert export_answers(run, "input", tmp_path / "answers.jsonl") == 0
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 2
 
 
 @pytest.mark.slow

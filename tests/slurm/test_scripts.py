@@ -25,12 +25,14 @@ PATIENCE_S = 300.0
 MPIRUN = """#!/bin/bash
 if [[ $1 == --version ]]; then echo "$MPIRUN_SAYS"; exit; fi
 echo "mpirun $*" >> "$CALLS"
-[[ -n $LASTS ]] || exit 0
+[[ -n $LASTS ]] || exit "${LAUNCHED:-0}"
 for name in USR2 TERM; do trap "echo got $name >> '$CALLS'; exit 3" $name; done
 echo up >> "$CALLS"
 for ((turn = 0; turn < 6000; turn++)); do sleep 0.1; done
 """
-SRUN = '#!/bin/bash\necho "srun $* cpus=${SRUN_CPUS_PER_TASK:-none}" >> "$CALLS"\n'
+SRUN = (
+    '#!/bin/bash\necho "srun $* cpus=${SRUN_CPUS_PER_TASK:-none} wait=$SLURM_WAIT" >> "$CALLS"\nexit "${LAUNCHED:-0}"\n'
+)
 SCONTROL = '#!/bin/bash\necho "scontrol $*" >> "$CALLS"\n'
 LLMPI = '#!/bin/bash\necho "llmpi $*" >> "$CALLS"\nexit "${STATUS:-0}"\n'
 
@@ -68,6 +70,26 @@ def test_exit_status_is_what_the_record_says(job: Job, script: str, status: int)
     process, calls = job(script, *ARGUMENTS, STATUS=str(status))
     assert process.wait(PATIENCE_S) == status
     assert calls.read_text().splitlines()[-1] == "llmpi status run 1"
+
+
+SCRIPTS = ("mpirun.sbatch", "srun.sbatch", "study.sbatch")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_refused_command_is_not_taken_for_what_another_has_left_there(job: Job, script: str) -> None:
+    process, calls = job(script, *ARGUMENTS, LAUNCHED="2", STATUS="0")
+    assert process.wait(PATIENCE_S) == 2
+    assert len(calls.read_text().splitlines()) == 1, "a complete run in the directory is not told of"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(("launched", "status", "ends"), [("1", "2", 4), ("137", "3", 3), ("9", "0", 0)])
+def test_other_statuses_of_launchers_are_not_believed(
+    job: Job, script: str, launched: str, status: str, ends: int
+) -> None:
+    """And where there is nothing to tell of, though the command was not refused, ranks did not start."""
+    process, _ = job(script, *ARGUMENTS, LAUNCHED=launched, STATUS=status)
+    assert process.wait(PATIENCE_S) == ends
 
 
 def test_mpirun_script_starts_all_ranks_of_the_job(job: Job) -> None:
@@ -125,7 +147,7 @@ def test_srun_script_starts_a_step_with_the_pmi_asked_for(job: Job) -> None:
     process, calls = job("srun.sbatch", *ARGUMENTS, LLMPI_SRUN_MPI="pmi2", SLURM_CPUS_PER_TASK="4")
     process.wait(PATIENCE_S)
     assert calls.read_text().splitlines()[0] == (
-        "srun --mpi=pmi2 --cpu-bind=none llmpi batch -o run 1 -m model.gguf -i a b.jsonl cpus=4"
+        "srun --mpi=pmi2 --cpu-bind=none llmpi batch -o run 1 -m model.gguf -i a b.jsonl cpus=4 wait=60"
     )
 
 
@@ -136,7 +158,7 @@ def test_srun_script_asks_for_pmix_and_leaves_processors_alone_by_default(job: J
     assert "cpus=none" in calls.read_text()
 
 
-@pytest.mark.parametrize("script", ["mpirun.sbatch", "srun.sbatch", "study.sbatch"])
+@pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("arguments", [(), ("-m", "model.gguf")])
 def test_a_forgotten_run_directory_is_refused(job: Job, script: str, arguments: tuple[str, ...]) -> None:
     process, calls = job(script, *arguments)
@@ -181,20 +203,34 @@ def test_a_task_of_a_job_array_answers_its_slice(job: Job, script: str) -> None:
     assert last == "llmpi status run 1/slice-3"
 
 
+@pytest.mark.parametrize("script", ["mpirun.sbatch", "srun.sbatch"])
+@pytest.mark.parametrize(("highest", "count"), [("8", "8"), ("5", "2"), ("14", "8")], ids=["1-8", "3,5", "0-14:2"])
+def test_an_array_whose_tasks_would_not_be_all_slices_is_refused(
+    job: Job, script: str, highest: str, count: str
+) -> None:
+    task = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": count, "SLURM_ARRAY_TASK_MAX": highest}
+    process, calls = job(script, *ARGUMENTS, **task)
+    assert process.wait(PATIENCE_S) == 2
+    assert calls.read_text() == ""
+
+
+REQUEUE = ("--on-limit", "requeue")
+
+
 @pytest.mark.parametrize(
-    ("sent", "status", "on_limit", "asked"),
+    ("sent", "status", "more", "asked"),
     [
-        (signal.SIGUSR2, "3", True, True),
-        (signal.SIGUSR2, "2", True, True),
-        (signal.SIGUSR2, "0", True, False),
-        (signal.SIGUSR2, "3", False, False),
-        (signal.SIGTERM, "3", True, False),
+        (signal.SIGUSR2, "3", REQUEUE, True),
+        (signal.SIGUSR2, "3", ("--on-limit=requeue",), True),
+        (signal.SIGUSR2, "2", REQUEUE, True),
+        (signal.SIGUSR2, "0", REQUEUE, False),
+        (signal.SIGUSR2, "3", (), False),
+        (signal.SIGTERM, "3", REQUEUE, False),
     ],
 )
 def test_slurm_is_asked_to_requeue_where_llmpi_has_not_heard_that_time_is_up(
-    job: Job, sent: signal.Signals, status: str, on_limit: bool, asked: bool
+    job: Job, sent: signal.Signals, status: str, more: tuple[str, ...], asked: bool
 ) -> None:
-    more = ("--on-limit", "requeue") if on_limit else ()
     environ = {
         "LASTS": "1",
         "STATUS": status,
@@ -205,7 +241,7 @@ def test_slurm_is_asked_to_requeue_where_llmpi_has_not_heard_that_time_is_up(
     process, calls = job("mpirun.sbatch", *ARGUMENTS, *more, **environ, SLURM_ARRAY_TASK_COUNT="2")
     wait_up(process, calls, sent)
     process.send_signal(sent)
-    assert process.wait(PATIENCE_S) == int(status)
+    assert process.wait(PATIENCE_S) == (4 if status == "2" else int(status))
     assert ("scontrol requeue 5_1" in calls.read_text().splitlines()) == asked
 
 

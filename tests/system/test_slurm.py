@@ -159,11 +159,52 @@ def test_tasks_without_a_pmi_that_fits_are_refused_with_the_options_that_do(
     slurm: Cluster, mpirun: Launcher, run: Run
 ) -> None:
     job = submit(slurm, "srun.sbatch", mpirun, run, options=("--ntasks=2",), env=PMI2)[0]
-    job.until(lambda: "no run directory" in job.output, "the status of a run that was never begun")
-    said = check_one_clear_line(Finished(2, "\n".join(job.output.splitlines()[:-1]), ""), 2, "started 2 tasks")
+    said = check_one_clear_line(Finished(job.wait(), job.output, ""), 2, "started 2 tasks")
     assert "`srun --mpi=pmix …`" in said
     assert "`mpirun --bind-to none …`" in said
     assert not run.path.exists()
+
+
+def test_a_task_that_waits_for_others_which_could_not_start_does_not_hold_the_job(
+    slurm: Cluster, tmp_path: Path
+) -> None:
+    """As when MPI fails in some ranks as it starts: the others wait in there, and srun for them."""
+    fake = tmp_path / "bin" / "llmpi"
+    fake.parent.mkdir()
+    fake.write_text("#!/bin/bash\n[[ $1 == status ]] && exit 2\n((SLURM_PROCID)) && sleep 1000\nexit 15\n")
+    fake.chmod(0o755)
+    env = {"PATH": f"{fake.parent}:{os.environ['PATH']}", "LLMPI_SRUN_MPI": "none", "SLURM_WAIT": "2"}
+    job = slurm.submit(
+        ROOT / "slurm" / "srun.sbatch", tmp_path / "run", options=("--nodes=2", "--ntasks=2"), env=env, cwd=tmp_path
+    )
+    assert job.wait() == 4, job.output
+
+
+@only_openmpi
+def test_a_refused_command_does_not_end_as_the_complete_run_that_it_found(
+    slurm: Cluster, mpirun: Launcher, run: Run
+) -> None:
+    (first,) = submit(slurm, "mpirun.sbatch", mpirun, run, options=("--ntasks=1",))
+    assert first.wait() == 0, first.output
+    (other,) = submit(slurm, "mpirun.sbatch", mpirun, run, "--ctx", "512", options=("--ntasks=1",))
+    assert other.wait() == 2, other.output
+    assert "holds another run" in other.output
+    assert "complete" not in other.output
+
+
+@only_openmpi
+def test_a_study_takes_its_workers_from_both_nodes(slurm: Cluster, mpirun: Launcher, tmp_path: Path) -> None:
+    study = Run(tmp_path / "study")
+    more = ("--workers", "1,3", "--repeats", "1", "--no-warm-up")
+    (job,) = submit(slurm, "study.sbatch", mpirun, study, *more, options=("--nodes=2", "--ntasks=4"))
+    assert job.wait() == 0, job.output
+    for name, hosts in (("w1-r1", ["n1"]), ("w3-r1", ["n1", "n2", "n2"])):
+        cell = Run(study.path / "cells" / name)
+        cell.check_whole(IDS)
+        assert sorted(hosts_of(cell)) == hosts
+    shown = run_alone("study", "show", study.path)
+    assert shown.rc == 0
+    assert job.output.endswith(shown.stdout), "what `llmpi study show` says comes last"
 
 
 # ---------------------------------------------------------------- stopping and going on

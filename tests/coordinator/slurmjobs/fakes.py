@@ -6,20 +6,21 @@ from collections.abc import Sequence
 
 from scheduling.errors import InfrastructureError
 
-SINFO = """main*|up|1:00:00|2|8|gpu:a100:4(S:0-1)|idle
-main*|up|1:00:00|6|8|gpu:a100:4(S:0-1),shard:8|mix
-cpu|up|infinite|10|64+|(null)|idle
-short|up|1:00|1|8|gpu:2|alloc
-off|down|1-00:00:00|1|8|(null)|idle
+SINFO = """main*|up|1:00:00|n/a|2|8|gpu:a100:4(S:0-1)|idle
+main*|up|1:00:00|n/a|6|8|gpu:a100:4(S:0-1),shard:8|mix
+cpu|up|infinite|30:00|10|64+|(null)|idle
+short|up|1:00|1:00|1|8|gpu:2|alloc
+off|down|1-00:00:00|n/a|1|8|(null)|idle
 """
 
 
 class FakeSlurm:
-    """`queue`: what squeue shows, by job. Jobs that are submitted wait."""
+    """`queue`: what squeue shows, by job; `over`: how jobs ended. Jobs that are submitted wait."""
 
     def __init__(self, sinfo: str = SINFO) -> None:
         self.sinfo = sinfo
         self.queue: dict[str, tuple[str, str]] = {}
+        self.over: dict[str, str] = {}
         self.calls: list[list[str]] = []
         self.fails: dict[str, str] = {}
         self.next_job = 100
@@ -43,6 +44,8 @@ class FakeSlurm:
 
     def _squeue(self, words: list[str]) -> str:
         asked = words[words.index("-j") + 1].split(",")
+        if "all" in words and asked[0] in self.over:
+            return f"{asked[0]}|{self.over[asked[0]]}|\n"
         there = [job for job in asked if job in self.queue]
         if not there and len(asked) == 1:
             raise InfrastructureError("squeue: slurm_load_jobs error: Invalid job id specified")

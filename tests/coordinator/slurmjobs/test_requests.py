@@ -28,8 +28,12 @@ from tests.coordinator.slurmjobs.fakes import FakeSlurm
         ("--gres=shard:9", {"gpus_per_node": None}),
         ("--gpus-per-task=1 --ntasks-per-node=3", {"gpus_per_node": 3}),
         ("-G a100:2,v100:3", {"gpus": 5}),
-        ("--mem 20G --account=x -o out-%j -J name", {"log": "out-%j", "ranks": None}),
-        ("--unheard-of --exclusive=user", {"ranks": None}),
+        ("--mem 20G --account=x -o out-%j -J name", {"log": "out-%j", "ranks": 1}),
+        ("--unheard-of --exclusive=user", {"ranks": 1}),
+        ("-N3", {"ranks": 3}),
+        ("-G 8 --gpus-per-task=1", {"ranks": None}),
+        ("-N2 --gpus-per-node 4 --ntasks-per-gpu 1", {"ranks": None}),
+        ("--ntasks-per-socket 2 --hint nomultithread -L matlab:1 -S 1 -b now+1hour -n 4", {"ranks": 4}),
     ],
 )
 def test_options_are_read_and_kept(words: str, expected: dict[str, object]) -> None:
@@ -43,6 +47,7 @@ def test_options_are_read_and_kept(words: str, expected: dict[str, object]) -> N
     [
         ("run.sh", "'run.sh' is no option of sbatch"),
         ("-N 2 batch", "'batch' is no option of sbatch"),
+        ("--unheard-of 3", "If it belongs to --unheard-of, write --unheard-of=3"),
         ("-n none", "--ntasks=none: a number above 0 is wanted"),
         ("--nodes=0", "a number above 0"),
         ("-t soon", "--time=soon: give minutes"),
@@ -105,6 +110,7 @@ def test_what_would_never_start_is_refused(words: str, said: str) -> None:
     [
         ("-n 3", "no GPU is asked for, and nodes of main have 4"),
         ("--gpus-per-node=4 --ntasks-per-node=2 -N2", "8 GPUs are asked for and 4 ranks: 4 GPUs would idle"),
+        ("--gpus-per-node=4 -N2", "8 GPUs are asked for and 2 ranks: 6 GPUs would idle"),
         ("--gpus-per-node=1 -n 8", "8 ranks share 1 GPUs"),
     ],
 )
@@ -115,7 +121,7 @@ def test_what_is_seldom_meant_is_said(words: str, said: str) -> None:
 
 def test_a_slurm_without_a_default_wants_to_be_told() -> None:
     with pytest.raises(ConfigError, match="no default partition: give -p cpu"):
-        check_fits(read_request([]), read_partitions(FakeSlurm("cpu|up|1:00|1|8|(null)|idle\n")))
+        check_fits(read_request([]), read_partitions(FakeSlurm("cpu|up|1:00|n/a|1|8|(null)|idle\n")))
     with pytest.raises(ConfigError, match="shows no partition"):
         check_fits(read_request([]), read_partitions(FakeSlurm("")))
 

@@ -12,6 +12,7 @@ import pytest
 from coordinator.commands.submit import without_output
 from coordinator.slurmjobs.jobrequest import read_request
 from coordinator.slurmjobs.jobscript import write_script
+from coordinator.slurmjobs.partitions import run_client
 from coordinator.slurmjobs.submitting import SubmitOptions, own_words, submit_run
 from scheduling.errors import ConfigError, InfrastructureError, RunDirError
 from tests.coordinator.slurmjobs.fakes import FakeSlurm
@@ -61,7 +62,7 @@ def test_submitting_keeps_the_script_and_names_the_job(tmp_path: Path, capsys: p
     kept = run / "slurm" / "job.sbatch"
     assert slurm.submitted() == [["sbatch", "--parsable", str(kept)]]
     assert "#SBATCH -p cpu" in kept.read_text()
-    assert re.search(r"^job 100 in partition cpu$", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^job 100 in partition cpu, at most 30m00s each$", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_a_dry_run_shows_the_script_and_touches_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,12 +80,72 @@ def test_a_second_chain_on_one_run_is_refused(tmp_path: Path) -> None:
 
     slurm, run = FakeSlurm(), tmp_path / "run"
     submit_run([], COMMAND, run, SubmitOptions(), slurm)
+    with pytest.raises(RunDirError, match=r"job 100 of this run is in the queue already \(pending\)"):
+        submit_run([], COMMAND, run, SubmitOptions(), slurm)
     begin(run, {"SLURM_JOB_ID": "100"}, slurm)
     slurm.queue["100"] = ("RUNNING", "n1")
     with pytest.raises(
         RunDirError, match=r"job 100 of this run is in the queue already \(running\): `scancel 100 101`"
     ):
         submit_run([], COMMAND, run, SubmitOptions(), slurm)
+
+
+def test_of_two_who_submit_at_once_one_is_refused(tmp_path: Path) -> None:
+    run, told = tmp_path / "run", []
+
+    class Busy(FakeSlurm):
+        def _sbatch(self, words: list[str]) -> str:
+            with pytest.raises(RunDirError, match=f"another `llmpi submit` is submitting a job for {run} at this"):
+                submit_run([], COMMAND, run, SubmitOptions(), FakeSlurm())
+            told.append(words)
+            return super()._sbatch(words)
+
+    slurm = Busy()
+    assert submit_run([], COMMAND, run, SubmitOptions(), slurm) == 0
+    assert len(told) == len(slurm.submitted()) == 1
+
+
+def test_a_number_of_gpus_for_each_task_is_refused_where_mpirun_would_fail(tmp_path: Path) -> None:
+    for words in (["-N2", "--gpus-per-task=1", "-n4"], ["-N", "2", "--gpus-per-task", "1", "-n4"]):
+        with pytest.raises(ConfigError, match="give --gpus-per-node, or --launcher srun"):
+            submit_run(words, COMMAND, tmp_path / "run", SubmitOptions(dry_run=True), FakeSlurm())
+        assert submit_run(words, COMMAND, tmp_path, SubmitOptions(dry_run=True, launcher="srun"), FakeSlurm()) == 0
+    one_node = ["--gpus-per-task=1", "-n4"]
+    assert submit_run(one_node, COMMAND, tmp_path, SubmitOptions(dry_run=True), FakeSlurm()) == 0
+
+
+def test_names_that_sbatch_would_read_otherwise(tmp_path: Path) -> None:
+    """`%j` in a name is no pattern; an option's value in one word with it may have blanks."""
+    found = options(script("'-Jmy job' -pcpu", run=Path("/data/100%j")))
+    assert "--output=/data/100%%j/slurm/job-%j.log" in found
+    assert found[-2:] == ['-J "my job"', "-pcpu"]
+    for name in ("a\nb", "a\\b", "a\udcff"):
+        with pytest.raises(ConfigError, match="sbatch takes no line break"):
+            script("", run=Path("/data", name))
+
+
+def test_a_script_that_is_submitted_by_hand_finds_what_it_was_given() -> None:
+    """It may be submitted from another folder, and paths of the command may be relative."""
+    assert f"\ncd -- {Path.cwd()} || exit 4\n" in script("")
+    assert "cd --" not in script("-D /data")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"), [("-p cpu", ", at most 30m00s each"), ("-p cpu -t 90", ", at most 1h30m each")]
+)
+def test_a_job_without_a_limit_of_its_own_has_the_partitions_usual_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, said: str
+) -> None:
+    submit_run(words.split(), COMMAND, tmp_path / "run", SubmitOptions(), FakeSlurm())
+    assert capsys.readouterr().out.startswith(f"job 100 in partition cpu{said}\n")
+
+
+def test_what_sbatch_says_last_may_be_how_to_get_help(tmp_path: Path) -> None:
+    tool = tmp_path / "sbatch"
+    tool.write_text('#!/bin/sh\necho "sbatch: unrecognized option \'--x\'\nTry \\"sbatch --help\\"" >&2; exit 1\n')
+    tool.chmod(0o755)
+    with pytest.raises(InfrastructureError, match=r"sbatch: unrecognized option '--x'$"):
+        run_client([str(tool)])
 
 
 def test_without_slurm_or_with_one_that_refuses_it_is_one_clear_line(

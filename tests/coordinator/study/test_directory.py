@@ -53,7 +53,10 @@ def test_a_study_without_a_measurement_may_become_another(tmp_path: Path) -> Non
 
 
 def test_one_job_at_a_time(tmp_path: Path) -> None:
-    with StudyDir.open(tmp_path, identity(), {}), pytest.raises(RunDirError, match=r"works on|process"):
+    with (
+        StudyDir.open(tmp_path, identity(), {}),
+        pytest.raises(RunDirError, match=r"end it where it was started, with Ctrl-C"),
+    ):
         StudyDir.open(tmp_path, identity(), {})
 
 
