@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +26,7 @@ from scheduling.errors import EngineError
 from workers import passes
 from workers.alone import Alone
 from workers.backlog import CANCELLED, Backlog
+from workers.books import Books, Made, Step
 from workers.chooser import Chooser
 from workers.constraints import STUCK, Constraints
 from workers.drafting import Drafting
@@ -50,30 +50,6 @@ class Vocabulary:
 
     eog: npt.NDArray[np.bool_]
     pieces: PieceTable
-
-
-class _Made(NamedTuple):
-    """What came of a step, and when its parts ended. `output_tokens`: `accepted_tokens` among them were drafted."""
-
-    decoded_s: float
-    chosen_s: float
-    prompt_tokens: int
-    output_tokens: int
-    accepted_tokens: int
-    gaps_s: npt.NDArray[np.float64]
-
-
-class _Stepped(NamedTuple):
-    """A step that is over. `since_s`: the end of the one before; `used`, `decoding`: slots."""
-
-    since_s: float
-    began_s: float
-    ended_s: float
-    used: int
-    decoding: int
-    cached_tokens: int
-    check: Check | None
-    made: _Made
 
 
 class Stepper:
@@ -117,12 +93,11 @@ class Stepper:
         self._send = send
         self._alone = Alone(decoder, self._slots, vocabulary.eog)
         self._pace = Pace(decoder.batch_tokens)
+        self._books = Books(meter, self._pace, at_once=not shape.steady)
         self._clock = clock
         self._cancels_seen = 0
         self._errors_in_a_row = 0
         self._step_ended_s = 0.0
-        self._unbooked: _Stepped | None = None
-        """A step that the meter and the pace have not heard of yet."""
         self._started: list[int] = []
         self._finished: list[Answer] = []
         self._pieces: list[Piece] = []
@@ -134,7 +109,7 @@ class Stepper:
             self._meter.wake(self._step_ended_s)
             while not self._backlog.closed and self.step():
                 pass
-            self._book()
+            self._books.tell()
             self._meter.sleep(self._clock())
 
     def step(self) -> bool:
@@ -148,7 +123,7 @@ class Stepper:
                 self._emit()  # before they are computed: whoever finds this engine dead must know what it ran
         used = self._slots.count - self._slots.free
         if not used:
-            self._book()
+            self._books.tell()
             self._emit()
             return False
         began_s = self._clock()
@@ -158,20 +133,17 @@ class Stepper:
         made = self._make_alone(alone) if alone != NOBODY else self._make(check, decoding, used)
         self._emit()
         ended_s = self._clock()
-        self._unbooked = _Stepped(
-            self._step_ended_s, began_s, ended_s, used, decoding, self._seats.cached_tokens, check, made
-        )
-        if not self._slots.shape.steady:
-            self._book()  # where decoding does not come back before it has computed, this would be told too late
+        cached_tokens = self._seats.cached_tokens
+        self._books.enter(Step(self._step_ended_s, began_s, ended_s, used, decoding, cached_tokens, check, made))
         self._seats.cached_tokens = 0
         self._step_ended_s = ended_s
         return True
 
-    def _make(self, check: Check | None, decoding: int, used: int) -> _Made:
+    def _make(self, check: Check | None, decoding: int, used: int) -> Made:
         """Feed the model, choose tokens, book them."""
         fed_s = self._clock()
         rows, prompt_tokens = self._feed(check, decoding)
-        self._book()  # of the step before, while a device computes this one
+        self._books.tell()  # of the step before, while a device computes this one
         turn = self._chooser.begin(rows) if rows is not None and rows.output_slots.size else None
         if turn is not None:
             turn.wait()
@@ -187,19 +159,19 @@ class Stepper:
                 gaps = self._advance(rows.output_slots, tokens, now_s)
             else:
                 gaps, output_tokens, accepted = self._settle(check, tokens, now_s)
-        return _Made(decoded_s, now_s, prompt_tokens, output_tokens, accepted, gaps)
+        return Made(decoded_s, now_s, prompt_tokens, output_tokens, accepted, gaps)
 
-    def _make_alone(self, slot: int) -> _Made:
+    def _make_alone(self, slot: int) -> Made:
         """The same for the only sequence."""
         fed_s = self._clock()
         code = self._alone.feed(slot)
         if code:
             self._fail_batch([slot], 1, code)
-            self._book()
+            self._books.tell()
             failed_s = self._clock()
-            return _Made(failed_s, failed_s, 0, 0, 0, np.empty(0))
+            return Made(failed_s, failed_s, 0, 0, 0, np.empty(0))
         self._errors_in_a_row = 0
-        self._book()
+        self._books.tell()
         self._alone.wait()
         decoded_s = self._clock()
         token = self._alone.token(slot)
@@ -207,34 +179,13 @@ class Stepper:
         self._time(1, None, now_s - fed_s)
         if token < 0:
             self._drop_failed(np.array([slot]), np.array([token], np.int32))
-            return _Made(decoded_s, now_s, 0, 0, 0, np.empty(0))
+            return Made(decoded_s, now_s, 0, 0, 0, np.empty(0))
         gap_s = self._slots.put_one(slot, token, now_s)
         if self._vocabulary.eog.item(token) and not self._slots.ignore_eos.item(slot):
             self._finish(slot, "stop")
         elif self._slots.outputs.item(slot) >= self._slots.limit.item(slot):
             self._finish(slot, "length")
-        return _Made(decoded_s, now_s, 0, 1, 0, np.array([gap_s]))
-
-    def _book(self) -> None:
-        """Tell the meter and the pace of the last step, if they have not heard of it."""
-        done, self._unbooked = self._unbooked, None
-        if done is None:
-            return
-        took_s, made = done.ended_s - done.since_s, done.made
-        self._meter.step(
-            done.ended_s,
-            prompt_tokens=made.prompt_tokens,
-            cached_tokens=done.cached_tokens,
-            output_tokens=made.output_tokens,
-            drafted_tokens=done.check.drafted if done.check is not None else 0,
-            accepted_tokens=made.accepted_tokens,
-            slot_s=done.used * took_s,
-            decode_s=made.decoded_s - done.began_s,
-            sample_s=made.chosen_s - made.decoded_s,
-            gaps_s=made.gaps_s,
-        )
-        if done.check is None:
-            self._pace.observe(done.decoding, made.prompt_tokens, took_s)
+        return Made(decoded_s, now_s, 0, 1, 0, np.array([gap_s]))
 
     # ------------------------------------------------ the model's turn
 
