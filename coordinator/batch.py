@@ -21,10 +21,10 @@ from coordinator.launch import Launch, detect
 from coordinator.ownmpirun import find_mpirun, flavour_of, own_mpirun, run_own_mpirun, unstarted
 from coordinator.ranks import open_world, serve_rank
 from coordinator.replay import read_recorded
-from coordinator.rundirs import state_line
 from coordinator.setup import prepare
 from coordinator.signals import StopSignals, ignore_stop_signals
 from coordinator.staging import stage_models
+from coordinator.statusline import state_line
 from coordinator.timekeeper import Timekeeper, age_s
 from coordinator.timelimit import requeue
 from scheduling.errors import (

@@ -87,9 +87,9 @@ def _make_metrics(run_dir: Path, rebuild: bool) -> None:
 
 def _print_tables(run_dirs: Sequence[Path], states: Sequence[Status], options: ReportOptions) -> None:
     from coordinator.report import print_report, report_data
-    from coordinator.rundirs import state_line
     from coordinator.runview import names_of
     from coordinator.sidebyside import print_comparison
+    from coordinator.statusline import state_line
 
     data: list[dict[str, Any]] = [report_data(run_dir) for run_dir in run_dirs]
     if options.as_json:

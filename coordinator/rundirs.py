@@ -9,16 +9,17 @@ import time
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
 from coordinator.slicing.slices import slice_dirs
+from coordinator.statusline import state_line, status_data
 from scheduling.errors import EXIT_OK, ConfigError, RankLostError
 from scheduling.recordline import decode_row
 from storage.export import Form, export_table
 from storage.recovery import RECORD_NAME, ordered_lines, whole_lines
 from storage.rundir import METRICS_NAME, SEGMENTS_NAME
 from storage.runjson import RUN_NAME, read_run
-from storage.runstatus import Status, is_held, request_stop
+from storage.runstatus import is_held, request_stop
 from storage.runstatus import status as run_status
 from storage.segments import segment_files
 
@@ -41,24 +42,6 @@ def show_status(run_dir: Path, as_json: bool) -> int:
         return found.exit_code
     print(state_line(found))
     return found.exit_code
-
-
-def status_data(found: Status) -> dict[str, Any]:
-    """How far a run is, as plain data."""
-    return {
-        "run_dir": str(found.path), "ok": found.ok, "failed": found.failed, "done": found.done, "total": found.total,
-        "complete": found.complete, "running": found.running, "sessions": found.sessions,
-        "exit_code": found.exit_code,
-    }  # fmt: skip
-
-
-def state_line(found: Status) -> str:
-    """How far a run is, in a line."""
-    total = "?" if found.total is None else str(found.total)
-    state = (
-        "complete" if found.complete else "running" if found.running else "not complete: the same command resumes it"
-    )
-    return f"{found.path}: {found.done} of {total} done ({found.ok} answered, {found.failed} failed), {state}"
 
 
 def stop_run(run_dir: Path, wait: bool) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 from rich.table import Table
 
 from coordinator.report import figure_text, latencies_of, latency_table, report_data, state_text
+from coordinator.statusline import state_line, status_data
 from coordinator.terminal import console_for
 from coordinator.values import print_json
 from scheduling.errors import EXIT_OK, EXIT_RESUMABLE, EXIT_SOME_FAILED, RunDirError
@@ -41,8 +42,6 @@ def exit_code(states: Sequence[Status | None]) -> int:
 
 def show_status(run_dir: Path, dirs: Sequence[Path], as_json: bool) -> int:
     """Print how far the whole is, and each slice that is not complete."""
-    from coordinator.rundirs import state_line, status_data
-
     states = states_of(dirs)
     begun = [found for found in states if found is not None]
     code = exit_code(states)
