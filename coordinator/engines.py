@@ -60,7 +60,9 @@ def fitted_placements(
     """
     if model.shape is None:
         return dict(placements), []
-    check_caches(config, model.shape)
+    check_caches(config, model.shape, "this model")
+    if model.draft is not None and model.draft.shape is not None:
+        check_caches(config, model.draft.shape, "the draft model")
     if embeds_only:
         plain = embedding_fit(config, model.shape)
         return {rank: msgspec.structs.replace(one, fit=plain) for rank, one in placements.items()}, []
@@ -95,15 +97,15 @@ def input_tokens(shape: ModelShape, lengths: Lengths | None) -> int:
     return min(lengths.input_tokens, shape.train_ctx_tokens or CTX_UNKNOWN_TOKENS, CTX_UNKNOWN_TOKENS)
 
 
-def check_caches(config: JobConfig, shape: ModelShape) -> None:
-    """Raises ConfigError if a cache's type does not go with the model's heads."""
+def check_caches(config: JobConfig, shape: ModelShape, whose: str) -> None:
+    """Raises ConfigError, which names `whose` they are, if a cache's type does not go with the model's heads."""
     for flag, kind, length in (
         ("--cache-type-k", config.cache_type_k, shape.key_length),
         ("--cache-type-v", config.cache_type_v, shape.value_length),
     ):
         if kind != "f16" and length % QUANTISED_TOGETHER:
             raise ConfigError(
-                f"{flag} {kind}: it keeps {QUANTISED_TOGETHER} values in a block, and this model's heads have "
+                f"{flag} {kind}: it keeps {QUANTISED_TOGETHER} values in a block, and {whose}'s heads have "
                 f"{length}; use f16"
             )
 

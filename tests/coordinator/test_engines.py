@@ -125,8 +125,10 @@ def test_flash_attention_is_chosen_where_something_needs_it(options: dict[str, A
 
 def test_a_cache_whose_blocks_do_not_divide_the_heads_is_refused() -> None:
     odd = ModelFacts("/m.gguf", llama(2, 64, 128, 4, 2))
-    with pytest.raises(ConfigError, match="heads have 16"):
+    with pytest.raises(ConfigError, match="this model's heads have 16"):
         engine(CPU, model=odd, cache_type_k="q8_0")
+    with pytest.raises(ConfigError, match=r"--cache-type-v q4_0: .* the draft model's heads have 16"):
+        engine(CPU, model=replace(MODEL, draft=odd), cache_type_v="q4_0")
 
 
 def test_a_gpu_that_is_too_small_is_hidden_from_the_engine() -> None:
