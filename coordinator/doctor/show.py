@@ -68,7 +68,8 @@ def _print_summary(console: Console, report: Report, hosts: set[str], plain: boo
     console.print(Text(said, style="bold"))
     for subject, finding in report.to_mend():
         console.print()
-        head = Text.assemble(_mark(finding.level, plain), (f"  {subject}: {finding.check}", "bold"))
+        what = subject if finding.check == subject else f"{subject}: {finding.check}"
+        head = Text.assemble(_mark(finding.level, plain), (f"  {what}", "bold"))
         console.print(head, soft_wrap=True)
         console.print(Padding(Text(_plain(_found(finding, hosts), plain)), (0, 0, 0, 2)))
         console.print(Padding(Text(_plain(f"→ {finding.remedy}", plain)), (0, 0, 0, 2)))

@@ -60,7 +60,13 @@ def run_client(command: Sequence[str]) -> str:
 def read_partitions(client: Client = run_client) -> list[Partition]:
     """All partitions that sinfo shows, the default one first."""
     found: dict[str, Partition] = {}
-    for line in client(["sinfo", "-h", "-o", _FORMAT]).splitlines():
+    try:
+        lines = client(["sinfo", "-h", "-o", _FORMAT]).splitlines()
+    except InfrastructureError as error:
+        raise InfrastructureError(
+            f"no Slurm answers here, so nothing can be checked or submitted ({error}): llmpi submit is for a login node"
+        ) from None
+    for line in lines:
         name, state, limit, usual, nodes, cpus, gres, node_state = line.strip().split("|")
         plain = name.rstrip("*")
         time_s = _limit(limit)

@@ -18,9 +18,17 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import FrameType
 
-from tests.simulation.agenda import ViolationError
-from tests.simulation.bugs import BUGS, planted
-from tests.simulation.case import Outcome, folder_in_memory, in_simulation, simulate
+try:
+    from tests.simulation.agenda import ViolationError
+    from tests.simulation.bugs import BUGS, planted
+    from tests.simulation.case import Outcome, folder_in_memory, in_simulation, simulate
+except ModuleNotFoundError as error:
+    if (error.name or "").partition(".")[0] in ("coordinator", "scheduling", "storage", "tests", "workers"):
+        raise
+    sys.exit(
+        f"{sys.executable} has no {error.name}, which simulated jobs need: `make requirements` installs everything but "
+        "llama.cpp, or name a Python that has it (make simulate PYTHON=…)"
+    )
 
 SEEDS_TOLD_MAX = 5
 """After so many seeds in which something did not hold, no more are told."""

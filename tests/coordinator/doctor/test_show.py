@@ -44,6 +44,11 @@ def test_every_level_has_a_word_and_errors_come_first_at_the_end(width: int) -> 
     assert max(len(line.rstrip()) for line in text.splitlines() if "xxx" not in line) <= width
 
 
+def test_a_section_of_one_check_is_named_once() -> None:
+    found = warning("processors", "3 ranks on 2 processors", "start fewer", "n1")
+    assert "! warning  processors\n" in shown(Report({"processors": (found,)}), 80)
+
+
 def test_a_terminal_that_knows_ascii_alone_can_show_it() -> None:
     report = Report({"MPI": (FINE, error("a", "/é: b", "c", command="sbatch …"))})
     assert "x error" in shown(report, 80, "ascii")

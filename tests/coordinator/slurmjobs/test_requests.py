@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 
 import pytest
 
 from coordinator.slurmjobs.jobrequest import JobRequest, read_request
 from coordinator.slurmjobs.partitions import check_fits, read_partitions
-from scheduling.errors import ConfigError
+from scheduling.errors import ConfigError, InfrastructureError
 from tests.coordinator.slurmjobs.fakes import FakeSlurm
 
 
@@ -68,6 +69,14 @@ def test_partitions_are_put_together_from_their_nodes() -> None:
     assert [other.name for other in others] == ["cpu", "short", "off"]
     assert (others[0].time_s, others[0].cpus_per_node, others[0].gpus_per_node) == (math.inf, 64, 0)
     assert others[2].up is False
+
+
+def test_where_no_slurm_answers_it_is_said_where_one_would() -> None:
+    def fails(command: Sequence[str]) -> str:
+        raise InfrastructureError(f"{command[0]}: fatal: Could not establish a configuration source")
+
+    with pytest.raises(InfrastructureError, match=r"no Slurm answers here.*configuration source.*login node"):
+        read_partitions(fails)
 
 
 def fits(words: str) -> tuple[str, list[str]]:
