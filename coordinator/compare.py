@@ -26,6 +26,8 @@ ANSWERS_SHOWN = 5
 CHANGES_SHOWN = 12
 CHARACTERS_SHOWN = 60
 
+_OF_ALL_RANKS = ("ranks", "launcher", "mpi")
+
 
 @dataclass(frozen=True, slots=True)
 class Change:
@@ -109,7 +111,7 @@ def compare_runs(before: Path, after: Path) -> Comparison:
         before=before,
         configuration=_changes(_configuration(old), _configuration(new)),
         versions=_changes(old["details"].get("versions") or {}, new["details"].get("versions") or {}),
-        machines=_changes(_machines(old), _machines(new)),
+        machines=_machine_changes(old, new),
         answers=compare_answers(before / RECORD_NAME, after / RECORD_NAME),
     )
 
@@ -131,14 +133,27 @@ def _configuration(state: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _machines(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the last session that had workers."""
-    sessions = [session for session in state["sessions"] if session.get("workers")]
-    if not sessions:
-        return {}
-    last = sessions[-1]
-    workers = {f"rank {one['rank']}": _settled(one) for one in last["workers"]}
-    return {name: last.get(name) for name in ("ranks", "launcher", "mpi")} | workers
+def _machine_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
+    """What is true of the whole comes first, and a rank that only one run had is one change: a long list is cut."""
+    old, new = _last_session(before), _last_session(after)
+    found = [Change(name, old.get(name), new.get(name)) for name in _OF_ALL_RANKS if old.get(name) != new.get(name)]
+    had, has = ({one["rank"]: one for one in session.get("workers") or ()} for session in (old, new))
+    for rank in sorted(had.keys() | has.keys()):
+        name = f"rank {rank}"
+        if rank in had and rank in has:
+            found += _changes({name: _settled(had[rank])}, {name: _settled(has[rank])})
+        else:
+            found.append(Change(name, _place(had.get(rank)), _place(has.get(rank))))
+    return found
+
+
+def _last_session(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The last one that had workers."""
+    return next((session for session in reversed(state["sessions"]) if session.get("workers")), {})
+
+
+def _place(worker: Mapping[str, Any] | None) -> str | None:
+    return None if worker is None else f"{worker.get('host')}, {worker.get('device')}"
 
 
 def _settled(worker: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,7 +178,7 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _short(value: object) -> str:
-    text = str(value)
+    text = "none" if value is None else str(value)
     return text if len(text) <= CHARACTERS_SHOWN else text[: CHARACTERS_SHOWN - 1] + "…"
 
 

@@ -24,6 +24,7 @@ WIDTH = 64
 HEADS = 4
 KV_HEADS = 2
 FEED_FORWARD = 128
+"""At this width; it grows with it."""
 CTX_TOKENS = 8192
 LOGIT_SCALE = 8.0
 RECIPE = 1
@@ -54,11 +55,12 @@ def tiny_model_beside(real: Path, fallback: Path) -> Path:
 
 
 def build_tiny_model(
-    real: Path, target: Path, seed: int = 0, ctx_tokens: int = CTX_TOKENS, *, quantised: bool = True
+    real: Path, target: Path, seed: int = 0, ctx_tokens: int = CTX_TOKENS, *, quantised: bool = True, width: int = WIDTH
 ) -> None:
     """Write a tiny model with the tokenizer of the GGUF file `real` to `target`, which appears whole.
 
     `ctx_tokens` is what it says it was trained with. Its embeddings are in 8 bits, or in 16 unless `quantised`.
+    `width` is its embeddings' length: llama.cpp's types ending in _K need multiples of 256.
     """
     # Imported here: conftest imports this module, and most test runs need no GGUF writer.
     import gguf
@@ -66,10 +68,10 @@ def build_tiny_model(
     with tempfile.TemporaryDirectory(prefix=".tiny-", dir=target.parent) as scratch:
         partial = Path(scratch) / FILE_NAME
         writer = gguf.GGUFWriter(str(partial), "llama")
-        _write_shape(writer, ctx_tokens)
+        _write_shape(writer, ctx_tokens, width)
         vocabulary = copy_tokenizer(gguf.GGUFReader(str(real)), writer)
         writer.add_vocab_size(vocabulary)
-        for name, weights, packed in _weights(vocabulary, seed):
+        for name, weights, packed in _weights(vocabulary, seed, width):
             if packed:
                 kind = gguf.GGMLQuantizationType.Q8_0 if quantised else gguf.GGMLQuantizationType.F16
                 writer.add_tensor(name, gguf.quants.quantize(weights, kind), raw_dtype=kind)
@@ -82,15 +84,15 @@ def build_tiny_model(
         os.replace(partial, target)
 
 
-def _write_shape(writer: Any, ctx_tokens: int) -> None:
+def _write_shape(writer: Any, ctx_tokens: int, width: int) -> None:
     writer.add_name("Tiny random llama for tests")
     writer.add_context_length(ctx_tokens)
-    writer.add_embedding_length(WIDTH)
+    writer.add_embedding_length(width)
     writer.add_block_count(LAYERS)
-    writer.add_feed_forward_length(FEED_FORWARD)
+    writer.add_feed_forward_length(FEED_FORWARD * width // WIDTH)
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KV_HEADS)
-    writer.add_rope_dimension_count(WIDTH // HEADS)
+    writer.add_rope_dimension_count(width // HEADS)
     writer.add_rope_freq_base(10_000.0)
     writer.add_layer_norm_rms_eps(1e-5)
 
@@ -108,7 +110,7 @@ def copy_tokenizer(reader: Any, writer: Any) -> int:
     return len(reader.fields["tokenizer.ggml.tokens"].data)
 
 
-def _weights(vocabulary: int, seed: int) -> list[tuple[str, npt.NDArray[np.float32], bool]]:
+def _weights(vocabulary: int, seed: int, width: int) -> list[tuple[str, npt.NDArray[np.float32], bool]]:
     """(name, weights, whether to pack as Q8_0) of each tensor; matrices are (outputs, inputs)."""
     random = np.random.default_rng(seed)
 
@@ -118,24 +120,25 @@ def _weights(vocabulary: int, seed: int) -> list[tuple[str, npt.NDArray[np.float
         drawn *= np.float32(gain / inputs**0.5)
         return drawn
 
-    ones = np.ones(WIDTH, np.float32)
-    kv_width = WIDTH // HEADS * KV_HEADS
+    ones = np.ones(width, np.float32)
+    feed_forward = FEED_FORWARD * width // WIDTH
+    kv_width = width // HEADS * KV_HEADS
     tensors = [
-        ("token_embd.weight", random.standard_normal((vocabulary, WIDTH), np.float32), True),
-        ("output.weight", matrix(vocabulary, WIDTH, LOGIT_SCALE), True),
+        ("token_embd.weight", random.standard_normal((vocabulary, width), np.float32), True),
+        ("output.weight", matrix(vocabulary, width, LOGIT_SCALE), True),
         ("output_norm.weight", ones, False),
     ]
     for layer in range(LAYERS):
         block = f"blk.{layer}"
         tensors += [
             (f"{block}.attn_norm.weight", ones, False),
-            (f"{block}.attn_q.weight", matrix(WIDTH, WIDTH, 2.0), False),
-            (f"{block}.attn_k.weight", matrix(kv_width, WIDTH, 2.0), False),
-            (f"{block}.attn_v.weight", matrix(kv_width, WIDTH), False),
-            (f"{block}.attn_output.weight", matrix(WIDTH, WIDTH, 2.0), False),
+            (f"{block}.attn_q.weight", matrix(width, width, 2.0), False),
+            (f"{block}.attn_k.weight", matrix(kv_width, width, 2.0), False),
+            (f"{block}.attn_v.weight", matrix(kv_width, width), False),
+            (f"{block}.attn_output.weight", matrix(width, width, 2.0), False),
             (f"{block}.ffn_norm.weight", ones, False),
-            (f"{block}.ffn_gate.weight", matrix(FEED_FORWARD, WIDTH), False),
-            (f"{block}.ffn_up.weight", matrix(FEED_FORWARD, WIDTH), False),
-            (f"{block}.ffn_down.weight", matrix(WIDTH, FEED_FORWARD, 2.0), False),
+            (f"{block}.ffn_gate.weight", matrix(feed_forward, width), False),
+            (f"{block}.ffn_up.weight", matrix(feed_forward, width), False),
+            (f"{block}.ffn_down.weight", matrix(width, feed_forward, 2.0), False),
         ]
     return tensors

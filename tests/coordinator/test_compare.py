@@ -100,10 +100,13 @@ def run_dir(path: Path, **changes: Any) -> Path:
     details["config"] |= changes.get("config", {})
     worker = {"rank": 0, "host": changes.get("host", "a"), "device": "CPU", "gpus": []}
     worker["fit"] = {"slots": 4, "said": f"memory {changes.get('free', 3)} GB free"}
+    workers = [worker | {"rank": rank} for rank in changes.get("ranks", [0])]
     state = {
         "format": "llmpi-run", "version": 1, "complete": True, "total": 1, "details": details,
         "identity": {"model": "f", "adapters": [], "input": {"bytes": 3, "format": "jsonl", "ends_sha256": "s"}},
-        "sessions": [{"session": 0, "ranks": 1, "launcher": "none", "mpi": None, "workers": [worker]}, {"session": 1}],
+        "sessions": [
+            {"session": 0, "ranks": len(workers), "launcher": "none", "mpi": None, "workers": workers}, {"session": 1}
+        ],
     }  # fmt: skip
     path.mkdir()
     (path / "run.json").write_text(json.dumps(state))
@@ -137,3 +140,19 @@ def test_what_differs_is_named_with_both_values(tmp_path: Path) -> None:
     found.print(said)
     for words in ("config.max_tokens: 8 before, 4 now", "rank 0.host: a before, b now", "[y] [stop]", "new: b"):
         assert words in said.getvalue()
+
+
+def test_a_rank_that_one_run_had_alone_is_one_change_and_the_number_of_ranks_comes_first(tmp_path: Path) -> None:
+    found = compare_runs(run_dir(tmp_path / "1", ranks=[1, 2, 10]), run_dir(tmp_path / "2", ranks=[0, 2], host="b"))
+    assert found.machines == [
+        Change("ranks", 3, 2), Change("rank 0", None, "b, CPU"), Change("rank 1", "a, CPU", None),
+        Change("rank 2.host", "a", "b"), Change("rank 10", "a, CPU", None),
+    ]  # fmt: skip
+    said = io.StringIO()
+    found.print(said)
+    assert "rank 0: none before, b, CPU now" in said.getvalue()
+
+
+def test_a_run_that_never_had_workers_is_compared(tmp_path: Path) -> None:
+    found = compare_runs(run_dir(tmp_path / "1", ranks=[]), run_dir(tmp_path / "2"))
+    assert Change("rank 0", None, "a, CPU") in found.machines

@@ -11,7 +11,7 @@ from tests.launch import ROOT, Launcher
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.mpi]
 
 ROWS = 2_000_000
-"""132 MB of rows: whoever kept them would need that, and whoever copied its own as a whole 66 MB."""
+"""156 MB of rows: whoever kept them would need that, and whoever copied its own as a whole 78 MB."""
 RANK_0_BYTES_MAX = 150_000_000
 OTHERS_BYTES_MAX = 60_000_000
 
