@@ -213,8 +213,10 @@ def slurm_cluster() -> Iterator[Cluster]:
 
     try:
         _configure(folder)
-        # UCX (MPICH) takes the nodes for one host, and fails in memory that they do not share.
-        cluster = Cluster(folder, {"SLURM_CONF": str(folder / "slurm.conf"), "UCX_TLS": "tcp,self"})
+        # UCX (MPICH) takes the nodes for one host, and fails in memory that they do not share. And it takes all networks
+        # that it sees, also those of other tests, which go, or make its addresses too long for Slurm's pmi2.
+        ucx = {"UCX_TLS": "tcp,self", "UCX_NET_DEVICES": _network() or "all"}
+        cluster = Cluster(folder, {"SLURM_CONF": str(folder / "slurm.conf"), **ucx})
         start(
             "munged", _daemon("munged"), "--foreground", f"--key-file={folder}/munge.key", f"--socket={folder}/munge",
             f"--pid-file={folder}/munged.pid", f"--seed-file={folder}/munge.seed", "--num-threads=2",
@@ -300,6 +302,12 @@ def _until(
         assert not dead, f"{what}: {dead} ended\n{cluster.logs()}"
         assert time.monotonic() < deadline, f"{what}: not within {CLIENT_PATIENCE_S:g} s\n{cluster.logs()}"
         pause.wait(0.05)
+
+
+def _network() -> str:
+    """The network that leads out of this machine: nobody else removes it. '' if there is none."""
+    routes = [line.split() for line in Path("/proc/net/route").read_text().splitlines()[1:]]
+    return next((name for name, destination, *_ in routes if destination == "00000000"), "")
 
 
 def _free_ports(count: int) -> list[int]:

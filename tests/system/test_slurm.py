@@ -239,6 +239,22 @@ def test_a_job_that_is_preempted_under_srun_drains_and_goes_on_when_nodes_are_fr
     check_went_on(job, run)
 
 
+@only_mpich
+def test_the_signal_before_the_end_drains_the_ranks_under_srun(
+    slurm: Cluster, mpirun: Launcher, run: Run, gate: Gate
+) -> None:
+    """The script asks for it without `B:`: it goes to the job's steps, as this one does."""
+    options, env = ("--nodes=2", "--ntasks=3"), {**PMI2, **gate.env}
+    (job,) = submit(slurm, "srun.sbatch", mpirun, run, options=options, env=env)
+    job.until(lambda: run.lines_so_far() and any(gate.folder.glob("held.*")), "answers, and others that run")
+    slurm.run("scancel", "--signal=USR2", job.number)
+    job.until(lambda: "draining (SIGUSR2 received)" in job.output, "that it drains")
+    gate.open()
+    assert job.wait() == 3, job.output
+    assert run.about()["sessions"][0]["outcome"] == "drained"
+    assert "not complete: the same command resumes it" in job.output.splitlines()[-1]
+
+
 @only_openmpi
 def test_a_job_drains_at_the_partitions_time_limit_and_on_limit_requeue_does_the_rest(
     slurm: Cluster, mpirun: Launcher, tmp_path: Path
