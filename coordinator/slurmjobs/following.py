@@ -69,7 +69,8 @@ class Follower:
                 self._sleep(POLL_S)
         self._check_end(found)
         assert found is not None
-        self._console.print(f"{_done(found)} · no job is left", soft_wrap=True, markup=False)
+        why = "" if found.complete else f": {self._log_of(self._last())}"
+        self._console.print(f"{_done(found)} · no job is left{why}", soft_wrap=True, markup=False)
         return found.exit_code
 
     def _queued(self) -> list[Queued]:
@@ -85,10 +86,8 @@ class Follower:
 
     def _check_end(self, found: Status | None) -> None:
         """Raises where the record says nothing of how the last job ended: it was refused, or never came to a run."""
-        journal = read_journal(self._run_dir)
-        last = journal.links[-1].job if journal.links else self._first
-        log = self._run_dir / FOLDER / f"job-{last}.log"
-        where = f"{log} says why" if log.exists() else "its log says why"
+        journal, last = read_journal(self._run_dir), self._last()
+        where = self._log_of(last)
         if journal.statuses.get(last) == EXIT_USAGE:
             raise ConfigError(f"the command was refused in job {last}: {where}")
         if found is not None:
@@ -97,6 +96,15 @@ class Follower:
             raise InfrastructureError(f"job {last} ended before there was a run: {where}")
         state = last_state(last, self._client).lower()
         raise InfrastructureError(f"job {last} is over and has not begun{f' (it was {state})' if state else ''}")
+
+    def _last(self) -> str:
+        """The job that began last."""
+        links = read_journal(self._run_dir).links
+        return links[-1].job if links else self._first
+
+    def _log_of(self, job: str) -> str:
+        log = self._run_dir / FOLDER / f"job-{job}.log"
+        return f"{log} says why" if log.exists() else f"the log of job {job} says why"
 
     def _status(self) -> Status | None:
         return run_status(self._run_dir) if (self._run_dir / RUN_NAME).exists() else None

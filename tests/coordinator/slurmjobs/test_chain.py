@@ -183,7 +183,7 @@ def test_following_goes_from_job_to_job_and_ends_as_the_record_says(tmp_path: Pa
         "job 7 pending (Resources)",
         "job 7 running on n1 · 20 of 30 done",
         "job 100 running on n2 · 20 of 30 done",
-        "20 of 30 done · no job is left",
+        "20 of 30 done · no job is left: the log of job 7 says why",
     ]
 
 
@@ -228,7 +228,7 @@ def test_a_job_that_ended_before_there_was_a_run_says_where_to_look(run: Path) -
     slurm = FakeSlurm()
     slurm.fails["sbatch"] = "no"
     job(run, 7, slurm)
-    with pytest.raises(InfrastructureError, match="job 7 ended before there was a run: its log says why"):
+    with pytest.raises(InfrastructureError, match="job 7 ended before there was a run: the log of job 7 says why"):
         Follower(run, "7", slurm, stream=io.StringIO()).follow()
     (run / "slurm" / "job-7.log").touch()
     with pytest.raises(InfrastructureError, match=r"job 7 ended before there was a run: .*job-7\.log says why"):
@@ -250,7 +250,7 @@ def test_a_refused_command_is_not_taken_for_the_complete_run_that_is_there(tmp_p
     job(run, 7, slurm)
     note_ended(run, "7", 2)
     slurm.queue.clear()
-    with pytest.raises(ConfigError, match="the command was refused in job 7: its log says why"):
+    with pytest.raises(ConfigError, match="the command was refused in job 7: the log of job 7 says why"):
         Follower(run, "7", slurm, stream=io.StringIO()).follow()
 
 
