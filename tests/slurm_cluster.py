@@ -213,7 +213,7 @@ def slurm_cluster() -> Iterator[Cluster]:
 
     try:
         _configure(folder)
-        # UCX (MPICH) takes the nodes for one host, and fails in memory that they do not share. And it takes all networks
+        # UCX (MPICH) takes the nodes for one host, and fails in memory that they do not share. It takes all networks
         # that it sees, also those of other tests, which go, or make its addresses too long for Slurm's pmi2.
         ucx = {"UCX_TLS": "tcp,self", "UCX_NET_DEVICES": _network() or "all"}
         cluster = Cluster(folder, {"SLURM_CONF": str(folder / "slurm.conf"), **ucx})
