@@ -21,6 +21,7 @@ TIME_OF_DAY = {
 ALLOWED = {
     "coordinator/bench_dispatch.py": "when a benchmark was made",
     "coordinator/doctor/exchange.py": "hosts' clocks are compared",
+    "coordinator/slurmjobs/submitting.py": "when somebody began to submit",
     "coordinator/doctor/probe_slurm.py": "Slurm's end of a job is told so",
     "coordinator/setup.py": "`created` of answers",
     "coordinator/study/directory.py": "when a study began",

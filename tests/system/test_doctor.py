@@ -76,7 +76,7 @@ def test_alone_it_tells_of_mpi_without_starting_it_and_exits_4_with_an_error(tmp
     assert done.rc == 4, done.output
     assert "MPI was not started" in " ".join(done.stdout.split())
     summary = done.stdout.partition("1 error")[2]
-    assert "✗ error  model: model" in summary.splitlines()[2], done.stdout
+    assert "✗ error  model" in summary.splitlines()[2], done.stdout
     assert run_alone("doctor", "--no-such-option").rc == 2
 
 
