@@ -14,7 +14,7 @@ from rich.text import Text
 from coordinator.durations import duration
 from coordinator.progress import PLAIN_EVERY_S
 from coordinator.slurmjobs.chain import Queued, in_queue, last_state
-from coordinator.slurmjobs.journal import FOLDER, read_journal
+from coordinator.slurmjobs.journal import FOLDER, Journal, read_journal
 from coordinator.slurmjobs.partitions import Client, run_client
 from coordinator.terminal import console_for
 from scheduling.errors import EXIT_RESUMABLE, EXIT_USAGE, ConfigError, InfrastructureError
@@ -67,9 +67,11 @@ class Follower:
                     break
                 self._tell(queued, found)
                 self._sleep(POLL_S)
-        self._check_end(found)
+        journal = read_journal(self._run_dir)
+        last = journal.links[-1].job if journal.links else self._first
+        self._check_end(found, journal, last)
         assert found is not None
-        why = "" if found.complete else f": {self._log_of(self._last())}"
+        why = "" if found.complete else f": {self._log_of(last)}"
         self._console.print(f"{_done(found)} · no job is left{why}", soft_wrap=True, markup=False)
         return found.exit_code
 
@@ -84,9 +86,8 @@ class Follower:
         self._answers_since = self._clock()
         return sorted(queued, key=lambda job: (job.state != "RUNNING", job.job))
 
-    def _check_end(self, found: Status | None) -> None:
+    def _check_end(self, found: Status | None, journal: Journal, last: str) -> None:
         """Raises where the record says nothing of how the last job ended: it was refused, or never came to a run."""
-        journal, last = read_journal(self._run_dir), self._last()
         where = self._log_of(last)
         if journal.statuses.get(last) == EXIT_USAGE:
             raise ConfigError(f"the command was refused in job {last}: {where}")
@@ -96,11 +97,6 @@ class Follower:
             raise InfrastructureError(f"job {last} ended before there was a run: {where}")
         state = last_state(last, self._client).lower()
         raise InfrastructureError(f"job {last} is over and has not begun{f' (it was {state})' if state else ''}")
-
-    def _last(self) -> str:
-        """The job that began last."""
-        links = read_journal(self._run_dir).links
-        return links[-1].job if links else self._first
 
     def _log_of(self, job: str) -> str:
         log = self._run_dir / FOLDER / f"job-{job}.log"
