@@ -13,7 +13,8 @@ STRETCH = 2.75
 """Gaps while prompts are read, in gaps without. Those who read a stream notice much more than 4, and contexts that
 share a GPU add to it what they read at the same time."""
 FEW, MANY = 0.05, 0.3
-"""Sequences to be read, in those that decode: up to FEW only the gaps count, from MANY on a batch is filled."""
+"""Sequences that wait behind one that is read, in those that decode: up to FEW only the gaps count, from MANY on a
+batch is filled."""
 SHORT_TOKENS = 256
 """A prompt is short that has no more tokens to read."""
 TOGETHER_TOKENS = 1024
@@ -53,7 +54,8 @@ class Pace:
             return self._batch_tokens
         # Where steps that read take no longer than one without once did, a token takes next to nothing.
         tokens = min(float(self._batch_tokens), (STRETCH - 1.0) * self._step_s / self._token_s)
-        tokens = max(tokens, self._batch_tokens * (waiting / decoding - FEW) / (MANY - FEW))
+        # One alone is no crowd, however few decode.
+        tokens = max(tokens, self._batch_tokens * ((waiting - 1) / decoding - FEW) / (MANY - FEW))
         tokens = max(READ_TOKENS_MIN, int(tokens) // READ_TOKENS_MIN * READ_TOKENS_MIN)
         return min(self._batch_tokens, max(tokens, min(TOGETHER_TOKENS, short_tokens)))
 

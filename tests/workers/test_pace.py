@@ -58,10 +58,16 @@ def test_a_machine_that_becomes_slower_is_noticed() -> None:
 
 def test_the_more_wait_to_be_read_the_more_is_read() -> None:
     pace = paced(1e-2, 1e-3)
-    waiting = [pace.allowed(64, count) for count in (0, 1, 3, 6, 12, 20)]
+    waiting = [pace.allowed(64, count) for count in (0, 1, 4, 7, 13, 21)]
     assert waiting[0] == waiting[1] == waiting[2]
     assert waiting[2:] == sorted(set(waiting[2:]))
     assert waiting[-1] == 2048
+
+
+@given(st.integers(1, 100))
+def test_one_alone_never_fills_a_batch_for_being_waited_for(decoding: int) -> None:
+    pace = paced(1e-2, 1e-3)
+    assert pace.allowed(decoding, 1) == pace.allowed(decoding)
 
 
 def test_short_prompts_are_not_cut() -> None:
