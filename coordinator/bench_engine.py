@@ -50,6 +50,9 @@ class Repeat:
     output_tokens: int = 0
     steps: int = 0
     reading_steps: int = 0
+    interrupts: int = 0
+    interrupts_left_out: int = 0
+    """Long prompts that came, and those that should have while the one before was unanswered."""
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     decode_s: float = 0.0
@@ -71,6 +74,8 @@ class Repeat:
             "requests_wall_s": self.wall_s,
             "steps": self.steps,
             "reading_steps_share": self.reading_steps / steps,
+            "interrupts": self.interrupts,
+            "interrupts_left_out": self.interrupts_left_out,
             "drafted_tokens": self.drafted_tokens,
             "accepted_tokens": self.accepted_tokens,
             "step_ms": 1e3 * self.busy_s * contexts / steps,
@@ -140,6 +145,8 @@ class BenchEngine:
                     elif mine:
                         repeat.wall_s = time.monotonic() - began_s
         repeat.prompt_tokens, repeat.output_tokens = prompt_tokens, output_tokens
+        if interrupts is not None:
+            repeat.interrupts, repeat.interrupts_left_out = interrupts.made, interrupts.left_out
         return repeat
 
     def _submit(self, waiting: Iterator[Job], count: int) -> None:
@@ -280,6 +287,8 @@ def _print_table(found: dict[str, Any]) -> None:
         ("running at once", f"{found['mean_running']:.1f}", "", ""),
         ("between tokens P50 / P99, ms", f"{found['itl_p50_ms']:.1f} / {found['itl_p99_ms']:.1f}", "", ""),
     ]
+    if load["interrupt_tokens"]:
+        rows.append(("long prompts, left out", f"{found['interrupts']:g}, {found['interrupts_left_out']:g}", "", ""))
     if found["drafted_tokens"]:
         accepted = f"{found['accepted_tokens']:,.0f} / {found['drafted_tokens']:,.0f}"
         rows.append(("drafted tokens accepted", accepted, "", ""))

@@ -100,15 +100,19 @@ class Interrupts:
         self._load = load
         self._vocab_tokens = vocab_tokens
         self._random = np.random.default_rng((load.seed, repeat, 1))
-        self._passed = self._made = 0
+        self._passed = 0
+        self.made = 0
+        self.left_out = 0
 
     def due(self, elapsed_s: float, *, idle: bool) -> list[Job]:
         """The one that has come since the last call, if any. `idle` False: the one before is unanswered, and what comes
         now is left out, or an engine that is slower than that would never end."""
         load, passed = self._load, int(elapsed_s / self._load.interrupt_every_s)
         came, self._passed = passed > self._passed, passed
+        if came and not idle:
+            self.left_out += 1
         if not (came and idle):
             return []
         prompt = self._random.integers(0, self._vocab_tokens, load.interrupt_tokens)
-        self._made += 1
-        return [load.job(load.requests + self._made - 1, prompt.tolist(), 1)]
+        self.made += 1
+        return [load.job(load.requests + self.made - 1, prompt.tolist(), 1)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.pace import READ_TOKENS_MIN, STRETCH, TOGETHER_TOKENS, Pace
+from workers.pace import READ_TOKENS_MIN, STRETCH, TOGETHER_TOKENS, WORTH, Pace
 
 
 def paced(step_s: float, token_s: float, batch_tokens: int = 2048, steps: int = 50) -> Pace:
@@ -45,6 +45,32 @@ def test_a_step_that_reads_is_at_most_so_much_longer(step_s: float, token_s: flo
         assert step_s + allowed * token_s <= STRETCH * step_s * 1.01
     if allowed < 2048:
         assert step_s + (allowed + READ_TOKENS_MIN) * token_s >= STRETCH * step_s * 0.98
+
+
+def test_where_a_pass_has_a_price_of_its_own_it_is_not_paid_for_a_few_tokens() -> None:
+    """The price of a pass is all that gaps allow, or more: as many are read as take half a step's time when
+    nobody decodes."""
+    step_s, pass_s, token_s = 0.012, 0.026, 0.00005
+    pace = Pace(4096)
+    pace.observe(0, 4000, pass_s + 4000 * token_s)
+    for _ in range(200):
+        pace.observe(16, 0, step_s)
+        read = pace.allowed(16, 1)
+        pace.observe(16, read, step_s + pass_s + read * token_s)
+    whole_s = (pass_s + 4000 * token_s) / 4000
+    assert pace.allowed(16, 1) == WORTH * step_s / whole_s // READ_TOKENS_MIN * READ_TOKENS_MIN >= 96
+
+
+def test_a_price_that_gaps_allow_leaves_as_many_as_fit() -> None:
+    step_s, pass_s, token_s = 0.012, 0.0196, 0.000019
+    pace = Pace(4096)
+    pace.observe(0, 4000, pass_s + 4000 * token_s)
+    for _ in range(400):
+        pace.observe(16, 0, step_s)
+        read = pace.allowed(16, 1)
+        pace.observe(16, read, step_s + pass_s + read * token_s)
+    assert step_s + pass_s + read * token_s <= (STRETCH + 0.05) * step_s
+    assert read >= 200
 
 
 def test_a_machine_that_becomes_slower_is_noticed() -> None:
