@@ -28,7 +28,7 @@ def on(where: str, made: EngineConfig) -> EngineConfig:
 
 def of_all_kinds() -> list[Job]:
     """Greedy texts, and between them those that need their logits."""
-    jobs = [chat(place, prompt) for place, prompt in enumerate(PROMPTS)]
+    jobs = [chat(place, prompt) for place, prompt in enumerate(PROMPTS[:8])]
     jobs += [chat(100 + k, PROMPTS[k], temperature=0.9, top_p=0.9, seed=k) for k in range(4)]
     jobs += [chat(200 + k, PROMPTS[k], repeat_penalty=1.2) for k in range(4)]
     jobs += [chat(300 + k, PROMPTS[k], ignore_eos=True, max_tokens=40) for k in range(4)]
