@@ -240,11 +240,12 @@ class LlamaEncoder(BatchArrays):
     """
 
     def __init__(self, model: LlamaModel, config: EngineConfig, tokens: int, threads: int, pooling: int) -> None:
-        """`tokens`: most in a batch. Raises `EngineError` if llama.cpp cannot make it."""
-        self.batch_tokens = tokens
+        """`tokens`: in a batch at least. Raises `EngineError` if llama.cpp cannot make it."""
         # llama.cpp makes room for an output of each sequence within a batch. A recurrent model has a state for each,
         # and a pass for each.
         self.sequences = min(tokens, config.slots if model.recurrent else SEQUENCES_MAX)
+        # It plans a pass in which all have the same number of tokens, and aborts where it pools fewer than that makes.
+        self.batch_tokens = tokens = -(-tokens // self.sequences) * self.sequences
         self.dimensions = model.dimensions
         params = lib.llama_context_default_params()
         params.n_ctx = params.n_batch = params.n_ubatch = tokens
