@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import ctypes
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import llama_cpp.llama_cpp as lib
@@ -260,6 +261,8 @@ class LlamaEncoder(BatchArrays):
         )
         self._memory = lib.llama_get_memory(self._context)
         self._run = lib.llama_decode if self._memory and not model.has_encoder else lib.llama_encode
+        # On a CPU each has threads of its own instead.
+        self._turn = model.turn if config.split == "tensor" else nullcontext()
         super().__init__(tokens)
         self.wanted[:] = 1
 
@@ -268,7 +271,8 @@ class LlamaEncoder(BatchArrays):
         if self._memory:
             lib.llama_memory_clear(self._memory, False)
         self._batch.n_tokens = rows
-        return int(self._run(self._context, self._batch))
+        with self._turn:
+            return int(self._run(self._context, self._batch))
 
     def vectors(self, count: int) -> npt.NDArray[np.float32]:
         """(count, dimensions) a copy of the vectors of sequences [0, count). Waits for the GPU."""
