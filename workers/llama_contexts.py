@@ -133,6 +133,7 @@ class LlamaContext(BatchArrays):
         )
         self._memory = lib.llama_get_memory(self._context)
         self._turn = model.turn
+        self.asynchronous = not model.takes_turns
         self.vocab_tokens = model.vocab_tokens
         self.batch_tokens = min(params.n_batch, int(lib.llama_n_batch(self._context)))
         self._logits_address = 0
