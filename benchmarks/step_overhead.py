@@ -41,7 +41,7 @@ class NoModel(Decoder):
     """Every pass is over at once, and the same tokens come out of each."""
 
     def __init__(self, slots: int, vocab_tokens: int, chooses: bool) -> None:
-        self.batch_tokens = BATCH_TOKENS
+        self.batch_tokens, self.asynchronous = BATCH_TOKENS, SHAPE.steady
         self.token, self.pos, self.seq = (np.zeros(BATCH_TOKENS, np.int32) for _ in range(3))
         self.wanted = np.zeros(BATCH_TOKENS, np.int8)
         self._best: Ints | None = np.full(slots, 5, np.int32) if chooses else None

@@ -1,7 +1,7 @@
 """What a step tells the meter and the pace: not when it is over, but while the device computes the next one.
 
-Between two passes a device stands still. Where decoding does not come back before it has computed, as on a CPU, nothing
-would be gained, and a step be told of too late: there it is told at once.
+Between two passes a device stands still. Where decoding does not come back before it has computed (on a CPU, also with
+some layers on a GPU), nothing would be gained, and a step be told of a whole pass too late: there it is told at once.
 """
 
 from __future__ import annotations

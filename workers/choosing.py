@@ -99,10 +99,7 @@ def adjust(logits: Floats, rows: Ids, samplers: Sequence[RowSampler], history: H
     penalised = [place for place, sampler in enumerate(samplers) if sampler.window]
     if not penalised:
         return
-    recent = []
-    for place in penalised:
-        window, tokens = samplers[place].window, history(place)
-        recent.append(tokens if window < 0 else tokens[-window:])
+    recent = [history(place)[-samplers[place].window :] for place in penalised]
     penalties = np.array([samplers[place].penalties for place in penalised])
     penalise(logits, rows[penalised], recent, penalties)
 

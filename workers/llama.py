@@ -33,6 +33,8 @@ _SPLIT_MODES = {
     "row": lib.LLAMA_SPLIT_MODE_ROW,
     "tensor": lib.LLAMA_SPLIT_MODE_TENSOR,
 }
+_TURN = threading.Lock()
+"""Of all models of a process: one that drafts computes where the other does."""
 
 
 class LlamaTokenizer:
@@ -122,7 +124,7 @@ class LlamaModel:
         """A CPU computes: two contexts at once would take its threads from each other, and wait for them."""
         # Passes split by tensors talk from GPU to GPU: two contexts at once have ended in a segmentation fault.
         alone = self.takes_turns or config.split == "tensor"
-        self.turn: AbstractContextManager[Any] = threading.Lock() if alone else nullcontext()
+        self.turn: AbstractContextManager[Any] = _TURN if alone else nullcontext()
         self.bos = int(lib.llama_vocab_bos(self._vocab))
         self.eos = int(lib.llama_vocab_eos(self._vocab))
         buffer = ctypes.create_string_buffer(256)

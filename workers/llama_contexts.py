@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import ctypes
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import llama_cpp.llama_cpp as lib
@@ -132,6 +133,7 @@ class LlamaContext(BatchArrays):
         )
         self._memory = lib.llama_get_memory(self._context)
         self._turn = model.turn
+        self.asynchronous = not model.takes_turns
         self.vocab_tokens = model.vocab_tokens
         self.batch_tokens = min(params.n_batch, int(lib.llama_n_batch(self._context)))
         self._logits_address = 0
@@ -240,11 +242,12 @@ class LlamaEncoder(BatchArrays):
     """
 
     def __init__(self, model: LlamaModel, config: EngineConfig, tokens: int, threads: int, pooling: int) -> None:
-        """`tokens`: most in a batch. Raises `EngineError` if llama.cpp cannot make it."""
-        self.batch_tokens = tokens
+        """`tokens`: in a batch at least. Raises `EngineError` if llama.cpp cannot make it."""
         # llama.cpp makes room for an output of each sequence within a batch. A recurrent model has a state for each,
         # and a pass for each.
         self.sequences = min(tokens, config.slots if model.recurrent else SEQUENCES_MAX)
+        # It plans a pass in which all have the same number of tokens, and aborts where it pools fewer than that makes.
+        self.batch_tokens = tokens = -(-tokens // self.sequences) * self.sequences
         self.dimensions = model.dimensions
         params = lib.llama_context_default_params()
         params.n_ctx = params.n_batch = params.n_ubatch = tokens
@@ -259,6 +262,8 @@ class LlamaEncoder(BatchArrays):
         )
         self._memory = lib.llama_get_memory(self._context)
         self._run = lib.llama_decode if self._memory and not model.has_encoder else lib.llama_encode
+        # On a CPU each has threads of its own instead.
+        self._turn = model.turn if config.split == "tensor" else nullcontext()
         super().__init__(tokens)
         self.wanted[:] = 1
 
@@ -267,7 +272,8 @@ class LlamaEncoder(BatchArrays):
         if self._memory:
             lib.llama_memory_clear(self._memory, False)
         self._batch.n_tokens = rows
-        return int(self._run(self._context, self._batch))
+        with self._turn:
+            return int(self._run(self._context, self._batch))
 
     def vectors(self, count: int) -> npt.NDArray[np.float32]:
         """(count, dimensions) a copy of the vectors of sequences [0, count). Waits for the GPU."""

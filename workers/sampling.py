@@ -4,8 +4,8 @@ Order of work, as in llama.cpp's default chain: logit bias, penalties, top_k, ty
 then one draw. Each filter works on what the one before it left, with probabilities made anew from that.
 Temperature 0 takes the largest logit after bias and penalties. Ties go to the smaller token id.
 
-Penalties look at the last `repeat_last_n` tokens of prompt and output together (-1: all of them), for all three
-kinds, as llama.cpp does; OpenAI describes presence and frequency over the output alone.
+Penalties look at the last `repeat_last_n` tokens of prompt and output together, for all three kinds, as llama.cpp
+does; OpenAI describes presence and frequency over the output alone.
 
 The draw uses one number from a counter-based generator (SplitMix64) keyed by seed and choice and counted by the
 output token: the same seed, step and logits give the same token, whatever runs beside it. It falls on the tokens

@@ -36,6 +36,9 @@ class Decoder(Protocol):
     """What is needed of a context. See `workers.llama_contexts.LlamaContext`."""
 
     batch_tokens: int
+    asynchronous: bool
+    """`decode` comes back before the device has computed: until its results are asked for, there is time for other
+    things."""
     token: Ints
     pos: Ints
     seq: Ints

@@ -164,6 +164,8 @@ class SimulatedContext:
     scattered by its position. Removing the end of a sequence needs no more than forgetting it.
     """
 
+    asynchronous = False
+
     def __init__(
         self,
         times: ServiceTimes,

@@ -93,7 +93,7 @@ class Stepper:
         self._send = send
         self._alone = Alone(decoder, self._slots, vocabulary.eog)
         self._pace = Pace(decoder.batch_tokens)
-        self._books = Books(meter, self._pace, at_once=not shape.steady)
+        self._books = Books(meter, self._pace, at_once=not decoder.asynchronous)
         self._clock = clock
         self._cancels_seen = 0
         self._errors_in_a_row = 0

@@ -105,6 +105,7 @@ class FakeDecoder:
 
     chooses = False
     """The device chooses: logits are fetched row by row."""
+    asynchronous = False
 
     def __init__(self, batch_tokens: int = 64, ctx_tokens: int = 100, reads_all: bool = False) -> None:
         self.fetched = 0

@@ -65,7 +65,7 @@ def run(
 def test_nothing_differs(
     shape: Shape, chooses: bool, jobs: list[tuple[int, int, bool]], codes: list[int], damaged: bool, together: bool
 ) -> None:
-    with mock.patch.object(FakeDecoder, "chooses", chooses):
+    with mock.patch.multiple(FakeDecoder, chooses=chooses, asynchronous=shape.steady):
         assert run(jobs, codes, damaged, together, shape, True) == run(jobs, codes, damaged, together, shape, False)
 
 

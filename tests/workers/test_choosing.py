@@ -327,7 +327,7 @@ def test_bias_and_penalties_come_before_the_choice() -> None:
 
 @pytest.mark.parametrize(
     ("last_n", "expected"),
-    [(1, [9.0, 9.0, 8.0]), (2, [9.0, 8.0, 8.0]), (0, [9.0, 9.0, 9.0]), (-1, [8.0, 8.0, 8.0])],
+    [(1, [9.0, 9.0, 8.0]), (2, [9.0, 8.0, 8.0]), (0, [9.0, 9.0, 9.0]), (100, [8.0, 8.0, 8.0])],
 )
 def test_penalties_look_at_the_last_tokens_only(last_n: int, expected: list[float]) -> None:
     assert adjusted([9.0, 9.0, 9.0], [0, 1, 2], presence_penalty=1.0, repeat_last_n=last_n)[1] == expected

@@ -187,6 +187,14 @@ def test_the_longest_input_fits_and_one_token_more_is_refused(bert: Session) -> 
     assert f"input[0] has {CTX + 1} tokens, more than the {CTX} that --ctx allows" in (too_long.error or "")
 
 
+@pytest.mark.parametrize("ctx_tokens", [257, 600, 1000])
+def test_the_longest_input_may_have_any_number_of_tokens(tiny_model: Path, ctx_tokens: int) -> None:
+    session = Session(config(tiny_model, ctx_tokens=ctx_tokens))
+    answer = session.ask(embed(0, (5,) * ctx_tokens, TEXTS[0]))[0]
+    session.engine.close(PATIENCE_S)
+    assert vectors(answer, 2).any()
+
+
 def test_no_input_is_longer_than_the_model_has_positions(berts: dict[str, Path]) -> None:
     session = Session(config(berts["mean"], ctx_tokens=4 * CTX_TOKENS))
     fits, too_long = in_order(session.ask(embed(0, (5,) * CTX_TOKENS), embed(1, (5,) * (CTX_TOKENS + 1))))

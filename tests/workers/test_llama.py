@@ -46,3 +46,26 @@ def test_a_model_loads_without_devices(tiny_model: Path) -> None:
     start_backend()
     config = EngineConfig(model=str(tiny_model), slots=1, ctx_tokens=256, gpu_layers=0, use_devices=False)
     assert llama.LlamaModel(config).vocab_tokens > 0
+
+
+@pytest.mark.parametrize("what", ["generates", "embeds", "drafts"])
+def test_one_pass_at_a_time_where_a_model_is_split_by_tensors(
+    what: str, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start_backend()
+    # A CPU cannot be asked to split anything.
+    monkeypatch.setitem(llama._SPLIT_MODES, "tensor", llama._SPLIT_MODES["layer"])
+    config = EngineConfig(model=str(tiny_model), slots=1, ctx_tokens=256, gpu_layers=0, split="tensor")
+    model = llama.LlamaModel(config)
+    taken: list[bool] = []
+
+    def decode(_context: Any, _batch: Any) -> int:
+        taken.append(model.turn.locked())  # type: ignore[attr-defined]
+        return 0
+
+    monkeypatch.setattr("workers.llama_contexts.lib.llama_decode", decode)
+    if what == "embeds":
+        model.encoder(config, 256, 1).encode(1)
+    else:
+        (llama.LlamaModel(config) if what == "drafts" else model).context(config, 1, 1).decode(1)
+    assert taken == [True]

@@ -202,7 +202,7 @@ def test_a_stop_string_inside_an_accepted_draft_ends_the_text_before_it() -> Non
 
 
 def test_penalties_count_the_drafted_tokens_before_a_row() -> None:
-    jobs = [job(1, (5, 6, 7, 8, 5), max_tokens=60, repeat_penalty=9.0, repeat_last_n=-1, ignore_eos=True)]
+    jobs = [job(1, (5, 6, 7, 8, 5), max_tokens=60, repeat_penalty=9.0, repeat_last_n=1000, ignore_eos=True)]
     plain, drafting = Rig(slots=1), speculating()
     plain.submit(*jobs)
     drafting.submit(*jobs)
