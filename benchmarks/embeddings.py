@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from coordinator.bench_engine import BenchEngine
 from scheduling.requests import Request
 from tests.tiny_bert import MINILM, build_tiny_bert, words

@@ -23,6 +23,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from tests.storage.ggml import ask_ggml, ask_llama, ggml_library
 from tests.storage.mutants import Mutant, mutants, reason, verdict
 

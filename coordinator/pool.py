@@ -11,7 +11,7 @@ import difflib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 import numpy as np
@@ -143,7 +143,7 @@ class Pool:
         try:
             self._config = msgspec.convert({"model": os.fspath(model), **options}, JobConfig)
         except msgspec.ValidationError as error:
-            raise ConfigError(f"a Pool's option is wrong: {error}") from None
+            raise ConfigError(_wrong_option(error, options)) from None
         self._on_result = on_result
         self._on_tick = on_tick
         self._on_note = on_note
@@ -323,3 +323,15 @@ def _with_defaults(prompt: Prompt, defaults: Sampling, default_id: str) -> Promp
         return _parsed(prompt, defaults, default_id)
     except RequestError:
         return prompt
+
+
+def _wrong_option(error: msgspec.ValidationError, options: Mapping[str, Any]) -> str:
+    """Which option is wrong, and what it may be where that is one of a few words."""
+    what, _, place = str(error).partition(" - at `$.")
+    name = place.rstrip("`")
+    hint = get_type_hints(JobConfig).get(name)
+    words = [repr(word) for part in (hint, *get_args(hint)) if get_origin(part) is Literal for word in get_args(part)]
+    if not words:
+        return f"a Pool's option {name} is wrong: {what}" if name else f"a Pool's option is wrong: {what}"
+    allowed = ["a whole number", *words] if int in get_args(hint) else words
+    return f"a Pool's option {name} is {options.get(name)!r}: it must be {' or '.join(allowed)}"

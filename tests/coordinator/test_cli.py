@@ -84,6 +84,12 @@ def test_a_plain_batch_has_the_documented_defaults(run: Run, started: list[Any])
     assert argv == list(BATCH)
 
 
+def test_a_word_that_is_none_of_the_few_is_told_with_those(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("batch", "-m", "m.gguf", "-i", "in.jsonl", "-o", "out", "--split", "fifths") == 2
+    said = capsys.readouterr().err
+    assert "Invalid value for '--split': 'fifths' is not one of 'layer', 'row', 'tensor'" in said
+
+
 def test_every_flag_reaches_its_option(run: Run, started: list[Any]) -> None:
     flags = (
         "--schedule", "round-robin", "--ranks", "3", "--slots", "4", "--contexts", "2", "--ctx", "128", "--batch", "64",

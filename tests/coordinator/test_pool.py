@@ -172,7 +172,9 @@ def test_the_pool_of_the_package_is_this_one() -> None:
     ("options", "word"),
     [
         ({"slotz": 4}, "slotz"),
-        ({"slots": "many"}, "slots"),
+        ({"slots": "many"}, "slots is 'many': it must be a whole number or 'auto'"),
+        ({"split": "foo"}, "split is 'foo': it must be 'layer' or 'row' or 'tensor'"),
+        ({"threads": "many"}, "option threads is wrong: .*int"),
         ({"slots": 0}, "--slots"),
         ({"schedule": "fastest"}, "fastest"),
         ({"engine": "steam"}, "steam"),
