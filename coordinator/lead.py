@@ -39,6 +39,7 @@ from coordinator.versions import package_versions
 from coordinator.world import Ranks
 from scheduling import events as ev
 from scheduling.errors import EXIT_INFRASTRUCTURE, InputError, LlmpiError, RecordError, RunDirError
+from scheduling.wording import counted
 from storage.files import Disk
 from storage.recovery import Recovery, recover
 from storage.rundir import RunDir, holds_answers
@@ -276,7 +277,7 @@ class Lead:
             self._view.note(f"cut {found.torn_bytes} bytes of an unfinished line off the record")
         if run.resumed:
             left = "" if run.total is None else f", {run.total - found.done} to go"
-            self._view.note(f"resuming {run.path}: {found.done} requests were already done{left}")
+            self._view.note(f"resuming {run.path}: {counted(found.done, 'request')} already done{left}")
 
     def _keep_on(self) -> bool:
         """Until a second signal. Open MPI gives a rank 0.2 s after SIGTERM: what there is to say is said at once."""

@@ -23,6 +23,7 @@ from coordinator.durations import duration
 from coordinator.progress import PLAIN_EVERY_S
 from coordinator.rows import Columns
 from scheduling.errors import ConfigError, InputError, LlmpiError, RunDirError
+from scheduling.wording import counted
 from storage.joblock import JobLock
 from storage.rundir import REQUESTS_NAME, holds_answers, lock_run
 from storage.runjson import RUN_NAME, read_run, refuse_other_run, unusable
@@ -128,7 +129,7 @@ def _convert(source: Source, run_dir: Path, *, strict: bool, note: Note, check_s
     except OSError as error:
         raise unusable(run_dir, error) from error
     took_s = time.monotonic() - start_s
-    note(f"converted {name}: {made.rows:,} requests in {took_s:.1f} s, from {_made_of(source.columns)}")
+    note(f"converted {name}: {counted(made.rows, 'request')} in {took_s:.1f} s, from {_made_of(source.columns)}")
     return made
 
 

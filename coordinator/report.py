@@ -18,6 +18,7 @@ from coordinator.terminal import NARROW_COLUMNS, console_for
 from scheduling.histogram import LogHistogram
 from scheduling.recordline import decode_row
 from scheduling.vectors import from_base64
+from scheduling.wording import counted
 from storage.metrics import Metrics, read_summary, read_telemetry
 from storage.recovery import RECORD_NAME, whole_lines
 from storage.rundir import METRICS_NAME
@@ -246,8 +247,8 @@ def _print_copies(console: Console, last: dict[str, Any]) -> None:
     if last.get("copies"):
         won, wasted = last["copies_won"], last["wasted_tokens"]
         console.print(
-            f"\ncopies: {last['copies']:,} requests of slow ranks were started again on idle ones, {won:,} of them "
-            f"answered there first · {wasted:,} output tokens made in vain",
+            f"\ncopies: {counted(last['copies'], 'request')} of slow ranks started again on idle ones, {won:,} of them "
+            f"answered there first · {counted(wasted, 'output token')} made in vain",
             soft_wrap=True,
         )
 

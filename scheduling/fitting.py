@@ -22,6 +22,7 @@ import msgspec
 from scheduling.errors import ConfigError
 from scheduling.lengths import Lengths
 from scheduling.modelsize import CELLS_TOGETHER, Ask, Layout, ModelShape, cells_of, needs
+from scheduling.wording import counted
 
 SLOTS_GPU = 1024
 SLOTS_GPU_UNKNOWN = 128
@@ -333,14 +334,14 @@ class _Fitting:
         )
 
     def _what(self, layout: Layout, gpus: int) -> str:
-        parts = [f"{layout.slots} {_s('slot', layout.slots)} of {layout.ctx_tokens:,} tokens"]
+        parts = [f"{counted(layout.slots, 'slot')} of {counted(layout.ctx_tokens, 'token')}"]
         if layout.contexts > 1:
             parts[0] += f" in {layout.contexts} contexts"
         kib = self.shape.token_bytes(self.ask.type_k, self.ask.type_v) / 1024
         most = "" if self.shape.cache_known else "at most "
         parts[0] += f" ({most}{kib:,.4g} KiB a token)"
         if layout.long_slots:
-            parts.append(f"{layout.long_slots} long {_s('slot', layout.long_slots)} of {layout.long_ctx_tokens:,}")
+            parts.append(f"{counted(layout.long_slots, 'long slot')} of {layout.long_ctx_tokens:,}")
         if gpus and layout.gpu_layers < self.shape.offloadable:
             parts.append(f"{layout.gpu_layers} of {self.shape.offloadable} layers on the GPU")
         elif self.room.gpu_bytes and not gpus and self.ask.gpu_layers is None:
@@ -357,7 +358,7 @@ class _Fitting:
         taken = needs(self.shape, self.ask, layout, gpus)
         caches = taken.gpu_caches if gpus else taken.host_caches
         ways = [way for way in self._ways(layout, gpus) if way]
-        what = f"{layout.slots} {_s('slot', layout.slots)} of {layout.ctx_tokens:,} tokens"
+        what = f"{counted(layout.slots, 'slot')} of {counted(layout.ctx_tokens, 'token')}"
         need = f"{'needs' if layout.slots == 1 else 'need'} {gigabytes(caches)} of cache"
         way = f"use {', or '.join(ways)}" if ways else "use a smaller model, or more memory"
         return ConfigError(f"{what} {need}, but {self._sum(layout, gpus)}: {way}")
@@ -393,7 +394,3 @@ def gigabytes(size: int) -> str:
     """In GB of 10^9 bytes, with as many digits as are of interest."""
     amount = size / 1e9
     return f"{amount:,.0f} GB" if abs(amount) >= 100 else f"{amount:.1f} GB" if abs(amount) >= 1 else f"{amount:.2f} GB"
-
-
-def _s(noun: str, count: int) -> str:
-    return noun if count == 1 else f"{noun}s"

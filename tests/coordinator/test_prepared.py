@@ -65,7 +65,7 @@ def test_the_first_session_converts_and_says_so(job: Job, table: Path) -> None:
     job(table)
     assert job.requests == b'{"prompt":"a"}\n'
     (note,) = job.notes
-    assert note.startswith(f"converted {table}: 1 requests in 0.")
+    assert note.startswith(f"converted {table}: 1 request in 0.")
 
 
 def test_a_later_session_uses_what_is_there(job: Job, table: Path) -> None:

@@ -127,7 +127,7 @@ def test_copies_are_told_where_there_were_any(tmp_path: Path) -> None:
         ranks = np.zeros(2, RANK)
         write_metrics(tmp_path / METRICS_NAME, [rows(3, failed=0)], ranks, {}, np.zeros(0, TELEMETRY), attributes)
         text = " ".join(printed(tmp_path).split())
-        assert ("copies: 1,200 requests of slow ranks were started again" in text) is said
+        assert ("copies: 1,200 requests of slow ranks started again" in text) is said
         assert ("7 of them answered there first · 3,456 output tokens made in vain" in text) is said
         assert ("copies:" in text) is said
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from scheduling.wording import counted
 from tests.launch import Argument, Finished, Launcher, run_alone, start_alone
 from tests.system.runs import (
     PATIENCE_S,
@@ -60,7 +61,7 @@ def check_resumes(mpirun: Launcher, gate: Gate, work: tuple[Argument, ...], run:
     gate.open()
     done = mpirun(3, *work, env=gate.env)
     assert done.rc == 0, done.output
-    assert f"{earlier} requests were already done" in done.stderr
+    assert f": {counted(earlier, 'request')} already done" in done.stderr
     run.check_whole(IDS)
 
 

@@ -71,7 +71,7 @@ def check_stopped_early(run: Run) -> int:
 
 def check_resumed(done: Finished, run: Run, earlier: int) -> None:
     assert done.rc == 0, done.output
-    said = re.search(r"resuming .*: (\d+) requests were already done", done.stderr)
+    said = re.search(r"resuming .*: ([\d,]+) requests? already done", done.stderr)
     assert said is not None, done.output
     assert int(said[1]) == earlier
     run.check_whole(IDS)
