@@ -17,11 +17,11 @@ from rich.text import Text
 from coordinator.bytesdone import BytesDone
 from coordinator.modelnames import open_store
 from coordinator.terminal import console_for
-from scheduling.errors import EXIT_OK, EXIT_SOME_FAILED, ModelStoreError
+from scheduling.errors import EXIT_OK, EXIT_SOME_FAILED, ModelSourceError, ModelStoreError
 from storage.digest import Digest
 from storage.manifest import Manifest, ModelName, suggested_name
 from storage.modelstore import ModelStore, one_model_in
-from storage.sources import discard, pull
+from storage.sources import WrongBytesError, discard, pull
 from storage.verifying import Damaged
 
 UNUSABLE = "cannot be used"
@@ -50,7 +50,13 @@ def pull_model(
     called = None if name is None else ModelName.parse(name)
     scratch = store.blobs.folder("pulls")
     with BytesDone(f"pulling {source}", None) as progress:
-        pulled = pull(source, scratch, progress=progress.at, max_bytes=max_bytes, offline=offline)
+        try:
+            pulled = pull(source, scratch, progress=progress.at, max_bytes=max_bytes, offline=offline)
+        except WrongBytesError as error:
+            kept = store.blobs.quarantine(error.path, Digest(error.promised), Digest(error.actual))
+            raise ModelSourceError(
+                f"{error} It lies in {kept}. Pull again, or see whether the file has been changed."
+            ) from error
     for note in pulled.notes:
         print(f"llmpi: {note}", file=sys.stderr)
     with _under_names_of_parts(store, [file.path for file in pulled.files]) as path:

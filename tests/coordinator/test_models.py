@@ -187,6 +187,10 @@ def test_a_model_is_pulled_from_a_web_server(llmpi: Llmpi, tmp_path: Path, serve
     assert find_model("near:q8").path.read_bytes() == path.read_bytes()
     assert list((llmpi.home / "models" / "pulls").iterdir()) == []
     llmpi("models", "pull", f"{server}/far.gguf", "--max-bytes", "10", "--name", "other", code=2)
+    llmpi("models", "pull", f"{server}/far.gguf#sha256={'0' * 64}", "--name", "other", code=2)
+    kept = llmpi.home / "models" / "quarantine" / f"sha256-{'0' * 64}.is-{pulled['digest'].replace(':', '-')}"
+    assert f"It lies in {kept}." in llmpi.err
+    assert kept.read_bytes() == path.read_bytes()
     (tmp_path / "text.gguf").write_text("no model")
     llmpi("models", "pull", f"{server}/text.gguf", code=2)
     llmpi("models", "pull", "nowhere:x", code=2)
