@@ -17,12 +17,15 @@ from rich.text import Text
 from coordinator.bytesdone import BytesDone
 from coordinator.modelnames import open_store
 from coordinator.terminal import console_for
-from scheduling.errors import EXIT_OK, EXIT_SOME_FAILED, ModelStoreError
+from scheduling.errors import EXIT_OK, EXIT_SOME_FAILED, ModelSourceError, ModelStoreError
 from storage.digest import Digest
 from storage.manifest import Manifest, ModelName, suggested_name
 from storage.modelstore import ModelStore, one_model_in
-from storage.sources import discard, pull
+from storage.sources import WrongBytesError, discard, pull
 from storage.verifying import Damaged
+
+UNUSABLE = "cannot be used"
+"""Beside the name of a model that has lost a file."""
 
 
 def add_model(
@@ -47,7 +50,13 @@ def pull_model(
     called = None if name is None else ModelName.parse(name)
     scratch = store.blobs.folder("pulls")
     with BytesDone(f"pulling {source}", None) as progress:
-        pulled = pull(source, scratch, progress=progress.at, max_bytes=max_bytes, offline=offline)
+        try:
+            pulled = pull(source, scratch, progress=progress.at, max_bytes=max_bytes, offline=offline)
+        except WrongBytesError as error:
+            kept = store.blobs.quarantine(error.path, Digest(error.promised), Digest(error.actual))
+            raise ModelSourceError(
+                f"{error} It lies in {kept}. Pull again, or see whether the file has been changed."
+            ) from error
     for note in pulled.notes:
         print(f"llmpi: {note}", file=sys.stderr)
     with _under_names_of_parts(store, [file.path for file in pulled.files]) as path:
@@ -85,10 +94,11 @@ def told(store: ModelStore, model: Manifest, as_json: bool) -> int:
 def list_models(as_json: bool) -> int:
     store = open_store()
     found = store.models()
-    whole = [model for model in found if isinstance(model, Manifest)]
+    listed = [(model, store.problem(model)) for model in found if isinstance(model, Manifest)]
     damaged = [model for model in found if isinstance(model, Damaged)]
+    damaged += [Damaged(str(model.name), problem) for model, problem in listed if problem]
     if as_json:
-        print(json.dumps([as_data(store, model) for model in whole]))
+        print(json.dumps([as_data(store, model) for model, _ in listed]))
     elif not found:
         print(f"no models in {store.root}; `llmpi models add FILE` and `llmpi models pull SOURCE` bring one in")
     else:
@@ -96,12 +106,14 @@ def list_models(as_json: bool) -> int:
         for column in ("name", "size", "parameters", "type", "context", "digest", "last used"):
             right = column in ("size", "parameters", "context")
             table.add_column(column, justify="right" if right else "left", overflow="fold")
-        for model in whole:
+        for model, problem in listed:
             facts = model.gguf
+            marks = ", ".join(mark for mark, set_ in ((UNUSABLE, problem), ("pinned", model.pinned)) if set_)
             table.add_row(
-                f"{model.name}{' (pinned)' if model.pinned else ''}", size_text(model.size),
+                f"{model.name}{f' ({marks})' if marks else ''}", size_text(model.size),
                 _count(facts.get("parameters")), _plain(facts.get("quantization") or ""),
                 _count(facts.get("context_tokens")), model.digest.short, _when(store.used_at(model)),
+                style="red" if problem else None,
             )  # fmt: skip
         console_for(sys.stdout).print(table)
     for one in damaged:
@@ -212,8 +224,9 @@ def collect(keep_bytes: int | None, *, dry_run: bool, as_json: bool) -> int:
 
 
 def as_data(store: ModelStore, model: Manifest) -> dict[str, Any]:
+    """Its manifest, with its `name`, `used_at` (seconds since 1970) and `problem`: why it cannot be used, or None."""
     data: dict[str, Any] = json.loads(model.to_json())
-    return data | {"name": str(model.name), "used_at": store.used_at(model)}
+    return data | {"name": str(model.name), "used_at": store.used_at(model), "problem": store.problem(model)}
 
 
 def size_text(count: int) -> str:

@@ -79,13 +79,17 @@ class Blobs:
         return found.st_size
 
     def checked(self, digest: Digest, size: int) -> Path:
-        """The path of a blob that is to be read. Raises ModelStoreError if it is missing or of another size."""
+        """The path of a blob that is to be read. Raises ModelStoreError if it is missing or of another size.
+
+        Nothing is opened: one look at the file, or at a few folders where it is not.
+        """
         found = self._size(digest)
         if found is None:
             self.rescue(digest)
             found = self._size(digest)
         if found is None:
-            raise ModelStoreError(f"the store has lost {digest}; add or pull the model again")
+            why = f": it was damaged, and lies in {kept}" if (kept := self._quarantined(digest)) else ""
+            raise ModelStoreError(f"the store has lost {digest}{why}; add or pull the model again")
         if found != size:
             raise ModelStoreError(
                 f"{self.path(digest)} has {found:,} bytes instead of {size:,}; remove it, and add or pull the model "
@@ -287,12 +291,20 @@ class Blobs:
 
     def quarantine(self, path: Path, expected: Digest, actual: Digest) -> Path:
         """Put `path` where nobody takes it for a blob. Returns where it lies."""
-        kept = self.folder("quarantine") / f"{expected.file_name}.is-{actual.file_name}"
+        kept = self.folder("quarantine") / f"{_quarantine_prefix(expected)}{actual.file_name}"
         try:
             os.replace(path, kept)
         except OSError as error:
             raise unusable(kept, error) from error
         return kept
+
+    def _quarantined(self, digest: Digest) -> Path | None:
+        """What should have been the blob, and was not; None if there is nothing such."""
+        with contextlib.suppress(ModelStoreError):  # nobody lets us look
+            for entry in entries_of(self.root / "quarantine"):
+                if entry.name.startswith(_quarantine_prefix(digest)):
+                    return Path(entry.path)
+        return None
 
     def collect(self, digest: Digest, wanted: Callable[[], set[Digest]]) -> int:
         """Remove a blob that nobody wants; `wanted` is asked again once it is out of the way. Returns bytes freed."""
@@ -361,6 +373,10 @@ class Blobs:
         except OSError as error:
             raise unusable(folder, error) from error
         return folder
+
+
+def _quarantine_prefix(expected: Digest) -> str:
+    return f"{expected.file_name}.is-"
 
 
 def _together(name: str) -> str:

@@ -147,6 +147,18 @@ class ModelStore:
         paths = [self.blobs.checked(file.digest, file.size) for file in model.files]
         return paths[0] if len(paths) == 1 else self._views.first_part(model.digest, paths)
 
+    def problem(self, model: Manifest) -> str | None:
+        """Why the model cannot be used: a file is lost, in quarantine or of another size. None if all are there.
+
+        Nothing is read, let alone hashed: `verify` does that.
+        """
+        try:
+            for file in model.files:
+                self.blobs.checked(file.digest, file.size)
+        except ModelStoreError as error:
+            return str(error) if self._manifest_path(model.name).exists() else None  # else it was removed just now
+        return None
+
     def use(self, model: Manifest) -> None:
         """Note that it is used. Where nobody may write, nothing is noted."""
         with contextlib.suppress(OSError):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from coordinator.page.parts import figure_of, named, text_of
+from coordinator.page.parts import figure_of, named, sentence_of, text_of
 from coordinator.page.svg import (
     COLOURS,
     WIDTH,
@@ -125,7 +125,7 @@ def chapter(runs: Sequence[RunView]) -> list[str]:
             heading = f"GPUs: utilisation {mean}" if what == "gpu" else f"Processors: each rank used {mean}"
             name = f"{what}-{place}"
             svg = usage(found, panels, length_s, name)
-            out.append(f"<h2>{text_of(title + heading)}</h2>")
+            out.append(f"<h2>{sentence_of(title + heading)}</h2>")
             out.append(figure_of(svg, name, _device_sentence(found, panels), "Not measured: the driver does not say."))
     return out
 

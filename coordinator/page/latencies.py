@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from coordinator.page.parts import figure_of, named, table_of, text_of
+from coordinator.page.parts import figure_of, named, sentence_of, table_of, text_of
 from coordinator.page.svg import INK, PAPER, Floats, colour, dash, names_below, new_figure, set_margins, svg_of
 from coordinator.page.ticks import log_ticks, time_text
 from coordinator.report import LATENCY_NAMES, time_cell
@@ -98,7 +98,9 @@ def chapter(runs: Sequence[RunView]) -> list[str]:
         svg = _ecdf(runs, latency, name)
         drawn = figure_of(svg, name, sentences, f"{title}: not measured, no request has one.", kind="small")
         finding = _latency_finding(runs, latency, title)
-        made.append(f"<section><h3>{text_of(finding)}</h3><p class=what>{text_of(_WHAT[latency])}</p>{drawn}</section>")
+        made.append(
+            f"<section><h3>{sentence_of(finding)}</h3><p class=what>{text_of(_WHAT[latency])}</p>{drawn}</section>"
+        )
     if len(runs) == 1:
         rows = []
         for latency, title in LATENCY_NAMES.items():

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from coordinator.page.parts import figure_of, named, text_of, untimed
+from coordinator.page.parts import figure_of, named, sentence_of, untimed
 from coordinator.page.svg import (
     WIDTH,
     Floats,
@@ -97,7 +97,7 @@ def chapter(runs: Sequence[RunView]) -> list[str]:
         "An answer's tokens are spread evenly from its first token to its end.",
     ]
     told, absent = "\n".join(sentences), " ".join(untimed(runs)) or "No request ran in a slot."
-    return [f"<h2>{text_of(_time_finding(runs))}</h2>", figure_of(svg, "time", told, absent)]
+    return [f"<h2>{sentence_of(_time_finding(runs))}</h2>", figure_of(svg, "time", told, absent)]
 
 
 def _lost_engines(runs: Sequence[RunView]) -> list[str]:

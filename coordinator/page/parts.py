@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 
 from coordinator.runview import RunView
 
 TEXT_MAX = 4000
+_WITH_UNIT = re.compile(r"(?<=\d) (?:ms|s|%)(?: \*)?(?!\w)")
 
 
 def text_of(value: object) -> str:
     text = str(value)
     text = text if len(text) <= TEXT_MAX else text[:TEXT_MAX] + "…"
     return escape("".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in text))
+
+
+def sentence_of(value: object) -> str:
+    """A text of ours, in which no line ends between a figure and its unit."""
+    return _WITH_UNIT.sub(lambda unit: unit[0].replace(" ", "\N{NO-BREAK SPACE}"), text_of(value))
 
 
 def named(runs: Sequence[RunView], run: RunView) -> str:
@@ -28,7 +35,7 @@ def figure_of(svg: str | None, name: str, sentences: str, absent: str, *, kind: 
     svg = svg.replace("<svg", f'<svg role="img" aria-labelledby="{name}-says"', 1)
     return (
         f'<figure class="{kind}"><div class="frame" tabindex="0">{svg}</div>'
-        f'<figcaption id="{name}-says">{text_of(sentences)}</figcaption></figure>'
+        f'<figcaption id="{name}-says">{sentence_of(sentences)}</figcaption></figure>'
     )
 
 

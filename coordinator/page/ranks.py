@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from coordinator.page.parts import figure_of, table_of, text_of, untimed
+from coordinator.page.parts import figure_of, sentence_of, table_of, text_of, untimed
 from coordinator.page.svg import INK, MUTED, PAPER, WIDTH, breaks, colour, new_figure, set_margins, svg_of, time_axis
 from coordinator.report import percent_text, share_text, uncounted_sentence
 from coordinator.runview import RunView
@@ -152,7 +152,7 @@ def _legend(axes: Any, looks: Sequence[Look], *, above: bool) -> None:
 
 
 def chapter(runs: Sequence[RunView]) -> list[str]:
-    out = [f"<h2>{text_of(_rank_finding(runs))}</h2>"]
+    out = [f"<h2>{sentence_of(_rank_finding(runs))}</h2>"]
     length_s = max((run.timeline.length_s for run in runs if run.timeline is not None), default=0.0)
     for place, run in enumerate(runs):
         name = f"gantt-{place}"

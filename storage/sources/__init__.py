@@ -24,9 +24,9 @@ from pathlib import Path
 
 from scheduling.errors import ModelSourceError
 from storage.files import Lock, LocksUnsupportedError, OsDisk
-from storage.sources.job import Fetched, Job, Patience, Progress, Pulled, key_of, no_progress
+from storage.sources.job import Fetched, Job, Patience, Progress, Pulled, WrongBytesError, key_of, no_progress
 
-__all__ = ["Fetched", "Patience", "Progress", "Pulled", "discard", "is_source", "pull"]
+__all__ = ["Fetched", "Patience", "Progress", "Pulled", "WrongBytesError", "discard", "is_source", "pull"]
 
 _NAMED = ("hf", "pypi", "ollama", "lmstudio")
 _WEB = ("http", "https")

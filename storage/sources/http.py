@@ -23,7 +23,7 @@ from urllib.parse import urljoin, urlsplit
 
 from scheduling.errors import ModelSourceError
 from storage.sources.credentials import Credential
-from storage.sources.job import Failures, Patience, TransientError, without_secrets
+from storage.sources.job import Failures, Patience, TransientError, WrongBytesError, without_secrets
 from storage.sources.partial import Partial
 
 REDIRECTS_MAX = 5
@@ -71,12 +71,9 @@ def fetch(wanted: Wanted, partial: Partial, patience: Patience, grow: Callable[[
             raise ModelSourceError(f"{wanted.shown} has {size:,} bytes, not {wanted.size:,} as promised: refused.")
         if wanted.sha256 in (None, digest):
             return digest
-        partial.restart()
         if not resumed or distrusted:
-            raise ModelSourceError(
-                f"{wanted.shown} has the SHA-256 {digest}, not {wanted.sha256} as promised: refused, and thrown away. "
-                "Pull again, or see whether the file has been changed."
-            )
+            raise WrongBytesError(wanted.shown, partial.set_aside(), promised=wanted.sha256, actual=digest)
+        partial.restart()
         distrusted = True
 
 

@@ -18,6 +18,14 @@ Progress = Callable[[int, "int | None"], None]
 _SECRET_WORDS = ("sig", "token", "key", "secret", "passw", "credential", "auth")
 
 
+class WrongBytesError(ModelSourceError):
+    """A file came whole, and is not what its source promised. It lies at `path` in scratch, for whoever takes it."""
+
+    def __init__(self, what: str, path: Path, *, promised: str, actual: str) -> None:
+        super().__init__(f"{what} has the SHA-256 {actual}, not {promised} as promised: refused.")
+        self.path, self.promised, self.actual = path, promised, actual
+
+
 @dataclass(frozen=True)
 class Fetched:
     """One file.

@@ -86,6 +86,15 @@ class Partial:
         self._digest, self._start = hashlib.sha256(), b""
         _DISK.remove(self._note_path)
 
+    def set_aside(self) -> Path:
+        """Move what is there out of the way: it is whole, and not what it should be. Returns where it lies."""
+        aside = self.path.with_suffix(".wrong")
+        self._file.close()
+        os.replace(self.path, aside)
+        self._file = _DISK.open_append(self.path)
+        self.restart()
+        return aside
+
     def expect(self, validator: str | None, total: int | None) -> None:
         """Note which version the bytes to come are of."""
         if (validator, total) == (self.validator, self.total) and _DISK.exists(self._note_path):

