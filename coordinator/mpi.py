@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes
+import math
 import os
 import signal
 import sys
@@ -69,6 +70,8 @@ class World:
         """Whether the collectives go on without some ranks."""
         self.goodbye_s: Callable[[], float] = lambda: GOODBYE_S
         """How long rank 0 waits, when it leaves, for the others to leave too."""
+        self.rank0_silence_max_s = math.inf
+        """How long another rank waits, when it leaves, for rank 0 to leave too."""
         self._endpoint: MpiEndpoint | None = None
         self._left = False
         self.unfinished: list[Any] = []
@@ -183,8 +186,11 @@ class World:
                 print(f"llmpi: no answer from rank {', '.join(map(str, silent))}: ending the job", file=sys.stderr)
                 self.abort(code)
             in_order = farewell.dismiss()
+        elif (told := farewell.say(self.rank0_silence_max_s)) is None:
+            print(f"llmpi: rank {self.rank}: rank 0 does not leave: ending the job", file=sys.stderr)
+            self.abort(EXIT_INFRASTRUCTURE)
         else:
-            in_order = farewell.say()
+            in_order = told
         if not in_order:
             time.sleep(LEAVE_S)
             os._exit(code)

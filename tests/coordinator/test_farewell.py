@@ -85,6 +85,17 @@ def test_a_worker_leaves_as_rank_0_says(answer: int, in_order: bool) -> None:
     assert mpi.sent == [(0, b"\0")]
 
 
+def test_a_worker_waits_for_rank_0_for_as_long_as_it_is_told() -> None:
+    now = [0.0]
+    mpi = FakeMPI(silent=(0,))
+
+    def sleep(delay_s: float) -> None:
+        now[0] += delay_s
+
+    assert Farewell(mpi, mpi, lambda: now[0], sleep).say(30.0) is None
+    assert now[0] == pytest.approx(30.0, abs=0.5)
+
+
 def test_a_worker_whose_rank_0_has_died_does_not_enter_mpis_own_end() -> None:
     mpi = FakeMPI(dead=(0,))
     assert not Farewell(mpi, mpi).say()
