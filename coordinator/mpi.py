@@ -31,7 +31,7 @@ from coordinator.relays import leaders_of
 from scheduling.errors import EXIT_INFRASTRUCTURE, EXIT_OK, RankLostError
 
 END_S = 60.0
-"""For MPI's own end, which all ranks enter at about the same time. It takes a tenth of a second."""
+"""For MPI's own end at most, which all ranks enter at about the same time. It takes a tenth of a second."""
 TOGETHER_S = 120.0
 """How long the members of a part of the world may take to come together."""
 GOODBYE_S = 70.0
@@ -179,13 +179,15 @@ class World:
         self._left = True
         sys.stdout.flush()
         sys.stderr.flush()
-        farewell = Farewell(self.MPI, self.messages_comm)
+        farewell, end_s = Farewell(self.MPI, self.messages_comm), END_S
         if self.rank == 0:
-            silent = farewell.hear(self.goodbye_s(), () if self._endpoint is None else self._endpoint.lost())
+            patience_s, began = self.goodbye_s(), time.monotonic()
+            silent = farewell.hear(patience_s, () if self._endpoint is None else self._endpoint.lost())
             if silent:
                 print(f"llmpi: no answer from rank {', '.join(map(str, silent))}: ending the job", file=sys.stderr)
                 self.abort(code)
             in_order = farewell.dismiss()
+            end_s = end_in(patience_s - (time.monotonic() - began))
         elif (told := farewell.say(self.rank0_silence_max_s)) is None:
             print(f"llmpi: rank {self.rank}: rank 0 does not leave: ending the job", file=sys.stderr)
             self.abort(EXIT_INFRASTRUCTURE)
@@ -194,7 +196,7 @@ class World:
         if not in_order:
             time.sleep(LEAVE_S)
             os._exit(code)
-        watch = threading.Timer(END_S, self._end_without, [code])
+        watch = threading.Timer(end_s, self._end_without, [code])
         watch.daemon = True
         watch.start()
         self.MPI.Finalize()
@@ -214,6 +216,11 @@ class World:
         sys.stderr.flush()
         os.kill(os.getpid(), signal.SIGKILL)  # of an exit without MPI's end the others would not hear
         raise SystemExit(code)
+
+
+def end_in(left_s: float) -> float:
+    """How long MPI's own end may take rank 0, of whose patience so much is left."""
+    return min(END_S, max(LEAVE_S, left_s))
 
 
 def library_facts() -> tuple[str, str, str]:
