@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -196,17 +196,24 @@ class World:
         if not in_order:
             time.sleep(LEAVE_S)
             os._exit(code)
-        watch = threading.Timer(end_s, self._end_without, [code])
-        watch.daemon = True
-        watch.start()
-        self.MPI.Finalize()
-        watch.cancel()
+        with self._watched(end_s):
+            self.MPI.Finalize()
         return code
 
-    def _end_without(self, code: int) -> None:
-        """MPI's own end does not come: a rank must have died in it."""
-        guard_launcher()
-        os._exit(code)
+    @contextlib.contextmanager
+    def _watched(self, end_s: float) -> Iterator[None]:
+        """MPI's own end does not come where a rank stops or dies in it. It holds the interpreter, so that no thread of
+        ours runs meanwhile: after `end_s` an alarm ends this process, and the launcher does not outlive rank 0 by much.
+        """
+        guard = guard_launcher(end_s + GRACE_S) if self.rank == 0 else None
+        with contextlib.suppress(ValueError):  # not in the main thread: nobody else has set it
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, end_s)
+        yield
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        if guard is not None:
+            os.killpg(guard.pid, signal.SIGKILL)
+            guard.wait()
 
     def die(self, code: int) -> NoReturn:
         """Leave after an error of this rank's own. Where others survive that they are told of it, at once."""

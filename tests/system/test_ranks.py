@@ -356,6 +356,32 @@ def test_when_a_rank_dies_as_the_job_ends_the_others_leave_without_it(
     assert collectives(run) == "4 ranks"
 
 
+STOP_IN_MPIS_END = """
+import os, signal
+from coordinator import cli, mpi
+from coordinator.farewell import Farewell
+mpi.END_S = mpi.GRACE_S = 3.0
+say = Farewell.say
+def stopping(*given):
+    answer = say(*given)
+    while "2" in (os.environ.get("OMPI_COMM_WORLD_RANK"), os.environ.get("PMI_RANK")):
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return answer
+Farewell.say = stopping
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("mpirun", "ulfm"), [("openmpi", False), ("openmpi", True), ("mpich", False)], indirect=["mpirun"]
+)
+def test_a_rank_that_stops_within_mpis_end_holds_nobody_up(
+    mpirun: Launcher, tmp_path: Path, undisturbed: Mapping[str, Any], ulfm: bool
+) -> None:
+    _, run = altered(mpirun, tmp_path, STOP_IN_MPIS_END, ranks=4, ulfm=ulfm)
+    check_whole(run, undisturbed)
+
+
 STOP_AT_THE_END = """
 import os, signal
 from coordinator import cli, ending
