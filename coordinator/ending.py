@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from coordinator.closing import ENGINE_S, GOODBYE_S, Closing, Size, closing_in
+from coordinator.closing import ENGINE_S, GOODBYE_S, Closing, Size, closing_in, gather_s, metrics_s
 from coordinator.intervals import Intervals
 from coordinator.loop import Coordinator
 from coordinator.replay import Replay
@@ -65,9 +65,11 @@ class Ending:
         began, left_s = self._clock(), self._left_s(outcome.outcome)
         closing = self._closing(left_s, found, coordinator)
         if closing.gather:
+            size = size_of(found, coordinator)
             gathered = self._session.collect(
-                own, own.begin, None if left_s is None else left_s / 2, lambda: self._give_up_at(outcome.outcome, began)
-            )
+                own, own.begin, None if left_s is None else left_s / 2,
+                lambda: self._give_up_at(outcome.outcome, began), work_s=gather_s(size) + metrics_s(size),
+            )  # fmt: skip
             closing = self._closing(
                 self._left_s(outcome.outcome), found, coordinator
             )  # somebody may have said until when

@@ -8,8 +8,9 @@ nothing rank 0 ends the job.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from coordinator.transport import Backoff
@@ -24,24 +25,43 @@ TOGETHER, ALONE = 1, 0
 class Farewell:
     """Over the communicator `comm` of the module `MPI`, on which nothing else has this tag."""
 
-    def __init__(self, MPI: Any, comm: Any) -> None:
+    def __init__(
+        self, MPI: Any, comm: Any, clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:  # fmt: skip
         self._MPI = MPI
         self._comm = comm
+        self._clock = clock
+        self._sleep = sleep
         self.dead: set[int] = set()
         """Ranks that were found to have died."""
+        self._answer = bytearray([ALONE])
+        self._waiting: list[Any] = []
 
-    def say(self) -> bool:
-        """A worker's part. Whether to leave through MPI's own end; not if rank 0 is gone."""
-        answer = bytearray([ALONE])
+    def say(self, patience_s: float = math.inf) -> bool | None:
+        """A worker's part. Whether to leave through MPI's own end; not if rank 0 is gone. None: it says nothing."""
+        self.begin()
+        deadline, backoff = self._clock() + patience_s, Backoff()
+        while (answer := self.answered()) is None and self._clock() < deadline:
+            self._sleep(backoff.next_s(in_flight=False))
+        return answer
+
+    def begin(self) -> None:
+        """The first half of `say`: rank 0 is told. `answered` is the other one."""
         try:
-            said = self._send(0, b"\0")
-            heard = self._comm.Irecv([answer, 1, self._MPI.BYTE], source=0, tag=TAG)
-            backoff = Backoff()
-            while not (said.Test() and heard.Test()):
-                time.sleep(backoff.next_s(in_flight=False))
+            self._waiting = [self._send(0, b"\0")]
+            self._waiting.append(self._comm.Irecv([self._answer, 1, self._MPI.BYTE], source=0, tag=TAG))
+        except self._MPI.Exception:
+            self.dead.add(0)
+
+    def answered(self) -> bool | None:
+        """Whether to leave through MPI's own end; None while rank 0 has not said."""
+        try:
+            if not self.dead and not all(request.Test() for request in self._waiting):
+                return None
         except self._MPI.Exception:
             return False
-        return answer[0] == TOGETHER
+        return not self.dead and self._answer[0] == TOGETHER
 
     def hear(self, patience_s: float, lost: Collection[int] = ()) -> list[int]:
         """Rank 0's first part: the ranks that say nothing within the time, which are neither `lost` nor `dead`."""
@@ -50,7 +70,7 @@ class Farewell:
         for rank in range(1, self._comm.Get_size()):
             if rank not in self.dead:
                 waiting[rank] = self._comm.Irecv([bytearray(1), 1, self._MPI.BYTE], source=rank, tag=TAG)
-        deadline, backoff = time.monotonic() + patience_s, Backoff()
+        deadline, backoff = self._clock() + patience_s, Backoff()
         while True:
             for rank, request in list(waiting.items()):
                 try:
@@ -59,9 +79,9 @@ class Farewell:
                 except self._MPI.Exception:
                     self.dead.add(rank)
                     del waiting[rank]
-            if not waiting or time.monotonic() > deadline:
+            if not waiting or self._clock() > deadline:
                 return sorted(waiting)
-            time.sleep(backoff.next_s(in_flight=True))
+            self._sleep(backoff.next_s(in_flight=True))
 
     def dismiss(self) -> bool:
         """Rank 0's second part: all others are told. Whether all leave through MPI's own end."""
@@ -71,15 +91,15 @@ class Farewell:
             if rank not in self.dead:
                 with contextlib.suppress(self._MPI.Exception):  # it has died since: whoever waits for it is watched
                     answers.append(self._send(rank, bytes([TOGETHER if together else ALONE])))
-        deadline = time.monotonic() + LEAVE_S
-        while answers and time.monotonic() < deadline:
+        deadline = self._clock() + LEAVE_S
+        while answers and self._clock() < deadline:
             try:
                 if answers[-1].Test():
                     answers.pop()
                     continue
             except self._MPI.Exception:
                 answers.pop()
-            time.sleep(Backoff.FIRST_S)
+            self._sleep(Backoff.FIRST_S)
         return together
 
     def _send(self, rank: int, said: bytes) -> Any:

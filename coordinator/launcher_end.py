@@ -38,18 +38,20 @@ def launchers() -> list[int]:
     return found
 
 
-def guard_launcher(grace_s: float = GRACE_S, term_s: float = TERM_S) -> None:
-    """See to it that the launcher ends within `grace_s + term_s` seconds from now."""
+def guard_launcher(grace_s: float = GRACE_S, term_s: float = TERM_S) -> subprocess.Popen[bytes] | None:
+    """See to it that the launcher ends within `grace_s + term_s` seconds from now. Returns the guard, the head of a
+    process group of its own; None where there is no launcher or no guard could be started."""
     ending = [str(pid) for pid in launchers()]
     if not ending:
-        return
+        return None
     nothing = subprocess.DEVNULL
     environ = {"PATH": os.environ.get("PATH", os.defpath), "grace": f"{grace_s:g}", "term": f"{term_s:g}"}
     with contextlib.suppress(OSError):
-        subprocess.Popen(
+        return subprocess.Popen(
             ["/bin/sh", "-c", _END, "sh", *ending], stdin=nothing, stdout=nothing, stderr=nothing, cwd="/",
             env=environ, start_new_session=True,
         )  # fmt: skip
+    return None
 
 
 def is_sibling(pid: int) -> bool:

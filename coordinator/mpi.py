@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes
+import math
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -30,7 +31,7 @@ from coordinator.relays import leaders_of
 from scheduling.errors import EXIT_INFRASTRUCTURE, EXIT_OK, RankLostError
 
 END_S = 60.0
-"""For MPI's own end, which all ranks enter at about the same time. It takes a tenth of a second."""
+"""For MPI's own end at most, which all ranks enter at about the same time. It takes a tenth of a second."""
 TOGETHER_S = 120.0
 """How long the members of a part of the world may take to come together."""
 GOODBYE_S = 70.0
@@ -69,6 +70,8 @@ class World:
         """Whether the collectives go on without some ranks."""
         self.goodbye_s: Callable[[], float] = lambda: GOODBYE_S
         """How long rank 0 waits, when it leaves, for the others to leave too."""
+        self.rank0_silence_max_s = math.inf
+        """How long another rank waits, when it leaves, for rank 0 to leave too."""
         self._endpoint: MpiEndpoint | None = None
         self._left = False
         self.unfinished: list[Any] = []
@@ -176,29 +179,41 @@ class World:
         self._left = True
         sys.stdout.flush()
         sys.stderr.flush()
-        farewell = Farewell(self.MPI, self.messages_comm)
+        farewell, end_s = Farewell(self.MPI, self.messages_comm), END_S
         if self.rank == 0:
-            silent = farewell.hear(self.goodbye_s(), () if self._endpoint is None else self._endpoint.lost())
+            patience_s, began = self.goodbye_s(), time.monotonic()
+            silent = farewell.hear(patience_s, () if self._endpoint is None else self._endpoint.lost())
             if silent:
                 print(f"llmpi: no answer from rank {', '.join(map(str, silent))}: ending the job", file=sys.stderr)
                 self.abort(code)
             in_order = farewell.dismiss()
+            end_s = end_in(patience_s - (time.monotonic() - began))
+        elif (told := farewell.say(self.rank0_silence_max_s)) is None:
+            print(f"llmpi: rank {self.rank}: rank 0 does not leave: ending the job", file=sys.stderr)
+            self.abort(EXIT_INFRASTRUCTURE)
         else:
-            in_order = farewell.say()
+            in_order = told
         if not in_order:
             time.sleep(LEAVE_S)
             os._exit(code)
-        watch = threading.Timer(END_S, self._end_without, [code])
-        watch.daemon = True
-        watch.start()
-        self.MPI.Finalize()
-        watch.cancel()
+        with self._watched(end_s):
+            self.MPI.Finalize()
         return code
 
-    def _end_without(self, code: int) -> None:
-        """MPI's own end does not come: a rank must have died in it."""
-        guard_launcher()
-        os._exit(code)
+    @contextlib.contextmanager
+    def _watched(self, end_s: float) -> Iterator[None]:
+        """MPI's own end does not come where a rank stops or dies in it. It holds the interpreter, so that no thread of
+        ours runs meanwhile: after `end_s` an alarm ends this process, and the launcher does not outlive rank 0 by much.
+        """
+        guard = guard_launcher(end_s + GRACE_S) if self.rank == 0 else None
+        with contextlib.suppress(ValueError):  # not in the main thread: nobody else has set it
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, end_s)
+        yield
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        if guard is not None:
+            os.killpg(guard.pid, signal.SIGKILL)
+            guard.wait()
 
     def die(self, code: int) -> NoReturn:
         """Leave after an error of this rank's own. Where others survive that they are told of it, at once."""
@@ -208,6 +223,11 @@ class World:
         sys.stderr.flush()
         os.kill(os.getpid(), signal.SIGKILL)  # of an exit without MPI's end the others would not hear
         raise SystemExit(code)
+
+
+def end_in(left_s: float) -> float:
+    """How long MPI's own end may take rank 0, of whose patience so much is left."""
+    return min(END_S, max(LEAVE_S, left_s))
 
 
 def library_facts() -> tuple[str, str, str]:

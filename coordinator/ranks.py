@@ -47,6 +47,8 @@ def serve_rank(setup: Setup, world: World, log_dir: Path | None) -> None:
             endpoint = branch = Branch(endpoint, world.rank, world.leaders, time.monotonic, setup.config.lease_s)
         worker = build_worker(setup, world.rank, Spoke(endpoint), log)
         serve(worker, world.collectives, time.monotonic, branch=branch)
+        if worker.silence_max_s is not None:
+            world.rank0_silence_max_s = worker.silence_max_s
     except HandshakeError:
         raise
     except RankLostError as error:

@@ -53,6 +53,7 @@ def _serve(
         if worker.collect_epoch is not None:
             worker.collect_epoch = None
             collect(collectives(), [worker.metrics], clock(), reduced=worker.reduced)
+            worker.on_collected()
         if (reason := worker.why_leave()) is not None and not worker.stopped:
             raise RankLostError(reason)
         carries = False

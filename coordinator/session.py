@@ -45,6 +45,8 @@ CLOSE_S = 10.0
 """What ranks have to take in what they were sent, or to end their engine, before they are left behind."""
 FENCE_S = 5.0
 """How long the death of a rank that was killed may take to be known."""
+WORK_MARGIN = 20.0
+"""So many times as long as expected rank 0 may take for what it does without a word: some disks are slow."""
 DEAF_S = 5.0
 """A rank that has been silent for so long may not leave when it is told to. Heartbeats come every second."""
 
@@ -168,8 +170,12 @@ class Session:
             placement = msgspec.structs.replace(placement, lanes=("embed",))
         return m.Welcome(
             placement=placement, run_seed=self.setup.config.seed, session=self.number,
-            silence_max_s=self.setup.config.rank0_silence_max_s if self.beats else None,
+            silence_max_s=self._silence_max_s(),
         )  # fmt: skip
+
+    def _silence_max_s(self, busy_s: float = 0.0) -> float | None:
+        """How long ranks are to bear rank 0's silence, if it is busy for so long."""
+        return self.setup.config.rank0_silence_max_s + busy_s if self.beats else None
 
     def log_path(self, worker: int) -> Path | None:
         return None if self.log_dir is None else self.log_dir / f"engine-{worker}.log"
@@ -234,6 +240,7 @@ class Session:
         begin: Callable[[], None] = lambda: None,
         patience_s: float | None = None,
         give_up_at: Callable[[], float | None] = lambda: None,
+        work_s: float = 0.0,
     ) -> Gathered | None:
         """Fetch everybody's metrics by collectives. `take` is given the rows of requests, a chunk at a time, `begin` is
         called before the first, also where they come again.
@@ -241,15 +248,17 @@ class Session:
         Ranks that MPI knows to be gone are left out. None if one is silent, or MPI does not let the others go on: then
         only the record can be told of, and `leave` ends the job, because who waits for such a rank waits for ever.
         A rank is waited for half of `patience_s` at most before, and as long in each of the collectives; None: for its
-        lease, and CLOSE_S. `give_up_at` says until when, for that may become earlier meanwhile.
+        lease, and CLOSE_S. `give_up_at` says until when, for that may become earlier meanwhile. `work_s`: what rank 0
+        does between the collectives and `close`, during which it says nothing, takes about so long.
         """
         self._unreachable = list(self._remote)  # until it has gone well: an error in between leaves the others in it
         wait_s = self.setup.config.lease_s + CLOSE_S if patience_s is None else patience_s / 2
         if missing := self._call_together(wait_s, give_up_at):
             self._unreachable = missing
             return None
+        silence_max_s = self._silence_max_s(wait_s + WORK_MARGIN * work_s)
         for rank in self._remote:
-            self.hub.send(rank, m.Enter(EPOCH, bool(self.hub.lost)))
+            self.hub.send(rank, m.Enter(EPOCH, bool(self.hub.lost), silence_max_s))
         self.hub.flush()
         if (at := give_up_at()) is not None:
             wait_s = min(wait_s, max(LAST_S, at - self._clock()))

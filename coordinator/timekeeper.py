@@ -12,9 +12,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Literal
-
-import psutil
 
 from coordinator.closing import Size, reserve_s
 from coordinator.durations import duration
@@ -28,6 +27,8 @@ SLURM_MARGIN_S = 15.0
 SLURM_TERM_S = 600.0
 """A SIGTERM this long before Slurm's end, or later, announces it; an earlier one is somebody's who cancels the job."""
 MOVED_S = 0.5
+STARTED = 19
+"""The field of /proc/PID/stat, from the one behind the name on, that says when the process was started."""
 GOODBYE_LEAST_S = 2.0
 """What ranks that can be reached need to leave, however late it is."""
 
@@ -160,9 +161,13 @@ class Timekeeper:
 
 
 def age_s() -> float:
-    """How long this process has been running."""
-    born: float = psutil.Process().create_time()
-    return max(0.0, time.time() - born)
+    """How long this process has been running, by the kernel's clock since it booted; 0 where there is none."""
+    try:
+        after_name = Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()
+        born_s = int(after_name[STARTED]) / os.sysconf("SC_CLK_TCK")
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - born_s)
+    except (OSError, AttributeError):
+        return 0.0
 
 
 def _time_of_day(unix_s: float) -> str:

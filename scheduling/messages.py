@@ -278,10 +278,12 @@ class Collect(msgspec.Struct, tag="collect", frozen=True):
 
 
 class Enter(msgspec.Struct, tag="enter", frozen=True):
-    """Enter the collectives of this epoch. `reduced`: some ranks are gone; the first step is to leave them out."""
+    """Enter the collectives of this epoch. `reduced`: some ranks are gone; the first step is to leave them out.
+    `silence_max_s` as in `Welcome`, from here on: rank 0 makes metrics of the whole record before it is heard again."""
 
     epoch: int
     reduced: bool = False
+    silence_max_s: float | None = None
 
 
 class Stop(msgspec.Struct, tag="stop", frozen=True):

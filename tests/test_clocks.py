@@ -27,7 +27,7 @@ ALLOWED = {
     "coordinator/study/directory.py": "when a study began",
     "coordinator/study/scaling.py": "when a cell began",
     "coordinator/surroundings.py": "`created` of answers",
-    "coordinator/timekeeper.py": "Slurm's end of a job and a process's start are told so; each is read once",
+    "coordinator/timekeeper.py": "Slurm's end of a job is told so, and read once",
     "storage/blobs.py": "the age of other processes' leftovers, a name that is new",
     "storage/modelstore.py": "when a model was added",
     "storage/rundir.py": "when a session began",

@@ -184,6 +184,15 @@ class Worker:
             return f"nothing was heard of rank 0 for {silent_s:.0f} s"
         return None
 
+    def on_collected(self) -> None:
+        """The collectives, in which rank 0 says nothing else, have ended."""
+        self._heard_at = self._clock()
+
+    @property
+    def silence_max_s(self) -> float | None:
+        """How long rank 0 may say nothing; None: as long as it likes."""
+        return self._silence_max_s
+
     def close(self, engine_s: float | None = None) -> None:
         """End the engine within that time, or rank 0's, keeping what it last said of its work.
 
@@ -220,7 +229,7 @@ class Worker:
                 self.on_collect(message)
             case m.Enter():
                 self.collect_epoch, self.reduced = message.epoch, message.reduced
-                self._silence_max_s = None  # what follows takes as long as the record is large; there is no engine left
+                self._silence_max_s = message.silence_max_s
             case m.Heartbeat():
                 pass
             case m.Stop():

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from coordinator import leaving
-from coordinator.farewell import ALONE, TAG, TOGETHER, Farewell
+from coordinator.farewell import ALONE, LEAVE_S, TAG, TOGETHER, Farewell
+from coordinator.mpi import END_S, end_in
 
 
 class FakeMPI:
@@ -85,9 +86,25 @@ def test_a_worker_leaves_as_rank_0_says(answer: int, in_order: bool) -> None:
     assert mpi.sent == [(0, b"\0")]
 
 
+def test_a_worker_waits_for_rank_0_for_as_long_as_it_is_told() -> None:
+    now = [0.0]
+    mpi = FakeMPI(silent=(0,))
+
+    def sleep(delay_s: float) -> None:
+        now[0] += delay_s
+
+    assert Farewell(mpi, mpi, lambda: now[0], sleep).say(30.0) is None
+    assert now[0] == pytest.approx(30.0, abs=0.5)
+
+
 def test_a_worker_whose_rank_0_has_died_does_not_enter_mpis_own_end() -> None:
     mpi = FakeMPI(dead=(0,))
     assert not Farewell(mpi, mpi).say()
+
+
+@pytest.mark.parametrize(("left_s", "end_s"), [(70.0, END_S), (5.0, 5.0), (-3.0, LEAVE_S)])
+def test_mpis_own_end_has_what_is_left_of_rank_0s_patience(left_s: float, end_s: float) -> None:
+    assert end_in(left_s) == end_s
 
 
 def test_what_was_registered_is_called_once_the_last_one_first() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from coordinator import serve as serve_module
 from coordinator.collect import Collecting
 from coordinator.loop import Coordinator
 from coordinator.serve import drive, serve
@@ -154,10 +156,25 @@ def test_a_heartbeat_of_rank_0_is_enough_and_without_its_promise_none_is_missed(
         rank.serve(sleeps)
 
 
-def test_after_the_collectives_a_rank_without_an_engine_waits_for_as_long_as_it_takes(sleeps: Sleeps) -> None:
+def test_after_the_collectives_rank_0_may_be_silent_for_as_long_as_it_said_then(sleeps: Sleeps) -> None:
+    for silence_max_s, outlived in ((10_500.0, True), (None, True), (9_000.0, False)):
+        rank = Rank()
+        rank.rank0.say(msgspec.structs.replace(WELCOME, silence_max_s=600.0), m.Collect(1))
+        enter = m.Enter(1, silence_max_s=silence_max_s)
+        sleeps.meanwhile = [
+            lambda rank=rank, enter=enter: rank.rank0.say(enter),  # type: ignore[misc]
+            lambda rank=rank: rank.clock.pass_(10_000.0),  # type: ignore[misc]
+            lambda rank=rank: rank.rank0.say(m.Stop("done")),  # type: ignore[misc]
+        ]
+        with contextlib.nullcontext() if outlived else pytest.raises(RankLostError, match="nothing was heard"):
+            rank.serve(sleeps)
+
+
+def test_what_collectives_take_is_no_silence_of_rank_0(sleeps: Sleeps, monkeypatch: pytest.MonkeyPatch) -> None:
     rank = Rank()
-    rank.rank0.say(msgspec.structs.replace(WELCOME, silence_max_s=600.0), m.Collect(1), m.Enter(1))
-    sleeps.meanwhile = [lambda: rank.clock.pass_(10_000.0), lambda: rank.rank0.say(m.Stop("done"))]
+    monkeypatch.setattr(serve_module, "collect", lambda *given, **options: rank.clock.pass_(700.0))
+    rank.rank0.say(msgspec.structs.replace(WELCOME, silence_max_s=600.0), m.Collect(1), m.Enter(1, silence_max_s=600.0))
+    sleeps.meanwhile = [lambda: rank.rank0.say(m.Stop("done"))]
     rank.serve(sleeps)
 
 

@@ -13,7 +13,7 @@ from coordinator.callbacks import Callbacks
 from coordinator.config import JobConfig
 from coordinator.engines import ModelFacts
 from coordinator.memory import MemoryRecord
-from coordinator.session import DEAF_S, Session
+from coordinator.session import DEAF_S, WORK_MARGIN, Session
 from coordinator.setup import Setup
 from coordinator.surroundings import Surroundings
 from scheduling import messages as m
@@ -285,6 +285,15 @@ def test_ranks_are_called_together_and_enter_once_all_have_come() -> None:
         ]  # fmt: skip
     assert clock.now < 106.0
     assert session.leave(0) == 0
+
+
+def test_ranks_that_enter_are_told_how_long_rank_0_may_then_say_nothing() -> None:
+    session, world, _ = begun(2)
+    session.beats = True
+    world.ranks[1].say(m.Collecting(1))
+    session.collect(work_s=100.0)
+    [entering] = [message for message in world.ranks[1].take() if isinstance(message, m.Enter)]
+    assert entering.silence_max_s == 600.0 + 70.0 + WORK_MARGIN * 100.0
 
 
 def test_a_rank_that_does_not_come_is_waited_for_as_long_as_is_stated() -> None:

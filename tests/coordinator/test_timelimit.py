@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.timekeeper import SLURM_MARGIN_S, StopOptions, Timekeeper
+from coordinator.timekeeper import SLURM_MARGIN_S, StopOptions, Timekeeper, age_s
 from coordinator.timelimit import SQUEUE_TIMEOUT_S, SlurmEnd, parse_end_time, parse_time_limit, requeue
 from scheduling.errors import ConfigError
 from tests.coordinator.fakes import FakeClock
@@ -120,6 +120,13 @@ def test_the_earlier_of_both_limits_counts_and_none_switches_slurms_off() -> Non
     assert limit_of(IN_SLURM, time_limit_s=1e6) == (slurms, why)
     assert limit_of(IN_SLURM, time_limit_s=60.0) == (1050.0, "the time limit of 1m00s")
     assert limit_of(IN_SLURM, slurm_limit=False) is None
+
+
+def test_how_long_a_job_has_run_does_not_hang_on_the_time_of_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = age_s()
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 86_400.0)
+    assert 0.0 < before <= age_s() < before + 3_600.0
 
 
 def test_requeueing_outside_of_slurm_is_refused() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from unittest import mock
 
 from coordinator import lead
+from coordinator.farewell import Farewell
 from coordinator.relays import Branch, Bundle, Parcel, Way
 from coordinator.rundata import OwnRows
 from coordinator.session import Session
@@ -106,15 +107,17 @@ def a_worker_forgets_what_ran_when_its_engine_dies() -> list[Patch]:
 # ---------------------------------------------------------------- between ranks
 
 
+def twice(link: Link[Any, Any], payload: bytes) -> list[Any]:
+    """The messages of an envelope, although it may have been here before."""
+    envelope = link._decoder.decode(payload)
+    link._received = max(link._received, envelope.number)
+    messages: list[Any] = envelope.messages
+    return messages
+
+
 @bug
 def a_duplicate_envelope_is_taken_twice() -> list[Patch]:
-    def opened(original: Any, link: Link[Any, Any], payload: bytes) -> list[Any]:
-        envelope = link._decoder.decode(payload)
-        link._received = max(link._received, envelope.number)
-        messages: list[Any] = envelope.messages
-        return messages
-
-    return [wrapped(Link, "open", opened)]
+    return [wrapped(Link, "open", lambda original, link, payload: twice(link, payload))]
 
 
 @bug
@@ -124,6 +127,31 @@ def nobody_is_told_to_leave() -> list[Patch]:
             worker.close()
 
     return [wrapped(Session, "close", close)]
+
+
+# ---------------------------------------------------------------- MPI's end
+
+
+@bug
+def the_dead_are_taken_along_into_mpis_end() -> list[Patch]:
+    def dismiss(original: Any, farewell: Farewell) -> bool:
+        farewell.dead.clear()
+        return bool(original(farewell))
+
+    return [wrapped(Farewell, "dismiss", dismiss)]
+
+
+@bug
+def nobodys_goodbye_is_waited_for() -> list[Patch]:
+    return [wrapped(Farewell, "hear", lambda original, farewell, *arguments: [])]
+
+
+@bug
+def a_goodbye_is_waited_for_for_ever() -> list[Patch]:
+    def hear(original: Any, farewell: Farewell, patience_s: float, lost: Any) -> Any:
+        return original(farewell, float("inf"), lost)
+
+    return [wrapped(Farewell, "hear", hear)]
 
 
 # ---------------------------------------------------------------- leaders
@@ -152,17 +180,22 @@ def a_leader_vouches_for_its_members() -> list[Patch]:
 def what_is_sent_again_is_taken_again() -> list[Patch]:
     """By links, too, which would recognise it."""
     again: set[tuple[int, int]] = set()
+    payloads: set[bytes] = set()
 
     def send_again(original: Any, way: Way) -> list[Parcel]:
         parcels: list[Parcel] = original(way)
         again.update((parcel.worker, parcel.number) for parcel in parcels)
+        payloads.update(parcel.payload for parcel in parcels)
         return parcels
 
     def take(original: Any, way: Way, parcel: Parcel) -> bool:
         return original(way, parcel) or (parcel.worker, parcel.number) in again
 
-    [opened] = BUGS["a duplicate envelope is taken twice"]()
-    return [wrapped(Way, "again", send_again), wrapped(Way, "take", take), opened]
+    def opened(original: Any, link: Link[Any, Any], payload: bytes) -> list[Any]:
+        messages: list[Any] = twice(link, payload) if payload in payloads else original(link, payload)
+        return messages
+
+    return [wrapped(Way, "again", send_again), wrapped(Way, "take", take), wrapped(Link, "open", opened)]
 
 
 @bug

@@ -77,6 +77,7 @@ class Case:
         self.weather = weather.draw(Random(f"{self.seed} weather"), size)
         self.shape = self._shape(dice, size)
         self._lead(Random(f"{self.seed} leaders"), size)
+        self._part(Random(f"{self.seed} goodbyes"))
         self.shape.input.write_bytes(self.work.content)
         self.storage = Storage(self.shape.run_dir.parent)
         self.books = Books(self.work, self.storage, self.shape.run_dir, self.shape.config)
@@ -129,6 +130,12 @@ class Case:
         self.weather = replace(self.weather, rates_per_s=self.weather.rates_per_s | more)
         tolerant = self.shape.fault_tolerant or "rank killed" in more
         self.shape = replace(self.shape, leaders=leaders, fault_tolerant=tolerant)
+
+    def _part(self, dice: Random) -> None:
+        """In some seeds that are not quiet, sessions end in the midst of trouble."""
+        if (self.weather.rates_per_s or self.weather.chances) and dice.random() < 0.25:
+            kind = dice.choice(("rank dies as the job ends", "rank stops as the job ends"))
+            self.weather = replace(self.weather, chances=self.weather.chances | {kind: 0.7})
 
     # ------------------------------------------------------------ sessions
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import signal
 from collections.abc import Callable
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -17,7 +18,7 @@ from storage.files import replace_file
 from storage.recovery import RECORD_NAME
 from tests.simulation.disk import Outside, SimulatedDisk
 from tests.simulation.engines import SimulatedEngine
-from tests.simulation.rank0 import Incident
+from tests.simulation.rank0 import FAST_S, Incident
 from tests.simulation.ranks import WorkerRank
 from tests.simulation.world import World
 
@@ -38,6 +39,7 @@ class Faults:
         for kind, rate in world.weather.rates_per_s.items():
             self._plan(kind, rate)
         self._plan_operations()
+        self._plan_goodbyes()
         world.agenda.at(world.weather.calm_at_s, self._calm_down)
 
     def _calm_down(self) -> None:
@@ -71,6 +73,35 @@ class Faults:
             victim = dice.choice(sorted(world.workers))
             noticed = dice.random() < 0.7
             world.workers[victim].dies_in_collective = lambda: self._die_in_collective(victim, noticed)
+
+    def _plan_goodbyes(self) -> None:
+        """Whom something meets as the job ends: before it says goodbye, or soon after."""
+        world, dice = self.world, self.world.dice("goodbyes")
+        for kind, meets in (("rank dies as the job ends", self._dies), ("rank stops as the job ends", self._stops)):
+            if not world.calm and world.workers and dice.random() < world.weather.chance(kind):
+                rank = world.workers[dice.choice(sorted(world.workers))]
+                rank.at_goodbye = partial(self._at_goodbye, kind, rank, meets, dice)
+
+    def _at_goodbye(self, kind: str, rank: WorkerRank, meets: Callable[[WorkerRank], None], dice: Random) -> None:
+        def meet() -> None:
+            if rank.alive and not rank.ended and not self.world.calm and not self.world.rank0.dead:
+                self.world.trace.fault(self.world.agenda.now_s, kind, rank.rank)
+                meets(rank)
+
+        if dice.random() < 0.5:
+            meet()
+        else:
+            self.world.agenda.after(0.1 * dice.random(), meet)
+
+    def _dies(self, rank: WorkerRank) -> None:
+        self.world.worker_dies(rank.rank)
+        if self._dice.random() < 0.7:
+            self._death_is_noticed(rank.rank)
+
+    def _stops(self, rank: WorkerRank) -> None:
+        rank.stop()
+        if self._dice.random() < 0.7:
+            self._after(0.1, 2.0 * self.world.shape.config.lease_s, rank.go_on)
 
     def _incident(self, **options: Any) -> Incident:
         """At some operation, or at some operation on the record."""
@@ -213,12 +244,12 @@ class Faults:
         self.world.rank0.failing = None
 
     def disk_slows_down(self, dice: Random) -> bool:
-        self.world.rank0.latency_s = dice.choice((0.02, 0.3, 2.0))
+        self.world.rank0.latency_s = dice.choice((0.02, 0.3, 2.0, 8.0))
         self._after(0.1, 5.0, self._disk_is_fast)
         return True
 
     def _disk_is_fast(self) -> None:
-        self.world.rank0.latency_s = 1e-4
+        self.world.rank0.latency_s = FAST_S
 
     def clock_jumps(self, dice: Random) -> bool:
         self.world.rank0.wall_jump_s += dice.choice((-86_400.0, -10.0, 10.0, 86_400.0))

@@ -23,6 +23,7 @@ class _Envelope:
     target: int
     payload: bytes
     due_s: float
+    goodbye: bool = False
     lost: bool = False
 
 
@@ -35,6 +36,7 @@ class Network:
         self._agenda, self._trace, self._weather, self._dice = agenda, trace, weather, dice
         self._arrived = arrived
         self._inboxes: dict[int, list[tuple[int, bytes]]] = {}
+        self._goodbyes: dict[tuple[int, int], bytes] = {}
         self._under_way: dict[tuple[int, int], list[_Envelope]] = {}
         self._held: dict[tuple[int, int], list[_Envelope]] = {}
         self._cut: set[int] = set()
@@ -48,7 +50,8 @@ class Network:
 
     # ------------------------------------------------------------ envelopes
 
-    def post(self, source: int, target: int, payload: bytes) -> None:
+    def post(self, source: int, target: int, payload: bytes, goodbye: bool = False) -> None:
+        """`goodbye`: it is for nobody's inbox (`tests.simulation.parting`)."""
         if source in self._dead:
             return
         delay_s = self._dice.expovariate(1.0 / self._weather.latency_s)
@@ -59,7 +62,7 @@ class Network:
         due_s = self._agenda.now_s + delay_s
         if line:
             due_s = max(due_s, line[-1].due_s)
-        envelope = _Envelope(source, target, payload, due_s)
+        envelope = _Envelope(source, target, payload, due_s, goodbye)
         self._send(line, envelope)
         if not self._calm and self._dice.random() < self._weather.chance("message duplicated"):
             self._trace.fault(self._agenda.now_s, "message duplicated", source, target)
@@ -85,12 +88,19 @@ class Network:
             return  # of a duplicate: the first one still comes
         pair = (envelope.source, envelope.target)
         self._trace.note(self._agenda.now_s, "message", *pair)
-        self._inboxes[envelope.target].append((envelope.source, envelope.payload))
+        if envelope.goodbye:
+            self._goodbyes[pair] = envelope.payload
+        else:
+            self._inboxes[envelope.target].append((envelope.source, envelope.payload))
         self._arrived(envelope.target)
 
     def take(self, rank: int) -> list[tuple[int, bytes]]:
         arrived, self._inboxes[rank] = self._inboxes[rank], []
         return [] if rank in self._dead else arrived
+
+    def goodbye(self, source: int, target: int) -> bytes | None:
+        """What has come of it."""
+        return self._goodbyes.get((source, target))
 
     def unsent_bytes(self, rank: int) -> int:
         return sum(

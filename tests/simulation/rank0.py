@@ -19,6 +19,8 @@ from storage.rundir import METRICS_NAME
 from tests.simulation.agenda import Agenda, Trace, ViolationError
 
 IDLE_S = 0.2
+FAST_S = 1e-4
+"""What an operation on disk takes."""
 TURNS_MAX = 20_000
 """Looks at the clock without sleeping, after which rank 0 is taken to spin."""
 
@@ -67,7 +69,7 @@ class Rank0:
         self.why_deadline = ""
         self.failing: int | None = None
         """The errno of all operations that change something."""
-        self.latency_s = 1e-4
+        self.latency_s = FAST_S
         self.wall_jump_s = 0.0
         self.held_up_s = 0.0
         """How long it has been stopped, or its disk has taken: in so far it cannot keep to times."""
@@ -147,15 +149,10 @@ class Rank0:
         """The disk is right again, and goes on being so."""
         self.failing = None
         self.incidents.clear()
-        self.latency_s = 1e-4
+        self.latency_s = FAST_S
 
     def operate(self, what: str, path: Path, half: Callable[[], None] | None = None) -> None:
-        self._must_live()
-        if not self._in_agenda:
-            self._looks = 0
-            self.held_up_s += self.latency_s
-            until_s = self._agenda.now_s + self.latency_s
-            self._live(until_s, until_s)
+        self._wait_for_disk()
         name = METRICS_NAME if path.name.startswith(f".{METRICS_NAME}") else path.name  # that one says who writes it
         self._trace.note(self._agenda.now_s, "disk", what, name)
         for incident in list(self.incidents):
@@ -182,4 +179,15 @@ class Rank0:
         raise OSError(number, os.strerror(number))
 
     def look(self) -> None:
+        """Takes no time while the disk is fast: then it is answered from memory."""
         self._must_live()
+        if self.latency_s > FAST_S:
+            self._wait_for_disk()
+
+    def _wait_for_disk(self) -> None:
+        self._must_live()
+        if not self._in_agenda:
+            self._looks = 0
+            self.held_up_s += self.latency_s
+            until_s = self._agenda.now_s + self.latency_s
+            self._live(until_s, until_s)

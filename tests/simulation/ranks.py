@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from coordinator.collect import COLLECTIVE_PATIENCE_S, Blocks, collect
+from coordinator.farewell import Farewell
 from coordinator.relays import Branch
 from coordinator.serve import step
 from scheduling.errors import RankFailedError, RankLostError
@@ -21,6 +22,7 @@ from scheduling.link import Endpoint, Spoke
 from tests.simulation.agenda import Agenda, Trace, ViolationError
 from tests.simulation.engines import SimulatedEngine
 from tests.simulation.network import SimulatedEndpoint
+from tests.simulation.parting import Parting
 from workers.worker import Worker
 
 SILENT_S = 2.5
@@ -43,9 +45,15 @@ class WorkerRank:
     def __init__(
         self, rank: int, agenda: Agenda, trace: Trace, dice: Random, endpoint: SimulatedEndpoint, board: Board,
         make: Callable[[Spoke], Worker], abort: Callable[[], None],
-        branch: Callable[[Endpoint], Branch] | None,
+        branch: Callable[[Endpoint], Branch] | None, parting: Parting,
     ) -> None:  # fmt: skip
         self.rank = rank
+        self._parting = parting
+        self._farewell: Farewell | None = None
+        self._through: Callable[[], bool] | None = None
+        self._given_up_s = float("inf")
+        self.at_goodbye: Callable[[], None] = lambda: None
+        """Called when it is about to say goodbye."""
         self.branch: Branch | None = None
         self._make_branch = branch
         self._abort = abort
@@ -53,7 +61,7 @@ class WorkerRank:
         self.worker: Worker | None = None
         self.alive = True
         self.ended = False
-        """It has left in order."""
+        """It has left, through MPI's own end or without it."""
         self.dies_in_collective: Callable[[], None] | None = None
         self._agenda, self._trace, self._dice = agenda, trace, dice
         self._endpoint, self._board, self._make = endpoint, board, make
@@ -81,8 +89,12 @@ class WorkerRank:
         if at_s != self._due_s:
             return
         self._due_s = float("inf")
-        if self.worker is not None and self.alive and not self.ended and not self._stopped:
+        if self.worker is None or not self.alive or self.ended or self._stopped:
+            return
+        if self._farewell is None:
             self._turn(self.worker)
+        else:
+            self._leave(self._farewell)
 
     def _turn(self, worker: Worker) -> None:
         busy = step(worker)
@@ -94,6 +106,7 @@ class WorkerRank:
                 collect(collectives, [worker.metrics], self._agenda.now_s, reduced=worker.reduced)
             except RankDiedError:
                 return
+            worker.on_collected()
         if (reason := worker.why_leave()) is not None and not worker.stopped:
             worker.close()
             self._trace.note(self._agenda.now_s, "rank", self.rank, "ends the job:", reason)
@@ -101,8 +114,7 @@ class WorkerRank:
             return
         if worker.stopped:
             worker.close()
-            self.ended = True
-            self._trace.note(self._agenda.now_s, "rank ends", self.rank)
+            self._say_goodbye(worker)
             return
         if self.branch is not None:
             busy = self.branch.took_part() or busy
@@ -111,6 +123,36 @@ class WorkerRank:
         self.stir(self._agenda.now_s + pause_s * self._dice.random())
         if self.engine is not None and (next_s := self.engine.next_s()) < float("inf"):
             self.stir(next_s)
+
+    def _say_goodbye(self, worker: Worker) -> None:
+        meet, self.at_goodbye = self.at_goodbye, lambda: None
+        meet()
+        if not self.alive or self._stopped:  # when it goes on it says so
+            return
+        comm = self._parting.comm(self.rank)
+        self._farewell = Farewell(comm, comm)
+        self._farewell.begin()
+        if worker.silence_max_s is not None:
+            self._given_up_s = self._agenda.now_s + worker.silence_max_s
+        self.stir(self._agenda.now_s)
+
+    def _leave(self, farewell: Farewell) -> None:
+        """As `coordinator.mpi.World.leave` does it, without waiting."""
+        if self._through is None:
+            together = farewell.answered()
+            if together:
+                self._through = self._parting.enter(self.rank)
+            elif together is None and self._agenda.now_s >= self._given_up_s:
+                self._trace.note(self._agenda.now_s, "rank", self.rank, "ends the job: rank 0 does not leave")
+                self._abort()
+                return
+            self.ended = together is False
+        else:
+            self.ended = self._through()
+        if self.ended:
+            self._trace.note(self._agenda.now_s, "rank ends", self.rank)
+        else:
+            self.stir(self._agenda.now_s + POLL_S * self._dice.random())
 
     def _judge_silence(self) -> None:
         """A rank that turns says something now and then."""

@@ -111,6 +111,17 @@ def test_operations_fail_or_end_the_process_where_they_are_told_to() -> None:
         disk.remove(Path("/disk/results.jsonl"))
 
 
+def test_a_look_takes_time_only_while_the_disk_is_slow() -> None:
+    agenda = Agenda()
+    rank0 = Rank0(agenda, Trace(), 0.0)
+    disk = SimulatedDisk(Storage(Path("/disk")), rank0)
+    disk.exists(Path("/disk/stop"))
+    assert agenda.now_s == 0.0
+    rank0.latency_s = 2.0
+    disk.exists(Path("/disk/stop"))
+    assert agenda.now_s == rank0.held_up_s == 2.0
+
+
 # ---------------------------------------------------------------- rank 0's time
 
 

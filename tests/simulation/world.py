@@ -17,13 +17,16 @@ import msgspec
 from coordinator import session as session_module
 from coordinator.batchoptions import BatchOptions
 from coordinator.config import JobConfig
+from coordinator.farewell import LEAVE_S, Farewell
 from coordinator.launch import detect
 from coordinator.lead import Lead
+from coordinator.mpi import END_S, end_in
 from coordinator.relays import Branch
+from coordinator.session import CLOSE_S
 from coordinator.setup import Setup
 from coordinator.signals import StopSignals
 from coordinator.surroundings import Surroundings
-from coordinator.timekeeper import StopOptions, Timekeeper
+from coordinator.timekeeper import GOODBYE_LEAST_S, StopOptions, Timekeeper
 from scheduling import messages as m
 from scheduling.errors import EngineError, LlmpiError
 from scheduling.link import Endpoint, Spoke
@@ -34,6 +37,7 @@ from tests.simulation.disk import SimulatedDisk, Storage
 from tests.simulation.engines import Deaths, SimulatedEngine, Temper
 from tests.simulation.network import Network
 from tests.simulation.oracles import Books, WatchedPlane, WatchedWriter
+from tests.simulation.parting import Parting
 from tests.simulation.rank0 import Rank0, Rank0DiedError
 from tests.simulation.ranks import Board, SimulatedRanks, WorkerRank
 from tests.simulation.threads import InTurn, Threads
@@ -45,8 +49,8 @@ PID = 1000
 TOLD_S = 0.5
 """How soon MPI tells of the death of a rank, at most."""
 PUNCTUAL_S = 1.0
-LEAVE_S = 30.0
-"""How long the ranks have to end after rank 0 has returned."""
+ENDED_S = END_S + 30.0
+"""How long the ranks have to end after rank 0 has returned: what may hold MPI's own end up is over by then."""
 
 
 @dataclass(frozen=True)
@@ -95,11 +99,14 @@ class World:
         self.deaths = Deaths()
         self.aborted: int | None = None
         self.asked_to_stop = False
+        self._goodbye_s = 0.0
+        """How long the goodbye has taken: a part of it is granted, however late it is."""
         self.lead: Lead | None = None
         self._number = number
         self._dice = self.dice("world")
         self.network = Network(self.agenda, trace, weather, self.dice("network"), self._arrived)
         self.board = Board(self.agenda, self.dice("board"), shape.size, self._stir_rank0)
+        self.parting = Parting(self.agenda, self.network, shape.size, self._hindered)
         endpoint = self.network.endpoint(0)
         self.rank0 = Rank0(self.agenda, trace, 1e3 * self._dice.random())
         self.disk = SimulatedDisk(storage, self.rank0, self._completes)
@@ -109,7 +116,7 @@ class World:
             self.workers[rank] = WorkerRank(
                 rank, self.agenda, trace, self.dice(f"rank {rank}"), self.network.endpoint(rank), self.board,
                 partial(self._make_worker, rank), self.everyone_dies,
-                partial(self._make_branch, rank) if shape.leaders else None,
+                partial(self._make_branch, rank) if shape.leaders else None, self.parting,
             )  # fmt: skip
         self._ranks = SimulatedRanks(
             endpoint, self.board, partial(self.rank0.sleep, []), self.rank0.clock, self._abort, self._fence,
@@ -268,6 +275,7 @@ class World:
             engine.slowness = 1.0
         for worker in self.workers.values():
             worker.dies_in_collective = None
+            worker.at_goodbye = lambda: None
             worker.go_on()
 
     # ------------------------------------------------------------ the session
@@ -299,6 +307,11 @@ class World:
                 code = self.aborted
             except LlmpiError as error:
                 code, failure = error.exit_code, f"{type(error).__name__}: {error}"
+            try:
+                if not rank0.dead and shape.size > 1:
+                    self._leave(code)
+            except Rank0DiedError:
+                code = self.aborted
             if self.aborted is not None or not rank0.dead:
                 self._judge_time()
             if rank0.dead:
@@ -307,6 +320,29 @@ class World:
                 self._wait_for_all()
         self.trace.note(self.agenda.now_s, "session ends", code, failure.replace(str(shape.run_dir.parent), ""))
         return Ended(code, failure, said.getvalue())
+
+    def _leave(self, code: int | None) -> None:
+        """Rank 0's part in the end, as `coordinator.mpi.World.leave` does it."""
+        assert code is not None
+        rank0, comm = self.rank0, self.parting.comm(0)
+        farewell = Farewell(comm, comm, rank0.clock, partial(rank0.sleep, []))
+        patience_s, began = self.keeper.goodbye_s(self.shape.config.lease_s + CLOSE_S), rank0.clock()
+        try:
+            if silent := farewell.hear(patience_s, self.network.told()):
+                self.note("no goodbye from rank", *silent)
+                if heard := [rank for rank in silent if self.must_be_heard(rank)]:
+                    raise ViolationError(f"rank {heard[0]} has not ended though the job is over")
+                self._abort(code)
+            if farewell.dismiss():
+                through = self.parting.enter(0, end_in(patience_s - (rank0.clock() - began)))
+                while not through():
+                    rank0.sleep([], 0.1)
+        finally:
+            self._goodbye_s = rank0.clock() - began
+
+    def _hindered(self) -> bool:
+        """Whether a rank may have been kept from MPI's own end after it had said goodbye."""
+        return not self.calm or not all(worker.alive for worker in self.workers.values())
 
     def _recorder(self, *arguments: Any) -> WatchedWriter:
         self.books.record_opened()
@@ -333,13 +369,13 @@ class World:
         exit_by = self.keeper.exit_by
         if exit_by is None or (outcome is not None and outcome.outcome == "done"):
             return
-        late_s = self.rank0.clock() - exit_by - self.rank0.held_up_s
+        late_s = self.rank0.clock() - exit_by - self.rank0.held_up_s - min(self._goodbye_s, GOODBYE_LEAST_S + LEAVE_S)
         if late_s > PUNCTUAL_S:
             raise ViolationError(f"the job ended {late_s:.1f} s later than it was to, {outcome}")
 
     def _wait_for_all(self) -> None:
         """Rank 0 has returned: every rank that it can reach ends, its engine closed."""
-        until_s = self.agenda.now_s + LEAVE_S
+        until_s = self.agenda.now_s + ENDED_S
         reachable = [one for one in self.workers.values() if one.alive]
         while not all(one.ended or not one.alive for one in reachable) and self.agenda.next_s() <= until_s:
             self.agenda.step()

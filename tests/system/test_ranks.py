@@ -100,13 +100,14 @@ def held(mpirun: Launcher, folder: Path, *more: Argument, ranks: int = 3, ulfm: 
 
 
 def altered(
-    mpirun: Launcher, folder: Path, program: str, *, ranks: int, runner: Sequence[str] = (), ulfm: bool = False
-) -> tuple[Finished, Run]:
+    mpirun: Launcher, folder: Path, program: str, *, ranks: int, runner: Sequence[str] = (), ulfm: bool = False,
+    more: tuple[Argument, ...] = (),
+) -> tuple[Finished, Run]:  # fmt: skip
     """A job from its start to its end, begun by a `program` that changes something and then calls the command line."""
     path, run = folder / "altered.py", Run(folder / "run")
     path.write_text(program)
     mpi_options = ULFM if ulfm else ()
-    given = words(folder, run)
+    given = words(folder, run, *more)
     return mpirun(ranks, *given, program=[*runner, path], mpi_options=mpi_options, timeout_s=PATIENCE_S), run
 
 
@@ -336,10 +337,10 @@ import os, signal
 from coordinator import cli
 from coordinator.farewell import Farewell
 say = Farewell.say
-def dying(self):
+def dying(self, *patience):
     if os.environ["OMPI_COMM_WORLD_RANK"] == "2":
         os.kill(os.getpid(), signal.SIGKILL)
-    return say(self)
+    return say(self, *patience)
 Farewell.say = dying
 cli.main()
 """
@@ -353,6 +354,65 @@ def test_when_a_rank_dies_as_the_job_ends_the_others_leave_without_it(
     assert done.rc == 0, done.output
     check_whole(run, undisturbed)
     assert collectives(run) == "4 ranks"
+
+
+STOP_IN_MPIS_END = """
+import os, signal
+from coordinator import cli, mpi
+from coordinator.farewell import Farewell
+mpi.END_S = mpi.GRACE_S = 3.0
+say = Farewell.say
+def stopping(*given):
+    answer = say(*given)
+    while "2" in (os.environ.get("OMPI_COMM_WORLD_RANK"), os.environ.get("PMI_RANK")):
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return answer
+Farewell.say = stopping
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("mpirun", "ulfm"), [("openmpi", False), ("openmpi", True), ("mpich", False)], indirect=["mpirun"]
+)
+def test_a_rank_that_stops_within_mpis_end_holds_nobody_up(
+    mpirun: Launcher, tmp_path: Path, undisturbed: Mapping[str, Any], ulfm: bool
+) -> None:
+    _, run = altered(mpirun, tmp_path, STOP_IN_MPIS_END, ranks=4, ulfm=ulfm)
+    check_whole(run, undisturbed)
+
+
+STOP_AT_THE_END = """
+import os, signal
+from coordinator import cli, ending
+from coordinator.farewell import Farewell
+def stopping(*given):
+    while True:  # launchers let it go on before they end it
+        os.kill(os.getpid(), signal.SIGSTOP)
+%s = stopping
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("mpirun", ["openmpi", "mpich"], indirect=True)
+@pytest.mark.parametrize(
+    ("where", "said", "status"),
+    [
+        ("ending.make_metrics", "nothing was heard of rank 0 for", 3),
+        ("Farewell.hear", "rank 0 does not leave: ending the job", 0),
+    ],
+    ids=["in its metrics", "in its goodbye"],
+)
+def test_when_rank_0_stops_for_ever_at_the_end_nobody_stays(
+    mpirun: Launcher, tmp_path: Path, undisturbed: Mapping[str, Any], where: str, said: str, status: int
+) -> None:
+    soon = ("--lease", 5, "--rank0-lease", 5)
+    done, run = altered(mpirun, tmp_path, STOP_AT_THE_END % where, ranks=3, more=soon)
+    assert done.rc != 0, done.output
+    assert said in done.stderr
+    assert run_alone("status", run.path).rc == status
+    assert run_alone(*words(tmp_path, run, *soon)).rc == 0
+    check_whole(run, undisturbed)
 
 
 # ---------------------------------------------------------------- an error of its own, and what is too much
