@@ -206,11 +206,14 @@ class World:
         ours runs meanwhile: after `end_s` an alarm ends this process, and the launcher does not outlive rank 0 by much.
         """
         guard = guard_launcher(end_s + GRACE_S) if self.rank == 0 else None
-        with contextlib.suppress(ValueError):  # not in the main thread: nobody else has set it
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        handler = None
+        with contextlib.suppress(ValueError):  # not in the main thread: what the program has set stays
+            handler = signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, end_s)
         yield
         signal.setitimer(signal.ITIMER_REAL, 0.0)
+        if handler is not None:
+            signal.signal(signal.SIGALRM, handler)
         if guard is not None:
             os.killpg(guard.pid, signal.SIGKILL)
             guard.wait()
