@@ -15,7 +15,7 @@ import msgspec
 
 from scheduling.fitting import Fit
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 """Raised with every change to a message of this module. It leads every envelope."""
 
 ENGINE_END_S = 5.0
