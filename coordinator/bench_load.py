@@ -106,12 +106,12 @@ class Interrupts:
 
     def due(self, elapsed_s: float, *, idle: bool) -> list[Job]:
         """The one that has come since the last call, if any. `idle` False: the one before is unanswered, and what comes
-        now is left out, or an engine that is slower than that would never end."""
+        now is left out, or an engine that is slower than that would never end. So are all but one of several."""
         load, passed = self._load, int(elapsed_s / self._load.interrupt_every_s)
-        came, self._passed = passed > self._passed, passed
-        if came and not idle:
-            self.left_out += 1
-        if not (came and idle):
+        came, self._passed = passed - self._passed, passed
+        given = min(came, 1) if idle else 0
+        self.left_out += came - given
+        if not given:
             return []
         prompt = self._random.integers(0, self._vocab_tokens, load.interrupt_tokens)
         self.made += 1

@@ -64,8 +64,8 @@ class Ending:
         own = OwnRows(coordinator)
         began, left_s = self._clock(), self._left_s(outcome.outcome)
         closing = self._closing(left_s, found, coordinator)
+        size = size_of(found, coordinator)
         if closing.gather:
-            size = size_of(found, coordinator)
             gathered = self._session.collect(
                 own, own.begin, None if left_s is None else left_s / 2,
                 lambda: self._give_up_at(outcome.outcome, began), work_s=gather_s(size) + metrics_s(size),
@@ -75,7 +75,7 @@ class Ending:
             )  # somebody may have said until when
         else:
             gathered = None
-            self._session.let_go()
+            self._session.let_go(metrics_s(size) if closing.metrics else 0.0)
         absent = self._session.absent(gathered) if closing.metrics else {}
         intervals.finish(gathered, lambda ranks: completed(ranks, absent, run, self._disk))
         doubt = ""

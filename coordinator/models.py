@@ -53,7 +53,10 @@ def pull_model(
         try:
             pulled = pull(source, scratch, progress=progress.at, max_bytes=max_bytes, offline=offline)
         except WrongBytesError as error:
-            kept = store.blobs.quarantine(error.path, Digest(error.promised), Digest(error.actual))
+            try:
+                kept = store.blobs.quarantine(error.path, Digest(error.promised), Digest(error.actual))
+            except ModelStoreError as unkept:
+                raise ModelSourceError(f"{error} It is still {error.path}: {unkept}") from error
             raise ModelSourceError(
                 f"{error} It lies in {kept}. Pull again, or see whether the file has been changed."
             ) from error

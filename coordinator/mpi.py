@@ -204,16 +204,18 @@ class World:
     def _watched(self, end_s: float) -> Iterator[None]:
         """MPI's own end does not come where a rank stops or dies in it. It holds the interpreter, so that no thread of
         ours runs meanwhile: after `end_s` an alarm ends this process, and the launcher does not outlive rank 0 by much.
+        An alarm that the program has set comes as much later as this takes.
         """
         guard = guard_launcher(end_s + GRACE_S) if self.rank == 0 else None
         handler = None
         with contextlib.suppress(ValueError):  # not in the main thread: what the program has set stays
             handler = signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_REAL, end_s)
+        left_s, every_s = signal.setitimer(signal.ITIMER_REAL, end_s)
         yield
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         if handler is not None:
             signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, left_s, every_s)
         if guard is not None:
             os.killpg(guard.pid, signal.SIGKILL)
             guard.wait()

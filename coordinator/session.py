@@ -177,6 +177,14 @@ class Session:
         """How long ranks are to bear rank 0's silence, if it is busy for so long."""
         return self.setup.config.rank0_silence_max_s + busy_s if self.beats else None
 
+    def _tell_busy(self, busy_s: float) -> None:
+        """Have ranks bear a silence of so much more than usual, so that none ends the job in the middle of its end. To
+        be flushed."""
+        if (silence_max_s := self._silence_max_s(busy_s)) is None:
+            return
+        for rank in self._remote:
+            self.hub.send(rank, m.Busy(silence_max_s))
+
     def log_path(self, worker: int) -> Path | None:
         return None if self.log_dir is None else self.log_dir / f"engine-{worker}.log"
 
@@ -249,17 +257,19 @@ class Session:
         only the record can be told of, and `leave` ends the job, because who waits for such a rank waits for ever.
         A rank is waited for half of `patience_s` at most before, and as long in each of the collectives; None: for its
         lease, and CLOSE_S. `give_up_at` says until when, for that may become earlier meanwhile. `work_s`: what rank 0
-        does between the collectives and `close`, during which it says nothing, takes about so long.
+        does between this and `close`, during which it says nothing, takes about so long.
         """
         self._unreachable = list(self._remote)  # until it has gone well: an error in between leaves the others in it
         wait_s = self.setup.config.lease_s + CLOSE_S if patience_s is None else patience_s / 2
-        if missing := self._call_together(wait_s, give_up_at):
+        missing = self._call_together(wait_s, give_up_at)
+        self._tell_busy(wait_s + WORK_MARGIN * work_s)
+        if not missing:
+            for rank in self._remote:
+                self.hub.send(rank, m.Enter(EPOCH, bool(self.hub.lost)))
+        self.hub.flush()
+        if missing:
             self._unreachable = missing
             return None
-        silence_max_s = self._silence_max_s(wait_s + WORK_MARGIN * work_s)
-        for rank in self._remote:
-            self.hub.send(rank, m.Enter(EPOCH, bool(self.hub.lost), silence_max_s))
-        self.hub.flush()
         if (at := give_up_at()) is not None:
             wait_s = min(wait_s, max(LAST_S, at - self._clock()))
         collectives = self._collectives(wait_s)
@@ -328,8 +338,11 @@ class Session:
         size = 1 if self.world is None else self.world.size
         return f"{size} ranks" if len(gathered.present) == size else f"{len(gathered.present)} of {size} ranks"
 
-    def let_go(self) -> None:
-        """Instead of `collect`, where time is short: ranks that have said nothing lately are not waited for."""
+    def let_go(self, work_s: float = 0.0) -> None:
+        """Instead of `collect`, where time is short: ranks that have said nothing lately are not waited for. `work_s`
+        as there."""
+        self._tell_busy(WORK_MARGIN * work_s)
+        self.hub.flush()
         if self.coordinator is not None:
             self._unreachable += sorted(self.coordinator.silent(DEAF_S).intersection(self._remote))
 

@@ -15,7 +15,7 @@ import msgspec
 
 from scheduling.fitting import Fit
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 """Raised with every change to a message of this module. It leads every envelope."""
 
 ENGINE_END_S = 5.0
@@ -278,12 +278,17 @@ class Collect(msgspec.Struct, tag="collect", frozen=True):
 
 
 class Enter(msgspec.Struct, tag="enter", frozen=True):
-    """Enter the collectives of this epoch. `reduced`: some ranks are gone; the first step is to leave them out.
-    `silence_max_s` as in `Welcome`, from here on: rank 0 makes metrics of the whole record before it is heard again."""
+    """Enter the collectives of this epoch. `reduced`: some ranks are gone; the first step is to leave them out."""
 
     epoch: int
     reduced: bool = False
-    silence_max_s: float | None = None
+
+
+class Busy(msgspec.Struct, tag="busy", frozen=True):
+    """`silence_max_s` as in `Welcome`, from here on: rank 0 makes metrics of the whole record before it is heard again,
+    whether this worker took part in the collectives or not."""
+
+    silence_max_s: float
 
 
 class Stop(msgspec.Struct, tag="stop", frozen=True):
@@ -293,4 +298,6 @@ class Stop(msgspec.Struct, tag="stop", frozen=True):
     engine_s: float = ENGINE_END_S
 
 
-FromCoordinator = Welcome | Refuse | Assign | Recall | Cancel | Exhausted | Rejoin | Collect | Enter | Stop | Heartbeat
+FromCoordinator = (
+    Welcome | Refuse | Assign | Recall | Cancel | Exhausted | Rejoin | Collect | Enter | Busy | Stop | Heartbeat
+)

@@ -216,8 +216,8 @@ def _contexts_beside(ask: Ask, layout: Layout, gpus: int) -> Iterator[tuple[int,
         cells = max(layout.ctx_tokens, layout.long_ctx_tokens) + ask.batch_tokens
         yield SCORING_CONTEXTS_GPU if gpus else 1, min(layout.ubatch_tokens, ask.batch_tokens), cells_of(cells)
     if ask.input_tokens:
-        tokens = max(layout.ubatch_tokens, ask.input_tokens)
-        yield ENCODING_CONTEXTS, tokens, cells_of(tokens)
+        tokens = cells_of(max(layout.ubatch_tokens, ask.input_tokens))  # whole rows of as many sequences
+        yield ENCODING_CONTEXTS, tokens, tokens
 
 
 def _draft_bytes(ask: Ask, layout: Layout, contexts: int) -> int:

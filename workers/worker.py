@@ -157,11 +157,11 @@ class Worker:
             self._close_engine(0.0)
 
     def listen(self) -> bool:
-        """A turn after a crash: only what ends this worker, or asks for its metrics, still counts."""
+        """A turn after a crash: only what ends this worker or its waiting, or asks for its metrics, still counts."""
         now = self._clock()
         heard = self._listen(now)
         for message in heard:
-            if isinstance(message, m.Collect | m.Enter | m.Stop | m.Refuse):
+            if isinstance(message, m.Collect | m.Enter | m.Busy | m.Stop | m.Refuse):
                 self._handle(message)
         if now - self._last_said > HEARTBEAT_S:
             self._spoke.send(m.Heartbeat())
@@ -229,6 +229,7 @@ class Worker:
                 self.on_collect(message)
             case m.Enter():
                 self.collect_epoch, self.reduced = message.epoch, message.reduced
+            case m.Busy():
                 self._silence_max_s = message.silence_max_s
             case m.Heartbeat():
                 pass

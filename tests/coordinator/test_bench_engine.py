@@ -61,6 +61,8 @@ def test_long_prompts_come_when_they_are_due_and_once() -> None:
     assert interrupts.due(1.1, idle=False) == []
     (second,) = interrupts.due(1.6, idle=True)
     assert (interrupts.made, interrupts.left_out) == (2, 1)
+    assert len(interrupts.due(3.1, idle=True)) == 1
+    assert (interrupts.made, interrupts.left_out) == (3, 3)
     assert (first.key, second.key) == (50, 51)
     assert {len(job.request.prompt) for job in (first, second)} == {30}
     assert load().interrupts(100, 0) is None

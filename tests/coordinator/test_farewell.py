@@ -5,14 +5,16 @@
 from __future__ import annotations
 
 import builtins
+import signal
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from coordinator import leaving
 from coordinator.farewell import ALONE, LEAVE_S, TAG, TOGETHER, Farewell
-from coordinator.mpi import END_S, end_in
+from coordinator.mpi import END_S, World, end_in
 
 
 class FakeMPI:
@@ -105,6 +107,24 @@ def test_a_worker_whose_rank_0_has_died_does_not_enter_mpis_own_end() -> None:
 @pytest.mark.parametrize(("left_s", "end_s"), [(70.0, END_S), (5.0, 5.0), (-3.0, LEAVE_S)])
 def test_mpis_own_end_has_what_is_left_of_rank_0s_patience(left_s: float, end_s: float) -> None:
     assert end_in(left_s) == end_s
+
+
+def test_an_alarm_of_the_programs_own_is_given_back_after_mpis_end() -> None:
+    def own(number: int, frame: object) -> None:
+        raise AssertionError("it came")
+
+    handler, timer = signal.signal(signal.SIGALRM, own), signal.setitimer(signal.ITIMER_REAL, 1000.0, 7.0)
+    try:
+        with World._watched(cast(World, SimpleNamespace(rank=1)), 60.0):
+            assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+            assert 50.0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 60.0
+        assert signal.getsignal(signal.SIGALRM) is own
+        left_s, every_s = signal.getitimer(signal.ITIMER_REAL)
+        assert 900.0 < left_s <= 1000.0
+        assert every_s == 7.0
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler)
 
 
 def test_what_was_registered_is_called_once_the_last_one_first() -> None:

@@ -191,6 +191,12 @@ def test_a_model_is_pulled_from_a_web_server(llmpi: Llmpi, tmp_path: Path, serve
     kept = llmpi.home / "models" / "quarantine" / f"sha256-{'0' * 64}.is-{pulled['digest'].replace(':', '-')}"
     assert f"It lies in {kept}." in llmpi.err
     assert kept.read_bytes() == path.read_bytes()
+    kept.unlink()
+    kept.parent.rmdir()
+    kept.parent.touch()
+    llmpi("models", "pull", f"{server}/far.gguf#sha256={'0' * 64}", "--name", "other", code=2)
+    [wrong] = (llmpi.home / "models" / "pulls").glob("*.wrong")
+    assert f"not {'0' * 64} as promised: refused. It is still {wrong}: {kept.parent} cannot be used" in llmpi.err
     (tmp_path / "text.gguf").write_text("no model")
     llmpi("models", "pull", f"{server}/text.gguf", code=2)
     llmpi("models", "pull", "nowhere:x", code=2)

@@ -156,13 +156,17 @@ def test_a_heartbeat_of_rank_0_is_enough_and_without_its_promise_none_is_missed(
         rank.serve(sleeps)
 
 
-def test_after_the_collectives_rank_0_may_be_silent_for_as_long_as_it_said_then(sleeps: Sleeps) -> None:
-    for silence_max_s, outlived in ((10_500.0, True), (None, True), (9_000.0, False)):
-        rank = Rank()
+@pytest.mark.parametrize("crashed", [False, True])
+@pytest.mark.parametrize("entered", [[m.Enter(1)], []])
+def test_rank_0_may_be_silent_for_as_long_as_it_said_last(
+    sleeps: Sleeps, entered: list[m.Enter], crashed: bool
+) -> None:
+    for silence_max_s, outlived in ((10_500.0, True), (9_000.0, False)):
+        rank, said = Rank(), [m.Busy(silence_max_s), *entered]
         rank.rank0.say(msgspec.structs.replace(WELCOME, silence_max_s=600.0), m.Collect(1))
-        enter = m.Enter(1, silence_max_s=silence_max_s)
         sleeps.meanwhile = [
-            lambda rank=rank, enter=enter: rank.rank0.say(enter),  # type: ignore[misc]
+            *[lambda rank=rank: rank.worker.crash("of its own", "")] * crashed,
+            lambda rank=rank, said=said: rank.rank0.say(*said),  # type: ignore[misc]
             lambda rank=rank: rank.clock.pass_(10_000.0),  # type: ignore[misc]
             lambda rank=rank: rank.rank0.say(m.Stop("done")),  # type: ignore[misc]
         ]
@@ -173,7 +177,7 @@ def test_after_the_collectives_rank_0_may_be_silent_for_as_long_as_it_said_then(
 def test_what_collectives_take_is_no_silence_of_rank_0(sleeps: Sleeps, monkeypatch: pytest.MonkeyPatch) -> None:
     rank = Rank()
     monkeypatch.setattr(serve_module, "collect", lambda *given, **options: rank.clock.pass_(700.0))
-    rank.rank0.say(msgspec.structs.replace(WELCOME, silence_max_s=600.0), m.Collect(1), m.Enter(1, silence_max_s=600.0))
+    rank.rank0.say(msgspec.structs.replace(WELCOME, silence_max_s=600.0), m.Collect(1), m.Enter(1))
     sleeps.meanwhile = [lambda: rank.rank0.say(m.Stop("done"))]
     rank.serve(sleeps)
 

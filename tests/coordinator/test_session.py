@@ -287,13 +287,24 @@ def test_ranks_are_called_together_and_enter_once_all_have_come() -> None:
     assert session.leave(0) == 0
 
 
-def test_ranks_that_enter_are_told_how_long_rank_0_may_then_say_nothing() -> None:
-    session, world, _ = begun(2)
+@pytest.mark.parametrize("all_come", [True, False])
+def test_ranks_are_told_how_long_rank_0_may_say_nothing_whether_they_enter_or_not(all_come: bool) -> None:
+    session, world, _ = begun(3)
     session.beats = True
-    world.ranks[1].say(m.Collecting(1))
-    session.collect(work_s=100.0)
-    [entering] = [message for message in world.ranks[1].take() if isinstance(message, m.Enter)]
-    assert entering.silence_max_s == 600.0 + 70.0 + WORK_MARGIN * 100.0
+    for rank in (1, 2) if all_come else (1,):
+        world.ranks[rank].say(m.Collecting(1))
+    assert (session.collect(work_s=100.0) is not None) is all_come
+    for said in world.ranks.values():
+        assert m.Busy(600.0 + 70.0 + WORK_MARGIN * 100.0) in said.take()
+
+
+def test_ranks_that_are_let_go_are_told_too_and_none_of_a_program_that_makes_no_promise() -> None:
+    for beats in (True, False):
+        session, world, _ = begun(2)
+        session.beats = beats
+        session.let_go(100.0)
+        told = [message for message in world.ranks[1].take() if isinstance(message, m.Busy)]
+        assert told == ([m.Busy(600.0 + WORK_MARGIN * 100.0)] if beats else [])
 
 
 def test_a_rank_that_does_not_come_is_waited_for_as_long_as_is_stated() -> None:

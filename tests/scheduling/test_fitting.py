@@ -68,6 +68,8 @@ def test_what_runs_beside_the_slots_is_in_the_sum() -> None:
     assert scores.gpu_buffers - plain.gpu_buffers > 2 * (128 << 20)
     embeds = needs(B8, Ask(input_tokens=3000), Layout(B8.offloadable, 2, 2048, 64, 1024), 1)
     assert embeds.gpu_caches - plain.gpu_caches == 2 * 3072 * B8.token_bytes("f16", "f16")
+    whole = needs(B8, Ask(input_tokens=3072), Layout(B8.offloadable, 2, 2048, 64, 1024), 1)
+    assert embeds == whole, "llama.cpp plans with whole rows of sequences"
     # A GPU that has just room for the slots has less of it with them.
     slots = [fit(B8, Ask(scores=beside), gpu(12), alike(5000, 1024)).slots for beside in (False, True)]
     assert slots[0] > slots[1] > 0

@@ -415,6 +415,35 @@ def test_when_rank_0_stops_for_ever_at_the_end_nobody_stays(
     check_whole(run, undisturbed)
 
 
+STOP_WHEN_CALLED_TOGETHER = """
+import os, signal, time
+from coordinator import cli, ending
+from workers.worker import Worker
+make_metrics, on_collect = ending.make_metrics, Worker.on_collect
+def slowly(*given):
+    time.sleep(10.0)
+    return make_metrics(*given)
+def stopping(*given):
+    while os.environ["OMPI_COMM_WORLD_RANK"] == "2":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return on_collect(*given)
+ending.make_metrics, Worker.on_collect = slowly, stopping
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("mpirun", ["openmpi"], indirect=True)
+def test_metrics_are_made_for_as_long_as_it_takes_though_not_all_ranks_came(
+    mpirun: Launcher, tmp_path: Path, undisturbed: Mapping[str, Any]
+) -> None:
+    """Rank 1 waits without having entered a collective, for longer than rank 0 may be silent while it is driven."""
+    soon = ("--lease", 5, "--rank0-lease", 5)
+    done, run = altered(mpirun, tmp_path, STOP_WHEN_CALLED_TOGETHER, ranks=3, more=soon)
+    assert "nothing was heard of rank 0" not in done.stderr
+    assert "no answer from rank 2" in done.stderr
+    check_whole(run, undisturbed)
+
+
 # ---------------------------------------------------------------- an error of its own, and what is too much
 
 

@@ -1,0 +1,56 @@
+"""What rank 0 tells the others as a job ends."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from coordinator.closing import Size, gather_s, metrics_s
+from coordinator.ending import Ending
+from scheduling import events as ev
+from storage.recovery import Recovery
+from tests.coordinator.fakes import FakeClock
+
+ROWS = 10_000_000
+ALL_S, METRICS_S = (part(Size(ROWS, 0)) for part in (lambda size: gather_s(size) + metrics_s(size), metrics_s))
+
+
+class ToldError(Exception):
+    """Ends the end, once the ranks have been told."""
+
+
+class FakeSession:
+    engine_end_s = 10.0
+
+    def collect(self, *_: Any, work_s: float = 0.0) -> None:
+        raise ToldError("collect", work_s)
+
+    def let_go(self, work_s: float = 0.0) -> None:
+        raise ToldError("let go", work_s)
+
+
+@pytest.mark.parametrize(
+    ("left_s", "told"),
+    [
+        (2 * ALL_S + 10.0, ("collect", ALL_S)),
+        (2 * METRICS_S + 10.0, ("let go", METRICS_S)),
+        (METRICS_S, ("let go", 0.0)),
+    ],
+)
+def test_ranks_are_told_of_all_that_rank_0_is_about_to_make(left_s: float, told: tuple[str, float]) -> None:
+    clock = FakeClock()
+    totals = SimpleNamespace(done=0, failed=0, output_tokens=0)
+    coordinator = SimpleNamespace(
+        snapshot=lambda: None, outcome=ev.Stop("drained", "asked"), dropped=set(), plane=SimpleNamespace(totals=totals)
+    )
+    keeper = SimpleNamespace(exit_by=clock() + left_s)
+    setup, session, nothing = SimpleNamespace(config=None), FakeSession(), SimpleNamespace(total=None)
+    found = Recovery(np.zeros(0, np.uint8), ok=ROWS, failed=0, durable_bytes=0, torn_bytes=0, sessions=1)
+    parts: list[Any] = [setup, session, nothing, nothing, keeper, clock]
+    given: list[Any] = [coordinator, nothing, found, nothing, 0]
+    with pytest.raises(ToldError) as ended:
+        Ending(*parts).finish(*given)
+    assert ended.value.args == told
