@@ -195,7 +195,7 @@ _schemas = st.recursive(
 )  # fmt: skip
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(_schemas, st.integers(0, 2**31))
 def test_what_a_random_model_says_is_an_instance_of_any_schema(tiny: Session, value: dict[str, Any], seed: int) -> None:
     held = schema(value)
