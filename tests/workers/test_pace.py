@@ -47,28 +47,29 @@ def test_a_step_that_reads_is_at_most_so_much_longer(step_s: float, token_s: flo
         assert step_s + (allowed + READ_TOKENS_MIN) * token_s >= STRETCH * step_s * 0.98
 
 
-def test_where_a_pass_has_a_price_of_its_own_it_is_not_paid_for_a_few_tokens() -> None:
-    """The price of a pass is all that gaps allow, or more: as many are read as take half a step's time when
-    nobody decodes."""
-    step_s, pass_s, token_s = 0.012, 0.026, 0.00005
-    pace = Pace(4096)
-    pace.observe(0, 4000, pass_s + 4000 * token_s)
-    for _ in range(200):
-        pace.observe(16, 0, step_s)
-        read = pace.allowed(16, 1)
-        pace.observe(16, read, step_s + pass_s + read * token_s)
-    whole_s = (pass_s + 4000 * token_s) / 4000
-    assert pace.allowed(16, 1) == WORTH * step_s / whole_s // READ_TOKENS_MIN * READ_TOKENS_MIN >= 96
-
-
-def test_a_price_that_gaps_allow_leaves_as_many_as_fit() -> None:
-    step_s, pass_s, token_s = 0.012, 0.0196, 0.000019
+def priced(step_s: float, pass_s: float, token_s: float) -> int:
+    """Tokens that are read in a step where a pass that reads takes `pass_s`, and `token_s` for each token."""
     pace = Pace(4096)
     pace.observe(0, 4000, pass_s + 4000 * token_s)
     for _ in range(400):
         pace.observe(16, 0, step_s)
         read = pace.allowed(16, 1)
         pace.observe(16, read, step_s + pass_s + read * token_s)
+    return pace.allowed(16, 1)
+
+
+def test_where_a_pass_has_a_price_of_its_own_it_is_not_paid_for_a_few_tokens() -> None:
+    """The price of a pass is all that gaps allow, or more: as many are read as take half a step's time when
+    nobody decodes."""
+    step_s, pass_s, token_s = 0.012, 0.026, 0.00005
+    whole_s = (pass_s + 4000 * token_s) / 4000
+    expected = WORTH * step_s / whole_s // READ_TOKENS_MIN * READ_TOKENS_MIN
+    assert priced(step_s, pass_s, token_s) == expected >= 96
+
+
+def test_a_price_that_gaps_allow_leaves_as_many_as_fit() -> None:
+    step_s, pass_s, token_s = 0.012, 0.0196, 0.000019
+    read = priced(step_s, pass_s, token_s)
     assert step_s + pass_s + read * token_s <= (STRETCH + 0.05) * step_s
     assert read >= 200
 
