@@ -28,6 +28,7 @@ PLAIN = ("--no-speculate",)
 """Random weights soon repeat themselves, which is easily guessed: that would flatter us where few sequences run."""
 LENGTHS = ("--prompt-tokens", 128, "--output-tokens", 128)
 GIVEN_MIN = 0.9
+"""Of the long prompts that were to come. With fewer, gaps are those of another load."""
 SAMPLED = ("--temperature", 0.8, "--top-p", 0.95, "--min-p", 0.05)
 Found = dict[str, Any]
 
@@ -155,8 +156,8 @@ def interrupted(bench: Bench, model: str, every_s: float = 1.0) -> Found:
     """P99 over median of the gaps between tokens, a long prompt coming in every so often: smaller is better.
 
     A long prompt that should come while the one before is still read is left out: then the load was not `given`. P99
-    tells of steps that read where these are several in a hundred. A small model decodes many steps a second, so
-    that one prompt a second is read in less than 5 % of them.
+    tells of steps that read where these are several in a hundred. A small model decodes many steps a second, so that
+    one prompt a second is read in less than 5 % of them.
     """
     found = bench.engine(
         model, "--slots", 40, "--concurrency", 32, "--requests", bench.requests(64), "--prompt-tokens", 128,
