@@ -24,6 +24,8 @@ Auto = Literal["auto"]
 
 RANK0_LEASE_MIN_S = 600.0
 """Rank 0 may stand still for long: its record may lie on a file system that hangs."""
+LEASE_LEAST_S = 2.0
+"""An idle rank looks about twice a second whether it should say that it is here."""
 RANK0_LEASE_LEAST_S = 5.0
 
 DRAFT_TOKENS_LIMIT = 31
@@ -134,13 +136,17 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True):
                 "requests that ran is to blame"
             )
         above_zero = {
-            "--lease": self.lease_s, "--commit-interval": self.commit_interval_s,
-            "--metrics-interval": self.metrics_interval_s, "--engine-lease": self.engine_lease_s,
-            "--request-timeout": self.request_timeout_s,
+            "--commit-interval": self.commit_interval_s, "--metrics-interval": self.metrics_interval_s,
+            "--engine-lease": self.engine_lease_s, "--request-timeout": self.request_timeout_s,
         }  # fmt: skip
         for flag, seconds in above_zero.items():
             if seconds is not None and not seconds > 0:
                 raise ConfigError(f"{flag} is {seconds}: it must be above 0 seconds")
+        if not self.lease_s >= LEASE_LEAST_S:
+            raise ConfigError(
+                f"--lease is {self.lease_s}: it must be {LEASE_LEAST_S:g} or more, for a rank without work looks only "
+                "twice a second whether it should say that it is here"
+            )
         if self.rank0_lease_s is not None and not self.rank0_lease_s >= RANK0_LEASE_LEAST_S:
             raise ConfigError(
                 f"--rank0-lease is {self.rank0_lease_s}: it must be {RANK0_LEASE_LEAST_S:g} or more, for rank 0 says "

@@ -24,7 +24,7 @@ from scheduling.errors import ProtocolError
 from scheduling.link import ENVELOPE_BYTES_AIM, HEARTBEAT, Endpoint, refuse_version, version_of
 from scheduling.messages import PROTOCOL_VERSION
 
-BEAT_S = 1.0
+BEAT_S = 2.0
 """How long a leader may keep heartbeats, and how often it says to its members that it is here; a fifth of a lease if
 that is less."""
 HOLD_S = 0.01

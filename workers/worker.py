@@ -28,8 +28,13 @@ from workers.metrics import RankMetrics
 from workers.port import Engine
 from workers.protocol import Answer, EngineFailed, EngineLoaded, Frame, FromEngine, Job, Returned, Stats
 
-HEARTBEAT_S = 1.0
+HEARTBEAT_S = 3.0
 OVERDUE_CHECK_S = 0.25
+
+
+def heartbeat_s(lease_s: float) -> float:
+    """How often a worker that has had nothing else to say tells that it is here: five times in its lease at least."""
+    return min(HEARTBEAT_S, lease_s / 5)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +55,8 @@ class WorkerOptions:
     """How often rank 0 is told what a killed job would lose."""
     engine_lease_s: float = LEASE_S
     """See `workers.care`."""
+    lease_s: float = 60.0
+    """Rank 0 takes a worker for lost that says nothing for so long."""
     request_timeout_s: float | None = None
     """A request that has run for longer is stopped, and has failed."""
     health_factory: Callable[[m.Placement], GpuHealth] | None = None
@@ -74,6 +81,7 @@ class Worker:
         self._run_seed = 0
         self._work_exists = True
         self._last_said = self._clock()
+        self._heartbeat_s = heartbeat_s(options.lease_s)
         self.metrics = RankMetrics(options.rank, 0, options.hello.host.hostname)
         self._gauges = Gauges(self.metrics, options.telemetry_interval_s, options.metrics_interval_s)
         self._endings = Endings(
@@ -112,7 +120,7 @@ class Worker:
         self._gauges.take(now, self._endings.born)
         if self._has_progress:
             self._tell_progress()
-        elif now - self._last_said > HEARTBEAT_S:
+        elif now - self._last_said > self._heartbeat_s:
             self._spoke.send(m.Heartbeat())
         counters = self._gauges.counters(now)
         if counters is not None:
@@ -163,7 +171,7 @@ class Worker:
         for message in heard:
             if isinstance(message, m.Collect | m.Enter | m.Busy | m.Stop | m.Refuse):
                 self._handle(message)
-        if now - self._last_said > HEARTBEAT_S:
+        if now - self._last_said > self._heartbeat_s:
             self._spoke.send(m.Heartbeat())
         if self._spoke.flush():
             self._last_said = now

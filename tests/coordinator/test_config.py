@@ -45,6 +45,7 @@ NAN = float("nan")
         ({"commit_interval_s": 0.0}, "--commit-interval"),
         ({"lease_s": -1.0}, "--lease"),
         ({"lease_s": NAN}, "--lease"),
+        ({"lease_s": 1.5}, "--lease is 1.5: it must be 2 or more"),
         ({"rope_scale": 2.0}, "--rope-scaling"),
         ({"rope_scaling": "none", "rope_scale": 2.0}, "--rope-scaling"),
         ({"rope_scaling": "yarn", "rope_scale": 0.0}, "--rope-scale"),

@@ -92,7 +92,7 @@ def the_death_of_an_engine_is_not_told() -> list[Patch]:
 
 @bug
 def a_heartbeat_is_never_sent() -> list[Patch]:
-    return [mock.patch.object(worker_module, "HEARTBEAT_S", float("inf"))]
+    return [mock.patch.object(worker_module, "heartbeat_s", return_value=float("inf"))]
 
 
 @bug

@@ -182,7 +182,7 @@ class World:
                 engine_factory=partial(self._make_engine, rank),
                 clock=clock or (lambda: self.agenda.now_s + offset_s), wall_clock=wall_clock or self.rank0.wall_clock,
                 metrics_interval_s=setup.config.metrics_interval_s, engine_lease_s=setup.config.engine_lease_s,
-                request_timeout_s=setup.config.request_timeout_s,
+                lease_s=setup.config.lease_s, request_timeout_s=setup.config.request_timeout_s,
             ),
         )  # fmt: skip
 
