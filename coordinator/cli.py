@@ -69,7 +69,7 @@ def _told(launch: Launch, text: str, code: int) -> int:
 def _usage_text(error: typer.TyperException) -> str:
     """What was mistyped, in one line; or the help that was asked for by giving nothing."""
     context = getattr(error, "ctx", None)
-    said = error.format_message().replace(": Value error, ", ": ")  # typer 0.29 lets a library's word through
+    said = error.format_message()
     if context is None:
         return f"llmpi: {said}"
     if type(error).__name__ == "NoArgsIsHelpError":
