@@ -81,6 +81,7 @@ LAUNCHER_PREFIXES = (
     "SRUN_",
 )
 """Variables of MPI libraries and launchers. The engine needs none: what it may use comes in its config."""
+SPIN_THREADS_MAX = 8
 
 
 def engine_environment(environ: Mapping[str, str], device_mask: Mapping[str, str]) -> dict[str, str]:
@@ -102,6 +103,19 @@ def engine_environment(environ: Mapping[str, str], device_mask: Mapping[str, str
     kept.setdefault("OPENBLAS_NUM_THREADS", "1")
     kept.update(device_mask)
     return kept
+
+
+def waiting_environment(environ: Mapping[str, str], threads: int) -> dict[str, str]:
+    """How long llama.cpp's `threads` look for each other before they sleep; nothing if the user has said.
+
+    They meet after each operation, some hundred times a token. GNU's OpenMP has them look 300,000 times, milliseconds:
+    where another process has the processor of one, the others burn theirs all that time. 1,000 is what it takes by
+    itself where there are more threads than processors. Measured with two threads; where there are many, the slowest
+    takes longer without being held up, so that these are left alone.
+    """
+    if threads > SPIN_THREADS_MAX or not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}.isdisjoint(environ):
+        return {}
+    return {"GOMP_SPINCOUNT": "1000"}
 
 
 class _StderrDrain(threading.Thread):
@@ -157,6 +171,8 @@ class EngineProcess:
         `OSError` if the process cannot be started at all.
         """
         started = ENGINE_COMMAND if command is None else command
+        given = os.environ if environ is None else environ
+        threads = max(config.threads, config.threads_batch or 0)
         child_in, ours_out = os.pipe()
         ours_in, child_out = os.pipe()
         err_read, err_write = os.pipe()
@@ -172,7 +188,7 @@ class EngineProcess:
                 stderr=err_write,
                 pass_fds=(child_in, child_out),
                 close_fds=True,
-                env=engine_environment(os.environ if environ is None else environ, config.device_mask),
+                env=engine_environment(given, config.device_mask) | waiting_environment(given, threads),
             )
         except BaseException:
             for fd in ours:

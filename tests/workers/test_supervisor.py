@@ -20,7 +20,7 @@ from tests.launch import ROOT
 from tests.workers.engine_fakes import job
 from workers.port import Engine
 from workers.protocol import EngineConfig, EngineFailed, EngineLoaded, Frame, FromEngine, Returned
-from workers.supervisor import STDERR_LOG_BYTES, EngineProcess, engine_environment, last_words
+from workers.supervisor import STDERR_LOG_BYTES, EngineProcess, engine_environment, last_words, waiting_environment
 
 SCRIPT = Path(__file__).with_name("fake_engine.py")
 PATIENCE_S = 300.0
@@ -243,6 +243,22 @@ def test_the_environment_loses_launchers_and_keeps_the_rest() -> None:
         "OPENBLAS_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), "/other"]),
     }
+
+
+@pytest.mark.parametrize(
+    ("given", "threads", "expected"),
+    [
+        ({}, 1, {"GOMP_SPINCOUNT": "1000"}),
+        ({"OMP_NUM_THREADS": "3"}, 8, {"GOMP_SPINCOUNT": "1000"}),
+        ({}, 9, {}),
+        ({"GOMP_SPINCOUNT": "7"}, 2, {}),
+        ({"OMP_WAIT_POLICY": "active"}, 2, {}),
+    ],
+)
+def test_few_threads_do_not_look_for_each_other_for_long_unless_told(
+    given: dict[str, str], threads: int, expected: dict[str, str]
+) -> None:
+    assert waiting_environment(given, threads) == expected
 
 
 @pytest.mark.slow
