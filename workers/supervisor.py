@@ -82,6 +82,7 @@ LAUNCHER_PREFIXES = (
 )
 """Variables of MPI libraries and launchers. The engine needs none: what it may use comes in its config."""
 SPIN_THREADS_MAX = 8
+SPIN_VARIABLES = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
 
 
 def engine_environment(environ: Mapping[str, str], device_mask: Mapping[str, str]) -> dict[str, str]:
@@ -105,15 +106,17 @@ def engine_environment(environ: Mapping[str, str], device_mask: Mapping[str, str
     return kept
 
 
-def waiting_environment(environ: Mapping[str, str], threads: int) -> dict[str, str]:
-    """How long llama.cpp's `threads` look for each other before they sleep; nothing if the user has said.
+def waiting_environment(environ: Mapping[str, str], config: EngineConfig) -> dict[str, str]:
+    """How long llama.cpp's threads look for each other before they sleep; nothing if the user has said.
 
     They meet after each operation, some hundred times a token. GNU's OpenMP has them look 300,000 times, milliseconds:
     where another process has the processor of one, the others burn theirs all that time. 1,000 is what it takes by
     itself where there are more threads than processors. Measured with two threads; where there are many, the slowest
-    takes longer without being held up, so that these are left alone.
+    takes longer without being held up, so that these are left alone, as are those beside a GPU, which do little and
+    must be awake when they are to do it.
     """
-    if threads > SPIN_THREADS_MAX or not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}.isdisjoint(environ):
+    threads = max(config.threads, config.threads_batch or 0)
+    if config.gpu_layers or threads > SPIN_THREADS_MAX or not SPIN_VARIABLES.isdisjoint(environ):
         return {}
     return {"GOMP_SPINCOUNT": "1000"}
 
@@ -172,7 +175,6 @@ class EngineProcess:
         """
         started = ENGINE_COMMAND if command is None else command
         given = os.environ if environ is None else environ
-        threads = max(config.threads, config.threads_batch or 0)
         child_in, ours_out = os.pipe()
         ours_in, child_out = os.pipe()
         err_read, err_write = os.pipe()
@@ -188,7 +190,7 @@ class EngineProcess:
                 stderr=err_write,
                 pass_fds=(child_in, child_out),
                 close_fds=True,
-                env=engine_environment(given, config.device_mask) | waiting_environment(given, threads),
+                env=engine_environment(given, config.device_mask) | waiting_environment(given, config),
             )
         except BaseException:
             for fd in ours:

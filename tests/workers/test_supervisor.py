@@ -246,19 +246,22 @@ def test_the_environment_loses_launchers_and_keeps_the_rest() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "threads", "expected"),
+    ("given", "threads", "gpu_layers", "expected"),
     [
-        ({}, 1, {"GOMP_SPINCOUNT": "1000"}),
-        ({"OMP_NUM_THREADS": "3"}, 8, {"GOMP_SPINCOUNT": "1000"}),
-        ({}, 9, {}),
-        ({"GOMP_SPINCOUNT": "7"}, 2, {}),
-        ({"OMP_WAIT_POLICY": "active"}, 2, {}),
+        ({}, 1, 0, {"GOMP_SPINCOUNT": "1000"}),
+        ({"OMP_NUM_THREADS": "3"}, 8, 0, {"GOMP_SPINCOUNT": "1000"}),
+        ({}, 9, 0, {}),
+        ({}, 2, 5, {}),
+        ({}, 2, -1, {}),
+        ({"GOMP_SPINCOUNT": "7"}, 2, 0, {}),
+        ({"OMP_WAIT_POLICY": "active"}, 2, 0, {}),
     ],
 )
-def test_few_threads_do_not_look_for_each_other_for_long_unless_told(
-    given: dict[str, str], threads: int, expected: dict[str, str]
+def test_few_threads_on_processors_do_not_look_for_each_other_for_long_unless_told(
+    given: dict[str, str], threads: int, gpu_layers: int, expected: dict[str, str]
 ) -> None:
-    assert waiting_environment(given, threads) == expected
+    engine = EngineConfig(model="any", slots=1, threads=threads, gpu_layers=gpu_layers)
+    assert waiting_environment(given, engine) == expected
 
 
 @pytest.mark.slow
