@@ -154,4 +154,9 @@ def _advice(wanted: JobRequest, partition: Partition, gpus: int) -> list[str]:
         told.append(f"{gpus} GPUs are asked for and {ranks} ranks: {gpus - ranks} GPUs would idle")
     elif gpus and ranks is not None and ranks > gpus + 1:
         told.append(f"{ranks} ranks share {gpus} GPUs: one rank for each GPU is what is fastest, mostly")
+    if gpus and (wanted.nodes or 1) > 1 and wanted.tasks and wanted.tasks_per_node is None and not wanted.whole_nodes:
+        told.append(
+            f"Slurm fills the first node with as many of {ranks} ranks as it has processors for, whatever GPUs it has: "
+            "give --ntasks-per-node, or --exclusive for whole nodes"
+        )
     return told

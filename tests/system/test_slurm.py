@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -97,18 +98,30 @@ def test_variables_of_tasks_are_those_that_choosing_devices_is_tested_with(
     ]
 
 
-ONE_RANK_MORE = ("--nodes=2", "--ntasks=4")
+def one_rank_more() -> tuple[str, ...]:
+    """The script's own example, of two GPUs a node instead of four."""
+    text = (ROOT / "slurm" / "mpirun.sbatch").read_text()
+    found = re.search(r"one rank more.*\n# +sbatch (.*) mpirun\.sbatch", text)
+    assert found
+    words = found[1].replace("--ntasks=9", "--ntasks=5").replace("--gpus-per-node=4", "--gpus-per-node=2").split()
+    assert {"--ntasks=5", "--gpus-per-node=2"} <= set(words)
+    return tuple(words)
+
+
+ONE_RANK_MORE = one_rank_more()
+THREE_AND_ONE = ("--nodes=2", "--ntasks=4")
+"""The nodes of the tests have one /dev/shm, in which MPICH's ranks of both would meet: no two of a step on the second."""
 RANK_0_TOO = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2")
 
 
 @pytest.mark.parametrize(
     ("script", "mpirun", "more", "options", "env", "hosts"),
     [
-        pytest.param("mpirun.sbatch", "openmpi", (), ONE_RANK_MORE, {}, ["n1", "n1", "n2"], id="mpirun-openmpi"),
+        pytest.param("mpirun.sbatch", "openmpi", (), ONE_RANK_MORE, {}, ["n1", "n1", "n2", "n2"], id="mpirun-openmpi"),
         pytest.param(
             "mpirun.sbatch", "mpich", ("--coordinator-works",), RANK_0_TOO, {}, ["n1", "n2"], id="mpirun-mpich"
         ),
-        pytest.param("srun.sbatch", "mpich", (), ONE_RANK_MORE, PMI2, ["n1", "n1", "n2"], id="srun-pmi2-mpich"),
+        pytest.param("srun.sbatch", "mpich", (), THREE_AND_ONE, PMI2, ["n1", "n1", "n2"], id="srun-pmi2-mpich"),
         pytest.param(
             "srun.sbatch", "mpich", ("--coordinator-works",),
             ("--ntasks=1", "--nodelist=n1", ":", "--ntasks=2", "--nodelist=n2"), PMI2, ["n1", "n2", "n2"], id="hetjob",
