@@ -110,7 +110,7 @@ def one_rank_more() -> tuple[str, ...]:
 
 ONE_RANK_MORE = one_rank_more()
 THREE_AND_ONE = ("--nodes=2", "--ntasks=4")
-"""The nodes of the tests have one /dev/shm, in which MPICH's ranks of both would meet: no two of a step on the second."""
+"""The nodes of the tests have one /dev/shm, where MPICH's ranks of both would meet: no two are on the second."""
 RANK_0_TOO = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2")
 
 
