@@ -155,8 +155,8 @@ def _advice(wanted: JobRequest, partition: Partition, gpus: int) -> list[str]:
         told.append(f"{gpus} GPUs are asked for and {ranks} ranks: {gpus - ranks} GPUs would idle")
     elif gpus and ranks is not None and ranks > gpus + 1:
         told.append(
-            f"{ranks} ranks and {counted(gpus, 'GPU')}: without --ranks-per-gpu the job refuses that, and one rank for each "
-            "GPU is what is fastest, mostly"
+            f"{ranks} ranks and {counted(gpus, 'GPU')}: without --ranks-per-gpu the job refuses that, and one rank for "
+            "each GPU is what is fastest, mostly"
         )
     if gpus and (wanted.nodes or 1) > 1 and wanted.tasks and wanted.tasks_per_node is None and not wanted.whole_nodes:
         told.append(
