@@ -161,7 +161,7 @@ def _cpus_per_task(one: Facts, launcher: str) -> list[Finding]:
     bound = one.bound_cpus if launcher == "slurm" else 1
     if not 0 < bound < int(asked):
         return []
-    gets = "a task has" if launcher == "slurm" else "a task that srun starts gets"
+    gets = "a task has" if launcher == "slurm" else "a task that srun starts may get"
     return [
         warning("SRUN_CPUS_PER_TASK", f"it is not set while SLURM_CPUS_PER_TASK is {asked}: since Slurm 22.05 srun "
                 f"does not take over sbatch's --cpus-per-task, and {gets} {bound} processor{'s' if bound > 1 else ''}",
