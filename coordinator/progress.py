@@ -109,7 +109,7 @@ class ProgressView:
         run, wait, requests, tokens = _NARROW if self._narrow else _WIDE
         parts += [f"{s.running} {run}", f"{left} {wait}"]
         if ended:
-            parts.append(_rate_text(rate, requests))
+            parts.append(rate_text(rate, requests))
         parts.append(f"{tokens_s:.{0 if tokens_s >= 10 or not tokens_s else 1}f} {tokens}/s")
         if not self._over:
             parts.append("draining" if s.draining else f"ETA {duration(self._eta_s(s, ended))}")
@@ -126,7 +126,7 @@ _WIDE = ("running", "queued", "requests", "tokens")
 _NARROW = ("run", "wait", "req", "tok")
 
 
-def _rate_text(per_s: float, what: str) -> str:
+def rate_text(per_s: float, what: str) -> str:
     """In the unit of time that leaves a figure before the point: slow models end some requests an hour."""
     for unit, seconds in (("s", 1.0), ("min", 60.0)):
         if per_s * seconds >= 1:

@@ -183,7 +183,7 @@ def print_report(data: dict[str, Any], stream: IO[str], run_dir: Path, *, show: 
         console.print()
         ranks = [rank for rank in data["ranks"] if last.get("session") in (None, rank["session"])]
         narrow = console.width < NARROW_COLUMNS
-        console.print(_rank_table(ranks, narrow=narrow))
+        console.print(_rank_table(ranks, width=console.width))
         # No caption: that would be cut to the width of the table.
         note = "busy: time with a slot in use · starved: free slots, of the slot time in which work waited to start"
         console.print(Text(f"{'in, out: stolen · ' if narrow else ''}{note}", style="dim italic"))
@@ -321,23 +321,31 @@ def latency_table(latencies: dict[str, Any]) -> Table:
     return table
 
 
-def _rank_table(ranks: list[dict[str, Any]], *, narrow: bool) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("rank", justify="right")
-    # On a narrow terminal a host that is everybody's is left out, and long devices are cut.
+def _rank_table(ranks: list[dict[str, Any]], *, width: int) -> Table:
+    """In `width` columns: on a narrow terminal words are shorter, a host that is everybody's is left out, and long
+    devices are cut."""
+    narrow = width < NARROW_COLUMNS
     with_host = not narrow or len({row["host"] for row in ranks}) > 1
-    if with_host:
-        table.add_column("host", no_wrap=True)
-    table.add_column("device", no_wrap=True)
-    titles = ("requests", "failed", "output tokens", "busy", "starved", "stolen in", "out")
-    for title in (*titles[:2], "tokens", *titles[3:5], "in", "out") if narrow else titles:
-        table.add_column(title, justify="right", no_wrap=True)
-    for row in ranks:
-        table.add_row(
+    tokens, stolen = ("tokens", "in") if narrow else ("output tokens", "stolen in")
+    titles = ["rank", *(["host"] if with_host else []), "device"]
+    at, left = len(titles) - 1, {"host", "device"}
+    titles += ["requests", "failed", tokens, "busy", "starved", stolen, "out"]
+    cells = [
+        [
             str(row["rank"]), *([row["host"]] if with_host else []), row["device"], str(row["requests"]),
             str(row["failed"]), str(row["output_tokens"]), percent_text(row["busy_share"]),
             share_text(row["starved_share"]), str(row["stolen_in"]), str(row["stolen_out"]),
-        )  # fmt: skip
+        ]
+        for row in ranks
+    ]  # fmt: skip
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    taken = [max(map(len, column)) for column in zip(titles, *cells, strict=True)]
+    room = width - (sum(taken) - taken[at]) - 2 * (len(titles) - 1)
+    for place, title in enumerate(titles):
+        most = max(len(title), room) if place == at else None
+        table.add_column(title, justify="left" if title in left else "right", no_wrap=True, max_width=most)
+    for row in cells:
+        table.add_row(*row)
     return table
 
 

@@ -8,8 +8,10 @@ writes: if that is a terminal of this host, live lines are drawn on it directly.
 from __future__ import annotations
 
 import os
+import re
+import stat
 import sys
-from typing import IO
+from typing import IO, Any
 
 import psutil
 from rich.console import Console
@@ -22,18 +24,55 @@ NARROW_COLUMNS = 100
 """A terminal with fewer shows shorter words."""
 
 
+class Trimmed:
+    """A stream without the blanks that fill the lines of tables: a file or a pipe has no use for them."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._stream.write(re.sub(r" +(?=\n)", "", text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def console_for(stream: IO[str], *, live: bool = False) -> Console:
     """A console for `stream` (stdout or stderr) that shows colours, and with `live` moving lines, only to a person."""
     path = terminal_of(stream)
     width = None if path is None else _width_of(path)
     if path is None or width is None:
-        return Console(file=stream, force_terminal=False, highlight=False, width=PLAIN_WIDTH)
+        return _plain(stream, _width_beside(stream) or PLAIN_WIDTH)
     if live and not stream.isatty():
         try:
             stream = open(path, "w", encoding="utf-8", errors="replace")  # noqa: SIM115 - as long as we live
         except OSError:
-            return Console(file=stream, force_terminal=False, highlight=False, width=PLAIN_WIDTH)
+            return _plain(stream, PLAIN_WIDTH)
     return Console(file=stream, force_terminal=True, highlight=False, width=width)
+
+
+def _plain(stream: IO[str], width: int) -> Console:
+    trimmed: Any = Trimmed(stream)
+    return Console(file=trimmed, force_terminal=False, highlight=False, width=width)
+
+
+def _width_beside(stream: IO[str]) -> int | None:
+    """Of the terminal of whoever looks at stdout through another program (`| less`); None where there is none, and for
+    what goes to a file."""
+    if stream is sys.stderr or not _is_piped(stream):
+        return None
+    path = terminal_of(sys.stderr)
+    return None if path is None else _width_of(path)
+
+
+def _is_piped(stream: IO[str]) -> bool:
+    try:
+        if detect(os.environ).launcher == "none":
+            return stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode)
+        outermost = _outermost_launcher()
+        return outermost is not None and stat.S_ISFIFO(os.stat(f"/proc/{outermost}/fd/1").st_mode)
+    except (OSError, ValueError):
+        return False
 
 
 def terminal_of(stream: IO[str]) -> str | None:
@@ -46,16 +85,23 @@ def terminal_of(stream: IO[str]) -> str | None:
     return _launchers_terminal(2 if stream is sys.stderr else 1)
 
 
-def _launchers_terminal(descriptor: int) -> str | None:
+def _outermost_launcher() -> int | None:
+    """The process id of the launcher that a person, or a script, started on this host."""
     outermost = None
     try:
         for process in psutil.Process().parents():
             if process.name() in LAUNCHERS:
                 outermost = process.pid
-        if outermost is None:
-            return None
-        target = os.readlink(f"/proc/{outermost}/fd/{descriptor}")
-    except (OSError, psutil.Error):
+    except psutil.Error:
+        return None
+    return outermost
+
+
+def _launchers_terminal(descriptor: int) -> str | None:
+    outermost = _outermost_launcher()
+    try:
+        target = "" if outermost is None else os.readlink(f"/proc/{outermost}/fd/{descriptor}")
+    except OSError:
         return None
     return target if target.startswith(("/dev/pts/", "/dev/tty")) else None
 

@@ -21,7 +21,7 @@ import msgspec
 
 from scheduling.errors import ConfigError
 from scheduling.lengths import Lengths
-from scheduling.modelsize import CELLS_TOGETHER, Ask, Layout, ModelShape, cells_of, needs
+from scheduling.modelsize import CELLS_TOGETHER, Ask, Layout, ModelShape, Needs, cells_of, needs
 from scheduling.wording import counted
 
 SLOTS_GPU = 1024
@@ -281,6 +281,12 @@ class _Fitting:
             return False
         return self.host_room is None or taken.host <= self.host_room
 
+    def _lacks_host(self, taken: Needs) -> bool:
+        """Whether the host's memory alone is what does not suffice."""
+        if self.host_room is None or taken.host <= self.host_room:
+            return False
+        return not self.gpu_known or taken.gpu <= self.gpu_room
+
     def _known(self, gpus: int) -> bool:
         return self.gpu_known if gpus else self.host_room is not None
 
@@ -314,7 +320,7 @@ class _Fitting:
     def _sum(self, layout: Layout, gpus: int) -> str:
         """What there is, what is taken off, and what is left for caches."""
         taken = needs(self.shape, self.ask, layout, gpus)
-        if gpus:
+        if gpus and not self._lacks_host(taken):
             where = "GPU" if gpus == 1 else f"{gpus} GPUs"
             free, room = (self.gpu_free, self.gpu_room) if self.gpu_known else (None, 0)
             ranks, total = self.room.gpu_ranks, self.gpu_free * self.room.gpu_ranks
@@ -325,12 +331,14 @@ class _Fitting:
             ranks, total = self.room.host_ranks, self.room.host_bytes or 0
             model, buffers = taken.host_model, taken.host_buffers
         if free is None:
-            return f"how much {'GPU memory' if gpus else where} is free is unknown"
+            return f"how much {where if where == 'memory' else 'GPU memory'} is free is unknown"
         shared = f" / {ranks} ranks" if ranks > 1 else ""
         driver = free - room - int(free * MARGIN)
+        left = room - model - buffers
         return (
             f"{where} {gigabytes(total)} free{shared} - {gigabytes(free - driver - room)} margin - "
-            f"{gigabytes(model)} model - {gigabytes(buffers + driver)} buffers = {gigabytes(room - model - buffers)}"
+            f"{gigabytes(model)} model - {gigabytes(buffers + driver)} buffers "
+            + (f"= {gigabytes(left)}" if left >= 0 else f"is {gigabytes(-left)} too little")
         )
 
     def _what(self, layout: Layout, gpus: int) -> str:
@@ -356,7 +364,7 @@ class _Fitting:
         if self.ask.slots is None:
             layout = layout._replace(slots=1, contexts=1)
         taken = needs(self.shape, self.ask, layout, gpus)
-        caches = taken.gpu_caches if gpus else taken.host_caches
+        caches = taken.gpu_caches if gpus and not self._lacks_host(taken) else taken.host_caches
         ways = [way for way in self._ways(layout, gpus) if way]
         what = f"{counted(layout.slots, 'slot')} of {counted(layout.ctx_tokens, 'token')}"
         need = f"{'needs' if layout.slots == 1 else 'need'} {gigabytes(caches)} of cache"
@@ -374,7 +382,7 @@ class _Fitting:
         slots = _most(layout.slots, lambda slots: self._fits(layout._replace(slots=slots), gpus))
         if slots:
             yield f"--slots {slots}" + (" or fewer" if slots > 1 else "")
-        if gpus and self.ask.gpu_layers is not None:
+        if gpus and self.ask.gpu_layers is not None and not self._lacks_host(needs(self.shape, self.ask, layout, gpus)):
             yield "--gpu-layers auto"
 
 

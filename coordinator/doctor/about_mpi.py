@@ -175,7 +175,7 @@ def _transports(facts: MpiFacts, environ: Mapping[str, str]) -> list[Finding]:
                 "fast network",
                 f"there is {listed(traffic.cards)}, and MPI talks over TCP",
                 "use an MPI that was built for it, or name it: UCX_NET_DEVICES and UCX_TLS, or FI_PROVIDER "
-                "(docs/doctor.md)",
+                "(docs/transports.md)",
             )
         )
     return findings

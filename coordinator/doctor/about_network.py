@@ -75,7 +75,7 @@ def _link(link: LinkFacts) -> list[Finding]:
                 warning(
                     name, f"{said}: slow for a link within a cluster",
                     "see which network MPI uses and choose another (OMPI_MCA_btl_tcp_if_include, UCX_NET_DEVICES, "
-                    "FI_PROVIDER: docs/doctor.md); on a machine with more ranks than cores it is only that",
+                    "FI_PROVIDER: docs/transports.md); on a machine with more ranks than cores it is only that",
                     link.host,
                 )
             )  # fmt: skip

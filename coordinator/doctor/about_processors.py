@@ -100,11 +100,13 @@ def _limits(host: str, limits: Limits, ranks: int, *, gpus_beyond: bool) -> list
     return findings
 
 
-def about_environment(facts: Mapping[int, Facts], nodes: Mapping[str, Node]) -> list[Finding]:
+def about_environment(facts: Mapping[int, Facts], nodes: Mapping[str, Node], launcher: str) -> list[Finding]:
+    """`launcher`: what started the ranks (`coordinator.launch.Launch`)."""
     findings: list[Finding] = []
     for one in facts.values():
         node = nodes.get(one.host.hostname)
         findings += _variables(one, has_gpus=node is not None and _has_gpus(node))
+        findings += _cpus_per_task(one, launcher)
     for host, node in nodes.items():
         if node.limits is not None and not node.limits.home_writable:
             findings.append(
@@ -148,11 +150,21 @@ def _variables(one: Facts, *, has_gpus: bool) -> list[Finding]:
                     "the same processors", "unset it: ranks and engines are placed already", host,
                     command="unset OMP_PROC_BIND OMP_PLACES")
         )  # fmt: skip
-    if "SLURM_CPUS_PER_TASK" in environ and "SRUN_CPUS_PER_TASK" not in environ:
-        findings.append(
-            warning("SRUN_CPUS_PER_TASK", f"it is not set while SLURM_CPUS_PER_TASK is "
-                    f"{environ['SLURM_CPUS_PER_TASK']}: since Slurm 22.05 srun does not take over --cpus-per-task, and "
-                    "each task gets one processor",
-                    "export it before srun", host, command="export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK")
-        )  # fmt: skip
     return findings
+
+
+def _cpus_per_task(one: Facts, launcher: str) -> list[Finding]:
+    """What --cpus-per-task of a job has come to. mpirun does not go by it."""
+    asked = one.environ.get("SLURM_CPUS_PER_TASK", "")
+    if not asked.isdigit() or "SRUN_CPUS_PER_TASK" in one.environ or launcher not in ("none", "slurm"):
+        return []
+    bound = one.bound_cpus if launcher == "slurm" else 1
+    if not 0 < bound < int(asked):
+        return []
+    gets = "a task has" if launcher == "slurm" else "a task that srun starts may get"
+    return [
+        warning("SRUN_CPUS_PER_TASK", f"it is not set while SLURM_CPUS_PER_TASK is {asked}: since Slurm 22.05 srun "
+                f"does not take over sbatch's --cpus-per-task, and {gets} {bound} processor{'s' if bound > 1 else ''}",
+                "export it before srun", one.host.hostname,
+                command="export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK")
+    ]  # fmt: skip

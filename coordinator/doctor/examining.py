@@ -143,7 +143,7 @@ def judge(examined: Examined, timeout_s: float, *, alone: bool) -> Report:
         "files": about_files(nodes),
         "model": about_model({rank: one.model for rank, one in facts.items() if one.model is not None}, hosts),
         "limits": about_limits(nodes, examined.mpi.size),
-        "environment": about_environment(facts, nodes),
+        "environment": about_environment(facts, nodes, examined.mpi.launcher),
         "Slurm": about_slurm(examined.slurm),
         "not looked at": _unanswered(facts),
     }

@@ -12,7 +12,7 @@ from typing import IO
 from rich.text import Text
 
 from coordinator.durations import duration
-from coordinator.progress import PLAIN_EVERY_S
+from coordinator.progress import PLAIN_EVERY_S, rate_text
 from coordinator.slurmjobs.chain import Queued, in_queue, last_state
 from coordinator.slurmjobs.journal import FOLDER, Journal, read_journal
 from coordinator.slurmjobs.partitions import Client, run_client
@@ -112,7 +112,10 @@ class Follower:
         state = f"{first.job} {first.state}"
         why = "" if first.why in UNTOLD else f" {'on ' if first.state == 'RUNNING' else ''}{first.why}"
         where = f"job {first.job} {first.state.lower()}{why}"
-        line = " · ".join([where, *([] if found is None else [_done(found), *self._rate(now, found)])])
+        if first.state != "RUNNING":
+            self._began = None  # what waits in the queue has no pace
+        pace = [] if found is None or first.state != "RUNNING" else self._rate(now, found)
+        line = " · ".join([where, *([] if found is None else [_done(found)]), *pace])
         if self._live is not None:
             self._live.update(Text(line))
         if state == self._told and (self._live or now - self._told_at < PLAIN_EVERY_S or found is None):
@@ -128,7 +131,7 @@ class Follower:
             return []
         rate = (found.done - before) / (now - began)
         left = [] if found.total is None else [f"ETA {duration((found.total - found.done) / rate)}"]
-        return [f"{rate:.1f} requests/s", *left]
+        return [rate_text(rate, "requests"), *left]
 
 
 def _done(found: Status) -> str:

@@ -44,7 +44,7 @@ _OURS = {
 class JobRequest:
     """The options of sbatch: `words` as they were given, and what they say. None: they do not say.
 
-    `by_gpu`: the tasks follow from the GPUs, or the other way round.
+    `by_gpu`: the tasks follow from the GPUs, or the other way round. `whole_nodes`: nobody else is on the job's nodes.
     """
 
     words: tuple[str, ...]
@@ -57,6 +57,7 @@ class JobRequest:
     time_s: float | None
     log: str | None
     by_gpu: bool = False
+    whole_nodes: bool = False
 
     @property
     def ranks(self) -> int | None:
@@ -91,6 +92,7 @@ def read_request(words: Sequence[str]) -> JobRequest:
         tasks=_count(found, "--ntasks"), tasks_per_node=_count(found, "--ntasks-per-node"),
         gpus_per_node=_gpus_per_node(found), gpus=_gpu_count(found.get("--gpus")), time_s=_time(found.get("--time")),
         log=found.get("--output"), by_gpu=not found.keys().isdisjoint(("--gpus-per-task", "--ntasks-per-gpu")),
+        whole_nodes="--exclusive" in found,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from coordinator.durations import duration
 from coordinator.slurmjobs.jobrequest import JobRequest
 from coordinator.timelimit import slurm_time_s
 from scheduling.errors import ConfigError, InfrastructureError
+from scheduling.wording import counted
 
 ANSWER_S = 60.0
 _FORMAT = "%P|%a|%l|%L|%D|%c|%G|%t"
@@ -153,5 +154,13 @@ def _advice(wanted: JobRequest, partition: Partition, gpus: int) -> list[str]:
     elif gpus and ranks is not None and ranks < gpus:
         told.append(f"{gpus} GPUs are asked for and {ranks} ranks: {gpus - ranks} GPUs would idle")
     elif gpus and ranks is not None and ranks > gpus + 1:
-        told.append(f"{ranks} ranks share {gpus} GPUs: one rank for each GPU is what is fastest, mostly")
+        told.append(
+            f"{ranks} ranks and {counted(gpus, 'GPU')}: without --ranks-per-gpu the job refuses that, and one rank for "
+            "each GPU is what is fastest, mostly"
+        )
+    if gpus and (wanted.nodes or 1) > 1 and wanted.tasks and wanted.tasks_per_node is None and not wanted.whole_nodes:
+        told.append(
+            f"Slurm fills the first node with as many of {ranks} ranks as it has processors for, whatever GPUs it has: "
+            "give --ntasks-per-node, or --exclusive for whole nodes"
+        )
     return told

@@ -108,6 +108,18 @@ def test_nobody_is_root_and_all_see_the_same_folders(overlay: str) -> None:
     assert all(container["image"].count(":") == 1 for container in containers(job))
 
 
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_models_are_staged_to_the_pods_own_disk_and_messages_have_room(overlay: str) -> None:
+    job = the_job(overlaid(FOLDER / overlay))
+    (launcher,) = templates(job)["Launcher"]["spec"]["containers"]
+    (stage_dir,) = [word.partition("=")[2] for word in launcher["args"] if word.startswith("--stage-dir=")]
+    (worker,) = templates(job)["Worker"]["spec"]["containers"]
+    mounted = {mount["mountPath"]: mount["name"] for mount in worker["volumeMounts"]}
+    volumes = {volume["name"]: volume for volume in templates(job)["Worker"]["spec"]["volumes"]}
+    assert volumes[mounted[stage_dir]]["emptyDir"] == {}
+    assert volumes[mounted["/dev/shm"]]["emptyDir"]["medium"] == "Memory"
+
+
 def test_a_gpu_for_each_rank() -> None:
     job = the_job(overlaid(FOLDER / "gpu"))
     (worker,) = templates(job)["Worker"]["spec"]["containers"]

@@ -293,3 +293,21 @@ def test_infer_tells_notes_beside_the_answer(
     monkeypatch.setattr(infer_module, "Pool", NotingPool)
     assert run("infer", "-m", "m.gguf", "-p", "Hello") == 0
     assert capsys.readouterr() == ("", "the model is a copy on this node\n")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("none.jsonl", "-i none.jsonl: there is no such file"),
+        ("-", "-i -: a job has no standard input"),
+        ("in.jsonl", "there is no sinfo here"),
+    ],
+)
+def test_submit_looks_at_the_input_before_it_asks_slurm(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], given: str, said: str
+) -> None:
+    (tmp_path / "in.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run("submit", "-N2", "--", "batch", "-m", "x", "-i", given, "-o", "run") == 2
+    assert said in capsys.readouterr().err

@@ -145,6 +145,21 @@ def test_a_rank_is_one_line_on_a_narrow_terminal_too(
     assert all(len(line.rstrip()) <= columns for line in lines[at : at + 3])
 
 
+def test_where_hosts_are_many_only_devices_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = np.zeros(2, RANK)
+    ranks["host"], ranks["device"] = [b"gpu01", b"gpu02"], b"NVIDIA H100 80GB HBM3, 16 threads of 128"
+    ranks["requests"], ranks["output_tokens"] = 12_345, 1_234_567
+    write_metrics(tmp_path / METRICS_NAME, [rows(3, failed=0)], ranks, {}, np.zeros(0, TELEMETRY), {})
+    monkeypatch.setattr(report, "console_for", lambda stream: Console(file=stream, width=80))
+    lines = printed(tmp_path).splitlines()
+    at = next(place for place, line in enumerate(lines) if line.startswith("rank"))
+    titles = ["rank", "host", "device", "requests", "failed", "tokens", "busy", "starved", "in", "out"]
+    assert lines[at].split() == titles
+    assert "gpu01  NVIDIA H100" in lines[at + 1]
+    assert "…" in lines[at + 1]
+    assert all(len(line) <= 80 for line in lines[at : at + 3])
+
+
 def test_every_text_is_shown_as_it_is(run_dir: Path) -> None:
     """Brackets are no markup, wherever they come from: answers, custom_ids, paths."""
     text = printed(run_dir, show=10)

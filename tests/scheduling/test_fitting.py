@@ -213,8 +213,14 @@ def test_memory_that_nobody_knows_is_not_counted() -> None:
         (Ask(slots=128, ctx_tokens=1 << 18), gpu(80), (r"--ctx \d+ or less", r"--slots \d+")),
         (Ask(slots=512, gpu_layers=-1), gpu(4), ("--gpu-layers auto",)),
         (Ask(slots=64, ctx_tokens=4096), Room(host_bytes=8 * GB), (r"--ctx \d+ or less", "memory 8.0 GB free")),
-        (Ask(), Room(host_bytes=1 * GB), ("a smaller model",)),
-        (Ask(), gpu(1, host=2 * GB), ("a smaller model",)),
+        (Ask(), Room(host_bytes=1 * GB), ("a smaller model", r"buffers is [\d.]+ GB too little:")),
+        (Ask(), gpu(1, host=2 * GB), ("a smaller model", r"buffers is [\d.]+ GB too little:")),
+        (
+            Ask(),
+            gpu(80, host=GB // 4),
+            (r"memory 0\.2\d GB free", "GB too little: use a smaller model, or more memory"),
+        ),
+        (Ask(gpu_layers=-1), gpu(80, host=GB // 4), (r"memory 0\.2\d GB free", "a smaller model, or more memory$")),
     ],
 )
 def test_what_cannot_fit_is_refused_with_the_sum_and_what_would(ask: Ask, room: Room, words: tuple[str, ...]) -> None:
@@ -223,6 +229,7 @@ def test_what_cannot_fit_is_refused_with_the_sum_and_what_would(ask: Ask, room: 
     said = str(caught.value)
     assert "free" in said
     assert "margin" in said
+    assert "= -" not in said
     assert "\n" not in said
     for word in words:
         assert re.search(word, said), said

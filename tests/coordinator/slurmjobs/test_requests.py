@@ -90,7 +90,9 @@ def fits(words: str) -> tuple[str, list[str]]:
         ("--gpus-per-node=4 --ntasks-per-node=4 -N8 -t 60", "main"),
         ("-p cpu -N 10 -t 30-0", "cpu"),
         ("-p cpu,main -n3", "cpu"),
-        ("-G 8 -n 9 -N2", "main"),
+        ("-G 8 -n 9 -N2 --exclusive", "main"),
+        ("-G 4 -n 5", "main"),
+        ("-p cpu -N2 -n 9", "cpu"),
     ],
 )
 def test_what_fits_is_not_talked_about(words: str, partition: str) -> None:
@@ -120,7 +122,8 @@ def test_what_would_never_start_is_refused(words: str, said: str) -> None:
         ("-n 3", "no GPU is asked for, and nodes of main have 4"),
         ("--gpus-per-node=4 --ntasks-per-node=2 -N2", "8 GPUs are asked for and 4 ranks: 4 GPUs would idle"),
         ("--gpus-per-node=4 -N2", "8 GPUs are asked for and 2 ranks: 6 GPUs would idle"),
-        ("--gpus-per-node=1 -n 8", "8 ranks share 1 GPUs"),
+        ("--gpus-per-node=1 -n 8", "8 ranks and 1 GPU: without --ranks-per-gpu the job refuses that"),
+        ("-N2 -n 9 --gpus-per-node=4", "fills the first node with as many of 9 ranks as it has processors for"),
     ],
 )
 def test_what_is_seldom_meant_is_said(words: str, said: str) -> None:
