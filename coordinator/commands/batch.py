@@ -111,7 +111,7 @@ def batch(
         section(STOPPING)(help="When time is up: 'requeue' has Slurm put the job back into its queue."),
     ] = "stop",
     lease: Annotated[
-        float, _of_faults(help="Seconds of silence after which a rank is lost and its work goes to others.")
+        float, _of_faults(help="Seconds of silence (2 or more) after which a rank is lost and its work goes to others.")
     ] = 60.0,
     rank0_lease: Annotated[
         float | None,
