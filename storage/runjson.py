@@ -63,7 +63,7 @@ def _why_no_run(path: Path, disk: Disk) -> str:
     """What is said of a directory without run.json."""
     if disk.exists(path / SLURM_NAME / JOBS_NAME):
         return (
-            f"no job has begun the run in {path} yet: one waits in Slurm's queue (`squeue` shows it, `scancel` ends "
+            f"no job has begun the run in {path} yet: one is in Slurm's queue (`squeue` shows it, `scancel` ends "
             f"it), or the last log in {path / SLURM_NAME} says why there is none."
         )
     if disk.exists(path / STUDY_NAME):
