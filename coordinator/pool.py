@@ -46,7 +46,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     `logprobs` has for each choice what OpenAI's `choices[].logprobs` holds, None where it was not asked for. `scores`
     has what each of the request's `continuations` comes to.
 
-    Of a request for embeddings, `embeddings` has a vector of length 1 for each input, 1-D float32; `embedding` is the
+    Of a request for embeddings, `embeddings` has a vector of norm 1 for each input, 1-D float32; `embedding` is the
     first.
 
     `error` is set, and there are no texts or embeddings, if the request failed. Times in seconds, measured by the

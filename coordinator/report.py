@@ -292,7 +292,9 @@ def _print_answers(console: Console, run_dir: Path, count: int) -> None:
 
 
 def _answer_text(body: dict[str, Any]) -> str:
-    """What to show of an answer: its first choice, or the beginning of its first embedding."""
+    """What to show of an answer: its first choice, each continuation with what its tokens' log-probabilities add up to,
+    or the beginning of its first embedding.
+    """
     if "choices" not in body:
         first = body["data"][0]["embedding"]
         vector = from_base64(first).tolist() if isinstance(first, str) else first
@@ -300,6 +302,8 @@ def _answer_text(body: dict[str, Any]) -> str:
         others = f" and {len(body['data']) - 1} more" if len(body["data"]) > 1 else ""
         return f"[{begin}, …] of {len(vector)} numbers{others}"
     choice = body["choices"][0]
+    if "llmpi" in choice:
+        return " · ".join(f"{one['text'].strip()} {one['llmpi']['logprob']:.2f}" for one in body["choices"])
     return str(choice["message"]["content"] if "message" in choice else choice["text"])
 
 

@@ -28,7 +28,17 @@ from scheduling.errors import BugError, RecordError, RunDirError
 from storage.files import Disk, OsDisk, replace_file
 from storage.joblock import BEAT_SUFFIX, JobLock, Judge, this_process, utc_text
 from storage.recovery import RECORD_NAME
-from storage.runjson import FORMAT, RUN_NAME, VERSION, Json, plain, read_run, refuse_other_run, unusable
+from storage.runjson import (
+    FORMAT,
+    RUN_NAME,
+    SLURM_NAME,
+    VERSION,
+    Json,
+    plain,
+    read_run,
+    refuse_other_run,
+    unusable,
+)
 
 REQUESTS_NAME = "requests.jsonl"
 LOCK_NAME = "lock"
@@ -37,8 +47,6 @@ STOP_NAME = "stop"
 METRICS_NAME = "metrics.h5"
 SEGMENTS_NAME = "metrics.d"
 
-SLURM_NAME = "slurm"
-"""Folder for the scripts and logs of jobs, which are there before a run is."""
 _BEFORE_RUN_JSON = {
     LOCK_NAME, BEAT_NAME, STOP_NAME, f".{RUN_NAME}.tmp", REQUESTS_NAME, f".{REQUESTS_NAME}.tmp", SLURM_NAME,
 }  # fmt: skip

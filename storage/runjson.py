@@ -17,6 +17,12 @@ from scheduling.errors import LlmpiError, RecordError, RunDirError
 from storage.files import FAILS_OF_DISKS, Disk, OsDisk, read_all
 
 RUN_NAME = "run.json"
+SLURM_NAME = "slurm"
+"""Folder for the scripts and logs of jobs, which are there before a run is."""
+JOBS_NAME = "jobs.jsonl"
+"""In it: what became of the jobs."""
+STUDY_NAME = "study.json"
+"""What a study has instead of run.json."""
 
 FORMAT = "llmpi-run"
 VERSION = 1
@@ -34,7 +40,7 @@ def read_run(path: Path, disk: Disk | None = None) -> dict[str, Json]:
     try:
         state = json.loads(read_all(disk, file))
     except FileNotFoundError as error:
-        raise RunDirError(f"{path} is no run directory: it has no {RUN_NAME}.") from error
+        raise RunDirError(_why_no_run(path, disk)) from error
     except NotADirectoryError as error:
         raise RunDirError(f"{path} is no directory.") from error
     except OSError as error:
@@ -51,6 +57,18 @@ def read_run(path: Path, disk: Disk | None = None) -> dict[str, Json]:
     if not _well_formed(state):
         raise RunDirError(f"{file} is damaged: it lacks what every run has. Give another run directory.")
     return state
+
+
+def _why_no_run(path: Path, disk: Disk) -> str:
+    """What is said of a directory without run.json."""
+    if disk.exists(path / SLURM_NAME / JOBS_NAME):
+        return (
+            f"no job has begun the run in {path} yet: one is in Slurm's queue (`squeue` shows it, `scancel` ends "
+            f"it), or the last log in {path / SLURM_NAME} says why there is none."
+        )
+    if disk.exists(path / STUDY_NAME):
+        return f"{path} is the directory of a study: `llmpi study show {path}` prints it."
+    return f"{path} is no run directory: it has no {RUN_NAME}."
 
 
 def _well_formed(state: dict[str, Json]) -> bool:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from coordinator.commands.parameters import AsJson
-from scheduling.errors import ConfigError
+from scheduling.errors import ConfigError, ModelFileError, ModelStoreError
 
 HERE = {"ignore_unknown_options": True, "allow_extra_args": True}
 
@@ -71,7 +71,22 @@ def _checked(context: typer.Context, command: list[str]) -> tuple[Path, list[str
     if given is not None and not Path(given).exists():
         why = "a job has no standard input" if str(given) == "-" else "there is no such file"
         raise ConfigError(f"-i {given}: {why}")
+    if values.get("model"):
+        _look_at_model(str(values["model"]))
     return Path(values["output"]).absolute(), without_output(command[1:])
+
+
+def _look_at_model(text: str) -> None:
+    """Say if there is no such model here. It may be on the nodes alone, so that is no error."""
+    from coordinator.modelnames import find_model
+
+    try:
+        found = find_model(text)
+        why = "" if found.path.exists() else "there is no such file"
+    except (ModelFileError, ModelStoreError) as error:
+        why = str(error)
+    if why:
+        print(f"note: -m {text}: {why}. The nodes must have it", file=sys.stderr)
 
 
 def without_output(arguments: list[str]) -> list[str]:

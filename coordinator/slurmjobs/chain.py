@@ -113,8 +113,8 @@ class Queued:
 
 
 def in_queue(jobs: Sequence[str], client: Client = run_client) -> list[Queued]:
-    """Those of `jobs` that wait or run."""
-    return _squeue(jobs, [], client)
+    """Those of `jobs` that wait or run, those that run first."""
+    return sorted(_squeue(jobs, [], client), key=lambda job: (job.state != "RUNNING", job.job))
 
 
 def last_state(job: str, client: Client = run_client) -> str:

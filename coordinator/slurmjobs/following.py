@@ -78,13 +78,13 @@ class Follower:
     def _queued(self) -> list[Queued]:
         jobs = {self._first, *read_journal(self._run_dir).recent()}
         try:
-            queued = in_queue(sorted(jobs), self._client)
+            found = in_queue(sorted(jobs), self._client)
         except InfrastructureError:
             if self._clock() - self._answers_since > PATIENCE_S:
                 raise
             return [Queued(self._first, "UNKNOWN", "squeue does not answer")]
         self._answers_since = self._clock()
-        return sorted(queued, key=lambda job: (job.state != "RUNNING", job.job))
+        return found
 
     def _check_end(self, found: Status | None, journal: Journal, last: str) -> None:
         """Raises where the record says nothing of how the last job ended: it was refused, or never came to a run."""

@@ -15,10 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from storage.rundir import SLURM_NAME
+from storage.runjson import JOBS_NAME, SLURM_NAME
 
 FOLDER = SLURM_NAME
-JOBS = "jobs.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +57,7 @@ class Journal:
 
 def read_journal(run_dir: Path) -> Journal:
     """All that is told of the jobs of a run."""
-    file = run_dir / FOLDER / JOBS
+    file = run_dir / FOLDER / JOBS_NAME
     text = file.read_text(encoding="utf-8") if file.exists() else ""
     links, submitted, statuses = [], "", {}
     for line in text.split("\n")[:-1]:
@@ -88,7 +87,7 @@ def note_ended(run_dir: Path, job: str, status: int) -> None:
 
 
 def _add(run_dir: Path, told: dict[str, Any]) -> None:
-    with (run_dir / FOLDER / JOBS).open("a", encoding="utf-8") as file:
+    with (run_dir / FOLDER / JOBS_NAME).open("a", encoding="utf-8") as file:
         file.write(json.dumps(told) + "\n")
         file.flush()
         os.fsync(file.fileno())

@@ -25,9 +25,9 @@ from coordinator.study.summary import Measured, without_nan
 from scheduling.errors import RunDirError
 from storage.files import OsDisk, replace_file
 from storage.joblock import BEAT_SUFFIX, JobLock, this_process, utc_text
-from storage.runjson import plain, told_differences, unusable
+from storage.runjson import STUDY_NAME, plain, told_differences, unusable
 
-STUDY_NAME, CELLS_NAME, LOCK_NAME = "study.json", "cells", "lock"
+CELLS_NAME, LOCK_NAME = "cells", "lock"
 WARM_UP_NAME = "warm-up"
 WAY = "where it was started, with Ctrl-C or scancel"
 FORMAT, VERSION = "llmpi-study", 1

@@ -10,12 +10,13 @@ from typing import IO, Any
 
 from coordinator.simulated import WARNING
 from coordinator.study.design import Design
-from coordinator.study.directory import STUDY_NAME, StudyDir, measured_of, read_study
+from coordinator.study.directory import StudyDir, measured_of, read_study
 from coordinator.study.hdf5 import STUDY_H5_NAME, study_h5
 from coordinator.study.picture import PICTURE_NAME, available, picture
 from coordinator.study.summary import doubts, summarise, without_nan
 from coordinator.study.table import print_scaling
 from scheduling.errors import EXIT_OK, EXIT_RESUMABLE, EXIT_SOME_FAILED, RunDirError
+from storage.runjson import STUDY_NAME
 
 
 def show_study(path: Path, *, as_json: bool) -> int:

@@ -29,13 +29,14 @@ from coordinator.staging import stage_models
 from coordinator.study.cells import Outcome, run_cell
 from coordinator.study.crew import Crew, answer_calls
 from coordinator.study.design import Cell, Design, fill_hosts
-from coordinator.study.directory import STUDY_NAME, WARM_UP_NAME, StudyDir
+from coordinator.study.directory import WARM_UP_NAME, StudyDir
 from coordinator.study.results import Results
 from coordinator.timekeeper import Timekeeper, age_s
 from coordinator.versions import package_versions
 from scheduling.errors import EXIT_OK, EXIT_RESUMABLE, ConfigError, LlmpiError
 from scheduling.messages import Host
 from scheduling.placement import Plan, plan
+from storage.runjson import STUDY_NAME
 from storage.staging import Staged
 
 

@@ -311,3 +311,18 @@ def test_submit_looks_at_the_input_before_it_asks_slurm(
     monkeypatch.setenv("PATH", str(tmp_path))
     assert run("submit", "-N2", "--", "batch", "-m", "x", "-i", given, "-o", "run") == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", ["mistyped.gguf", "mistyped:q4", "m.gguf"])
+def test_submit_says_of_a_model_that_it_is_not_here(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model: str
+) -> None:
+    for name in ("in.jsonl", "m.gguf"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("LLMPI_HOME", str(tmp_path / "home"))
+    assert run("submit", "-N2", "--", "batch", "-m", model, "-i", "in.jsonl", "-o", "run") == 2
+    said = capsys.readouterr().err
+    assert "there is no sinfo here" in said, "the nodes may have it"
+    assert (f"note: -m {model}: there is no " in said) == (model != "m.gguf")

@@ -24,6 +24,7 @@ from scheduling.tables import RANK, TELEMETRY
 from storage.metrics import write_metrics
 from storage.recovery import RECORD_NAME
 from storage.rundir import METRICS_NAME
+from tests.scheduling.test_logprobs import packed
 from tests.storage.samples import rows
 
 ANSWERS = ("plain", r"LaTeX \[x^2\] and \[/frac]", "[bold]no markup[/bold]", "two\nlines", "x" * 1_000)
@@ -178,6 +179,16 @@ def test_an_embedding_is_shown_by_its_first_numbers(run_dir: Path, encoding: Lit
     vectors = np.linspace(0.25, 0.75, 2 * 384, dtype=np.float32).reshape(2, 384)
     (run_dir / RECORD_NAME).write_bytes(encode_embeddings(asked, 0, 1, 1, 0, vectors, 5, 0.1, 0.4, "m"))
     assert "[0.2500, 0.2507, 0.2513, 0.2520, …] of 384 numbers and 1 more" in printed(run_dir, show=1)
+
+
+def test_continuations_are_shown_with_how_likely_each_is(run_dir: Path) -> None:
+    """The first alone would look like the model's answer."""
+    asked = Request(custom_id="scored", kind="completion", prompt="x", continuations=(" Rome", " Paris"), logprobs=0)
+    choices = [(" Rome", "length", 0), (" Paris", "length", 0)]
+    known = [packed([b" Rome"], [-7.5]), packed([b" Par", b"is"], [-0.25, -0.01])]
+    line = encode_result(asked, 0, 1, 1, 0, choices, 5, 0, 0.1, 0.0, 0.4, 1, "m", 0, known)
+    (run_dir / RECORD_NAME).write_bytes(line)
+    assert "scored  Rome -7.50 · Paris -0.26" in printed(run_dir, show=1)
 
 
 def test_a_line_that_is_being_written_is_no_answer_yet(

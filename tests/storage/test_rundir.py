@@ -418,3 +418,20 @@ def test_a_complete_run_that_lost_answers_can_be_taken_up_again(tmp_path: Path) 
         assert len(run.sessions) == 2
         run.add_session_facts({"ranks": 3})
     assert read_run(tmp_path)["sessions"][1]["ranks"] == 3
+
+
+def test_where_there_is_no_run_it_is_said_what_there_is(tmp_path: Path) -> None:
+    (tmp_path / "checkout" / "slurm").mkdir(parents=True)  # the scripts' folder alone makes no run of Slurm's
+    with pytest.raises(RunDirError, match=r"checkout is no run directory: it has no run\.json"):
+        status(tmp_path / "checkout")
+    (tmp_path / "waits" / "slurm").mkdir(parents=True)
+    (tmp_path / "waits" / "slurm" / "jobs.jsonl").write_text('{"submitted": "17"}\n')
+    for ask in (status, request_stop):
+        with pytest.raises(
+            RunDirError, match=r"no job has begun the run in .*waits yet: .*squeue.*scancel.*waits/slurm"
+        ):
+            ask(tmp_path / "waits")
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "study.json").write_text("{}")
+    with pytest.raises(RunDirError, match=r"`llmpi study show .*study`"):
+        status(tmp_path / "study")

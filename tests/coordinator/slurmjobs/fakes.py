@@ -49,6 +49,7 @@ class FakeSlurm:
         there = [job for job in asked if job in self.queue]
         if not there and len(asked) == 1:
             raise InfrastructureError("squeue: slurm_load_jobs error: Invalid job id specified")
+        there.sort(key=lambda job: self.queue[job][0] == "RUNNING")  # as squeue does, those that wait come first
         return "".join(f"{job}|{self.queue[job][0]}|{self.queue[job][1]}\n" for job in there)
 
     def _scancel(self, words: list[str]) -> str:
