@@ -288,6 +288,13 @@ def test_heartbeat_only_after_silence() -> None:
     assert bench.pass_(HEARTBEAT_S * 0.9) == []
 
 
+@pytest.mark.parametrize(("lease_s", "every_s"), [(60.0, HEARTBEAT_S), (15.0, 3.0), (5.0, 1.0), (2.0, 0.4)])
+def test_five_heartbeats_fit_into_a_lease(lease_s: float, every_s: float) -> None:
+    bench = Bench(lease_s=lease_s).ready()
+    assert bench.pass_(every_s * 0.9) == []
+    assert bench.pass_(every_s * 0.2) == [m.Heartbeat()]
+
+
 def test_an_engine_that_was_to_be_started_again_is_not_once_it_is_to_end() -> None:
     bench = Bench().ready()
     bench.engine.die()
