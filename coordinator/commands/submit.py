@@ -67,7 +67,7 @@ def _checked(context: typer.Context, command: list[str]) -> tuple[Path, list[str
         raise ConfigError(f"batch needs {', '.join(missing)}")
     if values.get("on_limit") == "requeue":
         raise ConfigError("--on-limit requeue is not needed here: the next job goes on with the run")
-    given = values.get("requests")  # a text or a path: versions of typer differ
+    given = values.get("requests")
     if given is not None and not Path(given).exists():
         why = "a job has no standard input" if str(given) == "-" else "there is no such file"
         raise ConfigError(f"-i {given}: {why}")
