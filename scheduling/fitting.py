@@ -47,7 +47,8 @@ SMALL_MODEL_BYTES = 2 << 30
 """Of weights. Passes of a small model are so short that a GPU waits for their launch: more contexts fill that. A larger
 one's are not, and of fewer rows are less efficient."""
 SLOTS_OF_A_CONTEXT_MIN = 32
-"""No more contexts than have so many slots each, beyond CONTEXTS_GPU."""
+"""No more contexts than have so many slots each: of fewer rows, two passes take longer than one of them all, and what
+one context reads, another's sequences wait for as well."""
 UBATCH_GPU, UBATCH_CPU = 2048, 512
 MARGIN = 0.1
 DRIVER_BYTES = 640 << 20
@@ -173,12 +174,12 @@ class _Fitting:
 
     def _usual_contexts(self, slots: int) -> int:
         """As many as a GPU is given for the sake of speed, whatever the slots need."""
-        if self.ask.split == "tensor":
-            # Passes take turns: a second context's compute while the tokens of the first one's are chosen, on the CPU
-            # there. Of few rows they are not worth what they cost.
-            return CONTEXTS_GPU if slots >= CONTEXTS_GPU * SLOTS_OF_A_CONTEXT_MIN else 1
-        small = self.shape.weight_bytes < SMALL_MODEL_BYTES and slots >= CONTEXTS_SMALL_GPU * SLOTS_OF_A_CONTEXT_MIN
-        return CONTEXTS_SMALL_GPU if small else CONTEXTS_GPU
+        # Split by tensors, passes take turns: one context's compute while the tokens of another's are chosen.
+        small = self.shape.weight_bytes < SMALL_MODEL_BYTES and self.ask.split != "tensor"
+        for contexts in (CONTEXTS_SMALL_GPU, CONTEXTS_GPU) if small else (CONTEXTS_GPU,):
+            if slots >= contexts * SLOTS_OF_A_CONTEXT_MIN:
+                return contexts
+        return 1
 
     def _useful(self, most: int) -> int:
         """No more slots than this worker will have sequences."""

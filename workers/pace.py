@@ -1,22 +1,26 @@
 """How many tokens of prompts a step may read while other sequences wait in it for their next token.
 
-Reading more at once is more efficient; those that decode feel it as a gap. The pace measures what a step takes without
-reading, and what each token that is read adds, and allows as many as make a step at most STRETCH times as long. Cutting
-short prompts makes more passes than it spares anybody: those are read in one go. And where many wait to be read, their
-idle slots cost more than the gaps of those that decode. The measures are moving averages, since they change with the
-number of sequences and their lengths. Times come in as arguments.
+Reading more at once is more efficient; those that decode feel it as a gap. The pace allows as many tokens as make a
+step about STRETCH times as long as one that reads nothing. Cutting short prompts makes more passes than it spares
+anybody: those are read in one go. And where many wait to be read, their idle slots cost more than the gaps of those
+that decode. Times come in as arguments.
 
-On a GPU a pass that reads has a price of its own, however little it reads: on an H200 (8B, 16 sequences that decode) 75
-tokens made a step 21 ms longer, and 546, reckoned from P99 of the gaps, about 30 ms. If that price alone is all that
-gaps allow, reading hardly anything for it would spare nobody. So what takes half as long as a step when nobody decodes
-is always read.
+What reading adds to a step is a price for the pass, however little it reads, and one for each token. Both change with
+the number of sequences and their lengths, and where each step reads as many tokens as the one before they cannot be
+told apart. So a token's price is taken from steps in which nobody decodes, and what that leaves unexplained is the
+pass's: a moving average. If a token's price is wrong, that of the pass makes up for it step by step. Without it
+(tokens as many as the last ones were cheap) a GPU read 33 at a time for ever, since so few are dear: on an H200 (8B,
+32 sequences that decode) 64 tokens made a step of 10 ms 15 ms longer, 128 23, 256 32 and 512 50 ms.
+
+Where the price of a pass alone is more than gaps allow, reading hardly anything for it would spare nobody: what takes
+half as long as a step when nobody decodes is always read.
 """
 
 from __future__ import annotations
 
-STRETCH = 3.0
+STRETCH = 3.6
 """Steps that read, in steps that do not: the mean. Those who read a stream notice gaps of much more than 4, and the
-longest of a hundred was about 1.25 times the mean where two contexts shared a GPU."""
+longest of a hundred was 1.1 times the mean."""
 WORTH = 0.5
 """Steps that decode, in the time that as many tokens take where nobody decodes: so many are read at least."""
 FEW, MANY = 0.05, 0.3
@@ -38,40 +42,52 @@ class Pace:
     def __init__(self, batch_tokens: int) -> None:
         self._batch_tokens = batch_tokens
         self._step_s = 0.0
-        self._token_s = 0.0
+        self._pass_s = 0.0
         self._reading_s = 0.0
         self._reading_tokens = 0.0
+        self._estimated = True
 
     def observe(self, decoding: int, read_tokens: int, step_s: float) -> None:
         """A step of `step_s` seconds in which `decoding` sequences got a token and `read_tokens` were read."""
         if not decoding:
             if read_tokens >= READ_TOKENS_MIN:
-                # Not quite the same, but known before the first long prompt comes between others.
-                self._token_s = _moved(self._token_s, step_s / read_tokens)
-                self._reading_s = (1.0 - WEIGHT) * self._reading_s + step_s
-                self._reading_tokens = (1.0 - WEIGHT) * self._reading_tokens + read_tokens
-            return
-        if not read_tokens:
-            self._step_s = _moved(self._step_s, step_s)
+                if self._estimated:
+                    self._reading_s = self._reading_tokens = 0.0
+                    self._estimated = False
+                self._read(read_tokens, step_s)
+        elif not read_tokens:
+            self._step_s += WEIGHT * (step_s - self._step_s) if self._step_s else step_s
         elif self._step_s:
-            self._token_s = _moved(self._token_s, max(0.0, step_s - self._step_s) / read_tokens)
+            extra_s = max(0.0, step_s - self._step_s)
+            if not self._reading_tokens:
+                self._read(read_tokens, extra_s)
+            unexplained_s = extra_s - read_tokens * self._token_s - self._pass_s
+            # One that stood still for something else tells nothing of reading.
+            most_s = (STRETCH - 1.0) * self._step_s
+            self._pass_s += WEIGHT * min(most_s, max(-most_s, unexplained_s))
+
+    def _read(self, tokens: int, seconds: float) -> None:
+        self._reading_s += seconds - WEIGHT * self._reading_s
+        self._reading_tokens += tokens - WEIGHT * self._reading_tokens
+
+    @property
+    def _token_s(self) -> float:
+        """Seconds that a token more takes. 0: not known, or next to nothing."""
+        return self._reading_s / self._reading_tokens if self._reading_tokens else 0.0
 
     def allowed(self, decoding: int, waiting: int = 0, short_tokens: int = 0) -> int:
         """Tokens of prompts that the next step may read, while `decoding` sequences wait for a token.
 
         Where batches are shaped for a GPU, `waiting`: prompts to be read, `short_tokens`: tokens left of short ones.
         """
-        if not decoding or not self._step_s or not self._token_s:
+        token_s = self._token_s
+        if not decoding or not self._step_s or not token_s:
             return self._batch_tokens
-        # Where steps that read take no longer than one without once did, a token takes next to nothing.
-        tokens = min(float(self._batch_tokens), (STRETCH - 1.0) * self._step_s / self._token_s)
-        if self._reading_s:
-            tokens = max(tokens, WORTH * self._step_s * self._reading_tokens / self._reading_s)
+        spare_s = (STRETCH - 1.0) * self._step_s - self._pass_s
+        tokens = max(spare_s, WORTH * self._step_s) / token_s
         # One alone is no crowd, however few decode.
         tokens = max(tokens, self._batch_tokens * ((waiting - 1) / decoding - FEW) / (MANY - FEW))
+        # No infinity: what a token takes may be next to nothing.
+        tokens = min(float(self._batch_tokens), tokens)
         tokens = max(READ_TOKENS_MIN, int(tokens) // READ_TOKENS_MIN * READ_TOKENS_MIN)
         return min(self._batch_tokens, max(tokens, min(TOGETHER_TOKENS, short_tokens)))
-
-
-def _moved(average: float, value: float) -> float:
-    return value if not average else average + WEIGHT * (value - average)

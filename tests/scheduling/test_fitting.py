@@ -51,7 +51,11 @@ def test_few_long_slots_are_not_dealt_out_to_many_contexts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "slots", "contexts"), [(B1, 128, 4), (B1, 512, 4), (B1, 127, 2), (B1, 8, 2), (B8, 128, 2), (B8, 512, 2)]
+    ("shape", "slots", "contexts"),
+    [
+        *[(B1, slots, contexts) for slots, contexts in ((512, 4), (128, 4), (127, 2), (64, 2), (63, 1), (8, 1))],
+        *[(B8, slots, contexts) for slots, contexts in ((512, 2), (128, 2), (64, 2), (63, 1), (8, 1))],
+    ],
 )
 def test_a_small_model_gets_more_contexts_where_each_has_enough_slots(
     shape: ModelShape, slots: int, contexts: int
