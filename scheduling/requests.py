@@ -196,7 +196,10 @@ def _chat_logprobs(body: Body) -> int | None:
     if body.echo:
         refuse("echo", True, "false or left out in a chat; a completion can have its prompt back")
     if body.continuations is not None:
-        refuse("continuations", "…", "left out in a chat; give the text before them as the prompt of a completion")
+        raise RequestError(
+            "continuations must be left out in a chat; give the text before them as the prompt of a completion",
+            "continuations",
+        )
     if body.logprobs is not None and not isinstance(body.logprobs, bool):
         refuse("logprobs", body.logprobs, "true or false in a chat; top_logprobs says how many alternatives")
     if not body.logprobs:
@@ -232,7 +235,10 @@ def _scoring(sampling: Sampling, body: Body) -> Sampling:
         refuse("n", sampling.n, "1 where tokens are scored: they have one answer")
     held = _held_to(body)
     if held:
-        refuse(held[0], "…", "left out where tokens are scored: they are given, and nothing is held to a form")
+        raise RequestError(
+            f"{held[0]} must be left out where tokens are scored: they are given, and nothing is held to a form",
+            held[0],
+        )
     # A run's default is for what is generated.
     sampling = msgspec.structs.replace(sampling, constraint=None)
     if body.continuations is not None:

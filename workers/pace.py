@@ -8,9 +8,13 @@ that decode. Times come in as arguments.
 What reading adds to a step is a price for the pass, however little it reads, and one for each token. Both change with
 the number of sequences and their lengths, and where each step reads as many tokens as the one before they cannot be
 told apart. So a token's price is taken from steps in which nobody decodes, and what that leaves unexplained is the
-pass's: a moving average. If a token's price is wrong, that of the pass makes up for it step by step. Without it
-(tokens as many as the last ones were cheap) a GPU read 33 at a time for ever, since so few are dear: on an H200 (8B,
-32 sequences that decode) 64 tokens made a step of 10 ms 15 ms longer, 128 23, 256 32 and 512 50 ms.
+pass's: a moving average. If a token's price is wrong, that of the pass makes up for it step by step. It is wrong as
+long as only short prompts have been read, whose tokens pay for the pass: on a GPU what is allowed is then met on
+average, by pieces of two sizes, since the smaller one alone would never show that more is to be had.
+
+Without the price of a pass (tokens as many as the last ones were cheap) a GPU read 33 at a time for ever, since so few
+are dear: on an H200 (8B, 32 sequences that decode) 64 tokens made a step of 10 ms 15 ms longer, 128 23, 256 32 and 512
+50 ms.
 
 Where the price of a pass alone is more than gaps allow, reading hardly anything for it would spare nobody: what takes
 half as long as a step when nobody decodes is always read.
@@ -41,25 +45,24 @@ class Pace:
 
     def __init__(self, batch_tokens: int) -> None:
         self._batch_tokens = batch_tokens
+        self._telling_tokens = min(SHORT_TOKENS, batch_tokens)
         self._step_s = 0.0
         self._pass_s = 0.0
         self._reading_s = 0.0
         self._reading_tokens = 0.0
-        self._estimated = True
+        self._proven = False
+        self._owed_tokens = 0.0
 
     def observe(self, decoding: int, read_tokens: int, step_s: float) -> None:
         """A step of `step_s` seconds in which `decoding` sequences got a token and `read_tokens` were read."""
         if not decoding:
-            if read_tokens >= READ_TOKENS_MIN:
-                if self._estimated:
-                    self._reading_s = self._reading_tokens = 0.0
-                    self._estimated = False
+            if read_tokens >= (self._telling_tokens if self._proven else READ_TOKENS_MIN):
                 self._read(read_tokens, step_s)
         elif not read_tokens:
             self._step_s += WEIGHT * (step_s - self._step_s) if self._step_s else step_s
         elif self._step_s:
             extra_s = max(0.0, step_s - self._step_s)
-            if not self._reading_tokens:
+            if extra_s and not (self._proven if read_tokens >= self._telling_tokens else self._reading_tokens):
                 self._read(read_tokens, extra_s)
             unexplained_s = extra_s - read_tokens * self._token_s - self._pass_s
             # One that stood still for something else tells nothing of reading.
@@ -67,6 +70,9 @@ class Pace:
             self._pass_s += WEIGHT * min(most_s, max(-most_s, unexplained_s))
 
     def _read(self, tokens: int, seconds: float) -> None:
+        if tokens >= self._telling_tokens and not self._proven:
+            self._reading_s = self._reading_tokens = 0.0
+            self._proven = True
         self._reading_s += seconds - WEIGHT * self._reading_s
         self._reading_tokens += tokens - WEIGHT * self._reading_tokens
 
@@ -89,5 +95,8 @@ class Pace:
         tokens = max(tokens, self._batch_tokens * ((waiting - 1) / decoding - FEW) / (MANY - FEW))
         # No infinity: what a token takes may be next to nothing.
         tokens = min(float(self._batch_tokens), tokens)
+        if waiting and not self._proven:
+            tokens += self._owed_tokens
+            self._owed_tokens = tokens % READ_TOKENS_MIN
         tokens = max(READ_TOKENS_MIN, int(tokens) // READ_TOKENS_MIN * READ_TOKENS_MIN)
         return min(self._batch_tokens, max(tokens, min(TOGETHER_TOKENS, short_tokens)))

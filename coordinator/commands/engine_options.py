@@ -111,7 +111,9 @@ class EngineOptions(GeneratingOptions):
     ] = "auto"
     contexts: Annotated[
         int | None,
-        _of_decoding(help="Contexts over the one loaded model, a thread each. [default: 1 on a CPU, 2 on a GPU]"),
+        _of_decoding(
+            help="Contexts over the one loaded model, a thread each. [default: 1 on a CPU, 1 to 4 on a GPU, by slots]"
+        ),
     ] = None
     batch: Annotated[int, _of_decoding(help="Most tokens in one decode step.")] = 4096
     ubatch: Annotated[

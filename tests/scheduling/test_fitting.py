@@ -50,6 +50,25 @@ def test_few_long_slots_are_not_dealt_out_to_many_contexts() -> None:
         assert fitted.contexts <= 2, fitted.said
 
 
+@pytest.mark.parametrize(("wanted", "enough"), [(5000, 64), (50, 32)])
+def test_where_room_is_short_buffers_make_way_for_slots(wanted: int, enough: int) -> None:
+    seen = set()
+    for tenths in range(78, 140, 2):
+        room = gpu(tenths / 10)
+        fitted = fit(B8, Ask(), room, alike(wanted, 512))
+        small = fitted.ubatch_tokens == 512
+        seen.add(small)
+        large = fit(B8, Ask(ubatch_tokens=2048), room, alike(wanted, 512))
+        if small:
+            assert fitted.contexts == 1
+            assert fitted.slots > large.slots
+            assert large.contexts == 1 or large.slots < enough
+        else:
+            assert (fitted.slots, fitted.contexts) == (large.slots, 2 if wanted >= 64 else 1)
+            assert fitted.slots >= enough
+    assert seen == {True, False}
+
+
 @pytest.mark.parametrize(
     ("shape", "slots", "contexts"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -96,6 +97,51 @@ def test_few_tokens_that_are_dear_do_not_keep_it_from_reading_more() -> None:
         read = pace.allowed(32, 1)
         pace.observe(32, read, 0.010 + 0.015 + read / 14_000)
     assert 128 <= pace.allowed(32, 1) <= 160
+
+
+@pytest.mark.parametrize("decoding", [0, 3])
+def test_where_only_short_prompts_have_been_read_a_long_one_gets_as_much_as_gaps_allow(decoding: int) -> None:
+    """A token of theirs took 0.49 ms on this GPU, most of it the pass's: in multiples of 32 no more was allowed."""
+    step_s, pass_s, token_s = 0.010, 0.015, 1 / 14_000
+    pace = Pace(2048)
+    pace.observe(1, 0, step_s)
+    for _ in range(20):
+        pace.observe(decoding, 33, (step_s if decoding else 0) + pass_s + 33 * token_s)
+        pace.observe(3, 0, step_s)
+    read = []
+    for _ in range(200):
+        read.append(pace.allowed(32, 1))
+        pace.observe(32, read[-1], step_s + pass_s + read[-1] * token_s)
+    assert 120 <= sum(read[-20:]) / 20 <= 160
+    assert sum(read[:40]) >= 2500, "nor does it take for ever"
+    assert max(read) <= 192
+
+
+def test_short_prompts_later_on_do_not_make_a_token_dear() -> None:
+    step_s, pass_s, token_s = 0.010, 0.015, 1 / 14_000
+    pace = Pace(2048)
+    pace.observe(0, 2000, pass_s + 2000 * token_s)
+    pace.observe(1, 0, step_s)
+    for _ in range(60):
+        pace.observe(0, 33, pass_s + 33 * token_s)
+    for _ in range(60):
+        read = pace.allowed(32, 1)
+        pace.observe(32, read, step_s + pass_s + read * token_s)
+    assert pace.allowed(32, 1) >= 128
+
+
+def test_a_first_step_that_was_slow_does_not_make_reading_free() -> None:
+    """What is read beside one seems to cost nothing then: whole batches would be read for ever."""
+    pace = Pace(2048)
+    pace.observe(1, 0, 0.5)
+    pace.observe(1, 20, 0.02)
+    for _ in range(60):
+        pace.observe(1, 0, 0.01)
+    pace.observe(1, 2048, 0.01 + 2048 * 1e-4)
+    for _ in range(60):
+        read = pace.allowed(1)
+        pace.observe(1, read, 0.01 + read * 1e-4)
+    assert pace.allowed(1) <= 288
 
 
 def test_a_step_that_was_held_up_by_something_else_is_little_weighed() -> None:
