@@ -31,11 +31,13 @@ def quantize_model(
     known = _child("0", "", "", "?", "1").split()
     if kind not in known:
         raise ConfigError(f"{kind} is no type of llama.cpp's; there are {', '.join(known)}")
-    new_name = ModelName.parse(called) if called else _quantised_name(found.name, kind)
+    usual_name = _quantised_name(found.name, kind)
+    new_name = ModelName.parse(called) if called else usual_name
     store.blobs.need_room(info.file_bytes)
     parent = _digest(found.path, found.digest, store.blobs)
     with store.blobs.scratch_folder("quantize-") as folder:
-        made = folder / f"{suggested_name(found.path.stem).name}-{kind}.gguf"
+        # Not by the file that it is made from: in the store that is called by its digest.
+        made = folder / f"{usual_name.name}-{kind}.gguf"
         _run(found.path, made, kind, threads or os.cpu_count() or 1)
         model = store.add(
             made, name=new_name, source=f"quantize {kind} of {found.name}", parent=parent, pinned=pin, link=True,
@@ -88,9 +90,9 @@ def _run(source: Path, target: Path, kind: str, threads: int) -> None:
     if code:
         said = [line.strip() for line in last if line.strip()]
         words_said = next((line for line in reversed(said) if "fail" in line), said[-1] if said else "it said nothing")
+        hint = " (a model that is quantised already cannot be again: take one in F16, BF16 or F32)"
         raise ModelFileError(
-            f"{source} cannot be quantised to {kind}: {words_said} (a model that is quantised already cannot be again: "
-            "take one in F16, BF16 or F32)"
+            f"{source} cannot be quantised to {kind}: {words_said}{hint if 'requantiz' in words_said else ''}"
         )
 
 

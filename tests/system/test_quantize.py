@@ -15,6 +15,7 @@ import pytest
 from storage.blobs import Blobs
 from storage.digest import Digest
 from tests.launch import PATIENCE_S
+from tests.storage.small_models import small_model
 from tests.tiny_model import build_tiny_model
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
@@ -40,6 +41,7 @@ def test_a_model_is_quantised_and_used_by_name(f16_model: Path, tmp_path: Path) 
     made = json.loads(done.stdout)
     assert (made["name"], made["parent"]) == ("tiny:q4_0", added["digest"])
     assert made["gguf"]["quantization"] == "Q4_0"
+    assert [file["name"] for file in made["files"]] == ["tiny-Q4_0.gguf"]
     assert made["size"] < added["size"]
     answer = llmpi(
         tmp_path, "infer", "-m", "tiny:q4_0", "-p", "Hello", "--max-tokens", "4", "--device", "cpu", "--json"
@@ -80,3 +82,7 @@ def test_what_cannot_be_quantised_is_said(f16_model: Path, tmp_path: Path) -> No
     assert again.returncode == 2
     assert "quantised already" in again.stderr
     assert "Traceback" not in again.stderr
+    hollow = llmpi(tmp_path, "models", "quantize", str(small_model(tmp_path / "hollow.gguf")), "q8_0")
+    assert hollow.returncode == 2
+    assert "key not found" in hollow.stderr
+    assert "quantised already" not in hollow.stderr
