@@ -275,6 +275,11 @@ class Lead:
     def _tell_resume(self, run: RunDir, found: Recovery) -> None:
         if found.torn_bytes:
             self._view.note(f"cut {found.torn_bytes} bytes of an unfinished line off the record")
+        if found.lost_bytes:
+            self._view.warn(
+                f"llmpi: {run.record_path} lacks {found.lost_bytes:,} bytes of answers that had been counted: somebody "
+                "cut them off, or the file system lost them. They are computed again"
+            )
         if run.resumed:
             left = "" if run.total is None else f", {run.total - found.done} to go"
             self._view.note(f"resuming {run.path}: {counted(found.done, 'request')} already done{left}")

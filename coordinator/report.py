@@ -64,6 +64,7 @@ def report_data(run_dir: Path, metrics: Metrics | None = None) -> dict[str, Any]
         "latencies": latencies_of(summary, metrics.histograms.get("itl")),
         "ranks": [_rank(row) for row in metrics.ranks],
         "uncounted": _uncounted(metrics),
+        "unread_segment_bytes": int(attributes.get("unread_segment_bytes", 0)),
         "telemetry_samples": metrics.telemetry_samples,
         "energy": _energy(run_dir, metrics) if metrics.telemetry_samples else None,
     }
@@ -195,6 +196,8 @@ def print_report(data: dict[str, Any], stream: IO[str], run_dir: Path, *, show: 
         _print_copies(console, last)
     if data["uncounted"]:
         console.print(f"\n{uncounted_sentence(data)}", soft_wrap=True)
+    if data["unread_segment_bytes"]:
+        console.print(f"\n{unread_sentence(data)}", soft_wrap=True)
     if lost := last.get("workers_lost"):
         console.print(Text.assemble("\n", ("left before the end", "bold"), f": {lost}"), soft_wrap=True)
     if data["energy"]:
@@ -273,6 +276,14 @@ def uncounted_sentence(data: dict[str, Any]) -> str:
     return (
         f"counters: {data['uncounted']:,} of {data['requests']:,} recorded requests are in no rank's. A job that is "
         "killed leaves those up to its last interval, or none (--metrics-interval)"
+    )
+
+
+def unread_sentence(data: dict[str, Any]) -> str:
+    """What could not be read of the measurements."""
+    return (
+        f"measurements: {data['unread_segment_bytes']:,} bytes in metrics.d are damaged, or a job was killed while it "
+        "wrote them. Telemetry, gaps between tokens or counters of ranks lack what was there"
     )
 
 

@@ -26,7 +26,7 @@ from storage.recovery import RECORD_NAME
 from storage.recovery import rows as record_rows
 from storage.rundir import METRICS_NAME, SEGMENTS_NAME, RunDir
 from storage.runjson import read_run
-from storage.segments import latest, read_segments
+from storage.segments import latest, read_segments, unread_bytes
 from storage.summary import Sums, check_reduced, check_sums, summarise, sums_of
 from workers.metrics import HISTOGRAMS, fitted
 
@@ -157,6 +157,8 @@ def make_metrics(path: Path, disk: Disk | None = None) -> None:
     attributes = _attributes(read_run(path, disk))
     if summary.ok:
         attributes |= {"e2e_min_s": summary.shortest_s, "e2e_max_s": summary.longest_s}
+    if unread := unread_bytes(segments, disk):
+        attributes["unread_segment_bytes"] = unread
     ranks = [conformed(segment.array, RANK) for segment in latest(segments, "ranks", disk)]
     copies = [conformed(segment.array, COPY) for segment in latest(segments, "copies", disk)]
     telemetry: Iterator[Rows] = (

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -47,6 +47,7 @@ class Recovery:
     `states` (uint8, indexed by request; shorter than the input if the last ones are absent) says ABSENT, OK or
     FAILED. `durable_bytes` is the length of all whole lines, `torn_bytes` what follows them: after `recover` it
     has been cut off, after `scan` it is still there. `sessions` is one more than the highest session in a line.
+    `lost_bytes`, after `recover`: how much of what had been synced is not there any more.
     """
 
     states: npt.NDArray[np.uint8]
@@ -55,6 +56,7 @@ class Recovery:
     durable_bytes: int
     torn_bytes: int
     sessions: int
+    lost_bytes: int = 0
 
     @property
     def done(self) -> int:
@@ -187,6 +189,8 @@ def recover(disk: Disk, path: Path) -> Recovery:
     To be called with the run directory locked. Raises RunDirError like `scan`, and RecordError if it cannot be cut.
     """
     found = scan(disk, path)
+    synced = synced_bytes(disk, path)
+    found = replace(found, lost_bytes=max(0, synced - found.durable_bytes))
     if found.durable_bytes + found.torn_bytes == 0:
         return found
     try:
@@ -196,7 +200,7 @@ def recover(disk: Disk, path: Path) -> Recovery:
                 file.truncate(found.durable_bytes)
             # Whole lines may be in the cache only: a job that was killed wrote them and never came to sync them. Or its
             # sync failed, and the system takes them for written since: they are written again.
-            file.rewrite(min(synced_bytes(disk, path), found.durable_bytes))
+            file.rewrite(min(synced, found.durable_bytes))
             file.sync()
         finally:
             file.close()

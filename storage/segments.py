@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import struct
 import zlib
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,6 +132,14 @@ def segment_files(directory: Path, disk: Disk | None = None) -> list[Path]:
     if not disk.is_dir(directory):
         return []
     return [directory / name for name in disk.list_dir(directory) if name.endswith(_SUFFIX)]
+
+
+def unread_bytes(directory: Path, disk: Disk | None = None) -> int:
+    """How much of a run's segment files cannot be read: torn by a crash, or damaged."""
+    readers = [SegmentReader(path, disk) for path in segment_files(directory, disk)]
+    for reader in readers:
+        deque(reader, maxlen=0)
+    return sum(reader.left_bytes for reader in readers)
 
 
 def read_segments(directory: Path, kind: str, disk: Disk | None = None) -> Iterator[Segment]:

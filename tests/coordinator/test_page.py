@@ -25,7 +25,7 @@ from scheduling.errors import ConfigError
 from scheduling.histogram import LogHistogram
 from scheduling.tables import RANK, REQUEST
 from storage.metrics import write_metrics
-from storage.rundir import METRICS_NAME
+from storage.rundir import METRICS_NAME, SEGMENTS_NAME
 from storage.runstatus import status
 from tests.coordinator.runs import make_run, telemetry
 
@@ -286,6 +286,18 @@ def test_counters_that_a_killed_job_did_not_leave_are_told_below_the_table(run: 
     assert "counters:" not in " ".join(ranks_chapter([whole]))
     less = replace(whole, data=whole.data | {"uncounted": 7})
     assert "counters: 7 of 120 recorded requests are in no rank's" in Read(" ".join(ranks_chapter([less]))).text
+
+
+def test_measurements_that_cannot_be_read_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = make_run(tmp_path / "run", 30)
+    assert "measurements:" not in made(run_dir) + capsys.readouterr().out
+    (segments,) = (run_dir / SEGMENTS_NAME).iterdir()
+    content = segments.read_bytes()
+    segments.write_bytes(content[:40] + b"ZZZ" + content[43:])
+    show_report([run_dir], ReportOptions(rebuild=True))
+    told = f"measurements: {len(content):,} bytes in metrics.d are damaged"
+    assert told in Read((run_dir / "report.html").read_text(encoding="utf-8")).text
+    assert told in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("ended", [True, False])

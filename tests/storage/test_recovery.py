@@ -54,6 +54,17 @@ def test_truncation_at_every_byte_keeps_whole_lines_and_reports_the_rest() -> No
         assert disk.files[PATH].durable == content[: ends[whole]], "cut, and durably so"
 
 
+@pytest.mark.parametrize("kept", [0, 1, 2, 3])
+def test_counted_answers_that_are_gone_are_told_of(kept: int) -> None:
+    lines = [ok_line(index) for index in range(3)]
+    disk = disk_with(b"".join(lines[:kept]) + ok_line(3)[:5])
+    counted_bytes = sum(map(len, lines))
+    disk.files[PATH.with_suffix(".synced")] = Content(b"%d\n" % counted_bytes)
+    found = recover(disk, PATH)
+    assert found.done == kept
+    assert found.lost_bytes == counted_bytes - sum(map(len, lines[:kept]))
+
+
 def test_a_last_line_with_a_wrong_checksum_is_torn() -> None:
     damaged = bytearray(ok_line(1))
     damaged[20] ^= 1

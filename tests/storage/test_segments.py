@@ -25,6 +25,7 @@ from storage.segments import (
     read_segments,
     replace_counters,
     segment_files,
+    unread_bytes,
 )
 from tests.storage.fake_disk import Content, FakeDisk
 
@@ -100,6 +101,7 @@ def test_a_file_cut_at_any_byte_keeps_its_whole_segments() -> None:
         whole = len(list(reader))
         assert whole == int((ends <= size).sum())
         assert reader.left_bytes == size - (ends[whole - 1] if whole else 0)
+        assert unread_bytes(FILE.parent, disk_with(content[:size])) == reader.left_bytes
 
 
 @given(st.integers(0, 10_000), st.integers(1, 255))

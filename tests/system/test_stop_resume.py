@@ -103,6 +103,14 @@ def test_killed_run_resumes_where_its_record_ends(
     assert status.rc == 0, status.output
     assert f"{REQUESTS} of {REQUESTS}" in status.stdout
 
+    record = run.path / "results.jsonl"
+    *kept, lost = record.read_bytes().splitlines(keepends=True)
+    record.write_bytes(b"".join(kept))
+    mended = mpirun(3, *work)
+    assert mended.rc == 0, mended.output
+    assert f"{record} lacks {len(lost):,} bytes of answers that had been counted" in mended.stderr
+    run.check_whole(IDS)
+
 
 def test_drained_by_signal_it_finishes_what_runs_and_resumes(
     mpirun: Launcher, gate: Gate, work: Words, run: Run
