@@ -97,7 +97,7 @@ def _run_rank(config: JobConfig, options: BatchOptions, launch: Launch, signals:
 def settled(status: int, run_dir: Path) -> int:
     """The exit code of a job that mpirun ended with `status`. That is not always the ranks' own: mpirun returns 0 when
     a host's daemon died, 1 when it was told to stop, 137 when a rank was killed. What the record says is true."""
-    if not (run_dir / RUN_NAME).exists():
+    if not os.path.exists(run_dir / RUN_NAME):  # nor where that cannot be told, which the ranks have said
         return unstarted(status)
     if status in (EXIT_USAGE, EXIT_INFRASTRUCTURE):
         return status

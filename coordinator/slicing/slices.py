@@ -9,6 +9,7 @@ The run directory of slice I of `-o RUN_DIR` is RUN_DIR/slice-I. `slice_dirs` fi
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,15 +60,20 @@ def parse_slice(text: str) -> Slice:
 def slice_dirs(run_dir: Path) -> list[Path]:
     """The run directories of all slices of `run_dir`, by number; empty if it is a run of its own, or none.
 
-    Those of slices that no job has begun are named, too, and not there.
+    Those of slices that no job has begun are named, too, and not there. Of a directory that may not be looked into,
+    whoever reads its run.json says so.
 
     Raises:
         RunDirError: the slices there do not belong together.
     """
-    if (run_dir / RUN_NAME).exists() or not run_dir.is_dir():
+    if os.path.exists(run_dir / RUN_NAME):
         return []
-    begun = {int(found[1]): path for path in run_dir.iterdir() if (found := _NAME.fullmatch(path.name))}
-    begun = {index: path for index, path in sorted(begun.items()) if (path / RUN_NAME).exists()}
+    try:
+        names = os.listdir(run_dir)
+    except OSError:
+        return []
+    begun = {int(found[1]): run_dir / name for name in names if (found := _NAME.fullmatch(name))}
+    begun = {index: path for index, path in sorted(begun.items()) if os.path.exists(path / RUN_NAME)}
     counts: dict[int, Path] = {}
     for path in begun.values():
         said = read_run(path)["identity"].get("input", {}).get("slice")

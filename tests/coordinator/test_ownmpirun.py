@@ -231,10 +231,11 @@ def test_the_record_says_how_it_ended(
 
 
 @pytest.mark.parametrize(("ended", "code"), [(2, 2), (3, 3), (4, 4), (255, 4), (1, 4), (0, 4)])
+@pytest.mark.parametrize("name", ["run", "r" * 300], ids=["absent", "no file can be called so"])
 def test_without_a_run_it_was_refused_or_stopped_or_did_not_start(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], ended: int, code: int
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], ended: int, code: int, name: str
 ) -> None:
-    assert settled(ended, tmp_path / "run") == code
+    assert settled(ended, tmp_path / name) == code
     told = f"llmpi: mpirun ended with {ended} before any rank began: what it says is above\n"
     assert capsys.readouterr().err == ("" if ended == code else told)
 

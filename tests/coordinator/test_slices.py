@@ -5,12 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from coordinator.arrivals import Arrival
-from coordinator.rundirs import export_answers
+from coordinator.rundirs import export_answers, show_status, stop_run
 from coordinator.slicing.slices import Slice, parse_slice, slice_dirs
 from coordinator.source import FileSource
 from scheduling.errors import ConfigError, InputError, RunDirError
@@ -148,3 +152,30 @@ def test_answers_status_and_tables_of_all_slices_are_those_of_the_whole(
     replayed = run_alone("batch", "--replay", run / "slice-2", "-o", tmp_path / "again", "-q")
     assert replayed.rc == 0, replayed.output
     assert set(Run(tmp_path / "again").by_id()) == set(Run(run / "slice-2").by_id())
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o100, 0o400], ids=["closed", "not to be listed", "not to be entered"])
+def test_a_directory_of_somebody_else_is_refused_with_the_reason(mode: int) -> None:
+    root = os.geteuid() == 0
+    with tempfile.TemporaryDirectory() as around:  # pytest's own folders are closed to others
+        Path(around).chmod(0o755)
+        folder = Path(around, "theirs")
+        folder.mkdir()
+        (folder / "run.json").touch(0o000)
+        folder.chmod(mode | mode >> 6)
+        try:
+            if root:
+                os.seteuid(65534)
+            assert slice_dirs(folder) == []
+            with pytest.raises(RunDirError, match=r"cannot read .*run\.json: Permission denied"):
+                show_status(folder, as_json=False)
+        finally:
+            if root:
+                os.seteuid(0)
+            folder.chmod(0o700)
+
+
+@pytest.mark.parametrize("look", [partial(show_status, as_json=False), partial(stop_run, wait=False)])
+def test_a_directory_that_no_file_system_has_is_refused(tmp_path: Path, look: Callable[[Path], int]) -> None:
+    with pytest.raises(RunDirError, match="File name too long"):
+        look(tmp_path / ("r" * 300))
