@@ -342,11 +342,13 @@ def _rank_table(ranks: list[dict[str, Any]], *, width: int) -> Table:
     narrow = width < NARROW_COLUMNS
     with_host = not narrow or len({row["host"] for row in ranks}) > 1
     tokens, stolen = ("tokens", "in") if narrow else ("output tokens", "stolen in")
-    titles = ["rank", *(["host"] if with_host else []), "device"]
+    jobs = len({row["session"] for row in ranks}) > 1
+    titles = [*(["job"] if jobs else []), "rank", *(["host"] if with_host else []), "device"]
     at, left = len(titles) - 1, {"host", "device"}
     titles += ["requests", "failed", tokens, "busy", "starved", stolen, "out"]
     cells = [
         [
+            *([str(row["session"] + 1)] if jobs else []),
             str(row["rank"]), *([row["host"]] if with_host else []), row["device"], str(row["requests"]),
             str(row["failed"]), str(row["output_tokens"]), percent_text(row["busy_share"]),
             share_text(row["starved_share"]), str(row["stolen_in"]), str(row["stolen_out"]),

@@ -92,7 +92,7 @@ def gantt(run: RunView, name: str, length_s: float) -> str | None:
     at = [len(ranks) - 1 - place + 0.37 for place in range(len(ranks))]
     axes.set_yticks(at, [f"rank {rank}" for rank in ranks])
     axes.tick_params(axis="y", labelsize=12 if each > 20 else 9, labelcolor=INK)
-    breaks(axes, line, told=True)
+    breaks(axes, line, told_over_s=length_s)
     time_axis(axes, length_s)
     used = [mark.look for lane in line.lanes.values() for _, mark in _marks(lane, line.length_s, 1)]
     _legend(axes, [look for look in LOOKS if look in used], above=bool(line.breaks_s))
@@ -225,15 +225,20 @@ def _gantt_sentence(run: RunView) -> str:
 
 
 def _rank_table(ranks: list[dict[str, Any]]) -> str:
-    head = ("rank", "host", "device", "requests", "failed", "output tokens", "busy", "starved", "stolen in", "out")
+    jobs = len({row["session"] for row in ranks}) > 1
+    head = (
+        *(("job",) if jobs else ()), "rank", "host", "device", "requests", "failed", "output tokens", "busy", "starved",
+        "stolen in", "out",
+    )  # fmt: skip
     rows = [
         (
+            *((f"{row['session'] + 1}",) if jobs else ()),
             str(row["rank"]), row["host"], row["device"], f"{row['requests']:,}", f"{row['failed']:,}",
             f"{row['output_tokens']:,}", percent_text(row["busy_share"]), share_text(row["starved_share"]),
             f"{row['stolen_in']:,}", f"{row['stolen_out']:,}",
         )
         for row in ranks[:RANKS_MAX]
     ]  # fmt: skip
-    more = f" {len(ranks) - RANKS_MAX} more ranks are in metrics.h5." if len(ranks) > RANKS_MAX else ""
+    more = f" {len(ranks) - RANKS_MAX} more rows are in metrics.h5." if len(ranks) > RANKS_MAX else ""
     caption = "busy: time with a slot in use. starved: free slots, of the slot time in which work waited to start."
-    return table_of(head, rows, caption=caption + more, left=3)
+    return table_of(head, rows, caption=caption + more, left=3 + jobs)

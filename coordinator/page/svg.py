@@ -144,12 +144,16 @@ def titled(axes: Any, title: str) -> None:
                   color=INK)  # fmt: skip
 
 
-def breaks(axes: Any, line: Timeline, *, told: bool = False) -> None:
+def breaks(axes: Any, line: Timeline, *, told_over_s: float | None = None) -> None:
+    """Where jobs begin. `told_over_s`: the axis's length, where they are to be named; those without room are not."""
+    free_s = 0.0
     for session, at in line.breaks_s.items():
         axes.axvline(at, color=MUTED, linewidth=1, linestyle=(0, (2, 2)))
-        if told:
-            axes.annotate(f"job {session + 1}", (at, 1), xycoords=("data", "axes fraction"), xytext=(4, 4),
+        if told_over_s is not None and at >= free_s:
+            text = f"job {session + 1}"
+            axes.annotate(text, (at, 1), xycoords=("data", "axes fraction"), xytext=(4, 4),
                           textcoords="offset points", fontsize=11, color=MUTED)  # fmt: skip
+            free_s = at + (7 * len(text) + 6) * told_over_s / (WIDTH - 160)
 
 
 def time_axis(axes: Any, length_s: float) -> None:

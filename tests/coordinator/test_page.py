@@ -288,6 +288,24 @@ def test_counters_that_a_killed_job_did_not_leave_are_told_below_the_table(run: 
     assert "counters: 7 of 120 recorded requests are in no rank's" in Read(" ".join(ranks_chapter([less]))).text
 
 
+def test_jobs_are_told_apart_where_none_ended(run: Path) -> None:
+    whole = view(run)
+    assert "job" not in Read(" ".join(ranks_chapter([whole]))).rows[0]
+    ranks = [rank | {"session": session} for session in (0, 2) for rank in whole.data["ranks"]]
+    data = whole.data | {"ranks": ranks, "last_session": {}}
+    found = Read(" ".join(ranks_chapter([replace(whole, data=data)])))
+    assert [row[:2] for row in found.rows] == [["job", "rank"], ["1", "1"], ["1", "2"], ["3", "1"], ["3", "2"]]
+
+
+def test_names_of_jobs_do_not_overlap(run: Path) -> None:
+    whole = view(run)
+    assert whole.timeline is not None
+    ends_s = whole.timeline.length_s * np.array([0.2, 0.21, 0.22, 0.6])
+    line = replace(whole.timeline, breaks_s=dict(enumerate(ends_s.tolist(), 1)))
+    drawn = " ".join(ranks_chapter([replace(whole, timeline=line)]))
+    assert re.findall(r"job \d", drawn) == ["job 2", "job 5"]
+
+
 def test_measurements_that_cannot_be_read_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = make_run(tmp_path / "run", 30)
     assert "measurements:" not in made(run_dir) + capsys.readouterr().out

@@ -261,6 +261,7 @@ def test_what_the_counters_of_a_killed_job_lack_is_said(
     assert data["uncounted"] == uncounted
     stream = io.StringIO()
     print_report(data, stream, tmp_path)
+    assert ("job  rank" in stream.getvalue()) == (ended is None and len(counted) > 1)
     said = f"counters: {uncounted} of 100 recorded requests are in no rank's"
     assert (said in stream.getvalue()) == (uncounted > 0)
     assert ("counters:" in stream.getvalue()) == (uncounted > 0)
