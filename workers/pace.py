@@ -62,7 +62,8 @@ class Pace:
             self._step_s += WEIGHT * (step_s - self._step_s) if self._step_s else step_s
         elif self._step_s:
             extra_s = max(0.0, step_s - self._step_s)
-            if extra_s and not (self._proven if read_tokens >= self._telling_tokens else self._reading_tokens):
+            known = self._proven if read_tokens >= self._telling_tokens else self._reading_tokens > 0
+            if extra_s and not known:
                 self._read(read_tokens, extra_s)
             unexplained_s = extra_s - read_tokens * self._token_s - self._pass_s
             # One that stood still for something else tells nothing of reading.
@@ -70,6 +71,7 @@ class Pace:
             self._pass_s += WEIGHT * min(most_s, max(-most_s, unexplained_s))
 
     def _read(self, tokens: int, seconds: float) -> None:
+        """What so many tokens took tells of a token's price. Many at once prove it: what few told is forgotten."""
         if tokens >= self._telling_tokens and not self._proven:
             self._reading_s = self._reading_tokens = 0.0
             self._proven = True

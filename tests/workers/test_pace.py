@@ -85,6 +85,15 @@ def test_a_machine_that_becomes_slower_is_noticed() -> None:
     assert 32 <= pace.allowed(8) <= 64
 
 
+def beside_others(pace: Pace, step_s: float, pass_s: float, token_s: float, steps: int) -> list[int]:
+    """How much of a long prompt is read in each of so many steps in which 32 others decode."""
+    read = []
+    for _ in range(steps):
+        read.append(pace.allowed(32, 1))
+        pace.observe(32, read[-1], step_s + pass_s + read[-1] * token_s)
+    return read
+
+
 def test_few_tokens_that_are_dear_do_not_keep_it_from_reading_more() -> None:
     """What 33 tokens took on a GPU, 15 ms of 21, let 46 be read: in multiples of 32 no more."""
     pace = Pace(2048)
@@ -93,9 +102,7 @@ def test_few_tokens_that_are_dear_do_not_keep_it_from_reading_more() -> None:
     pace.observe(32, 0, 0.010)
     for _ in range(5):
         pace.observe(32, 33, 0.010 + 0.015 + 33 / 14_000)
-    for _ in range(60):
-        read = pace.allowed(32, 1)
-        pace.observe(32, read, 0.010 + 0.015 + read / 14_000)
+    beside_others(pace, 0.010, 0.015, 1 / 14_000, 60)
     assert 128 <= pace.allowed(32, 1) <= 160
 
 
@@ -108,10 +115,7 @@ def test_where_only_short_prompts_have_been_read_a_long_one_gets_as_much_as_gaps
     for _ in range(20):
         pace.observe(decoding, 33, (step_s if decoding else 0) + pass_s + 33 * token_s)
         pace.observe(3, 0, step_s)
-    read = []
-    for _ in range(200):
-        read.append(pace.allowed(32, 1))
-        pace.observe(32, read[-1], step_s + pass_s + read[-1] * token_s)
+    read = beside_others(pace, step_s, pass_s, token_s, 200)
     assert 120 <= sum(read[-20:]) / 20 <= 160
     assert sum(read[:40]) >= 2500, "nor does it take for ever"
     assert max(read) <= 192
@@ -124,9 +128,7 @@ def test_short_prompts_later_on_do_not_make_a_token_dear() -> None:
     pace.observe(1, 0, step_s)
     for _ in range(60):
         pace.observe(0, 33, pass_s + 33 * token_s)
-    for _ in range(60):
-        read = pace.allowed(32, 1)
-        pace.observe(32, read, step_s + pass_s + read * token_s)
+    beside_others(pace, step_s, pass_s, token_s, 60)
     assert pace.allowed(32, 1) >= 128
 
 
