@@ -38,6 +38,9 @@ READ_TOKENS_MIN = 32
 """Fewer are not worth a pass, and multiples of it make fewer shapes for a GPU to get used to."""
 WEIGHT = 0.1
 """Of the newest measurement."""
+STALE = 20.0
+"""A token's price is not what it was where what is read takes so many times as long. The price of a pass does not
+explain that: on a GPU 32 tokens took up to 9 times as long as among many."""
 
 
 class Pace:
@@ -62,6 +65,8 @@ class Pace:
             self._step_s += WEIGHT * (step_s - self._step_s) if self._step_s else step_s
         elif self._step_s:
             extra_s = max(0.0, step_s - self._step_s)
+            if read_tokens >= READ_TOKENS_MIN and self._pass_s > (STALE - 1.0) * read_tokens * self._token_s > 0.0:
+                self._forget()
             known = self._proven if read_tokens >= self._telling_tokens else self._reading_tokens > 0
             if extra_s and not known:
                 self._read(read_tokens, extra_s)
@@ -73,10 +78,14 @@ class Pace:
     def _read(self, tokens: int, seconds: float) -> None:
         """What so many tokens took tells of a token's price. Many at once prove it: what few told is forgotten."""
         if tokens >= self._telling_tokens and not self._proven:
-            self._reading_s = self._reading_tokens = 0.0
+            self._forget()
             self._proven = True
         self._reading_s += seconds - WEIGHT * self._reading_s
         self._reading_tokens += tokens - WEIGHT * self._reading_tokens
+
+    def _forget(self) -> None:
+        self._reading_s = self._reading_tokens = self._pass_s = 0.0
+        self._proven = False
 
     @property
     def _token_s(self) -> float:

@@ -85,6 +85,17 @@ def test_a_machine_that_becomes_slower_is_noticed() -> None:
     assert 32 <= pace.allowed(8) <= 64
 
 
+def test_a_machine_on_which_a_token_becomes_a_hundred_times_as_dear_is_noticed() -> None:
+    pace = paced(1e-2, 1e-5)
+    before = pace.allowed(8)
+    for _ in range(60):
+        pace.observe(8, 0, 1e-2)
+        pace.observe(8, 100, 1e-2 + 100 * 1e-3)
+    assert pace.allowed(8) < before / 10
+    read = beside_others(pace, 1e-2, 0.0, 1e-3, 60)
+    assert read[-20:] == [READ_TOKENS_MIN] * 20
+
+
 def beside_others(pace: Pace, step_s: float, pass_s: float, token_s: float, steps: int) -> list[int]:
     """How much of a long prompt is read in each of so many steps in which 32 others decode."""
     read = []
