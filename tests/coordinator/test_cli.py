@@ -239,7 +239,8 @@ def test_only_rank_0_speaks_and_carries_the_status(
         ((*BATCH, "--top-p", "2"), "--top-p"),
         ((*BATCH, "--chat-template", "no-such-file"), "no-such-file"),
         ((*BATCH, "extra"), "extra"),
-        (("infer", "-m", "m.gguf"), "--prompt"),
+        (("infer", "-m", "m.gguf"), "missing -p/--prompt"),
+        (("submit", "-N2", "--", "infer", "-p", "x"), "not infer"),
         (("infer", "-m", "m.gguf", "-p", "x", "--stream", "--json"), "--stream"),
         (("infer", "-m", "m.gguf", "-p", "x", "--logprobs", "2"), "--logprobs"),
         (("infer", "-m", "m.gguf", "-p", "x", "--logprobs", "21", "--json"), "top_logprobs is 21"),
@@ -311,6 +312,16 @@ def test_submit_looks_at_the_input_before_it_asks_slurm(
     monkeypatch.setenv("PATH", str(tmp_path))
     assert run("submit", "-N2", "--", "batch", "-m", "x", "-i", given, "-o", "run") == 2
     assert said in capsys.readouterr().err
+
+
+def test_submit_takes_the_command_as_it_is_typed_elsewhere(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run("submit", "-N2", "--", "llmpi", "batch", "-m", "x", "-i", "in.jsonl", "-o", "run") == 2
+    assert "there is no sinfo here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("model", ["mistyped.gguf", "mistyped:q4", "m.gguf"])
