@@ -30,13 +30,13 @@ def on(where: str, made: EngineConfig) -> EngineConfig:
 
 def of_all_kinds() -> list[Job]:
     """Greedy texts, and between them those that need their logits."""
-    jobs = [chat(place, prompt) for place, prompt in enumerate(PROMPTS[:8])]
-    jobs += [chat(100 + k, PROMPTS[k], temperature=0.9, top_p=0.9, seed=k) for k in range(4)]
+    jobs = [chat(place, prompt) for place, prompt in enumerate(PROMPTS[:5])]
+    jobs += [chat(100 + k, PROMPTS[k], temperature=0.9, top_p=0.9, seed=k) for k in range(3)]
     jobs += [chat(600 + k, PROMPTS[k], temperature=(1.0, 0.7, 1.3)[k % 3], seed=k) for k in range(6)]
     jobs += [chat(700 + k, PROMPTS[k], temperature=1.0, seed=k, ignore_eos=True, max_tokens=40) for k in range(2)]
-    jobs += [chat(200 + k, PROMPTS[k], repeat_penalty=1.2) for k in range(4)]
-    jobs += [chat(300 + k, PROMPTS[k], ignore_eos=True, max_tokens=40) for k in range(4)]
-    jobs += [chat(400 + k, PROMPTS[k], constraint=Constraint("schema", SCHEMA)) for k in range(2)]
+    jobs += [chat(200 + k, PROMPTS[k], repeat_penalty=1.2) for k in range(2)]
+    jobs += [chat(300 + k, PROMPTS[k], ignore_eos=True, max_tokens=40) for k in range(2)]
+    jobs += [chat(400, PROMPTS[0], constraint=Constraint("schema", SCHEMA))]
     for key in (500, 501):
         asking = chat(key, PROMPTS[key - 500])
         jobs.append(msgspec.structs.replace(asking, request=msgspec.structs.replace(asking.request, logprobs=2)))
