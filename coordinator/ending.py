@@ -197,6 +197,12 @@ class Ending:
         print(text, file=sys.stderr)
 
 
+def load_ahead() -> None:
+    """Load what only the end needs while engines load and requests run: at the end there may be seconds left, on a
+    machine that has other work."""
+    import coordinator.report  # noqa: F401
+
+
 def size_of(found: Recovery, coordinator: Coordinator | None) -> Size:
     """About how large the record is by now."""
     if coordinator is None:

@@ -19,7 +19,7 @@ from coordinator.callbacks import Callbacks, Snapshot
 from coordinator.collect import Rows
 from coordinator.compressed import STDIN, STDIN_VARIABLE
 from coordinator.convert import source_of
-from coordinator.ending import Ending, size_of
+from coordinator.ending import Ending, load_ahead, size_of
 from coordinator.inputfile import Format, ends_identity, only_embeddings, sniff_format
 from coordinator.intervals import Intervals
 from coordinator.launch import Launch
@@ -181,6 +181,9 @@ class Lead:
             self._view.warn(note)
         run.add_session_facts(self._facts())
         around = self._around
+        beside = around.executor()
+        beside.submit(load_ahead)
+        beside.shutdown(wait=False)
         self._intervals = Intervals(
             disk, run.segments_path, run.session, self._filled, around.clock, around.executor(), self._copies
         )

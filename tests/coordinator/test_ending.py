@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,9 +15,24 @@ from coordinator.ending import Ending
 from scheduling import events as ev
 from storage.recovery import Recovery
 from tests.coordinator.fakes import FakeClock
+from tests.launch import ROOT
 
 ROWS = 10_000_000
 ALL_S, METRICS_S = (part(Size(ROWS, 0)) for part in (lambda size: gather_s(size) + metrics_s(size), metrics_s))
+
+
+LOADED = """
+import sys, coordinator.lead, coordinator.ending
+assert "coordinator.report" not in sys.modules, "rank 0 loads it before it is ready"
+coordinator.ending.load_ahead()
+assert "coordinator.report" in sys.modules
+"""
+
+
+def test_what_the_end_needs_is_not_loaded_at_the_start_and_can_be_before_the_end() -> None:
+    environ = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, env=environ, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 class ToldError(Exception):
