@@ -105,8 +105,8 @@ class World:
         """Sent and received by this rank."""
         return 0 if self._endpoint is None else self._endpoint.messages
 
-    def collectives(self, patience_s: float = COLLECTIVE_PATIENCE_S) -> Collectives:
-        return Collectives(self, patience_s=patience_s)
+    def collectives(self, patience_s: float = COLLECTIVE_PATIENCE_S, in_all_s: float = math.inf) -> Collectives:
+        return Collectives(self, patience_s=patience_s, in_all_s=in_all_s)
 
     def among(self, members: Sequence[int], tag: int = 0) -> World:
         """These ranks alone, as a world of its own in which they are numbered in this order: other messages, other

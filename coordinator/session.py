@@ -7,6 +7,7 @@ happens in between, `close` releases all ranks.
 
 from __future__ import annotations
 
+import math
 import sys
 import traceback
 from collections.abc import Callable
@@ -40,7 +41,7 @@ from workers.worker import Worker
 
 EPOCH = 1
 LAST_S = 0.5
-"""What a collective that has been entered is given at least, however late it is."""
+"""What the collectives are given at least once all ranks have come to them, however late it is."""
 CLOSE_S = 10.0
 """What ranks have to take in what they were sent, or to end their engine, before they are left behind."""
 FENCE_S = 5.0
@@ -256,8 +257,8 @@ class Session:
         Ranks that MPI knows to be gone are left out. None if one is silent, or MPI does not let the others go on: then
         only the record can be told of, and `leave` ends the job, because who waits for such a rank waits for ever.
         A rank is waited for half of `patience_s` at most before, and as long in each of the collectives; None: for its
-        lease, and CLOSE_S. `give_up_at` says until when, for that may become earlier meanwhile. `work_s`: what rank 0
-        does between this and `close`, during which it says nothing, takes about so long.
+        lease, and CLOSE_S. `give_up_at` says until when in all, for that may become earlier meanwhile. `work_s`: what
+        rank 0 does between this and `close`, during which it says nothing, takes about so long.
         """
         self._unreachable = list(self._remote)  # until it has gone well: an error in between leaves the others in it
         wait_s = self.setup.config.lease_s + CLOSE_S if patience_s is None else patience_s / 2
@@ -270,9 +271,8 @@ class Session:
         if missing:
             self._unreachable = missing
             return None
-        if (at := give_up_at()) is not None:
-            wait_s = min(wait_s, max(LAST_S, at - self._clock()))
-        collectives = self._collectives(wait_s)
+        at = give_up_at()
+        collectives = self._collectives(wait_s, math.inf if at is None else max(LAST_S, at - self._clock()))
         hosted = [worker.metrics for worker in self.hosted]
         try:
             gathered = collect(collectives, hosted, self._clock(), take, begin, reduced=bool(self.hub.lost))
@@ -346,8 +346,8 @@ class Session:
         if self.coordinator is not None:
             self._unreachable += sorted(self.coordinator.silent(DEAF_S).intersection(self._remote))
 
-    def _collectives(self, patience_s: float) -> Collecting:
-        return SoloCollectives() if self.world is None else self.world.collectives(patience_s)
+    def _collectives(self, patience_s: float, in_all_s: float) -> Collecting:
+        return SoloCollectives() if self.world is None else self.world.collectives(patience_s, in_all_s)
 
     def refuse(self, reason: str) -> None:
         """Tell ranks that wait in the handshake to leave."""
