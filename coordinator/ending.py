@@ -148,10 +148,11 @@ class Ending:
         return exit_by - min(GOODBYE_S, max(0.0, exit_by - began) / 2)
 
     def _closing(self, left_s: float | None, found: Recovery, coordinator: Coordinator) -> Closing:
-        """What there is time for. Engines that stand in its way are killed."""
+        """What there is time for. Engines that stand in its way are killed, in half of the time for which their ranks
+        are waited for: what these say afterwards is to arrive in it, too."""
         if left_s is None:
             return Closing(gather=True, metrics=True)
-        self._session.engine_end_s = min(ENGINE_S, left_s / 4)
+        self._session.engine_end_s = min(ENGINE_S, left_s / 8)
         return closing_in(left_s, size_of(found, coordinator))
 
     # ------------------------------------------------------------ what is said
