@@ -36,6 +36,8 @@ TOGETHER_S = 120.0
 """How long the members of a part of the world may take to come together."""
 GOODBYE_S = 70.0
 """How long a rank may take to leave once rank 0 does, unless somebody says otherwise."""
+RANK0_S = 600.0
+"""How long rank 0 may take to leave once another rank does, unless rank 0 has said otherwise."""
 OPENMPI_FT_KEYVAL = 12
 """MPI_FT of Open MPI's mpi.h, which mpi4py does not name: whether ranks may die without ending the job."""
 
@@ -70,7 +72,7 @@ class World:
         """Whether the collectives go on without some ranks."""
         self.goodbye_s: Callable[[], float] = lambda: GOODBYE_S
         """How long rank 0 waits, when it leaves, for the others to leave too."""
-        self.rank0_silence_max_s = math.inf
+        self.rank0_silence_max_s = RANK0_S
         """How long another rank waits, when it leaves, for rank 0 to leave too."""
         self._endpoint: MpiEndpoint | None = None
         self._left = False

@@ -20,7 +20,7 @@ from coordinator.callbacks import Callbacks
 from coordinator.collect import Collecting, Gathered, Rows, collect
 from coordinator.engines import fitted_placements
 from coordinator.handshake import Handshake
-from coordinator.loop import Coordinator
+from coordinator.loop import HEARTBEAT_S, Coordinator
 from coordinator.mpi_collectives import SoloCollectives
 from coordinator.relays import Trunk
 from coordinator.rundata import NO_COLLECTIVES
@@ -78,6 +78,7 @@ class Session:
         """Asked before requests are read, whether they may be."""
         self.beats = False
         """Whether it is driven without a pause from `start` to `collect`, so that its silence means that it is gone."""
+        self._beat_at = -math.inf
         self._routes: dict[int, Endpoint] = {}
         remote = list(range(1, world.size)) if world is not None else []
         self._remote = remote
@@ -96,6 +97,16 @@ class Session:
 
     # ------------------------------------------------------------ start
 
+    def beat(self) -> None:
+        """Tell the ranks, which may be waiting in the handshake already, that rank 0 is here. To be called often while
+        it prepares."""
+        if self.world is None or self._clock() < self._beat_at:
+            return
+        self._beat_at = self._clock() + HEARTBEAT_S
+        self.hub.broadcast(m.Heartbeat())
+        self.hub.flush()
+        self._endpoint.unsent_bytes()  # what has left is forgotten
+
     def start(self, check: Callable[[], None] = lambda: None) -> list[str]:
         """Shake hands with all ranks, place and start the workers. Returns notes for people.
 
@@ -110,6 +121,7 @@ class Session:
             backoff = Backoff()
             while not handshake.step():
                 check()
+                self.beat()
                 self._around.sleep([], backoff.next_s(in_flight=True))
             self.hosts.update({rank: hello.host for rank, hello in handshake.hellos.items()})
             self._pids = {rank: hello.pid for rank, hello in handshake.hellos.items()}

@@ -189,6 +189,20 @@ def test_what_the_end_needs_is_loaded_while_requests_run(job: Tokens, monkeypatc
     assert loaded == [0]
 
 
+def test_a_signal_while_the_record_is_read_ends_the_job_there(job: Tokens, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = job(5, 6)
+
+    def read(disk: Any, path: Path, meanwhile: Callable[[], None]) -> None:
+        run.signal("SIGTERM")()
+        meanwhile()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lead, "recover", read)
+        with pytest.raises(StoppedError, match="while the record was read, nothing was started"):
+            run()
+    run.check_finished_exactly_once()
+
+
 def test_before_a_time_limit_short_requests_start_where_long_ones_do_not(job: Tokens) -> None:
     run = job(*[10] * 8, *[40] * 6, *[4] * 4)
     code, took_s = run(time_limit_s=70.0)

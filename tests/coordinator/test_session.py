@@ -390,6 +390,21 @@ def test_ranks_are_told_how_long_their_engines_may_take_to_end() -> None:
     assert said == [m.Collect(1, 0.5), m.Enter(1), m.Stop("drained", 0.5)]
 
 
+def test_ranks_are_told_that_rank_0_is_here_while_it_prepares_and_while_others_are_waited_for() -> None:
+    world, clock = FakeWorld(3), TurningClock()
+    session = Session(setup(), world, around=Surroundings(clock=clock, sleep=clock.sleep))  # type: ignore[arg-type]
+    for _ in range(100):
+        clock.pass_(0.1)
+        session.beat()
+    assert world.ranks[1].take() == [m.Heartbeat()] * 5
+    world.ranks[1].say(session.setup.hello())
+    clock.at(clock.now + 10.0, lambda: world.ranks[2].say(session.setup.hello()))
+    session.start()
+    *beats, welcome = world.ranks[1].take()
+    assert beats == [m.Heartbeat()] * 5
+    assert isinstance(welcome, m.Welcome)
+
+
 def test_a_start_that_is_interrupted_releases_all_ranks() -> None:
     session, world = session_of(3)
 

@@ -183,6 +183,7 @@ class World:
                 clock=clock or (lambda: self.agenda.now_s + offset_s), wall_clock=wall_clock or self.rank0.wall_clock,
                 metrics_interval_s=setup.config.metrics_interval_s, engine_lease_s=setup.config.engine_lease_s,
                 lease_s=setup.config.lease_s, request_timeout_s=setup.config.request_timeout_s,
+                welcome_max_s=setup.config.welcome_max_s,
             ),
         )  # fmt: skip
 

@@ -121,6 +121,38 @@ def test_when_rank_0_stops_for_ever_at_the_end_nobody_stays(
     check_whole(run, undisturbed)
 
 
+STOP_AT_THE_START = """
+import os, signal
+from coordinator import cli, config, handshake, mpi
+from coordinator.farewell import Farewell
+config.WELCOME_LEAST_S = mpi.RANK0_S = 5.0
+def stopping(*given):
+    while True:
+        os.kill(os.getpid(), signal.SIGSTOP)
+def refusing(*given):
+    return ["as the test will have it"]
+%s
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("mpirun", ["openmpi", "mpich"], indirect=True)
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("handshake.Handshake.step = stopping", "nothing was heard of rank 0 for"),
+        ("handshake.differences, Farewell.hear = refusing, stopping", "rank 0 does not leave: ending the job"),
+    ],
+    ids=["before it welcomes anybody", "when it has refused everybody"],
+)
+def test_when_rank_0_stops_for_ever_at_the_start_nobody_stays(
+    mpirun: Launcher, tmp_path: Path, what: str, said: str
+) -> None:
+    done, _ = altered(mpirun, tmp_path, STOP_AT_THE_START % what, ranks=3, more=("--rank0-lease", 5))
+    assert done.rc != 0, done.output
+    assert said in done.stderr
+
+
 STOP_WHEN_CALLED_TOGETHER = """
 import os, signal, time
 from coordinator import cli, ending
