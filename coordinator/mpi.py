@@ -24,10 +24,11 @@ import numpy as np
 from coordinator.collect import COLLECTIVE_PATIENCE_S
 from coordinator.config import FANOUT
 from coordinator.farewell import LEAVE_S, Farewell
-from coordinator.launcher_end import GRACE_S, guard_launcher, is_sibling
+from coordinator.launcher_end import GRACE_S, dismiss_guard, guard_launcher, is_sibling
 from coordinator.mpi_collectives import Collectives
 from coordinator.mpi_endpoint import MpiEndpoint
 from coordinator.relays import leaders_of
+from coordinator.watch import alarm_after
 from scheduling.errors import EXIT_INFRASTRUCTURE, EXIT_OK, RankLostError
 
 END_S = 60.0
@@ -204,23 +205,12 @@ class World:
 
     @contextlib.contextmanager
     def _watched(self, end_s: float) -> Iterator[None]:
-        """MPI's own end does not come where a rank stops or dies in it. It holds the interpreter, so that no thread of
-        ours runs meanwhile: after `end_s` an alarm ends this process, and the launcher does not outlive rank 0 by much.
-        An alarm that the program has set comes as much later as this takes.
-        """
+        """MPI's own end does not come where a rank stops or dies in it: after `end_s` an alarm ends this process, and
+        the launcher does not outlive rank 0 by much."""
         guard = guard_launcher(end_s + GRACE_S) if self.rank == 0 else None
-        handler = None
-        with contextlib.suppress(ValueError):  # not in the main thread: what the program has set stays
-            handler = signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        left_s, every_s = signal.setitimer(signal.ITIMER_REAL, end_s)
-        yield
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
-        if handler is not None:
-            signal.signal(signal.SIGALRM, handler)
-        signal.setitimer(signal.ITIMER_REAL, left_s, every_s)
-        if guard is not None:
-            os.killpg(guard.pid, signal.SIGKILL)
-            guard.wait()
+        with alarm_after(end_s):
+            yield
+        dismiss_guard(guard)
 
     def die(self, code: int) -> NoReturn:
         """Leave after an error of this rank's own. Where others survive that they are told of it, at once."""

@@ -153,6 +153,29 @@ def test_when_rank_0_stops_for_ever_at_the_start_nobody_stays(
     assert said in done.stderr
 
 
+STOP_BEFORE_MPI = """
+import os, signal
+from coordinator import watch
+watch.START_S = watch.GRACE_S = 5.0
+while %r in (os.environ.get("OMPI_COMM_WORLD_RANK"), os.environ.get("PMI_RANK")):
+    os.kill(os.getpid(), signal.SIGSTOP)
+from coordinator import cli
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("rank", ["0", "2"])
+@pytest.mark.parametrize(
+    ("mpirun", "ulfm"), [("openmpi", False), ("openmpi", True), ("mpich", False)], indirect=["mpirun"]
+)
+def test_a_rank_that_does_not_come_to_mpis_start_is_not_waited_for(
+    mpirun: Launcher, tmp_path: Path, rank: str, ulfm: bool
+) -> None:
+    done, _ = altered(mpirun, tmp_path, STOP_BEFORE_MPI % rank, ranks=3, ulfm=ulfm)
+    assert done.rc != 0, done.output
+    assert done.stderr.count("llmpi: not all ranks came to MPI's start within ") == 1
+
+
 STOP_WHEN_CALLED_TOGETHER = """
 import os, signal, time
 from coordinator import cli, ending
