@@ -57,11 +57,12 @@ def default_root(environment: Mapping[str, str]) -> Path:
 
 @dataclass(frozen=True)
 class Collected:
-    """What `ModelStore.gc` removed, or would remove."""
+    """What `ModelStore.gc` removed, or would remove. `problems`: files of models that it found to be no files."""
 
     models: tuple[ModelName, ...]
     blobs: int
     freed_bytes: int
+    problems: tuple[str, ...] = ()
 
 
 class ModelStore:
@@ -304,13 +305,22 @@ class ModelStore:
                 continue
             gone = size if dry_run else self.blobs.collect(digest, self._referenced)
             count, freed = count + bool(gone), freed + gone
+        problems = self._put_back(needed, dry_run)
         if not dry_run:
-            for digest in needed:
-                if not self.blobs.has(digest):
-                    self.blobs.rescue(digest)
             self._views.drop_others({model.digest for model in models})
         freed += self.blobs.sweep(dry_run=dry_run)
-        return Collected(tuple(model.name for model in evicted), count, freed)
+        return Collected(tuple(model.name for model in evicted), count, freed, problems)
+
+    def _put_back(self, needed: set[Digest], dry_run: bool) -> tuple[str, ...]:
+        """Put back blobs that a killed collection has left aside. Returns what is wrong with those that are there."""
+        problems = []
+        for digest in sorted(needed):
+            try:
+                if not self.blobs.has(digest) and not dry_run:
+                    self.blobs.rescue(digest)
+            except ModelStoreError as error:
+                problems.append(str(error))
+        return tuple(problems)
 
     def _all(self) -> list[Manifest]:
         models = []
