@@ -341,6 +341,9 @@ def test_where_the_model_lies_on_the_nodes_own_disk_rank_0_needs_no_copy(
     assert [one.models["model"].path == path for one in came] == [True, True, False]
     assert nodes.blobs("a") == {}
     assert list(nodes.blobs("b").values()) == [DATA]
+    assert came[0].facts[0]["reads_saved"] == 1
+    alone = Nodes(tmp_path, "aa").staged([model([path])])
+    assert (alone[0].facts[0]["nodes_direct"], alone[0].facts[0]["reads_saved"]) == (1, 0)
 
 
 def test_what_cannot_be_found_is_left_to_who_opens_it(tmp_path: Path) -> None:
