@@ -23,7 +23,7 @@ from coordinator.ending import Ending, size_of
 from coordinator.inputfile import Format, ends_identity, only_embeddings, sniff_format
 from coordinator.intervals import Intervals
 from coordinator.launch import Launch
-from coordinator.prepared import Prepared, prepare_input, tell_row
+from coordinator.prepared import Prepared, prepare_input, tell_files
 from coordinator.progress import ProgressView
 from coordinator.rundata import copy_rows, rank_rows
 from coordinator.session import Session
@@ -144,9 +144,10 @@ class Lead:
             return FileSource(
                 self._given.path, format=form, defaults=self._config.sampling, precheck=self._config.precheck,
                 on_progress=self._checking, max_tokens=self._config.max_tokens, part=self._options.part or WHOLE,
+                origin=self._given.origin,
             )  # fmt: skip
         except InputError as error:
-            raise tell_row(error, self._given) from None
+            raise tell_files(error, self._given) from None
 
     def _checking(self, done_bytes: int, total_bytes: int) -> None:
         """The first pass over the input goes on; a signal or the time limit ends it."""
