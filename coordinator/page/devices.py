@@ -21,8 +21,8 @@ from coordinator.page.svg import (
     time_axis,
     titled,
 )
-from coordinator.report import energy_sentence
 from coordinator.runview import RunView
+from coordinator.sentences import energy_sentence
 from storage.usage import Device
 
 LINES_MAX = 16
