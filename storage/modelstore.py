@@ -25,6 +25,7 @@ from scheduling.errors import ModelFileError, ModelStoreError
 from storage.blobfiles import Progress, unusable, write_whole
 from storage.blobs import Blobs, Ingested
 from storage.digest import Digest, is_digest
+from storage.files import OsDisk
 from storage.gguf import GgufInfo, check_gguf
 from storage.manifest import (
     MANIFEST_BYTES_MAX,
@@ -276,11 +277,16 @@ class ModelStore:
             self._used_path(name).unlink(missing_ok=True)
         except OSError as error:
             raise unusable(self._manifest_path(name), error) from error
-        for folder in (self._manifest_path(name).parent, *self._manifest_path(name).parent.parents):
-            if folder == self.root / "manifests":
-                break
+        top = self.root / "manifests"
+        folders = [folder for folder in self._manifest_path(name).parents if folder.is_relative_to(top)]
+        for folder in folders[:-1]:
             with contextlib.suppress(OSError):  # not empty, as a rule
                 folder.rmdir()
+        for folder in folders:
+            # Before a file of the model goes: a power cut must not bring back what needs it.
+            with contextlib.suppress(OSError):  # removed just now, or not ours to read
+                OsDisk().sync_dir(folder)
+                break
 
     def gc(self, keep_bytes: int | None = None, *, dry_run: bool = False) -> Collected:
         """Remove what no model needs, and with `keep_bytes` first the least recently used models, until the others take
