@@ -1,7 +1,8 @@
-"""What `llmpi report` does with a run directory that has lost something."""
+"""What `llmpi report` does with a run directory that has lost something, or is called something odd."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,13 @@ def test_a_record_that_was_cut_is_said_to_lack_what_had_been_counted(
     out = capsys.readouterr().out
     assert state_line(found) in out
     assert "4 answered, 0 failed, in" in out
+
+
+def test_runs_of_any_names_stand_side_by_side(tmp_path: Path) -> None:
+    names = ["$x^{", "a$\\frac$b", "<b>&amp;", "bell\a", os.fsdecode(b"latin \xfc"), "two\nlines"]
+    runs = [make_run(tmp_path / name, 10) for name in names]
+    show_report(runs, ReportOptions(html=tmp_path / "page.html"))
+    page = (tmp_path / "page.html").read_text()
+    for shown in ("$x^{", "a$\\frac$b", "&lt;b&gt;&amp;amp;", "bell\N{REPLACEMENT CHARACTER}"):
+        assert f">{shown}</text>" in page
+    assert "<b>&amp;" not in page
