@@ -16,6 +16,7 @@ from storage.digest import Digest
 from storage.relay import CHUNK_BYTES
 from storage.stagedir import StageDir, candidates
 from storage.stagemodel import Model, model_of, told_as_line
+from storage.stagesource import SourceFiles
 from storage.staging import EXCHANGE_S, Node, Staged, stage
 from tests.storage.stage_fakes import FakeGroup, Ranks
 
@@ -303,6 +304,22 @@ def test_a_source_that_cannot_be_read_any_more_ends_all(tmp_path: Path, harm: st
     nodes = Nodes(tmp_path, "abc")
     words = "cannot be read: No such file" if harm == "gone" else "ends at byte 100 now"
     all_say(nodes.stage([one]), "on a (rank 0)", str(path), words)
+    assert all(nodes.blobs(host) == {} and nodes.partial(host) == [] for host in "abc")
+
+
+def test_a_source_that_is_changed_while_it_is_read_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path / "far" / "m.gguf", DATA)
+    one = model([path], known=False)
+    read = SourceFiles.read
+
+    def changed(self: SourceFiles, file: int, place: int, into: memoryview) -> None:
+        read(self, file, place, into)
+        path.write_bytes(DATA[::-1])
+        os.utime(path, ns=(1, 1))
+
+    monkeypatch.setattr(SourceFiles, "read", changed)
+    nodes = Nodes(tmp_path, "abc")
+    all_say(nodes.stage([one]), "on a (rank 0)", str(path), "was changed while it was read")
     assert all(nodes.blobs(host) == {} and nodes.partial(host) == [] for host in "abc")
 
 
