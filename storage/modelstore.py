@@ -237,6 +237,11 @@ class ModelStore:
         try:
             there = self.read(model.name)
         except ModelStoreError:
+            if self._manifest_path(model.name).exists() and model.name not in set(self.names()):
+                raise ModelStoreError(
+                    f"{model.name} is the name of another model but for upper and lower case, which the file system of "
+                    f"{self.root} does not tell apart; choose a --name"
+                ) from None
             return None  # none, or a damaged one
         if there.digest == model.digest:
             return there
