@@ -18,6 +18,7 @@ from coordinator.bytesdone import BytesDone
 from coordinator.modelnames import open_store
 from coordinator.terminal import console_for
 from scheduling.errors import EXIT_OK, EXIT_SOME_FAILED, ModelSourceError, ModelStoreError
+from scheduling.wording import printable
 from storage.digest import Digest
 from storage.manifest import Manifest, ModelName, suggested_name
 from storage.modelstore import ModelStore, one_model_in
@@ -146,7 +147,7 @@ def show_model(name: str, as_json: bool) -> int:
 
 def _plain(value: object) -> Text:
     """What others have written, as it is: no markup, and nothing that a terminal obeys."""
-    return Text("".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in str(value)))
+    return Text(printable(value))
 
 
 def verify_models(names: list[str], as_json: bool) -> int:

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from coordinator.page.ticks import duration_ticks
+from scheduling.wording import printable
 from storage.timeline import Timeline
 
 INK, MUTED, GRID, PAPER = "#000101", "#000202", "#000303", "#000404"
@@ -114,8 +115,9 @@ def _short(found: re.Match[str]) -> str:
 def write_name(axes: Any, name: str, where: tuple[float, float], **options: Any) -> None:
     """At `where` of the panel, in shares of it. Whatever a folder or a host is called stands there as it is: dollars
     begin no formula, and what is no character has a sign of its own."""
-    text = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in name)
-    axes.annotate(text, where, xycoords="axes fraction", textcoords="offset points", parse_math=False, **options)
+    axes.annotate(
+        printable(name), where, xycoords="axes fraction", textcoords="offset points", parse_math=False, **options
+    )
 
 
 def names_below(axes: Any, names: Sequence[tuple[int, str]]) -> None:

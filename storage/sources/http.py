@@ -25,6 +25,7 @@ from typing import cast
 from urllib.parse import quote, urljoin, urlsplit
 
 from scheduling.errors import ModelSourceError
+from scheduling.wording import printable
 from storage.sources.credentials import Credential
 from storage.sources.job import Failures, Patience, TransientError, WrongBytesError, without_secrets
 from storage.sources.partial import Partial
@@ -244,7 +245,7 @@ def _next(wanted: Wanted, url: str, location: str | None) -> str:
 def _refusal(wanted: Wanted, response: http.client.HTTPResponse) -> Exception:
     """What an answer without a file comes to."""
     status = response.status
-    said = f"the server answers {status} {_plain(response.reason)}".rstrip()
+    said = f"the server answers {status} {printable(response.reason)}".rstrip()
     if status in PASSING:
         return TransientError(said, retry_after(response.headers.get("Retry-After")))
     if status in (401, 403, 407):
@@ -337,9 +338,4 @@ def _get(url: str, headers: dict[str, str], authorization: str | None, patience:
 def _broken(error: object, patience: Patience) -> TransientError:
     if isinstance(error, TimeoutError):
         return TransientError(f"nothing came for {patience.stall_s:.0f} s")
-    return TransientError(f"the connection broke ({_plain(error) or type(error).__name__})")
-
-
-def _plain(said: object) -> str:
-    """What a server has said, without what a terminal obeys."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in str(said).strip())
+    return TransientError(f"the connection broke ({printable(error) or type(error).__name__})")
