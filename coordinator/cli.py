@@ -26,6 +26,7 @@ from coordinator.commands.submit import job, submit
 from coordinator.launch import Launch, detect
 from coordinator.leaving import leave
 from scheduling.errors import EXIT_INFRASTRUCTURE, EXIT_OK, EXIT_USAGE, LlmpiError
+from scheduling.wording import printable
 
 app = typer.Typer(
     name="llmpi",
@@ -53,6 +54,10 @@ def top(
 
         print(f"llmpi {package_version('llmpi')}")
         raise typer.Exit(0)
+
+
+_KEPT = "\n\t" + "".join(map(chr, range(0xDC80, 0xDD00)))
+"""Of an error's words: lines, and bytes of names that are no UTF-8. Names may be a server's, or a file's."""
 
 
 def _told(launch: Launch, text: str, code: int) -> int:
@@ -100,7 +105,7 @@ def _run() -> int:
     except typer.TyperException as error:
         return _told(launch, _usage_text(error), EXIT_USAGE)
     except LlmpiError as error:
-        return _told(launch, f"llmpi: {error}", error.exit_code)
+        return _told(launch, f"llmpi: {printable(error, _KEPT)}", error.exit_code)
     except BrokenPipeError:
         # Whoever read our output has left; Python's own flush at exit must not complain about it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -26,6 +26,7 @@ from coordinator.compressed import STDIN, Stored, packing, unpacked
 from coordinator.inputfile import (
     BOM,
     PROBLEMS_MAX,
+    Origin,
     Problems,
     Readable,
     line_blocks,
@@ -73,6 +74,18 @@ class Source:
     @property
     def is_stdin(self) -> bool:
         return self.path == STDIN
+
+    @property
+    def name(self) -> str:
+        return "standard input" if self.is_stdin else str(self.path)
+
+    @property
+    def origin(self) -> Origin | None:
+        """Whose lines or rows the requests are, one each; None if they are those of several files."""
+        if self.parts[0].path != self.path:
+            return None
+        kind = self.parts[0].kind or ("csv" if self.columns.given else "text")  # it will be sniffed in about this way
+        return Origin(self.name, "row" if kind in ("csv", "tsv", "parquet") else "line")
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,8 +215,7 @@ def convert(
             os.fsync(out.fileno())
             size = out.tell()
         if rows == 0:
-            name = "standard input" if source.is_stdin else source.path
-            raise InputError(f"{name} is empty: there is no request in it")
+            raise InputError(f"{source.name} is empty: there is no request in it")
         disk.rename(temporary, final)
         disk.sync_dir(run_dir)
     finally:

@@ -230,10 +230,21 @@ class Checked:
     offsets: npt.NDArray[np.int64]
 
 
+Unit = Literal["line", "row"]
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What lines were made from, one of each `unit` there: so errors name it, not the file that was made."""
+
+    name: str
+    unit: Unit
+
+
 class Problems:
     """The first few bad lines (or rows), and how many there are."""
 
-    def __init__(self, unit: str = "line") -> None:
+    def __init__(self, unit: Unit = "line") -> None:
         self.unit = unit
         self.shown: list[str] = []
         self.count = 0
@@ -284,9 +295,10 @@ def check_file(
     *,
     max_tokens: int,
     part: Slice = WHOLE,
+    origin: Origin | None = None,
 ) -> Checked:
     """Read all of the file at `path` and validate it. `max_tokens`: of a request that does not say. Of a slice its own
-    lines alone are looked at.
+    lines alone are looked at. `origin`: what errors of lines name in place of `path`.
 
     Raises InputError: no readable file, no request in it (a slice may have none), lines that are no requests (the
     first five, and how many), a custom_id that is there twice (both line numbers).
@@ -294,7 +306,8 @@ def check_file(
     whole = hashlib.sha256()
     hashes = bytearray()
     offsets = array("q")
-    problems = Problems()
+    origin = origin or Origin(str(path), "line")
+    problems = Problems(origin.unit)
     scan = LengthScan(max_tokens)
     line_number = number = 0
     with open_input(path) as file:
@@ -320,16 +333,16 @@ def check_file(
                     except RequestError as error:
                         problems.add(line_number, error)
                         if problems.count >= PROBLEMS_MAX:
-                            raise problems.error(path) from None
+                            raise problems.error(origin.name) from None
                     offsets.append(offset)
                 offset += len(line) + 1
             if on_progress is not None:
                 on_progress(min(offset, status.st_size), status.st_size)
     if problems.count:
-        raise problems.error(path)
+        raise problems.error(origin.name)
     if not number:
         raise empty_input(path)
-    _refuse_duplicates(path, hashes, defaults, part)
+    _refuse_duplicates(path, hashes, defaults, part, origin)
     # Shares the array's memory rather than copying it.
     places = np.frombuffer(offsets, np.int64)
     lengths = scan.found(whole=True)
@@ -340,7 +353,7 @@ def _request(line: bytes, defaults: Sampling, index: int) -> Request:
     return parse_request(line, defaults, default_id=default_id(index))
 
 
-def _refuse_duplicates(path: Path, hashes: bytearray, defaults: Sampling, part: Slice) -> None:
+def _refuse_duplicates(path: Path, hashes: bytearray, defaults: Sampling, part: Slice, origin: Origin) -> None:
     values = np.frombuffer(hashes, np.dtype("<u8"))
     values.sort()  # in place, so that no second copy is needed; equal hashes are looked up by reading again
     twice = repeated(values)
@@ -348,7 +361,7 @@ def _refuse_duplicates(path: Path, hashes: bytearray, defaults: Sampling, part: 
         return
     suspects = {int(value).to_bytes(8, "little") for value in twice[:PROBLEMS_MAX]}
     lines_of: dict[str, int] = {}
-    problems = Problems()
+    problems = Problems(origin.unit)
     index = line_number = 0
     with open_input(path) as file:
         for block in line_blocks(file):
@@ -365,6 +378,7 @@ def _refuse_duplicates(path: Path, hashes: bytearray, defaults: Sampling, part: 
                 first = lines_of.setdefault(custom_id, line_number)
                 if first != line_number:
                     name = msgspec.json.encode(custom_id).decode()
-                    problems.add(line_number, f"custom_id {name} is already on line {first}; give each its own")
+                    there = f"on {origin.unit} {first}"
+                    problems.add(line_number, f"custom_id {name} is already {there}; give each its own")
     if problems.count:
-        raise problems.error(path)
+        raise problems.error(origin.name)

@@ -23,7 +23,7 @@ from coordinator.ending import Ending, load_ahead, size_of
 from coordinator.inputfile import Format, ends_identity, only_embeddings, sniff_format
 from coordinator.intervals import Intervals
 from coordinator.launch import Launch
-from coordinator.prepared import Prepared, prepare_input, tell_row
+from coordinator.prepared import Prepared, prepare_input, tell_files
 from coordinator.progress import ProgressView
 from coordinator.rundata import copy_rows, rank_rows
 from coordinator.session import Session
@@ -144,10 +144,10 @@ class Lead:
             return FileSource(
                 self._given.path, format=form, defaults=self._config.sampling, precheck=self._config.precheck,
                 on_progress=lambda *_: self._meanwhile("the input was checked"), max_tokens=self._config.max_tokens,
-                part=self._options.part or WHOLE,
+                part=self._options.part or WHOLE, origin=self._given.origin,
             )  # fmt: skip
         except InputError as error:
-            raise tell_row(error, self._given) from None
+            raise tell_files(error, self._given) from None
 
     def _meanwhile(self, what: str) -> None:
         """What may take long before anything is started goes on: the ranks are told, a signal or the time limit ends

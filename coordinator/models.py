@@ -18,6 +18,7 @@ from coordinator.bytesdone import BytesDone
 from coordinator.modelnames import open_store
 from coordinator.terminal import console_for
 from scheduling.errors import EXIT_OK, EXIT_SOME_FAILED, ModelSourceError, ModelStoreError
+from scheduling.wording import printable
 from storage.digest import Digest
 from storage.manifest import Manifest, ModelName, suggested_name
 from storage.modelstore import ModelStore, one_model_in
@@ -97,11 +98,11 @@ def told(store: ModelStore, model: Manifest, as_json: bool) -> int:
 def list_models(as_json: bool) -> int:
     store = open_store()
     found = store.models()
-    listed = [(model, store.problem(model)) for model in found if isinstance(model, Manifest)]
+    listed = [(model, as_data(store, model)) for model in found if isinstance(model, Manifest)]
     damaged = [model for model in found if isinstance(model, Damaged)]
-    damaged += [Damaged(str(model.name), problem) for model, problem in listed if problem]
+    damaged += [Damaged(str(model.name), data["problem"]) for model, data in listed if data["problem"]]
     if as_json:
-        print(json.dumps([as_data(store, model) for model, _ in listed]))
+        print(json.dumps([data for _, data in listed]))
     elif not found:
         print(f"no models in {store.root}; `llmpi models add FILE` and `llmpi models pull SOURCE` bring one in")
     else:
@@ -109,14 +110,14 @@ def list_models(as_json: bool) -> int:
         for column in ("name", "size", "parameters", "type", "context", "digest", "last used"):
             right = column in ("size", "parameters", "context")
             table.add_column(column, justify="right" if right else "left", overflow="fold")
-        for model, problem in listed:
+        for model, data in listed:
             facts = model.gguf
-            marks = ", ".join(mark for mark, set_ in ((UNUSABLE, problem), ("pinned", model.pinned)) if set_)
+            marks = ", ".join(mark for mark, set_ in ((UNUSABLE, data["problem"]), ("pinned", model.pinned)) if set_)
             table.add_row(
                 f"{model.name}{f' ({marks})' if marks else ''}", size_text(model.size),
                 _count(facts.get("parameters")), _plain(facts.get("quantization") or ""),
-                _count(facts.get("context_tokens")), model.digest.short, _when(store.used_at(model)),
-                style="red" if problem else None,
+                _count(facts.get("context_tokens")), model.digest.short, _when(data["used_at"]),
+                style="red" if data["problem"] else None,
             )  # fmt: skip
         console_for(sys.stdout).print(table)
     for one in damaged:
@@ -146,7 +147,7 @@ def show_model(name: str, as_json: bool) -> int:
 
 def _plain(value: object) -> Text:
     """What others have written, as it is: no markup, and nothing that a terminal obeys."""
-    return Text("".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in str(value)))
+    return Text(printable(value))
 
 
 def verify_models(names: list[str], as_json: bool) -> int:
@@ -211,19 +212,24 @@ def pin_model(name: str, pinned: bool) -> int:
 
 
 def collect(keep_bytes: int | None, *, dry_run: bool, as_json: bool) -> int:
-    """Raises ModelStoreError if a manifest is damaged."""
+    """Exit 1 if a file of a model is none. Raises ModelStoreError if a manifest is damaged."""
     found = open_store().gc(keep_bytes, dry_run=dry_run)
     evicted = [str(name) for name in found.models]
     if as_json:
-        data = {"evicted": evicted, "files": found.blobs, "freed_bytes": found.freed_bytes, "dry_run": dry_run}
+        data = {
+            "evicted": evicted, "files": found.blobs, "freed_bytes": found.freed_bytes, "dry_run": dry_run,
+            "problems": list(found.problems),
+        }  # fmt: skip
         print(json.dumps(data))
-        return EXIT_OK
-    would = "would be " if dry_run else ""
-    for name in evicted:
-        print(f"{name} {would or 'is '}evicted")
-    were = "was " if found.blobs == 1 else "were "
-    print(f"{_files(found.blobs)} {would or were}removed, {size_text(found.freed_bytes)} {would}freed")
-    return EXIT_OK
+    else:
+        would = "would be " if dry_run else ""
+        for name in evicted:
+            print(f"{name} {would or 'is '}evicted")
+        were = "was " if found.blobs == 1 else "were "
+        print(f"{_files(found.blobs)} {would or were}removed, {size_text(found.freed_bytes)} {would}freed")
+    for problem in found.problems:
+        print(f"llmpi: {problem}", file=sys.stderr)
+    return EXIT_SOME_FAILED if found.problems else EXIT_OK
 
 
 def as_data(store: ModelStore, model: Manifest) -> dict[str, Any]:

@@ -20,9 +20,10 @@ from typing import Any
 from coordinator.compressed import WAIT_S, open_stdin
 from coordinator.convert import Converted, Source, convert
 from coordinator.durations import duration
+from coordinator.inputfile import Origin
 from coordinator.progress import PLAIN_EVERY_S
 from coordinator.rows import Columns
-from scheduling.errors import ConfigError, InputError, LlmpiError, RunDirError
+from scheduling.errors import ConfigError, InputError, RunDirError
 from scheduling.wording import counted
 from storage.joblock import JobLock
 from storage.rundir import REQUESTS_NAME, holds_answers, lock_run
@@ -34,10 +35,12 @@ Note = Callable[[str], object]
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """`path`: where the requests are read. `source`: what they were made from, for the identity of the run; None if
-    they are read in place. `held`: the lock of the run directory, if it was taken."""
+    they are read in place. `origin`: the same for errors, where it is one file. `held`: the lock of the run directory,
+    if it was taken."""
 
     path: Path
     source: dict[str, Any] | None = None
+    origin: Origin | None = None
     held: JobLock | None = None
 
 
@@ -65,7 +68,7 @@ def prepare_input(
                     "`llmpi batch --ranks N -i -`, or write the requests to a file first"
                 )
             _convert(source, run_dir, strict=strict, note=note, check_stop=check_stop)
-        return Prepared(run_dir / REQUESTS_NAME, source.identity, held)
+        return Prepared(run_dir / REQUESTS_NAME, source.identity, source.origin, held)
     except BaseException:
         held.release()
         raise
@@ -110,7 +113,7 @@ def _stdin_has_data(check_stop: Callable[[], object]) -> bool:
 
 
 def _convert(source: Source, run_dir: Path, *, strict: bool, note: Note, check_stop: Callable[[], object]) -> Converted:
-    name = "standard input" if source.is_stdin else str(source.path)
+    name = source.name
     start_s = time.monotonic()
     told_s = start_s
 
@@ -139,12 +142,8 @@ def _made_of(columns: Columns) -> str:
     return "its lines" if columns.prompt is None else f"column {columns.prompt!r}"
 
 
-def tell_row(error: LlmpiError, prepared: Prepared) -> LlmpiError:
-    """`error` about a line of a converted input, with what its numbers mean."""
-    if prepared.source is None or not isinstance(error, InputError) or str(prepared.path) not in str(error):
+def tell_files(error: InputError, prepared: Prepared) -> InputError:
+    """`error` about a line that was made from one of several files, with these."""
+    if prepared.source is None or "files" not in prepared.source or str(prepared.path) not in str(error):
         return error
-    origin = prepared.source["path"]
-    made = "standard input" if origin == "-" else origin
-    if "files" in prepared.source:
-        return InputError(f"{error}\n  (it was made from the files in {made}, one after another)")
-    return InputError(f"{error}\n  (it was made from {made}: lines there, or rows, have the same numbers)")
+    return InputError(f"{error}\n  (it was made from the files in {prepared.source['path']}, one after another)")

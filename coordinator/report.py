@@ -13,6 +13,13 @@ from rich.table import Table
 from rich.text import Text
 
 from coordinator.durations import duration
+from coordinator.sentences import (
+    collectives_sentence,
+    energy_sentence,
+    missing_sentence,
+    uncounted_sentence,
+    unread_sentence,
+)
 from coordinator.simulated import WARNING
 from coordinator.terminal import NARROW_COLUMNS, console_for
 from scheduling.histogram import LogHistogram
@@ -64,6 +71,7 @@ def report_data(run_dir: Path, metrics: Metrics | None = None) -> dict[str, Any]
         "latencies": latencies_of(summary, metrics.histograms.get("itl")),
         "ranks": [_rank(row) for row in metrics.ranks],
         "uncounted": _uncounted(metrics),
+        "record_missing": bool(summary.sums.requests) and not (run_dir / RECORD_NAME).exists(),
         "unread_segment_bytes": int(attributes.get("unread_segment_bytes", 0)),
         "telemetry_samples": metrics.telemetry_samples,
         "energy": _energy(run_dir, metrics) if metrics.telemetry_samples else None,
@@ -161,7 +169,7 @@ def print_report(data: dict[str, Any], stream: IO[str], run_dir: Path, *, show: 
     if show:
         _print_answers(console, run_dir, show)
     last = data["last_session"]
-    earlier = data["requests"] - last.get("requests", 0)
+    earlier = max(0, data["requests"] - last.get("requests", 0))
     took = "an unknown time" if data["over_s"] is None else duration(data["over_s"])
     when = f"{earlier} of them earlier; the last job took" if earlier and data["over"] == OVER_JOB else "in"
     if data["over"] == OVER_RECORD:
@@ -194,6 +202,8 @@ def print_report(data: dict[str, Any], stream: IO[str], run_dir: Path, *, show: 
             console.print(f"\n{who}", soft_wrap=True)
         _print_speculation(console, ranks)
         _print_copies(console, last)
+    if data["record_missing"]:
+        console.print(f"\n{missing_sentence()}", soft_wrap=True)
     if data["uncounted"]:
         console.print(f"\n{uncounted_sentence(data)}", soft_wrap=True)
     if data["unread_segment_bytes"]:
@@ -254,37 +264,6 @@ def _print_copies(console: Console, last: dict[str, Any]) -> None:
             f"answered there first · {counted(wasted, 'output token')} made in vain",
             soft_wrap=True,
         )
-
-
-def energy_sentence(used: dict[str, Any]) -> str:
-    """What the GPUs used, in all and for an output token."""
-    gpus = "1 GPU" if used["gpus"] == 1 else f"{used['gpus']} GPUs"
-    each = used["joules_per_output_token"]
-    a_token = "no output tokens" if each is None else f"{each:.3g} J an output token ({used['output_tokens']:,} tokens)"
-    return f"energy: {used['joules']:,.0f} J on {gpus} · {a_token} · from {used['from']}"
-
-
-def collectives_sentence(took_part: str) -> str:
-    """Who was asked for the metrics at the end, if not all ranks; '' if all."""
-    if " of " in took_part:
-        return f"metrics: {took_part} took part in the collectives; what the others did is from the record"
-    return f"collectives: {took_part}" if took_part.startswith("none") else ""
-
-
-def uncounted_sentence(data: dict[str, Any]) -> str:
-    """What the counters of ranks lack."""
-    return (
-        f"counters: {data['uncounted']:,} of {data['requests']:,} recorded requests are in no rank's. A job that is "
-        "killed leaves those up to its last interval, or none (--metrics-interval)"
-    )
-
-
-def unread_sentence(data: dict[str, Any]) -> str:
-    """What could not be read of the measurements."""
-    return (
-        f"measurements: {data['unread_segment_bytes']:,} bytes in metrics.d are damaged, or a job was killed while it "
-        "wrote them. Telemetry, gaps between tokens or counters of ranks lack what was there"
-    )
 
 
 def _print_answers(console: Console, run_dir: Path, count: int) -> None:

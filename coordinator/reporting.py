@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.slicing.slices import slice_dirs
-from scheduling.errors import EXIT_OK, ConfigError
+from scheduling.errors import EXIT_OK, ConfigError, RunDirError
+from storage.recovery import RECORD_NAME
+from storage.rundir import METRICS_NAME
 from storage.runjson import RUN_NAME, read_run
 from storage.runstatus import Status
 from storage.runstatus import status as run_status
@@ -41,7 +43,7 @@ def show_report(run_dirs: Sequence[Path], options: ReportOptions) -> int:
 
     Raises:
         ConfigError: options that exclude each other, too many runs, or a page asked for by name that cannot be made.
-        RunDirError: a directory holds no run, or its record is damaged.
+        RunDirError: a directory holds no run, or its record is damaged, or gone where metrics.h5 is to be made anew.
         RecordError: metrics.h5 cannot be written.
     """
     if options.html is not None and options.no_html:
@@ -77,6 +79,13 @@ def _make_metrics(run_dir: Path, rebuild: bool) -> None:
     from coordinator.rundata import make_metrics
     from coordinator.rundirs import outdated
 
+    if (run_dir / METRICS_NAME).exists() and not (run_dir / RECORD_NAME).exists():
+        # What metrics.h5 has is all that is left.
+        if rebuild:
+            raise RunDirError(
+                f"{run_dir} has lost its {RECORD_NAME}: {METRICS_NAME} cannot be made anew, and is left as it is"
+            )
+        return
     if rebuild or outdated(run_dir):
         before = read_run(run_dir)
         make_metrics(run_dir)
@@ -98,7 +107,7 @@ def _print_tables(run_dirs: Sequence[Path], states: Sequence[Status], options: R
         print_json(data[0] if len(data) == 1 else data)
         return
     for found in states:
-        if not found.complete:
+        if not found.complete or found.lost_bytes:
             print(state_line(found))
     if len(data) == 1:
         print_report(data[0], sys.stdout, run_dirs[0], show=options.show)

@@ -26,7 +26,7 @@ from storage.recovery import RECORD_NAME
 from storage.recovery import rows as record_rows
 from storage.rundir import METRICS_NAME, SEGMENTS_NAME, RunDir
 from storage.runjson import read_run
-from storage.segments import latest, read_segments, unread_bytes
+from storage.segments import latest, read_segments
 from storage.summary import Sums, check_reduced, check_sums, summarise, sums_of
 from workers.metrics import HISTOGRAMS, fitted
 
@@ -148,8 +148,9 @@ def make_metrics(path: Path, disk: Disk | None = None) -> None:
     disk = disk or OsDisk()
     record, segments = path / RECORD_NAME, path / SEGMENTS_NAME
     histograms = {name: LogHistogram() for name in HISTOGRAMS}
-    for segment in latest(segments, "itl", disk):
-        histograms["itl"].counts += segment.array
+    counters = latest(segments, ("itl", "ranks", "copies"), disk)
+    for counts in counters.arrays["itl"]:
+        histograms["itl"].counts += counts
     summary = summarise(record_rows(record, disk))
     for name in HISTOGRAMS:
         if name != "itl":
@@ -157,10 +158,10 @@ def make_metrics(path: Path, disk: Disk | None = None) -> None:
     attributes = _attributes(read_run(path, disk))
     if summary.ok:
         attributes |= {"e2e_min_s": summary.shortest_s, "e2e_max_s": summary.longest_s}
-    if unread := unread_bytes(segments, disk):
-        attributes["unread_segment_bytes"] = unread
-    ranks = [conformed(segment.array, RANK) for segment in latest(segments, "ranks", disk)]
-    copies = [conformed(segment.array, COPY) for segment in latest(segments, "copies", disk)]
+    if counters.unread_bytes:
+        attributes["unread_segment_bytes"] = counters.unread_bytes
+    ranks = [conformed(rows, RANK) for rows in counters.arrays["ranks"]]
+    copies = [conformed(rows, COPY) for rows in counters.arrays["copies"]]
     telemetry: Iterator[Rows] = (
         segment.array.astype(TELEMETRY) for segment in read_segments(segments, "telemetry", disk)
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import os
+import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -100,7 +101,7 @@ def export_answers(run_dir: Path, order: str, output: Path | None, table: str | 
         raise ConfigError("a Parquet file is nothing for a terminal: name a file with -o")
     to = output
     if table is not None and output is not None and (output.is_file() or not output.exists()):
-        to = output.with_name(f".{output.name}.tmp")
+        to = output.with_name(f".{output.name}.{socket.gethostname()}-{os.getpid()}.tmp")  # others may export, too
     try:
         target = sys.stdout.buffer if to is None else to.open("wb")
     except OSError as error:

@@ -31,6 +31,7 @@ from coordinator.inputfile import (
     Block,
     Checked,
     Format,
+    Origin,
     Progress,
     check_file,
     default_id,
@@ -123,7 +124,8 @@ class FileSource:
     With `precheck` all of the file is validated first, and an InputError names what is wrong with it; then `total`
     and `fetch` are known. Without, a bad line or a second use of a custom_id fails alone when it arrives.
     `lengths`: how long the requests are, those without a limit of their own taken to have `max_tokens` of output.
-    `part`: the requests that are read; they keep the numbers that they have in the whole file.
+    `part`: the requests that are read; they keep the numbers that they have in the whole file. `origin`: see
+    `check_file`.
     """
 
     def __init__(
@@ -137,6 +139,7 @@ class FileSource:
         on_progress: Progress | None = None,
         max_tokens: int = 512,
         part: Slice = WHOLE,
+        origin: Origin | None = None,
     ) -> None:
         self._path = path = Path(path)
         self._part = part
@@ -145,7 +148,7 @@ class FileSource:
         self._checked: Checked | None = None
         if precheck:
             self._checked = check_file(
-                path, self._format, self._defaults, on_progress, max_tokens=max_tokens, part=part
+                path, self._format, self._defaults, on_progress, max_tokens=max_tokens, part=part, origin=origin
             )
             self.lengths = self._checked.lengths
         else:

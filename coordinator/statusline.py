@@ -12,7 +12,7 @@ def status_data(found: Status) -> dict[str, Any]:
     return {
         "run_dir": str(found.path), "ok": found.ok, "failed": found.failed, "done": found.done, "total": found.total,
         "complete": found.complete, "running": found.running, "sessions": found.sessions,
-        "exit_code": found.exit_code,
+        "lost_bytes": found.lost_bytes, "exit_code": found.exit_code,
     }  # fmt: skip
 
 
@@ -22,4 +22,5 @@ def state_line(found: Status) -> str:
     state = (
         "complete" if found.complete else "running" if found.running else "not complete: the same command resumes it"
     )
-    return f"{found.path}: {found.done} of {total} done ({found.ok} answered, {found.failed} failed), {state}"
+    lost = f". {found.lost_bytes:,} bytes of answers that had been counted are gone from it" if found.lost_bytes else ""
+    return f"{found.path}: {found.done} of {total} done ({found.ok} answered, {found.failed} failed), {state}{lost}"

@@ -80,10 +80,20 @@ def _moved(temporary: Path, path: Path) -> None:
     """Who removes another model may remove the folder just after it was made: then it is made again."""
     for _ in range(MOVES_MAX):
         with contextlib.suppress(FileNotFoundError, FileExistsError):  # the latter if it goes while mkdir looks at it
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             os.replace(temporary, path)
             return
     os.replace(temporary, path)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, unless they are there, durably. Raises OSError."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    with contextlib.suppress(PermissionError):  # of a folder that we may not read its file system says when it is
+        OsDisk().sync_dir(folder.parent)
 
 
 def changed_s(entry: os.DirEntry[str]) -> float:

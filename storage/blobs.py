@@ -28,7 +28,17 @@ from io import FileIO
 from pathlib import Path
 
 from scheduling.errors import ModelStoreError
-from storage.blobfiles import Progress, changed_s, copy_file, entries_of, hash_file, nothing, removed, unusable
+from storage.blobfiles import (
+    Progress,
+    changed_s,
+    copy_file,
+    entries_of,
+    hash_file,
+    make_folder,
+    nothing,
+    removed,
+    unusable,
+)
 from storage.digest import ALGORITHM, Digest
 from storage.files import OsDisk
 
@@ -369,7 +379,7 @@ class Blobs:
         """One of the store's own, which is there now."""
         folder = self.root / name
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
         except OSError as error:
             raise unusable(folder, error) from error
         return folder

@@ -25,6 +25,7 @@ from scheduling.errors import ModelFileError, ModelStoreError
 from storage.blobfiles import Progress, unusable, write_whole
 from storage.blobs import Blobs, Ingested
 from storage.digest import Digest, is_digest
+from storage.files import OsDisk
 from storage.gguf import GgufInfo, check_gguf
 from storage.manifest import (
     MANIFEST_BYTES_MAX,
@@ -57,11 +58,12 @@ def default_root(environment: Mapping[str, str]) -> Path:
 
 @dataclass(frozen=True)
 class Collected:
-    """What `ModelStore.gc` removed, or would remove."""
+    """What `ModelStore.gc` removed, or would remove. `problems`: files of models that it found to be no files."""
 
     models: tuple[ModelName, ...]
     blobs: int
     freed_bytes: int
+    problems: tuple[str, ...] = ()
 
 
 class ModelStore:
@@ -235,6 +237,11 @@ class ModelStore:
         try:
             there = self.read(model.name)
         except ModelStoreError:
+            if self._manifest_path(model.name).exists() and model.name not in set(self.names()):
+                raise ModelStoreError(
+                    f"{model.name} is the name of another model but for upper and lower case, which the file system of "
+                    f"{self.root} does not tell apart; choose a --name"
+                ) from None
             return None  # none, or a damaged one
         if there.digest == model.digest:
             return there
@@ -275,11 +282,16 @@ class ModelStore:
             self._used_path(name).unlink(missing_ok=True)
         except OSError as error:
             raise unusable(self._manifest_path(name), error) from error
-        for folder in (self._manifest_path(name).parent, *self._manifest_path(name).parent.parents):
-            if folder == self.root / "manifests":
-                break
+        top = self.root / "manifests"
+        folders = [folder for folder in self._manifest_path(name).parents if folder.is_relative_to(top)]
+        for folder in folders[:-1]:
             with contextlib.suppress(OSError):  # not empty, as a rule
                 folder.rmdir()
+        for folder in folders:
+            # Before a file of the model goes: a power cut must not bring back what needs it.
+            with contextlib.suppress(OSError):  # removed just now, or not ours to read
+                OsDisk().sync_dir(folder)
+                break
 
     def gc(self, keep_bytes: int | None = None, *, dry_run: bool = False) -> Collected:
         """Remove what no model needs, and with `keep_bytes` first the least recently used models, until the others take
@@ -304,13 +316,22 @@ class ModelStore:
                 continue
             gone = size if dry_run else self.blobs.collect(digest, self._referenced)
             count, freed = count + bool(gone), freed + gone
+        problems = self._put_back(needed, dry_run)
         if not dry_run:
-            for digest in needed:
-                if not self.blobs.has(digest):
-                    self.blobs.rescue(digest)
             self._views.drop_others({model.digest for model in models})
         freed += self.blobs.sweep(dry_run=dry_run)
-        return Collected(tuple(model.name for model in evicted), count, freed)
+        return Collected(tuple(model.name for model in evicted), count, freed, problems)
+
+    def _put_back(self, needed: set[Digest], dry_run: bool) -> tuple[str, ...]:
+        """Put back blobs that a killed collection has left aside. Returns what is wrong with those that are there."""
+        problems = []
+        for digest in sorted(needed):
+            try:
+                if not self.blobs.has(digest) and not dry_run:
+                    self.blobs.rescue(digest)
+            except ModelStoreError as error:
+                problems.append(str(error))
+        return tuple(problems)
 
     def _all(self) -> list[Manifest]:
         models = []

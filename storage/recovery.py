@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -158,12 +158,13 @@ def scan(disk: Disk, path: Path, meanwhile: Callable[[], object] = lambda: None)
     """
     states = bytearray()
     ok = failed = sessions = 0
+    synced = synced_bytes(disk, path)  # before the record, which may grow
     try:
         disk.refresh(path)
         if not disk.exists(path):
-            return Recovery(np.zeros(0, np.uint8), 0, 0, 0, 0, 0)
+            return Recovery(np.zeros(0, np.uint8), 0, 0, 0, 0, 0, synced)
         with disk.open_read(path) as file:
-            lines = _Lines(file, path, synced_bytes(disk, path))
+            lines = _Lines(file, path, synced)
             for line in lines:
                 if lines.number % LINES_BETWEEN == 0:
                     meanwhile()
@@ -184,7 +185,8 @@ def scan(disk: Disk, path: Path, meanwhile: Callable[[], object] = lambda: None)
         raise RunDirError(f"cannot read the record {path}: {error.strerror or error}") from error
     found = np.frombuffer(states, np.uint8)
     length = int(found.nonzero()[0][-1]) + 1 if ok + failed else 0
-    return Recovery(found[:length], ok, failed, lines.good_bytes, lines.size - lines.good_bytes, sessions)
+    good, torn = lines.good_bytes, lines.size - lines.good_bytes
+    return Recovery(found[:length], ok, failed, good, torn, sessions, max(0, synced - good))
 
 
 def recover(disk: Disk, path: Path, meanwhile: Callable[[], object] = lambda: None) -> Recovery:
@@ -193,9 +195,8 @@ def recover(disk: Disk, path: Path, meanwhile: Callable[[], object] = lambda: No
     To be called with the run directory locked. `meanwhile` as in `scan`; until the record has been read nothing is
     changed. Raises RunDirError like `scan`, and RecordError if it cannot be cut.
     """
-    found = scan(disk, path, meanwhile)
     synced = synced_bytes(disk, path)
-    found = replace(found, lost_bytes=max(0, synced - found.durable_bytes))
+    found = scan(disk, path, meanwhile)
     if found.durable_bytes + found.torn_bytes == 0:
         return found
     try:

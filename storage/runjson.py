@@ -15,6 +15,7 @@ import numpy as np
 
 from scheduling.errors import LlmpiError, RecordError, RunDirError
 from storage.files import FAILS_OF_DISKS, Disk, OsDisk, read_all
+from storage.recovery import RECORD_NAME
 
 RUN_NAME = "run.json"
 SLURM_NAME = "slurm"
@@ -130,9 +131,11 @@ def _why(error: OSError) -> str:
 def unusable(path: Path, error: OSError) -> LlmpiError:
     """What to raise where the operating system refused something in a run directory."""
     if error.errno in FAILS_OF_DISKS:
+        begun = os.path.lexists(path / RECORD_NAME)
+        safe, other = ("What is recorded is safe; free", "") if begun else ("Free", ", or give another run directory")
         return RecordError(
-            f"cannot write to the run directory {path}: {_why(error)}. What is recorded is safe; free space or mend "
-            "the file system, then run the same command again."
+            f"cannot write to the run directory {path}: {_why(error)}. {safe} space or mend the file system, then run "
+            f"the same command again{other}."
         )
     advice = "Mend that, or give a run directory that can be written"
     return RunDirError(f"cannot use {path} as run directory: {_why(error)}. {advice}.")

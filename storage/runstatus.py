@@ -18,6 +18,7 @@ class Status:
     """How far a run is, by its record.
 
     `total` None: the input was not counted. `torn_bytes`: an unfinished line, being written or cut by a crash.
+    `lost_bytes`: of answers that had been counted and are gone; 0 while a job runs, which has been told of them.
     """
 
     path: Path
@@ -30,6 +31,7 @@ class Status:
     sessions: int
     record_bytes: int
     torn_bytes: int
+    lost_bytes: int
 
     @property
     def done(self) -> int:
@@ -69,6 +71,7 @@ def status(path: Path, disk: Disk | None = None, judge: Judge | None = None) -> 
         sessions=len(state["sessions"]),
         record_bytes=found.durable_bytes,
         torn_bytes=found.torn_bytes,
+        lost_bytes=0 if running else found.lost_bytes,
     )
 
 

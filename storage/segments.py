@@ -17,8 +17,7 @@ from __future__ import annotations
 import json
 import struct
 import zlib
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -134,14 +133,6 @@ def segment_files(directory: Path, disk: Disk | None = None) -> list[Path]:
     return [directory / name for name in disk.list_dir(directory) if name.endswith(_SUFFIX)]
 
 
-def unread_bytes(directory: Path, disk: Disk | None = None) -> int:
-    """How much of a run's segment files cannot be read: torn by a crash, or damaged."""
-    readers = [SegmentReader(path, disk) for path in segment_files(directory, disk)]
-    for reader in readers:
-        deque(reader, maxlen=0)
-    return sum(reader.left_bytes for reader in readers)
-
-
 def read_segments(directory: Path, kind: str, disk: Disk | None = None) -> Iterator[Segment]:
     """All segments of one kind, of all sessions in order."""
     for path in segment_files(directory, disk):
@@ -150,16 +141,25 @@ def read_segments(directory: Path, kind: str, disk: Disk | None = None) -> Itera
                 yield segment
 
 
-def latest(directory: Path, kind: str, disk: Disk | None = None) -> list[Segment]:
-    """The last segment of one kind of each session: what counts where segments hold sums since its start."""
-    found = []
+@dataclass(frozen=True)
+class Latest:
+    """What counts where segments hold sums since a session's start: `arrays` has, by kind, the last one of each
+    session in order. `unread_bytes`: how much of the segment files cannot be read, torn by a crash or damaged."""
+
+    arrays: dict[str, list[Array]]
+    unread_bytes: int
+
+
+def latest(directory: Path, kinds: Collection[str], disk: Disk | None = None) -> Latest:
+    """The last segments of `kinds`, in one reading of a run's segment files."""
+    arrays: dict[str, list[Array]] = {kind: [] for kind in kinds}
+    unread = 0
     for path in segment_files(directory, disk):
-        last = None
-        for segment in SegmentReader(path, disk):
-            last = segment if segment.kind == kind else last
-        if last is not None:
-            found.append(last)
-    return found
+        reader = SegmentReader(path, disk)
+        for kind, array in {one.kind: one.array for one in reader if one.kind in arrays}.items():
+            arrays[kind].append(array)
+        unread += reader.left_bytes
+    return Latest(arrays, unread)
 
 
 def _decode(file: BinaryIO, left: int) -> Segment | None:

@@ -68,16 +68,18 @@ class Reading:
 def facts_of(
     model: Model, places: Mapping[int, Mapping[str, Any]], received: int, seconds: float, read: Reading
 ) -> dict[str, Any]:
-    """Figures of one model. `saved_s`: what it would take all nodes to read the file from the source, if that gave them
-    together what it gave one reader, less what staging took."""
+    """Figures of one model. `reads_saved`: of a read on each node, those that were not needed; the node that loads it
+    from where it is does read it. `saved_s`: what it would take all nodes to read the file from the source, if that
+    gave them together what it gave one reader, less what staging took."""
     nodes = len(places)
+    direct = sum(bool(place["direct"]) for place in places.values())
     return {
         "role": model.role, "model": model.name, "digest": model.digest, "source": model.files[0].path,
         "bytes": model.size, "source_bytes_read": read.bytes, "read_s": round(read.seconds, 3),
         "nodes": nodes, "nodes_staged": received,
-        "nodes_direct": sum(bool(place["direct"]) for place in places.values()),
+        "nodes_direct": direct,
         "seconds": round(seconds, 3), "bytes_per_s": round(read.bytes / seconds) if read.bytes else None,
-        "reads_saved": max(0, nodes - (1 if received else 0)),
+        "reads_saved": nodes - (1 if received or direct else 0),
         "saved_s": round(max(0.0, nodes * read.seconds - seconds), 1) if received else None,
         "folders": sorted({str(place["folder"]) for place in places.values() if not place["direct"]}),
     }  # fmt: skip

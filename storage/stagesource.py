@@ -22,10 +22,12 @@ class SourceFiles:
     def __init__(self, files: Sequence[StageFile]) -> None:
         self._files = files
         self._open: list[int] = []
+        self._began: list[tuple[int, int]] = []
         self.bytes_read = 0
         try:
             for file in files:
                 self._open.append(os.open(file.path, os.O_RDONLY | os.O_CLOEXEC))
+                self._began.append(_state(self._open[-1]))
         except OSError as error:
             self.close()
             raise StagingError(f"{error.filename} cannot be read: {error.strerror}") from None
@@ -42,7 +44,18 @@ class SourceFiles:
             self.bytes_read += count
             into, place = into[count:], place + count
 
+    def check_unchanged(self) -> None:
+        """After the reading: what was read is what the files hold, not some of it from before a change."""
+        for file, fd, began in zip(self._files, self._open, self._began, strict=True):
+            if _state(fd) != began:
+                raise StagingError(f"{file.path} was changed while it was read; start again when nobody writes to it")
+
     def close(self) -> None:
         for fd in self._open:
             os.close(fd)
         self._open.clear()
+
+
+def _state(fd: int) -> tuple[int, int]:
+    found = os.fstat(fd)
+    return found.st_size, found.st_mtime_ns

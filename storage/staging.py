@@ -15,7 +15,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -322,7 +322,15 @@ class _Work:
             stopped=stopped, progress=progress if first else lambda _: None,
         )  # fmt: skip
         try:
-            return relay.run(), 0 if source is None else source.bytes_read
+            relayed = relay.run()
+            if source is None:
+                return relayed, 0
+            if relayed.problem is None:
+                try:
+                    source.check_unchanged()
+                except StagingError as error:
+                    relayed = replace(relayed, digests=(), problem=error)  # nobody keeps it
+            return relayed, source.bytes_read
         finally:
             if source is not None:
                 source.close()

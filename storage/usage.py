@@ -7,6 +7,7 @@ no counter, power over the time between samples. Missing stays missing.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,9 +66,9 @@ def devices(telemetry: Rows, ranks: Rows, begins_s: dict[int, float] | None = No
     found = []
     for key, rows in _by_gpu(telemetry, ranks).items():
         found.append(_device(f"{key[0]} GPU {key[1]}".strip(), int(rows["rank"][0]), key[1], rows, begins_s))
-    for rank in np.unique(telemetry["rank"]).tolist():
+    for rank, of_rank in _by_rank(telemetry):
         # One row a sample holds the rank's own figures; those of its other GPUs lack them.
-        rows = telemetry[(telemetry["rank"] == rank) & (telemetry["rss_bytes"] >= 0)]
+        rows = of_rank[of_rank["rss_bytes"] >= 0]
         if len(rows):
             found.append(_device(f"rank {rank}", rank, -1, rows, begins_s))
     return found
@@ -101,19 +102,24 @@ def _by_gpu(telemetry: Rows, ranks: Rows) -> dict[tuple[str, int], Rows]:
     """Rows of each GPU by host and number; of several ranks on it, those of the first."""
     hosts = {int(row["rank"]): row["host"].decode("utf-8", "replace") for row in ranks}
     several = len(set(hosts.values())) > 1
-    on_gpu = telemetry[telemetry["gpu"] >= 0]
     found: dict[tuple[str, int], list[Rows]] = {}
     taken: dict[tuple[str, int, int], int] = {}
-    for rank in np.unique(on_gpu["rank"]).tolist():
-        of_rank = on_gpu[on_gpu["rank"] == rank]
+    for rank, of_rank in _by_rank(telemetry):
         host = hosts.get(rank, f"rank {rank}")
-        for gpu in np.unique(of_rank["gpu"]).tolist():
+        for gpu in np.unique(of_rank["gpu"][of_rank["gpu"] >= 0]).tolist():
             rows = of_rank[of_rank["gpu"] == gpu]
             for session in np.unique(rows["session"]).tolist():
                 if taken.setdefault((host, gpu, session), rank) == rank:
                     name = host if several or rank not in hosts else ""
                     found.setdefault((name, gpu), []).append(rows[rows["session"] == session])
     return {key: np.concatenate(parts) for key, parts in sorted(found.items())}
+
+
+def _by_rank(telemetry: Rows) -> Iterator[tuple[int, Rows]]:
+    """Rows of each rank in their order, from one sorting however many ranks there are."""
+    ordered = telemetry[np.argsort(telemetry["rank"], kind="stable")]
+    ranks, starts = np.unique(ordered["rank"], return_index=True)
+    return zip(ranks.tolist(), np.split(ordered, starts[1:]), strict=False)  # of no rows there is one part
 
 
 def _in_order(rows: Rows) -> Rows:

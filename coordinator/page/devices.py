@@ -20,9 +20,10 @@ from coordinator.page.svg import (
     svg_of,
     time_axis,
     titled,
+    write_name,
 )
-from coordinator.report import energy_sentence
 from coordinator.runview import RunView
+from coordinator.sentences import energy_sentence
 from storage.usage import Device
 
 LINES_MAX = 16
@@ -85,8 +86,8 @@ def _end_texts(axes: Any, ends: list[tuple[str, float, int]], top: float) -> Non
         placed.append((name, at, place))
     over = max(0.0, placed[-1][1] - 1.0) if placed else 0.0
     for name, height, place in placed:
-        axes.annotate(name, (1, height - over), xycoords="axes fraction", xytext=(6, 0), textcoords="offset points",
-                      va="center", fontsize=11, color=colour(place), annotation_clip=False)  # fmt: skip
+        write_name(axes, name, (1, height - over), xytext=(6, 0), va="center", fontsize=11, color=colour(place),
+                   annotation_clip=False)  # fmt: skip
 
 
 def _range(axes: Any, having: Sequence[Device], field: str, scale: float, length_s: float) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from coordinator.runview import RunView
+from scheduling.wording import printable
 
 TEXT_MAX = 4000
 _WITH_UNIT = re.compile(r"(?<=\d) (?:ms|s|%)(?: \*)?(?!\w)")
@@ -15,7 +16,7 @@ _WITH_UNIT = re.compile(r"(?<=\d) (?:ms|s|%)(?: \*)?(?!\w)")
 def text_of(value: object) -> str:
     text = str(value)
     text = text if len(text) <= TEXT_MAX else text[:TEXT_MAX] + "…"
-    return escape("".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in text))
+    return escape(printable(text, "\n\t"))
 
 
 def sentence_of(value: object) -> str:

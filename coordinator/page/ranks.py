@@ -11,8 +11,9 @@ import numpy.typing as npt
 
 from coordinator.page.parts import figure_of, sentence_of, table_of, text_of, untimed
 from coordinator.page.svg import INK, MUTED, PAPER, WIDTH, breaks, colour, new_figure, set_margins, svg_of, time_axis
-from coordinator.report import percent_text, share_text, uncounted_sentence, unread_sentence
+from coordinator.report import percent_text, share_text
 from coordinator.runview import RunView
+from coordinator.sentences import missing_sentence, uncounted_sentence, unread_sentence
 from storage.timeline import BINS, Lane, Timeline, coarser
 
 LANES_MAX = 64
@@ -170,6 +171,8 @@ def chapter(runs: Sequence[RunView]) -> list[str]:
             )
         elif run.data["uncounted"]:
             out.append(f'<p class="absent">{text_of(uncounted_sentence(run.data))}.</p>')
+        if run.data["record_missing"]:
+            out.append(f'<p class="absent">{text_of(missing_sentence())}.</p>')
         if run.data["unread_segment_bytes"]:
             out.append(f'<p class="absent">{text_of(unread_sentence(run.data))}.</p>')
     return out

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from coordinator.page.ticks import duration_ticks
+from scheduling.wording import printable
 from storage.timeline import Timeline
 
 INK, MUTED, GRID, PAPER = "#000101", "#000202", "#000303", "#000404"
@@ -111,19 +112,26 @@ def _short(found: re.Match[str]) -> str:
 # ---------------------------------------------------------------- what panels share
 
 
+def write_name(axes: Any, name: str, where: tuple[float, float], **options: Any) -> None:
+    """At `where` of the panel, in shares of it. Whatever a folder or a host is called stands there as it is: dollars
+    begin no formula, and what is no character has a sign of its own."""
+    axes.annotate(
+        printable(name), where, xycoords="axes fraction", textcoords="offset points", parse_math=False, **options
+    )
+
+
 def names_below(axes: Any, names: Sequence[tuple[int, str]]) -> None:
     """Names of runs in their colours, in the lower right, where no curve comes: these rise to the left of it."""
     for line, (place, name) in enumerate(reversed(names)):
-        axes.annotate(_cut(name), (1, 0), xycoords="axes fraction", xytext=(-2, 6 + 15 * line), fontsize=12,
-                      textcoords="offset points", ha="right", color=colour(place), zorder=5)  # fmt: skip
+        write_name(axes, _cut(name), (1, 0), xytext=(-2, 6 + 15 * line), fontsize=12, ha="right", color=colour(place),
+                   zorder=5)  # fmt: skip
 
 
 def names_above(axes: Any, names: Sequence[tuple[int, str]]) -> None:
     """Names of runs in their colours, in the line of the panel's title, from the right."""
     at = 0.0
     for place, name in reversed(names):
-        axes.annotate(_cut(name), (1, 1), xycoords="axes fraction", xytext=(-at, 6), textcoords="offset points",
-                      ha="right", fontsize=12, color=colour(place))  # fmt: skip
+        write_name(axes, _cut(name), (1, 1), xytext=(-at, 6), fontsize=12, ha="right", color=colour(place))
         at += 7.5 * len(_cut(name)) + 14
         if at > WIDTH - 320:
             return

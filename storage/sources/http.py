@@ -9,19 +9,23 @@ http, and never with a credential to another origin. Proxies come from the envir
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import http.client
 import re
 import socket
 import ssl
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from urllib.parse import urljoin, urlsplit
+from typing import cast
+from urllib.parse import quote, urljoin, urlsplit
 
 from scheduling.errors import ModelSourceError
+from scheduling.wording import printable
 from storage.sources.credentials import Credential
 from storage.sources.job import Failures, Patience, TransientError, WrongBytesError, without_secrets
 from storage.sources.partial import Partial
@@ -30,6 +34,7 @@ REDIRECTS_MAX = 5
 PIECE_BYTES = 32 << 30
 """Asked for at once. Content networks refuse whole files over about 50 GB, but not pieces of them."""
 _BLOCK_BYTES = 1 << 18
+_PRINTABLE = "".join(map(chr, range(33, 127)))
 PASSING = {408, 425, 429, 500, 502, 503, 504}
 _REDIRECTS = {301, 302, 303, 307, 308}
 _CONTENT_RANGE = re.compile(r"^bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)$")
@@ -233,13 +238,14 @@ def _next(wanted: Wanted, url: str, location: str | None) -> str:
             f"{wanted.shown} redirects from https to {without_secrets(following)}, which anybody on the way could "
             "change: not followed. If you trust it, name that address."
         )
-    return following.partition("#")[0].replace(" ", "%20")
+    # Headers are read as Latin-1: what is no ASCII are bytes that the server has not written in hexadecimal.
+    return quote(following.partition("#")[0], safe=_PRINTABLE, encoding="latin-1")
 
 
 def _refusal(wanted: Wanted, response: http.client.HTTPResponse) -> Exception:
     """What an answer without a file comes to."""
     status = response.status
-    said = f"the server answers {status} {response.reason}".rstrip()
+    said = f"the server answers {status} {printable(response.reason)}".rstrip()
     if status in PASSING:
         return TransientError(said, retry_after(response.headers.get("Retry-After")))
     if status in (401, 403, 407):
@@ -262,10 +268,50 @@ def retry_after(value: str | None) -> float:
         return 0.0
 
 
+class _InTime(http.client.HTTPConnection):
+    """A connection whose answer's head comes within its time: that limits each reading alone, so that a server could
+    send a letter now and then for hours."""
+
+    def getresponse(self) -> http.client.HTTPResponse:
+        late = threading.Event()
+
+        def give_up() -> None:
+            late.set()
+            if self.sock is not None:
+                with contextlib.suppress(OSError):
+                    socket.socket.shutdown(self.sock, socket.SHUT_RDWR)  # of TLS, too: not its own, which would wait
+
+        timer = threading.Timer(cast("float", self.timeout), give_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            return super().getresponse()
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            if late.is_set():
+                raise TimeoutError from error
+            raise
+        finally:
+            timer.cancel()
+
+
+class _InTimeTls(_InTime, http.client.HTTPSConnection):
+    """The same over TLS."""
+
+
+class _HttpHandler(urllib.request.HTTPHandler):
+    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_InTime, req)
+
+
+class _HttpsHandler(urllib.request.HTTPSHandler):
+    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_InTimeTls, req)
+
+
 def _get(url: str, headers: dict[str, str], authorization: str | None, patience: Patience) -> http.client.HTTPResponse:
     """One request, answered with whatever status."""
     opener = urllib.request.OpenerDirector()
-    for handler in (urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    for handler in (urllib.request.ProxyHandler, _HttpHandler, _HttpsHandler):
         opener.add_handler(handler())
     request = urllib.request.Request(url, headers={"User-Agent": "llmpi", "Accept-Encoding": "identity", **headers})
     if authorization is not None:
@@ -292,4 +338,4 @@ def _get(url: str, headers: dict[str, str], authorization: str | None, patience:
 def _broken(error: object, patience: Patience) -> TransientError:
     if isinstance(error, TimeoutError):
         return TransientError(f"nothing came for {patience.stall_s:.0f} s")
-    return TransientError(f"the connection broke ({error or type(error).__name__})")
+    return TransientError(f"the connection broke ({printable(error) or type(error).__name__})")

@@ -285,7 +285,8 @@ def _listing(place: _Place, info: Any) -> _Listing:
     if not _COMMIT.fullmatch(commit):
         raise ModelSourceError(f"{place}: the hub names no commit for {place.revision!r}. Is HF_ENDPOINT a hub?")
     files = {}
-    for sibling in (info.siblings or [])[:_FILES_MAX]:
+    models = [one for one in info.siblings or [] if str(one.rfilename).lower().endswith(".gguf")]
+    for sibling in models[:_FILES_MAX]:
         lfs = sibling.lfs
         sha256 = str(lfs.sha256).lower() if lfs is not None and is_sha256(str(lfs.sha256).lower()) else None
         size = sibling.size if sibling.size is not None else getattr(lfs, "size", None)

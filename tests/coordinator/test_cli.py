@@ -194,6 +194,14 @@ def test_every_error_is_one_line_and_its_exit_code(
     assert said.out == ""
 
 
+def test_an_error_has_nothing_that_a_terminal_obeys(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(batch_module, "run_batch", raising(LlmpiError("a\x1b[31m\x9b2J\u202eb\n  c é")))
+    run(*BATCH)
+    assert capsys.readouterr().err == "llmpi: a\ufffd[31m\ufffd2J\ufffdb\n  c é\n"
+
+
 def test_an_error_of_our_own_shows_its_traceback(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -76,8 +76,9 @@ class Stage:
 
     def written(self) -> tuple[list[int], int, int]:
         """Requests of each rank, all gaps between tokens, samples: as a reader finds them."""
-        ranks = [int(n) for segment in latest(self.folder, "ranks") for n in segment.array["requests"]]
-        gaps = sum(int(segment.array.sum()) for segment in latest(self.folder, "itl"))
+        counters = latest(self.folder, ("ranks", "itl")).arrays
+        ranks = [int(n) for rows in counters["ranks"] for n in rows["requests"]]
+        gaps = sum(int(counts.sum()) for counts in counters["itl"])
         return ranks, gaps, sum(len(segment.array) for segment in read_segments(self.folder, "telemetry"))
 
 
@@ -94,8 +95,8 @@ def test_those_that_tell_together_are_written_together_a_second_later(stage: Sta
     stage.pass_()
     stage.later.work()
     assert stage.written() == ([20, 10], 30, 4)
-    [ranks] = latest(stage.folder, "ranks")
-    assert ranks.array["stolen_in"].tolist() == [5, 5], "with what only rank 0 knows"
+    [ranks] = latest(stage.folder, ("ranks",)).arrays["ranks"]
+    assert ranks["stolen_in"].tolist() == [5, 5], "with what only rank 0 knows"
 
 
 def test_copies_are_written_as_they_are_then_and_at_the_end(stage: Stage) -> None:
@@ -107,11 +108,11 @@ def test_copies_are_written_as_they_are_then_and_at_the_end(stage: Stage) -> Non
     stage.pass_()
     copies["won"] = 1  # after it was asked for
     stage.later.work()
-    [written] = latest(stage.folder, "copies")
-    assert written.array["won"].tolist() == [-1]
+    [written] = latest(stage.folder, ("copies",)).arrays["copies"]
+    assert written["won"].tolist() == [-1]
     stage.intervals.finish(None)
-    [written] = latest(stage.folder, "copies")
-    assert written.array.tobytes() == copies.tobytes()
+    [written] = latest(stage.folder, ("copies",)).arrays["copies"]
+    assert written.tobytes() == copies.tobytes()
     assert stage.written() == ([1], 1, 2), "beside the other counters"
 
 

@@ -26,6 +26,8 @@ from coordinator.quantize import _quantised_name
 from coordinator.setup import prepare
 from scheduling.errors import ModelFileError, ModelStoreError
 from storage.gguf import check_gguf
+from storage.manifest import Manifest
+from storage.modelstore import ModelStore
 from tests.storage.small_models import small_model, split_model
 
 
@@ -160,6 +162,42 @@ def test_gc_keeps_pinned_models(llmpi: Llmpi, tmp_path: Path) -> None:
     assert "b is evicted" in llmpi("models", "gc", "--keep-bytes", "0")
     assert "not pinned" in llmpi("models", "pin", "a", "--off")
     assert llmpi.json("models", "gc", "--keep-bytes", "1k")["evicted"] == ["a"]
+
+
+def test_gc_names_a_file_that_is_none_and_goes_on_with_the_rest(llmpi: Llmpi, tmp_path: Path) -> None:
+    for seed, name in enumerate("abc"):
+        llmpi("models", "add", str(small_model(tmp_path / f"{name}.gguf", seed)))
+    store = open_store()
+    link, orphan = find_model("b").path, find_model("c").path
+    store._forget(store.find("c").name)
+    link.unlink()
+    link.symlink_to(tmp_path / "b.gguf")
+    found = llmpi.json("models", "gc", "--dry-run", code=1)
+    [problem] = found["problems"]
+    assert (found["files"], problem.split(";")[0]) == (1, f"{link} is no plain file")
+    assert "1 file was removed" in llmpi("models", "gc", code=1)
+    assert f"llmpi: {link} is no plain file" in llmpi.err
+    assert not orphan.exists()
+    assert find_model("a").path.exists()
+    assert (tmp_path / "b.gguf").exists()
+    link.unlink()
+    assert llmpi.json("models", "gc")["problems"] == []
+
+
+def test_listing_looks_at_each_model_once(llmpi: Llmpi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llmpi("models", "add", str(small_model(tmp_path / "a.gguf")))
+    looks: list[str] = []
+    real = ModelStore.problem
+
+    def counted(store: ModelStore, model: Manifest) -> str | None:
+        looks.append(str(model.name))
+        return real(store, model)
+
+    monkeypatch.setattr(ModelStore, "problem", counted)
+    llmpi.json("models", "ls")
+    assert looks == ["a"]
+    llmpi("models", "ls")
+    assert looks == ["a", "a"]
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 from coordinator.compressed import STDIN, stdin_for_ranks
 from coordinator.convert import source_of
 from coordinator.inputfile import ends_identity
-from coordinator.prepared import Prepared, prepare_input, tell_row
+from coordinator.prepared import Prepared, prepare_input, tell_files
 from coordinator.rows import Columns
+from coordinator.source import FileSource
 from scheduling.errors import ConfigError, InputError, RunDirError
 from storage.joblock import JobLock
 from storage.recovery import RECORD_NAME
@@ -240,12 +242,32 @@ def test_lost_standard_input_cannot_be_made_again(job: Job, stdin: Stdin) -> Non
         job(STDIN)
 
 
-def test_an_error_in_a_converted_line_says_where_the_line_is_from(tmp_path: Path) -> None:
-    path = tmp_path / REQUESTS_NAME
-    error = InputError(f"{path}, line 3: no good")
-    assert tell_row(error, Prepared(path)) is error
-    assert "made from /data/x.csv: lines there, or rows" in str(
-        tell_row(error, Prepared(path, {"path": "/data/x.csv"}))
-    )
-    assert "files in /data" in str(tell_row(error, Prepared(path, {"path": "/data", "files": 3})))
-    assert "standard input" in str(tell_row(error, Prepared(path, {"path": "-"})))
+def test_an_error_in_a_converted_line_says_where_the_line_is_from(job: Job, tmp_path: Path) -> None:
+    def refusal(path: Path, content: bytes, columns: Columns | None = None) -> str:
+        if path != STDIN:
+            path.write_bytes(content)
+        given = job(path, columns)
+        with pytest.raises(InputError) as refused:
+            FileSource(given.path, format="jsonl", origin=given.origin)
+        return str(tell_files(refused.value, given))
+
+    table = b'custom_id,prompt\na,"x\ny"\n\nb,z\na,again\n'
+    said = 'row 3: custom_id "a" is already on row 1; give each its own'
+    assert refusal(tmp_path / "t.csv", table) == f"{tmp_path / 't.csv'}, {said}"
+    assert refusal(tmp_path / "table", table, Columns(id="custom_id")) == f"{tmp_path / 'table'}, {said}"
+    lines = gzip.compress(b'{"prompt":"a"}\n\n{"prompt":"b","nonsense":1}\n')
+    assert f"{tmp_path / 'q.jsonl.gz'}, line 3: " in refusal(tmp_path / "q.jsonl.gz", lines)
+    (tmp_path / "several").mkdir()
+    (tmp_path / "several" / "t.csv").write_bytes(table)
+    given = job(tmp_path / "several")
+    with pytest.raises(InputError, match=r"requests\.jsonl, line 3: .* on line 1") as refused:
+        FileSource(given.path, origin=given.origin)
+    files = f"(it was made from the files in {tmp_path / 'several'}, one after another)"
+    assert str(tell_files(refused.value, given)).endswith(files)
+
+
+def test_an_error_on_standard_input_names_it(job: Job, stdin: Stdin) -> None:
+    stdin.holds(b'{"prompt":"a"}\n{"prompt":1}\n')
+    given = job(STDIN)
+    with pytest.raises(InputError, match=r"^standard input, line 2: "):
+        FileSource(given.path, origin=given.origin)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from coordinator import report
+from coordinator import report, rundirs
 from coordinator.report import print_report, report_data
 from coordinator.rundirs import export_answers
 from coordinator.sidebyside import comparison
@@ -21,13 +22,20 @@ from scheduling.histogram import LogHistogram
 from scheduling.recordline import encode_embeddings, encode_failure, encode_result
 from scheduling.requests import Request
 from scheduling.tables import RANK, TELEMETRY
+from storage.export import export_table
 from storage.metrics import write_metrics
 from storage.recovery import RECORD_NAME
 from storage.rundir import METRICS_NAME
+from storage.runjson import RUN_NAME
 from tests.scheduling.test_logprobs import packed
 from tests.storage.samples import rows
 
 ANSWERS = ("plain", r"LaTeX \[x^2\] and \[/frac]", "[bold]no markup[/bold]", "two\nlines", "x" * 1_000)
+
+BEGUN = (
+    '{"format": "llmpi-run", "version": 1, "identity": {}, "details": {}, "sessions": [], "total": null, '
+    '"complete": false}'
+)
 
 
 @pytest.fixture
@@ -198,15 +206,34 @@ def test_a_line_that_is_being_written_is_no_answer_yet(
     whole = record.read_bytes()
     record.write_bytes(whole + whole[:50])
     assert "1 failed (bad): no" in printed(run_dir, show=10)
-    (run_dir / "run.json").write_text(
-        '{"format": "llmpi-run", "version": 1, "identity": {}, "details": {}, "sessions": [], "total": null, '
-        '"complete": false}'
-    )
+    (run_dir / RUN_NAME).write_text(BEGUN)
     assert export_answers(run_dir, "completion", None) == 0
     assert capsysbinary.readouterr().out == whole
     record.unlink()
     assert export_answers(run_dir, "completion", None) == 0
     assert capsysbinary.readouterr().out == b""
+
+
+def test_two_exports_to_one_file_at_once_leave_that_of_the_last(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run_dir / RUN_NAME).write_text(BEGUN)
+    into = tmp_path / "answers.csv"
+    ran: list[bool] = []
+
+    def with_another(*args: Any, **options: Any) -> int:
+        count = export_table(*args, **options)
+        if not ran:  # another process, from beginning to end
+            ran.append(True)
+            monkeypatch.setattr(os, "getpid", lambda: 1)
+            export_answers(run_dir, "completion", into, "csv")
+            into.unlink()
+        return count
+
+    monkeypatch.setattr(rundirs, "export_table", with_another)
+    assert export_answers(run_dir, "completion", into, "csv") == 0
+    assert len(into.read_text().splitlines()) > len(ANSWERS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.csv", run_dir.name]
 
 
 def test_as_many_answers_as_asked_for(run_dir: Path) -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
 
 from coordinator.collect import Gathered
-from coordinator.rundata import OwnRows, check_gathered, completed, copy_rows
+from coordinator.rundata import OwnRows, check_gathered, completed, copy_rows, make_metrics
 from scheduling.copies import Copied
 from scheduling.errors import BugError
 from scheduling.histogram import LogHistogram
@@ -19,9 +20,11 @@ from scheduling.recordline import encode_failure, encode_result
 from scheduling.requests import Request
 from scheduling.tables import COPY, RANK
 from storage.files import OsDisk
+from storage.metrics import read_summary
 from storage.recovery import rows as record_rows
-from storage.rundir import RunDir
+from storage.rundir import METRICS_NAME, SEGMENTS_NAME, RunDir
 from storage.summary import Summary
+from tests.coordinator.runs import make_run
 
 
 def test_copies_count_their_time_from_the_welcome_and_say_who_was_first() -> None:
@@ -107,3 +110,23 @@ def test_rows_of_absent_workers_have_times_as_told_and_counts_as_recorded(run: R
 def test_where_nobody_is_absent_rows_stay_as_they_are(run: RunDir) -> None:
     told = np.zeros(1, RANK)
     assert completed(told, {}, run, OsDisk()) is told
+
+
+def test_each_file_of_segments_is_read_twice_at_most(tmp_path: Path) -> None:
+    """Once for counters and for what cannot be read, once for the samples, which may be too many for memory."""
+    path = make_run(tmp_path / "run")
+    opened: Counter[str] = Counter()
+
+    class Counting(OsDisk):
+        def open_read(self, path: Path) -> BinaryIO:
+            opened[path.name] += 1
+            return super().open_read(path)
+
+    segments = path / SEGMENTS_NAME / "session-0000.seg"
+    with segments.open("ab") as file:
+        file.write(b"torn")
+    make_metrics(path, Counting())
+    assert opened[segments.name] == 2
+    found = read_summary(path / METRICS_NAME)
+    assert found.attributes["unread_segment_bytes"] == 4
+    assert found.telemetry_samples > 0

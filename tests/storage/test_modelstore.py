@@ -274,3 +274,14 @@ def test_a_manifest_is_json_that_others_can_read(store: ModelStore, model: Path)
     assert state["files"][0]["digest"] == state["digest"] == str(digest_of(model))
     assert (state["licence"], state["source"], state["schema"]) == ("mit", "https://example.org/m.gguf", 1)
     assert state["created_at"].endswith("Z")
+
+
+def test_names_that_the_file_system_does_not_tell_apart_are_refused(store: ModelStore, tmp_path: Path) -> None:
+    added = store.add(small_model(tmp_path / "a.gguf", 1), name=ModelName("some/small"))
+    (store.root / "manifests" / "Some").symlink_to(store.root / "manifests" / "some")  # as such a file system has it
+    for link in (True, False):
+        with pytest.raises(ModelStoreError, match=r"Some/small is the name of another model but for upper and lower"):
+            store.add(small_model(tmp_path / "b.gguf", 2), name=ModelName("Some/small"), link=link, replace_other=True)
+    assert store.find("some/small") == added
+    assert files_of(store, "blobs") == [added.digest.file_name]
+    assert files_of(store, "partial") == []

@@ -19,9 +19,9 @@ from scheduling.recordline import encode_failure
 from storage.files import AppendFile, Lock, OsDisk
 from storage.joblock import Holder, Judge, alive, read_holder, this_process
 from storage.record import GroupCommit, open_record
-from storage.recovery import recover
+from storage.recovery import RECORD_NAME, recover
 from storage.rundir import RunDir, lock_run
-from storage.runjson import read_run
+from storage.runjson import read_run, unusable
 from storage.runstatus import request_stop, status
 from tests.simulation.disk import Outside, SimulatedDisk, Storage
 from tests.storage.fake_disk import FakeDisk, PowerCutError
@@ -171,8 +171,15 @@ def test_a_directory_that_cannot_be_written_is_a_clear_error_and_leaves_no_lock(
     with pytest.raises(RunDirError, match=r"cannot use /run as run directory: Permission denied\."):
         RunDir.create_or_resume(Path("/run"), IDENTITY, disk=disk)
     assert not disk.held
-    with pytest.raises(RecordError, match="free space"):
+    with pytest.raises(RecordError, match=r"No space left on device\. Free space.*, or give another run directory"):
         RunDir.create_or_resume(Path("/run"), IDENTITY, disk=FakeDisk(fail={operation: errno.ENOSPC}))
+
+
+def test_that_what_is_recorded_is_safe_is_said_where_anything_is(tmp_path: Path) -> None:
+    error = OSError(errno.EROFS, "Read-only file system")
+    assert "is safe" not in str(unusable(tmp_path, error))
+    (tmp_path / RECORD_NAME).touch()
+    assert "system. What is recorded is safe; free space" in str(unusable(tmp_path, error))
 
 
 def test_a_place_where_nothing_can_be_made_is_said_to_be_one() -> None:

@@ -25,7 +25,6 @@ from storage.segments import (
     read_segments,
     replace_counters,
     segment_files,
-    unread_bytes,
 )
 from tests.storage.fake_disk import Content, FakeDisk
 
@@ -80,8 +79,9 @@ def test_the_latest_of_each_session_stands_for_its_counters(tmp_path: Path) -> N
         for count in (1, 2 + session):
             writer.write([Segment("itl", np.full(3, count), {}), Segment("ranks", np.zeros(1, RANK), {})])
         writer.close()
-    assert [segment.array.tolist() for segment in latest(tmp_path, "itl")] == [[2, 2, 2], [3, 3, 3]]
-    assert latest(tmp_path, "telemetry") == []
+    found = latest(tmp_path, ("itl", "telemetry"))
+    assert [counts.tolist() for counts in found.arrays["itl"]] == [[2, 2, 2], [3, 3, 3]]
+    assert (found.arrays["telemetry"], found.unread_bytes) == ([], 0)
 
 
 def test_an_interval_is_one_sync() -> None:
@@ -101,7 +101,7 @@ def test_a_file_cut_at_any_byte_keeps_its_whole_segments() -> None:
         whole = len(list(reader))
         assert whole == int((ends <= size).sum())
         assert reader.left_bytes == size - (ends[whole - 1] if whole else 0)
-        assert unread_bytes(FILE.parent, disk_with(content[:size])) == reader.left_bytes
+        assert latest(FILE.parent, (), disk_with(content[:size])).unread_bytes == reader.left_bytes
 
 
 @given(st.integers(0, 10_000), st.integers(1, 255))
@@ -135,7 +135,7 @@ def test_counters_are_those_that_came_last_and_take_no_more_room_each_time(tmp_p
         writer.write([Segment("telemetry", telemetry(2), {})])
         replace_counters(OsDisk(), folder, 0, [Segment("ranks", np.full(1, interval), {})])
     writer.close()
-    assert [segment.array.tolist() for segment in latest(folder, "ranks")] == [[2]]
+    assert [counts.tolist() for counts in latest(folder, ("ranks",)).arrays["ranks"]] == [[2]]
     assert sum(len(segment.array) for segment in read_segments(folder, "telemetry")) == 6
     assert sorted(file.name for file in folder.iterdir()) == ["session-0000.counters.seg", "session-0000.seg"]
     with pytest.raises(RecordError, match="counters"):

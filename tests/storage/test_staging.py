@@ -16,6 +16,7 @@ from storage.digest import Digest
 from storage.relay import CHUNK_BYTES
 from storage.stagedir import StageDir, candidates
 from storage.stagemodel import Model, model_of, told_as_line
+from storage.stagesource import SourceFiles
 from storage.staging import EXCHANGE_S, Node, Staged, stage
 from tests.storage.stage_fakes import FakeGroup, Ranks
 
@@ -306,6 +307,22 @@ def test_a_source_that_cannot_be_read_any_more_ends_all(tmp_path: Path, harm: st
     assert all(nodes.blobs(host) == {} and nodes.partial(host) == [] for host in "abc")
 
 
+def test_a_source_that_is_changed_while_it_is_read_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path / "far" / "m.gguf", DATA)
+    one = model([path], known=False)
+    read = SourceFiles.read
+
+    def changed(self: SourceFiles, file: int, place: int, into: memoryview) -> None:
+        read(self, file, place, into)
+        path.write_bytes(DATA[::-1])
+        os.utime(path, ns=(1, 1))
+
+    monkeypatch.setattr(SourceFiles, "read", changed)
+    nodes = Nodes(tmp_path, "abc")
+    all_say(nodes.stage([one]), "on a (rank 0)", str(path), "was changed while it was read")
+    assert all(nodes.blobs(host) == {} and nodes.partial(host) == [] for host in "abc")
+
+
 def test_stopping_ends_all(tmp_path: Path) -> None:
     def stopped() -> None:
         raise StoppedError("SIGUSR2 received")
@@ -341,6 +358,9 @@ def test_where_the_model_lies_on_the_nodes_own_disk_rank_0_needs_no_copy(
     assert [one.models["model"].path == path for one in came] == [True, True, False]
     assert nodes.blobs("a") == {}
     assert list(nodes.blobs("b").values()) == [DATA]
+    assert came[0].facts[0]["reads_saved"] == 1
+    alone = Nodes(tmp_path, "aa").staged([model([path])])
+    assert (alone[0].facts[0]["nodes_direct"], alone[0].facts[0]["reads_saved"]) == (1, 0)
 
 
 def test_what_cannot_be_found_is_left_to_who_opens_it(tmp_path: Path) -> None:

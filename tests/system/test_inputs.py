@@ -105,7 +105,7 @@ def test_a_pipe_is_an_input(tmp_path: Path, table: Path) -> None:
     [
         ("a.csv", b"a,b\n1,2\n", (), ("no column 'prompt'", "'a', 'b'")),
         ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n' * 50, mtime=0)[:-9], (), ("cut off",)),
-        ("a.csv", b"prompt\nx\n\"\"\n", (), ("line 2", "prompt")),
+        ("a.csv", b"prompt\nx\n\"\"\n", (), ("a.csv, row 2", "prompt")),
     ],
 )  # fmt: skip
 def test_what_cannot_be_converted_is_one_clear_line(

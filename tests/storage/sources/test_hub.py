@@ -12,6 +12,7 @@ import pytest
 
 from scheduling.errors import ModelSourceError
 from storage.sources import Pulled, pull
+from storage.sources import hub as hub_source
 from storage.sources.hub import cache_folder
 from tests.storage.sources.site import Answer, Site, Waits, gguf, patience, redirect, sha256
 
@@ -113,6 +114,14 @@ def test_several_models_are_listed_and_one_must_be_named(hub: Hub, scratch: Path
         _pull(scratch, f"hf:{REPO}:m_Q5.gguf")
     assert _pull(scratch, f"hf:{REPO}:m_Q8_0.gguf").files[0].name == "m_Q8_0.gguf"
     assert _pull(scratch, f"hf:{REPO}:q4_k_m").source.endswith(":m_Q4_K_M.gguf")
+
+
+def test_a_model_among_very_many_other_files_is_found(hub: Hub, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_source, "_FILES_MAX", 3)
+    hub.hold(z=MODEL)
+    of_model = hub._info()["siblings"][0]
+    hub.changes = {"siblings": [*({"rfilename": f"{k}.txt", "size": 1} for k in range(10)), of_model]}
+    assert _pull(scratch).source.endswith(":z.gguf")
 
 
 def test_a_repository_without_gguf_says_so(hub: Hub, scratch: Path) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from scheduling.errors import EXIT_USAGE, ModelSourceError
 from storage.sources import is_source, pull
+from storage.sources import partial as partial_module
 from storage.sources.job import stem_of, without_secrets
 from storage.sources.partial import Partial
 from storage.sources.splits import choose, parts_of
@@ -155,7 +156,16 @@ def test_a_partial_file_remembers_its_version_and_digest(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "note", [None, b"", b"{", b"[]", b'{"validator": 1, "total": 2}', b'{"validator": null}', b"\xff"]
+    "note",
+    [
+        None,
+        b"",
+        b"{",
+        b"[]",
+        b'{"validator": 1, "total": 2, "synced": 6000}',
+        b'{"validator": null, "total": 10000}',
+        b"\xff",
+    ],
 )
 def test_bytes_without_a_readable_version_are_not_continued(tmp_path: Path, note: bytes | None) -> None:
     path = tmp_path / "x.partial"
@@ -191,7 +201,7 @@ def test_a_file_that_a_store_has_taken_over_is_not_cut_when_another_version_come
 def test_a_version_is_noted_before_the_first_byte(tmp_path: Path) -> None:
     with Partial(tmp_path / "x.partial") as partial:
         partial.expect('"v2"', None)
-        assert json.loads((tmp_path / "x.json").read_text()) == {"validator": '"v2"', "total": None}
+        assert json.loads((tmp_path / "x.json").read_text()) == {"validator": '"v2"', "total": None, "synced": 0}
         assert (tmp_path / "x.partial").read_bytes() == b""
 
 
@@ -202,4 +212,35 @@ def test_a_file_that_is_started_again_forgets_the_version_it_was_of(tmp_path: Pa
         partial.restart()
         partial.expect(None, None)
         partial.write(MODEL[:10], "it")
-    assert json.loads((tmp_path / "x.json").read_text()) == {"validator": None, "total": None}
+    assert json.loads((tmp_path / "x.json").read_text()) == {"validator": None, "total": None, "synced": 10}
+
+
+def test_bytes_that_a_power_cut_may_have_lost_are_not_continued(tmp_path: Path) -> None:
+    path = tmp_path / "x.partial"
+    _write(path, MODEL[:6000])
+    with path.open("ab") as file:
+        file.write(bytes(1000))  # what was not synced any more
+    with Partial(path) as partial:
+        assert partial.size == 6000
+        partial.write(MODEL[6000:], "it")
+        assert partial.finish("it") == sha256(MODEL)
+    assert path.read_bytes() == MODEL
+    path.write_bytes(MODEL[:5000])  # what had been synced is not all there
+    with Partial(path) as partial:
+        assert partial.size == 0
+
+
+def test_bytes_are_synced_now_and_then_so_that_a_kill_loses_few(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(partial_module, "SYNC_BYTES", 3000)
+    with Partial(tmp_path / "x.partial", clock=lambda: now) as partial:
+        partial.expect('"v1"', 10_000)
+        synced = []
+        for start in range(0, 10_000, 1000):
+            now = partial_module.SYNC_S + 1 if start >= 8000 else 0.0
+            partial.write(MODEL[start : start + 1000], "it")
+            synced.append(json.loads((tmp_path / "x.json").read_text())["synced"])
+    assert synced == [0, 0, 3000, 3000, 3000, 6000, 6000, 6000, 9000, 9000]
+    assert json.loads((tmp_path / "x.json").read_text())["synced"] == 10_000

@@ -6,6 +6,7 @@ import itertools
 import socket
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from scheduling.errors import ModelSourceError
 from storage.sources import WrongBytesError, pull
 from tests.storage.sources.pulls import MODEL, content_of, kept_bytes, pull_from
-from tests.storage.sources.site import Answer, Site, Waits, gguf, patience, sha256
+from tests.storage.sources.site import Answer, Site, Waits, gguf, patience, redirect, sha256
 
 
 @pytest.mark.parametrize("cut", [0, 3, 100_000, len(MODEL) - 1])
@@ -125,6 +126,37 @@ def test_a_body_that_drips_is_broken_off_like_a_stall(site: Site, scratch: Path)
             scratch,
             patience=patience(stall_s=30.0, slow_bytes=1_000_000, attempts=2, clock=lambda: next(clock)),
         )
+
+
+def test_a_head_that_drips_is_broken_off(site: Site, scratch: Path) -> None:
+    def drip(handler: Any) -> bool:
+        while not site.stopped.wait(0.01):
+            try:
+                handler.wfile.write(b"H")
+            except OSError:
+                break
+        return True
+
+    site.answer = drip
+    with pytest.raises(ModelSourceError, match=r"nothing came for 0 s \(2 attempts\)"):
+        pull(site.url(), scratch, patience=patience(stall_s=0.3, attempts=2))
+
+
+def test_what_a_server_says_is_told_without_what_a_terminal_obeys(site: Site, scratch: Path) -> None:
+    def say(handler: Any) -> bool:
+        handler.wfile.write(b"HTTP/1.1 418 \x1b[31mred\r\n\r\n")
+        return True
+
+    site.answer = say
+    with pytest.raises(ModelSourceError, match=r"answers 418 \ufffd\[31mred"):
+        pull_from(site, scratch)
+
+
+def test_a_redirect_whose_address_is_not_written_in_ascii_is_followed(site: Site, scratch: Path) -> None:
+    site.files["/model.gguf"] = MODEL
+    site.script = [redirect("/model.gguf?caf\u00e9 x"), Answer()]
+    assert content_of(pull_from(site, scratch)) == MODEL
+    assert site.asked[1][0] == "/model.gguf?caf%E9%20x"
 
 
 def test_a_refused_connection_is_tried_a_few_times(scratch: Path) -> None:
