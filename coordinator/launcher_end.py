@@ -3,7 +3,8 @@
 An abort asks the launcher to end all ranks. Open MPI's mpirun waits for a daemon on a host that cannot be reached for
 as long as TCP does, and with fault tolerance it may take an abort as one more rank that is gone. So a rank that aborts
 leaves a guard behind: a shell in a session of its own, which gives the launcher (or the launcher's daemon on this
-host) time to end by itself and then ends it. Ranks that have lost their launcher are ended by MPI.
+host) time to end by itself and then ends it. MPI ends ranks that have lost their launcher, and the guard those of them
+that are stopped.
 """
 
 from __future__ import annotations
@@ -22,15 +23,22 @@ TERM_S = 3.0
 """And after SIGTERM, before SIGKILL."""
 LAUNCHERS = ("mpirun", "prterun", "prted", "orterun", "orted", "mpiexec", "mpiexec.hydra", "hydra_pmi_proxy")
 
-# A number that has become another process's is left alone.
+# A number that has become another process's is left alone. A rank that is stopped obeys SIGKILL alone, and MPICH's
+# launcher leaves it behind.
 _END = """
-end() { for p; do case $(cat /proc/$p/comm 2>&- || ps -o comm= -p $p 2>&-) in NAMES) kill -$signal $p;; esac; done; }
+called() { case $(cat /proc/$1/comm 2>&- || ps -o comm= -p $1 2>&-) in NAMES) ;; *) false;; esac; }
+started() { cat /proc/$1/task/*/children 2>&- || ps -o pid= --ppid $1 2>&- || pgrep -P $1; }
 if [ $rank ]; then
     while [ $grace -gt 0 ]; do sleep 1; kill -0 $rank 2>&- || exit; grace=$((grace - 1)); done
     echo "$says" >&2
 else sleep $grace
 fi
-signal=TERM; end "$@"; sleep $term; signal=KILL; end "$@"
+ranks=
+for p; do called $p && { ranks="$ranks $(started $p)"; kill -TERM $p; }; done
+sleep $term
+for p; do called $p && kill -KILL $p; done
+state() { sed 's/.*) //' /proc/$1/stat 2>&- || ps -o stat= -p $1 2>&-; }
+for p in $ranks; do case $(state $p) in T*) kill -KILL $p;; esac; done
 """.replace("NAMES", "|".join(f"*{name}" for name in LAUNCHERS))
 
 

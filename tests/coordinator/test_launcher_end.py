@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from coordinator.launcher_end import is_sibling, launchers
@@ -43,6 +46,33 @@ def launched(folder: Path, name: str, python: str, before: str = "") -> Iterator
 def test_a_launcher_that_does_not_end_is_ended(tmp_path: Path, before: str, signal: int) -> None:
     with launched(tmp_path, "mpirun", GUARD.format(term_s=0.2), before) as process:
         assert process.wait(60) == signal
+
+
+@pytest.mark.parametrize("also", ["", "trap '' TERM;"])
+def test_a_rank_that_is_stopped_goes_with_its_launcher_and_no_other_process_does(tmp_path: Path, also: str) -> None:
+    before = f"{also} sleep 600 & kill -STOP $!; echo $!; sleep 600 & echo $!"
+    with launched(tmp_path, "mpirun", GUARD.format(term_s=0.2), before) as process:
+        assert process.stdout is not None
+        stopped, busy = (psutil.Process(int(process.stdout.readline())) for _ in range(2))
+        try:
+            assert process.wait(60) < 0
+            give_up_at = time.monotonic() + 30
+            while alive(stopped) and time.monotonic() < give_up_at:
+                time.sleep(0.05)
+            assert not alive(stopped)
+            assert alive(busy), "MPI ends those that run"
+        finally:
+            for child in (stopped, busy):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
+
+
+def alive(process: psutil.Process) -> bool:
+    """Also nobody's dead child is there for a while."""
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_what_is_no_launcher_is_left_alone(tmp_path: Path) -> None:
