@@ -38,6 +38,9 @@ READ_TOKENS_MIN = 32
 """Fewer are not worth a pass, and multiples of it make fewer shapes for a GPU to get used to."""
 WEIGHT = 0.1
 """Of the newest measurement."""
+HELD_UP = 4.0
+"""A step that takes so many times as long as others was held up by something else. Taken at its word it would let whole
+batches be read for as long as no other step decodes only."""
 STALE = 20.0
 """A token's price is not what it was where what is read takes so many times as long. The price of a pass does not
 explain that: on a GPU 32 tokens took up to 9 times as long as among many."""
@@ -62,7 +65,9 @@ class Pace:
             if read_tokens >= (self._telling_tokens if self._proven else READ_TOKENS_MIN):
                 self._read(read_tokens, step_s)
         elif not read_tokens:
-            self._step_s += WEIGHT * (step_s - self._step_s) if self._step_s else step_s
+            if not self._step_s or self._step_s > HELD_UP * step_s:
+                self._step_s = step_s
+            self._step_s += WEIGHT * (min(step_s, HELD_UP * self._step_s) - self._step_s)
         elif self._step_s:
             extra_s = max(0.0, step_s - self._step_s)
             if read_tokens >= READ_TOKENS_MIN and self._pass_s > (STALE - 1.0) * read_tokens * self._token_s > 0.0:

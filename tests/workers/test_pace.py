@@ -164,6 +164,21 @@ def test_a_step_that_was_held_up_by_something_else_is_little_weighed() -> None:
     assert pace.allowed(8) >= before - 2 * READ_TOKENS_MIN
 
 
+@pytest.mark.parametrize("before", [0, 50])
+def test_a_step_that_only_decodes_and_was_held_up_does_not_make_reading_free(before: int) -> None:
+    """The machine slept, say, or a first step loaded something; then every step reads."""
+    usual = paced(1e-2, 1e-4).allowed(8)
+    pace = paced(1e-2, 1e-4, steps=before)
+    pace.observe(8, 0, 5.0)
+    if not before:
+        pace.observe(8, 0, 1e-2)
+    read = []
+    for _ in range(50):
+        read.append(pace.allowed(8))
+        pace.observe(8, read[-1], 1e-2 + read[-1] * 1e-4)
+    assert sum(read[-20:]) <= 20 * 1.6 * usual
+
+
 def test_the_more_wait_to_be_read_the_more_is_read() -> None:
     pace = paced(1e-2, 1e-3)
     waiting = [pace.allowed(64, count) for count in (0, 1, 4, 7, 13, 21)]
