@@ -70,7 +70,9 @@ class Pace:
             self._step_s += WEIGHT * (min(step_s, HELD_UP * self._step_s) - self._step_s)
         elif self._step_s:
             extra_s = max(0.0, step_s - self._step_s)
-            if read_tokens >= READ_TOKENS_MIN and self._pass_s > (STALE - 1.0) * read_tokens * self._token_s > 0.0:
+            told_s = read_tokens * self._token_s
+            # The price of a pass may be one of many tokens, and this one of few: both must say so.
+            if read_tokens >= READ_TOKENS_MIN and min(extra_s, self._pass_s + told_s) > STALE * told_s > 0.0:
                 self._forget()
             known = self._proven if read_tokens >= self._telling_tokens else self._reading_tokens > 0
             if extra_s and not known:
