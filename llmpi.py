@@ -14,7 +14,7 @@ from __future__ import annotations
 
 if __name__ == "__main__":
     # A command ends here: it loads what it needs by itself, and not what scripts are given below.
-    from coordinator.cli import main
+    from coordinator.entry import main
 
     main()
 

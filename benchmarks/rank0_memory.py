@@ -26,7 +26,6 @@ def peak_bytes(requests: int) -> dict[str, float]:
     command += ["bench", "dispatch", "--json", "--requests", str(requests), "--peer-requests", "0"]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
-    shutil.rmtree(str(found["run_dir"]))
     return found
 
 

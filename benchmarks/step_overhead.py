@@ -51,7 +51,7 @@ class NoModel(Decoder):
     def decode(self, rows: int) -> int:
         return 0
 
-    def want_lists(self, wanted: bool) -> None:
+    def want_lists(self, wanted: bool, temperature: float = 0.0) -> None:
         pass
 
     def best(self, rows: int) -> Ints | None:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from coordinator import watch
 from coordinator.batchoptions import BatchOptions
 from coordinator.compressed import STDIN, stdin_for_ranks
 from coordinator.config import JobConfig
@@ -72,7 +73,7 @@ def run_batch(config: JobConfig, options: BatchOptions, argv: list[str]) -> int:
 
 
 def _run_rank(config: JobConfig, options: BatchOptions, launch: Launch, signals: StopSignals) -> int:
-    world = None if launch.launcher == "none" else open_world(launch, fanout=config.fanout)
+    world = None if launch.launcher == "none" else open_world(launch, fanout=config.fanout, start_s=watch.START_S)
     if world is not None and world.rank > 0:
         ignore_stop_signals()
         with contextlib.suppress(LlmpiError):  # rank 0 tells why, once

@@ -65,11 +65,12 @@ def run_bench_dispatch(
         return EXIT_OK
     with tempfile.TemporaryDirectory(prefix="llmpi-bench-") as scratch:
         prompts = Path(scratch) / "prompts.jsonl"
+        _say(f"writing {requests:,} prompts of {prompt_bytes:,} bytes")
         write_prompts(prompts, requests, prompt_bytes)
-        run_dir = output or Path(tempfile.mkdtemp(prefix="llmpi-dispatch-"))
-        found = run_ours(Session(setup, world), config, prompts, run_dir)
+        _say("sending them through null engines")
+        found = run_ours(Session(setup, world), config, prompts, output or Path(scratch) / "run")
         found |= {
-            "run_dir": str(run_dir),
+            "run_dir": output and str(output),
             "requests": requests,
             "ranks": world.size,
             "leaders": len(set(world.leaders.values())),
@@ -78,6 +79,7 @@ def run_bench_dispatch(
         found |= {"answer_bytes": answer_bytes, "rank0_messages": world.messages}
         if peer_requests:
             lines = prompts.read_bytes().splitlines()[:peer_requests]
+            _say(f"{found['requests_per_s']:,.0f} requests/s; now {len(lines):,} of them through the peer")
             peer_s = run_peer(world, lines, answer_bytes)
             found["peer"] = "mpi4py.futures.MPICommExecutor, one by one"
             found["peer_requests_per_s"] = len(lines) / peer_s
@@ -155,6 +157,10 @@ def _answer(prompt: bytes, size: int) -> bytes:
     return b"x" * size
 
 
+def _say(what: str) -> None:
+    print(f"llmpi: {what}", file=sys.stderr, flush=True)
+
+
 def _print(found: dict[str, Any], as_json: bool) -> None:
     if as_json:
         from coordinator.values import print_json
@@ -165,4 +171,5 @@ def _print(found: dict[str, Any], as_json: bool) -> None:
     if "ratio" in found:
         peer = f"{found['peer_requests_per_s']:,.0f} requests/s by {found['peer']}"
         print(f"{peer}; ours is {found['ratio']:.1f} times as fast")
-    print(f"run directory: {found['run_dir']}")
+    if found["run_dir"]:
+        print(f"run directory: {found['run_dir']}")

@@ -74,6 +74,8 @@ def _usage_text(error: typer.TyperException) -> str:
         return f"llmpi: {said}"
     if type(error).__name__ == "NoArgsIsHelpError":
         return str(context.get_help())
+    if said.startswith("Missing option "):
+        said = f"missing {'/'.join(error.param.opts)}"  # type: ignore[attr-defined]
     return f"llmpi: {said} (`{context.command_path} --help` lists what there is)"
 
 

@@ -27,6 +27,8 @@ RANK0_LEASE_MIN_S = 600.0
 LEASE_LEAST_S = 2.0
 """An idle rank looks about twice a second whether it should say that it is here."""
 RANK0_LEASE_LEAST_S = 5.0
+WELCOME_LEAST_S = 60.0
+"""Before work begins rank 0 loads more than the others, and sorts what it has read, without a word."""
 
 DRAFT_TOKENS_LIMIT = 31
 """With the token before them as many rows as a pass that checks drafts may have."""
@@ -168,6 +170,11 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True):
     def rank0_silence_max_s(self) -> float:
         """A worker that hears nothing from rank 0 for longer leaves."""
         return max(RANK0_LEASE_MIN_S, 10 * self.lease_s) if self.rank0_lease_s is None else self.rank0_lease_s
+
+    @property
+    def welcome_max_s(self) -> float:
+        """The same of a worker that rank 0 has not welcomed yet."""
+        return max(WELCOME_LEAST_S, self.rank0_silence_max_s)
 
     @property
     def makes_copies(self) -> bool:

@@ -148,10 +148,11 @@ class Ending:
         return exit_by - min(GOODBYE_S, max(0.0, exit_by - began) / 2)
 
     def _closing(self, left_s: float | None, found: Recovery, coordinator: Coordinator) -> Closing:
-        """What there is time for. Engines that stand in its way are killed."""
+        """What there is time for. Engines that stand in its way are killed, in half of the time for which their ranks
+        are waited for: what these say afterwards is to arrive in it, too."""
         if left_s is None:
             return Closing(gather=True, metrics=True)
-        self._session.engine_end_s = min(ENGINE_S, left_s / 4)
+        self._session.engine_end_s = min(ENGINE_S, left_s / 8)
         return closing_in(left_s, size_of(found, coordinator))
 
     # ------------------------------------------------------------ what is said
@@ -195,6 +196,12 @@ class Ending:
     @staticmethod
     def _say(text: str) -> None:
         print(text, file=sys.stderr)
+
+
+def load_ahead() -> None:
+    """Load what only the end needs while engines load and requests run: at the end there may be seconds left, on a
+    machine that has other work."""
+    import coordinator.report  # noqa: F401
 
 
 def size_of(found: Recovery, coordinator: Coordinator | None) -> Size:

@@ -96,7 +96,7 @@ def _sampling_fields(config: JobConfig) -> dict[str, Any]:
     constraint = {} if sampling.constraint is None else sampling.constraint.field()
     return {
         "temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p,
-        "min_p": sampling.min_p, **constraint,
+        "min_p": sampling.min_p, "stop": list(sampling.stop), **constraint,
     }  # fmt: skip
 
 

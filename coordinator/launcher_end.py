@@ -9,7 +9,9 @@ host) time to end by itself and then ends it. Ranks that have lost their launche
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import signal
 import subprocess
 
 import psutil
@@ -23,7 +25,12 @@ LAUNCHERS = ("mpirun", "prterun", "prted", "orterun", "orted", "mpiexec", "mpiex
 # A number that has become another process's is left alone.
 _END = """
 end() { for p; do case $(cat /proc/$p/comm 2>&- || ps -o comm= -p $p 2>&-) in NAMES) kill -$signal $p;; esac; done; }
-sleep $grace; signal=TERM; end "$@"; sleep $term; signal=KILL; end "$@"
+if [ $rank ]; then
+    while [ $grace -gt 0 ]; do sleep 1; kill -0 $rank 2>&- || exit; grace=$((grace - 1)); done
+    echo "$says" >&2
+else sleep $grace
+fi
+signal=TERM; end "$@"; sleep $term; signal=KILL; end "$@"
 """.replace("NAMES", "|".join(f"*{name}" for name in LAUNCHERS))
 
 
@@ -38,20 +45,35 @@ def launchers() -> list[int]:
     return found
 
 
-def guard_launcher(grace_s: float = GRACE_S, term_s: float = TERM_S) -> subprocess.Popen[bytes] | None:
+def guard_launcher(
+    grace_s: float = GRACE_S, term_s: float = TERM_S, says: str | None = None
+) -> subprocess.Popen[bytes] | None:
     """See to it that the launcher ends within `grace_s + term_s` seconds from now. Returns the guard, the head of a
-    process group of its own; None where there is no launcher or no guard could be started."""
+    process group of its own; None where there is no launcher or no guard could be started.
+
+    `says`: what the guard tells people then. Such a one ends with this process, and `grace_s` is rounded up.
+    """
     ending = [str(pid) for pid in launchers()]
     if not ending:
         return None
     nothing = subprocess.DEVNULL
     environ = {"PATH": os.environ.get("PATH", os.defpath), "grace": f"{grace_s:g}", "term": f"{term_s:g}"}
+    if says is not None:
+        environ |= {"grace": str(math.ceil(grace_s)), "rank": str(os.getpid()), "says": says}
     with contextlib.suppress(OSError):
         return subprocess.Popen(
-            ["/bin/sh", "-c", _END, "sh", *ending], stdin=nothing, stdout=nothing, stderr=nothing, cwd="/",
-            env=environ, start_new_session=True,
+            ["/bin/sh", "-c", _END, "sh", *ending], stdin=nothing, stdout=nothing, cwd="/",
+            stderr=nothing if says is None else None, env=environ, start_new_session=True,
         )  # fmt: skip
     return None
+
+
+def dismiss_guard(guard: subprocess.Popen[bytes] | None) -> None:
+    """The launcher may live."""
+    if guard is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(guard.pid, signal.SIGKILL)
+        guard.wait()
 
 
 def is_sibling(pid: int) -> bool:

@@ -19,7 +19,7 @@ from coordinator.callbacks import Callbacks, Snapshot
 from coordinator.collect import Rows
 from coordinator.compressed import STDIN, STDIN_VARIABLE
 from coordinator.convert import source_of
-from coordinator.ending import Ending, size_of
+from coordinator.ending import Ending, load_ahead, size_of
 from coordinator.inputfile import Format, ends_identity, only_embeddings, sniff_format
 from coordinator.intervals import Intervals
 from coordinator.launch import Launch
@@ -135,7 +135,7 @@ class Lead:
             return Prepared(options.input)
         return prepare_input(
             source, options.output, strict=self._config.precheck, note=self._view.note,
-            check_stop=lambda: self._checking(0, 0),
+            check_stop=lambda: self._meanwhile("the input was checked"),
             stdin_ends=self._launch.launcher != "openmpi" or STDIN_VARIABLE in os.environ,
         )  # fmt: skip
 
@@ -143,20 +143,23 @@ class Lead:
         try:
             return FileSource(
                 self._given.path, format=form, defaults=self._config.sampling, precheck=self._config.precheck,
-                on_progress=self._checking, max_tokens=self._config.max_tokens, part=self._options.part or WHOLE,
+                on_progress=lambda *_: self._meanwhile("the input was checked"), max_tokens=self._config.max_tokens,
+                part=self._options.part or WHOLE,
             )  # fmt: skip
         except InputError as error:
             raise tell_row(error, self._given) from None
 
-    def _checking(self, done_bytes: int, total_bytes: int) -> None:
-        """The first pass over the input goes on; a signal or the time limit ends it."""
-        self._keeper.check("the input was checked")
+    def _meanwhile(self, what: str) -> None:
+        """What may take long before anything is started goes on: the ranks are told, a signal or the time limit ends
+        it."""
+        self._keeper.check(what)
+        self.session.beat()
 
     def _run_in(self, run: RunDir, source: FileSource) -> int:
         for note in run.notes:
             self._view.warn(note)
         disk = self._disk
-        found = recover(disk, run.record_path)
+        found = recover(disk, run.record_path, lambda: self._meanwhile("the record was read"))
         if source.total is not None:
             run.set_total(source.total)
             if source.total == 0:
@@ -181,6 +184,9 @@ class Lead:
             self._view.warn(note)
         run.add_session_facts(self._facts())
         around = self._around
+        beside = around.executor()
+        beside.submit(load_ahead)
+        beside.shutdown(wait=False)
         self._intervals = Intervals(
             disk, run.segments_path, run.session, self._filled, around.clock, around.executor(), self._copies
         )

@@ -24,10 +24,11 @@ import numpy as np
 from coordinator.collect import COLLECTIVE_PATIENCE_S
 from coordinator.config import FANOUT
 from coordinator.farewell import LEAVE_S, Farewell
-from coordinator.launcher_end import GRACE_S, guard_launcher, is_sibling
+from coordinator.launcher_end import GRACE_S, dismiss_guard, guard_launcher, is_sibling
 from coordinator.mpi_collectives import Collectives
 from coordinator.mpi_endpoint import MpiEndpoint
 from coordinator.relays import leaders_of
+from coordinator.watch import alarm_after
 from scheduling.errors import EXIT_INFRASTRUCTURE, EXIT_OK, RankLostError
 
 END_S = 60.0
@@ -36,6 +37,8 @@ TOGETHER_S = 120.0
 """How long the members of a part of the world may take to come together."""
 GOODBYE_S = 70.0
 """How long a rank may take to leave once rank 0 does, unless somebody says otherwise."""
+RANK0_S = 600.0
+"""How long rank 0 may take to leave once another rank does, unless rank 0 has said otherwise."""
 OPENMPI_FT_KEYVAL = 12
 """MPI_FT of Open MPI's mpi.h, which mpi4py does not name: whether ranks may die without ending the job."""
 
@@ -70,7 +73,7 @@ class World:
         """Whether the collectives go on without some ranks."""
         self.goodbye_s: Callable[[], float] = lambda: GOODBYE_S
         """How long rank 0 waits, when it leaves, for the others to leave too."""
-        self.rank0_silence_max_s = math.inf
+        self.rank0_silence_max_s = RANK0_S
         """How long another rank waits, when it leaves, for rank 0 to leave too."""
         self._endpoint: MpiEndpoint | None = None
         self._left = False
@@ -105,8 +108,8 @@ class World:
         """Sent and received by this rank."""
         return 0 if self._endpoint is None else self._endpoint.messages
 
-    def collectives(self, patience_s: float = COLLECTIVE_PATIENCE_S) -> Collectives:
-        return Collectives(self, patience_s=patience_s)
+    def collectives(self, patience_s: float = COLLECTIVE_PATIENCE_S, in_all_s: float = math.inf) -> Collectives:
+        return Collectives(self, patience_s=patience_s, in_all_s=in_all_s)
 
     def among(self, members: Sequence[int], tag: int = 0) -> World:
         """These ranks alone, as a world of its own in which they are numbered in this order: other messages, other
@@ -202,23 +205,12 @@ class World:
 
     @contextlib.contextmanager
     def _watched(self, end_s: float) -> Iterator[None]:
-        """MPI's own end does not come where a rank stops or dies in it. It holds the interpreter, so that no thread of
-        ours runs meanwhile: after `end_s` an alarm ends this process, and the launcher does not outlive rank 0 by much.
-        An alarm that the program has set comes as much later as this takes.
-        """
+        """MPI's own end does not come where a rank stops or dies in it: after `end_s` an alarm ends this process, and
+        the launcher does not outlive rank 0 by much."""
         guard = guard_launcher(end_s + GRACE_S) if self.rank == 0 else None
-        handler = None
-        with contextlib.suppress(ValueError):  # not in the main thread: what the program has set stays
-            handler = signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        left_s, every_s = signal.setitimer(signal.ITIMER_REAL, end_s)
-        yield
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
-        if handler is not None:
-            signal.signal(signal.SIGALRM, handler)
-        signal.setitimer(signal.ITIMER_REAL, left_s, every_s)
-        if guard is not None:
-            os.killpg(guard.pid, signal.SIGKILL)
-            guard.wait()
+        with alarm_after(end_s):
+            yield
+        dismiss_guard(guard)
 
     def die(self, code: int) -> NoReturn:
         """Leave after an error of this rank's own. Where others survive that they are told of it, at once."""

@@ -7,6 +7,7 @@ not come. With fault tolerance (ULFM: `mpirun --with-ft ulfm`) that communicator
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 import threading
@@ -40,12 +41,13 @@ class Collectives:
 
     def __init__(
         self, world: World, patience_s: float = COLLECTIVE_PATIENCE_S,
-        idle: Callable[[], None] = lambda: time.sleep(5e-4),
+        idle: Callable[[], None] = lambda: time.sleep(5e-4), in_all_s: float = math.inf,
     ) -> None:  # fmt: skip
         self._world = world
         self._MPI = world.MPI
         self._idle = idle
         self._patience_s = patience_s
+        self._until = time.monotonic() + in_all_s
         self._use(world.collectives_comm)
 
     def _use(self, comm: Any) -> None:
@@ -131,7 +133,7 @@ class Collectives:
             raise RankLostError("ranks were lost, and this MPI was not started so that others can go on")
         # The only call here that blocks: Open MPI's way to wait for it without does not work. All have just agreed,
         # so it takes milliseconds unless a rank stops here.
-        watch = threading.Timer(self._patience_s, self._give_up)
+        watch = threading.Timer(self._left_s(), self._give_up)
         watch.daemon = True
         watch.start()
         try:
@@ -146,8 +148,12 @@ class Collectives:
         if 0 not in self.ranks:
             raise RankLostError("rank 0 is gone")
 
+    def _left_s(self) -> float:
+        """For the next collective."""
+        return max(0.0, min(self._patience_s, self._until - time.monotonic()))
+
     def _give_up(self) -> None:
-        print(f"llmpi: the ranks left did not come together within {self._patience_s:.0f} s", file=sys.stderr)
+        print("llmpi: the ranks left did not come together in time", file=sys.stderr)
         guard_launcher()
         os._exit(EXIT_INFRASTRUCTURE)
 
@@ -158,13 +164,13 @@ class Collectives:
             RankFailedError: a rank has died. RankLostError: a rank says nothing, or MPI fails otherwise.
         """
         MPI = self._MPI
-        deadline = time.monotonic() + self._patience_s
-        request = None
+        left_s, request = self._left_s(), None
+        deadline = time.monotonic() + left_s
         try:
             request = start()
             while not request.Test():
                 if time.monotonic() > deadline:
-                    raise RankLostError(f"a collective did not end within {self._patience_s:.0f} s")
+                    raise RankLostError(f"a collective did not end within {left_s:.3g} s")
                 self._idle()
         except (MPI.Exception, RankLostError) as error:
             self._world.unfinished.append((start, request))

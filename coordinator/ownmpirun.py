@@ -23,6 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
+from coordinator.entry import ASKED, take_early
 from coordinator.signals import TURNED
 from scheduling.errors import EXIT_INFRASTRUCTURE, EXIT_RESUMABLE, EXIT_USAGE, ConfigError
 
@@ -130,7 +131,8 @@ def run_own_mpirun(
     `resumable`: the run directory, if the same command goes on where it stopped: then that is said, and the status
     is 3, when a person has stopped it at once.
 
-    The first SIGINT, SIGTERM or SIGHUP drains the run, the second asks mpirun to end it now, the third kills.
+    The first SIGINT, SIGTERM, SIGUSR2 or SIGHUP drains the run, the second asks mpirun to end it now, the third kills.
+    Those that came while this process was loading count.
     mpirun ends with this process, however that dies. Called outside the main thread no signal is turned.
     """
     kind = flavour(command[0])
@@ -140,8 +142,10 @@ def run_own_mpirun(
         given.setdefault("HOME", _home())  # without it this mpirun does not start
     previous: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in (*ASKED, signal.SIGHUP):
             previous[number] = signal.signal(number, relay.on_signal)
+        for early in take_early():
+            relay.on_signal(early, None)
     try:
         child = (start or _start)(command, given)
         relay.attach(child)

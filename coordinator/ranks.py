@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -16,16 +17,21 @@ from coordinator.relays import Branch
 from coordinator.serve import serve
 from coordinator.setup import Setup, build_worker
 from coordinator.signals import ignore_stop_signals
+from coordinator.watch import started_within
 from scheduling.errors import EXIT_INFRASTRUCTURE, HandshakeError, RankLostError
 from scheduling.link import Endpoint, Spoke
 
 
-def open_world(launch: Launch, thread_level: str = "funneled", fanout: int = FANOUT) -> World:
-    """MPI, started, and to be ended by `leaving.leave`.
+def open_world(
+    launch: Launch, thread_level: str = "funneled", fanout: int = FANOUT, start_s: float | None = None
+) -> World:
+    """MPI, started, and to be ended by `leaving.leave`. `start_s`: for all ranks to come to its start; None: a program
+    decides when they do.
 
     Raises ConfigError where the launcher's tasks do not see each other.
     """
-    world = World(thread_level, fanout)
+    with contextlib.nullcontext() if start_s is None else started_within(start_s, launch.rank_claimed):
+        world = World(thread_level, fanout)
     at_last(world.leave)
     check_singleton(launch, world.size, os.environ, world.library())
     return world

@@ -23,7 +23,7 @@ from scheduling.requests import Sampling
 from storage.rundir import REQUESTS_NAME
 from storage.runjson import RUN_NAME, read_run
 
-_SAMPLING = {name: name for name in ("temperature", "top_k", "top_p", "min_p")} | {
+_SAMPLING = {name: name for name in ("temperature", "top_k", "top_p", "min_p", "stop")} | {
     "json_schema": "constraint",
     "grammar_file": "constraint",
 }

@@ -7,6 +7,7 @@ happens in between, `close` releases all ranks.
 
 from __future__ import annotations
 
+import math
 import sys
 import traceback
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from coordinator.callbacks import Callbacks
 from coordinator.collect import Collecting, Gathered, Rows, collect
 from coordinator.engines import fitted_placements
 from coordinator.handshake import Handshake
-from coordinator.loop import Coordinator
+from coordinator.loop import HEARTBEAT_S, Coordinator
 from coordinator.mpi_collectives import SoloCollectives
 from coordinator.relays import Trunk
 from coordinator.rundata import NO_COLLECTIVES
@@ -40,7 +41,7 @@ from workers.worker import Worker
 
 EPOCH = 1
 LAST_S = 0.5
-"""What a collective that has been entered is given at least, however late it is."""
+"""What the collectives are given at least once all ranks have come to them, however late it is."""
 CLOSE_S = 10.0
 """What ranks have to take in what they were sent, or to end their engine, before they are left behind."""
 FENCE_S = 5.0
@@ -77,6 +78,7 @@ class Session:
         """Asked before requests are read, whether they may be."""
         self.beats = False
         """Whether it is driven without a pause from `start` to `collect`, so that its silence means that it is gone."""
+        self._beat_at = -math.inf
         self._routes: dict[int, Endpoint] = {}
         remote = list(range(1, world.size)) if world is not None else []
         self._remote = remote
@@ -95,6 +97,16 @@ class Session:
 
     # ------------------------------------------------------------ start
 
+    def beat(self) -> None:
+        """Tell the ranks, which may be waiting in the handshake already, that rank 0 is here. To be called often while
+        it prepares."""
+        if self.world is None or self._clock() < self._beat_at:
+            return
+        self._beat_at = self._clock() + HEARTBEAT_S
+        self.hub.broadcast(m.Heartbeat())
+        self.hub.flush()
+        self._endpoint.unsent_bytes()  # what has left is forgotten
+
     def start(self, check: Callable[[], None] = lambda: None) -> list[str]:
         """Shake hands with all ranks, place and start the workers. Returns notes for people.
 
@@ -109,6 +121,7 @@ class Session:
             backoff = Backoff()
             while not handshake.step():
                 check()
+                self.beat()
                 self._around.sleep([], backoff.next_s(in_flight=True))
             self.hosts.update({rank: hello.host for rank, hello in handshake.hellos.items()})
             self._pids = {rank: hello.pid for rank, hello in handshake.hellos.items()}
@@ -256,8 +269,8 @@ class Session:
         Ranks that MPI knows to be gone are left out. None if one is silent, or MPI does not let the others go on: then
         only the record can be told of, and `leave` ends the job, because who waits for such a rank waits for ever.
         A rank is waited for half of `patience_s` at most before, and as long in each of the collectives; None: for its
-        lease, and CLOSE_S. `give_up_at` says until when, for that may become earlier meanwhile. `work_s`: what rank 0
-        does between this and `close`, during which it says nothing, takes about so long.
+        lease, and CLOSE_S. `give_up_at` says until when in all, for that may become earlier meanwhile. `work_s`: what
+        rank 0 does between this and `close`, during which it says nothing, takes about so long.
         """
         self._unreachable = list(self._remote)  # until it has gone well: an error in between leaves the others in it
         wait_s = self.setup.config.lease_s + CLOSE_S if patience_s is None else patience_s / 2
@@ -270,9 +283,8 @@ class Session:
         if missing:
             self._unreachable = missing
             return None
-        if (at := give_up_at()) is not None:
-            wait_s = min(wait_s, max(LAST_S, at - self._clock()))
-        collectives = self._collectives(wait_s)
+        at = give_up_at()
+        collectives = self._collectives(wait_s, math.inf if at is None else max(LAST_S, at - self._clock()))
         hosted = [worker.metrics for worker in self.hosted]
         try:
             gathered = collect(collectives, hosted, self._clock(), take, begin, reduced=bool(self.hub.lost))
@@ -346,8 +358,8 @@ class Session:
         if self.coordinator is not None:
             self._unreachable += sorted(self.coordinator.silent(DEAF_S).intersection(self._remote))
 
-    def _collectives(self, patience_s: float) -> Collecting:
-        return SoloCollectives() if self.world is None else self.world.collectives(patience_s)
+    def _collectives(self, patience_s: float, in_all_s: float) -> Collecting:
+        return SoloCollectives() if self.world is None else self.world.collectives(patience_s, in_all_s)
 
     def refuse(self, reason: str) -> None:
         """Tell ranks that wait in the handshake to leave."""

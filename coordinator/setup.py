@@ -131,7 +131,8 @@ def build_worker(
             engine_factory=engine_factory(setup.config, setup.model, stderr_log, setup.service_times),
             clock=clock, wall_clock=wall_clock, telemetry_factory=_telemetry,
             metrics_interval_s=setup.config.metrics_interval_s, engine_lease_s=setup.config.engine_lease_s,
-            lease_s=setup.config.lease_s, request_timeout_s=setup.config.request_timeout_s, health_factory=_health,
+            lease_s=setup.config.lease_s, request_timeout_s=setup.config.request_timeout_s,
+            welcome_max_s=setup.config.welcome_max_s, health_factory=_health,
         ),
     )  # fmt: skip
 

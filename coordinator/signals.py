@@ -15,7 +15,8 @@ import time
 from collections.abc import Mapping
 from types import FrameType
 
-ASKED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+from coordinator.entry import ASKED, take_early
+
 REPEAT_S = 2.0
 TURNED = "LLMPI_TURNED_SIGNAL"
 """The variable that names the signal into which our own mpirun's parent turns what a person sends (`ownmpirun`)."""
@@ -35,6 +36,8 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         for number in ASKED:
             self._before[number] = signal.signal(number, self._note)
+        for early in take_early():
+            self._note(early, None)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -31,6 +31,8 @@ STARTED = 19
 """The field of /proc/PID/stat, from the one behind the name on, that says when the process was started."""
 GOODBYE_LEAST_S = 2.0
 """What ranks that can be reached need to leave, however late it is."""
+LAUNCHER_S = 1.0
+"""Kept of the time for the launcher, which leaves after the last rank, or ends those that do not leave."""
 
 Asked = Literal["signal", "stop"]
 
@@ -138,7 +140,9 @@ class Timekeeper:
     def goodbye_s(self, otherwise_s: float) -> float:
         """How long the other ranks may take to leave once rank 0 does: `otherwise_s`, or what is left of the time."""
         exit_by = self.exit_by
-        return otherwise_s if exit_by is None else min(otherwise_s, max(GOODBYE_LEAST_S, exit_by - self._clock()))
+        if exit_by is None:
+            return otherwise_s
+        return min(otherwise_s, max(GOODBYE_LEAST_S, exit_by - LAUNCHER_S - self._clock()))
 
     @property
     def drain_s(self) -> float | None:

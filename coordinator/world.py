@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NoReturn, Protocol
 
@@ -25,8 +26,9 @@ class Ranks(Protocol):
     def endpoint(self) -> Endpoint:
         """Carries envelopes between any two ranks."""
 
-    def collectives(self, patience_s: float = COLLECTIVE_PATIENCE_S) -> Collecting:
-        """What all ranks do together, in the same order on each. A rank that takes longer is taken for lost."""
+    def collectives(self, patience_s: float = COLLECTIVE_PATIENCE_S, in_all_s: float = math.inf) -> Collecting:
+        """What all ranks do together, in the same order on each. A rank that takes longer in one is taken for lost, and
+        so are those that are missing when all of them have taken `in_all_s` from now."""
 
     def fence(self, pids: Sequence[int]) -> bool:
         """Kill those of these processes that are ranks on this host, where the others survive it; whether any was."""

@@ -13,7 +13,7 @@ Memory is one chunk, the longest line, and one byte (or eight, for `export_order
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -35,6 +35,8 @@ LINE_BYTES_MAX = ENVELOPE_BYTES_MAX
 """No line that a worker could send is refused here."""
 INDEX_MAX = 1 << 34
 ROWS_PER_CHUNK = 65_536
+LINES_BETWEEN = 1_024
+"""Of a record that is read, between two looks at what else there is to do: some hundredths of a second."""
 
 ABSENT, OK, FAILED = 0, 1, 2
 """What `Recovery.states` says of an index."""
@@ -148,11 +150,11 @@ def synced_bytes(disk: Disk, path: Path) -> int:
         return 0
 
 
-def scan(disk: Disk, path: Path) -> Recovery:
+def scan(disk: Disk, path: Path, meanwhile: Callable[[], object] = lambda: None) -> Recovery:
     """Read a record without changing it; also while a job appends to it. A record that is not there is empty.
 
-    Raises RunDirError for a damaged line before the last, for an index that is there twice, and if it cannot be
-    read.
+    `meanwhile` is called now and then; it may raise to end that. Raises RunDirError for a damaged line before the last,
+    for an index that is there twice, and if it cannot be read.
     """
     states = bytearray()
     ok = failed = sessions = 0
@@ -163,6 +165,8 @@ def scan(disk: Disk, path: Path) -> Recovery:
         with disk.open_read(path) as file:
             lines = _Lines(file, path, synced_bytes(disk, path))
             for line in lines:
+                if lines.number % LINES_BETWEEN == 0:
+                    meanwhile()
                 row = lines.row(line)
                 index = row.llmpi.index
                 if index >= len(states):
@@ -183,12 +187,13 @@ def scan(disk: Disk, path: Path) -> Recovery:
     return Recovery(found[:length], ok, failed, lines.good_bytes, lines.size - lines.good_bytes, sessions)
 
 
-def recover(disk: Disk, path: Path) -> Recovery:
+def recover(disk: Disk, path: Path, meanwhile: Callable[[], object] = lambda: None) -> Recovery:
     """Scan a record, cut a torn tail off, and make durable what is left: only then may it count as done.
 
-    To be called with the run directory locked. Raises RunDirError like `scan`, and RecordError if it cannot be cut.
+    To be called with the run directory locked. `meanwhile` as in `scan`; until the record has been read nothing is
+    changed. Raises RunDirError like `scan`, and RecordError if it cannot be cut.
     """
-    found = scan(disk, path)
+    found = scan(disk, path, meanwhile)
     synced = synced_bytes(disk, path)
     found = replace(found, lost_bytes=max(0, synced - found.durable_bytes))
     if found.durable_bytes + found.torn_bytes == 0:

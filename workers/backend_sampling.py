@@ -4,13 +4,14 @@ A row of logits is half a megabyte. Taking all rows of a step to the host, to lo
 more than half of a small model's step. llama.cpp can sample on the GPU itself, but builds a chain of nodes for each
 sequence and fetches what they make one by one, which is slower still. Here it is asked to do so, with samplers of our
 own, which add nothing for their sequence, but once for each graph some nodes over all rows: the place of the largest
-logit, the sum, which tells whether any logit is not finite, and where they are wanted shortlists (`workers.shortlist`).
+logit, the sum, which tells whether any logit is not finite, and where they are wanted shortlists with the sums of all
+groups (`workers.shortlist`).
 llama.cpp then leaves all logits where they are. Rows that are needed for anything else are fetched from there one by
 one (`BackendSampling.fetch`).
 
 A graph is used again as long as samplers and batches look the same. So for shortlists to come or go, a sampler must be
-another one, upon which llama.cpp plans its memory anew: too much for each step, so lists go only when no row has wanted
-one for a while.
+another one, upon which llama.cpp plans its memory anew: too much for each step. So lists go only when no row has wanted
+one for a while; and sums are made at one temperature, which changes only when no row has had that for a while.
 
 Where logits are equal, which of them is the largest is the device's to say; on the CPU it is the first.
 """
@@ -29,8 +30,9 @@ import numpy.typing as npt
 from llama_cpp._ggml import libggml
 
 from scheduling.errors import EngineError
-from workers.sampling import NOT_FINITE, Floats
-from workers.shortlist import GROUPS, Shortlist, group_tokens
+from workers.groups import group_tokens
+from workers.sampling import NOT_FINITE, Floats, Ids
+from workers.shortlist import GROUPS, Shortlist, Sums
 
 Ints = npt.NDArray[np.int32]
 
@@ -38,7 +40,10 @@ LOGITS = b"result_output"
 """What llama.cpp calls the tensor of logits in a graph."""
 
 LISTS_KEPT = 64
-"""Passes that give shortlists nobody wants before they are done without."""
+"""Passes that give shortlists nobody wants, or sums at a temperature that nobody has, before that is changed."""
+
+ENDS_MAX = 16
+"""Tokens that may end a text whose logits are sent along: few have as many, and each costs a node."""
 
 _Pointer, _Size, _Long = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64
 _Apply = ctypes.CFUNCTYPE(None, _Pointer, _Pointer, _Pointer, _Pointer)
@@ -51,6 +56,7 @@ def _function(name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
 
 _argmax = _function("ggml_argmax", _Pointer, _Pointer, _Pointer)
 _sum_rows = _function("ggml_sum_rows", _Pointer, _Pointer, _Pointer)
+_scale = _function("ggml_scale", _Pointer, _Pointer, _Pointer, ctypes.c_float)
 _sub = _function("ggml_sub", _Pointer, _Pointer, _Pointer, _Pointer)
 _exp = _function("ggml_exp", _Pointer, _Pointer, _Pointer)
 _cont = _function("ggml_cont", _Pointer, _Pointer, _Pointer)
@@ -83,7 +89,7 @@ class _Nodes:
     """float32: (rows,) sums of the logits, then the largest, then the sums of exp(logit - largest), then (rows, GROUPS)
     the largest of each group that is listed."""
     listed: int = 0
-    """float32: (rows, GROUPS, tokens)."""
+    """float32: (rows, numbers): the logits of the groups that are listed, the sums of all groups, the ends' logits."""
 
 
 class Window:
@@ -107,15 +113,21 @@ class BackendSampling:
     """What is added to the graphs of one context, and how to get at it. `attach` it before the context is made; it must
     live as long. One thread owns it: that which decodes."""
 
-    def __init__(self, sequences: int, outputs: int, vocab_tokens: int) -> None:
-        """`outputs`: most rows of a pass whose logits are wanted. A vocabulary has room for a number of each."""
+    def __init__(self, sequences: int, outputs: int, vocab_tokens: int, eog_ids: Ids) -> None:
+        """`outputs`: most rows of a pass whose logits are wanted. A vocabulary has room for a number of each.
+        `eog_ids`: the tokens that may end a text."""
         self._vocab_tokens = vocab_tokens
+        self._ends = eog_ids.tolist() if eog_ids.size <= ENDS_MAX else []
+        self._group_tokens = self._list_numbers = 0
         # What is said of all rows together is fetched to where the logits of one have room.
-        self._group_tokens = group_tokens(vocab_tokens) if outputs * (3 + GROUPS) <= vocab_tokens else 0
+        if outputs * (3 + GROUPS) <= vocab_tokens and (tokens := group_tokens(vocab_tokens)):
+            self._list_numbers = GROUPS * tokens + vocab_tokens // tokens + len(self._ends)
+            self._group_tokens = tokens if self._list_numbers <= vocab_tokens else 0
         self._nodes = _Nodes()
         self._built = False
         # At first, so that there is memory for them.
-        self.lists = bool(self._group_tokens)
+        self.lists = 1.0 if self._group_tokens else 0.0
+        """The temperature of the sums that are made with shortlists; 0 if none are."""
         self._unwanted = LISTS_KEPT
         self._samplers: list[int] = []
         """Addresses, one for each sequence."""
@@ -171,12 +183,17 @@ class BackendSampling:
         """Before a pass: whose rows those are whose logits are wanted, ascending."""
         self._expected = sequences
 
-    def want_lists(self, context: Any, wanted: bool) -> None:
-        """Before a pass: whether it should give shortlists. `context`: llama.cpp's."""
-        self._unwanted = 0 if wanted else self._unwanted + 1
-        if wanted == self.lists or not self._group_tokens or 0 < self._unwanted < LISTS_KEPT:
+    def want_lists(self, context: Any, wanted: bool, temperature: float = 0.0) -> None:
+        """Before a pass: whether it should give shortlists, and with sums at which temperature; 0 for any. `context`:
+        llama.cpp's."""
+        lists = (temperature or self.lists or 1.0) if wanted else 0.0
+        if lists == self.lists or not self._group_tokens:
+            self._unwanted = 0
             return
-        self.lists = wanted
+        self._unwanted += 1
+        if self.lists and self._unwanted < LISTS_KEPT:
+            return
+        self.lists, self._unwanted = lists, 0
         entry = self._chains[0]
         old, entry.sampler = entry.sampler, self._chain(0)
         lib.llama_set_sampler(context, 0, ctypes.cast(entry.sampler, lib.llama_sampler_p_ctypes))
@@ -209,7 +226,7 @@ class BackendSampling:
             if not self._row:
                 given.candidates, given.probs = nodes.ids, nodes.values
             if nodes.listed:
-                size = GROUPS * self._group_tokens
+                size = self._list_numbers
                 given.logits = _view_1d(context, nodes.listed, size, self._row * size * 4)
             self._row += 1
         except Exception:  # a callback from C has nobody to raise to; `best` finds nothing then
@@ -231,16 +248,27 @@ class BackendSampling:
         peaks = _pool_2d(context, nodes.logits, _POOL_MAX, tokens, 1, tokens, 1, 0.0, 0.0)
         order = _argsort(context, peaks, _DESCENDING)
         first = _cont(context, _view_2d(context, order, GROUPS, rows, groups * 4, 0))
-        nodes.listed = _get_rows(context, _reshape_3d(context, nodes.logits, tokens, groups, rows), first)
+        listed = _get_rows(context, _reshape_3d(context, nodes.logits, tokens, groups, rows), first)
         nodes.ids = _concat(context, best, _reshape_1d(context, first, GROUPS * rows), 0)
         by_token = _reshape_3d(context, nodes.logits, 1, vocab, rows)
         top = _get_rows(context, by_token, _reshape_2d(context, best, 1, rows))
-        below = _sub(context, nodes.logits, _reshape_2d(context, top, 1, rows))
-        total = _sum_rows(context, _exp(context, below))
+        top_rows = _reshape_2d(context, top, 1, rows)
+        weights = _exp(context, _sub(context, nodes.logits, top_rows))
+        total = _sum_rows(context, weights)
+        if self.lists != 1.0:
+            # From the logits once more: two of them at a time would need room for another one of all rows.
+            below = _sub(context, nodes.logits, top_rows)
+            weights = _exp(context, _scale(context, below, 1.0 / self.lists))
+        weighed = _sum_rows(context, _reshape_3d(context, weights, tokens, groups, rows))
         largest = _get_rows(context, _reshape_3d(context, peaks, 1, groups, rows), first)
         nodes.values = sums
         for tensor, count in ((top, 1), (total, 1), (largest, GROUPS)):
             nodes.values = _concat(context, nodes.values, _reshape_1d(context, tensor, count * rows), 0)
+        nodes.listed = _reshape_2d(context, listed, tokens * GROUPS, rows)
+        nodes.listed = _concat(context, nodes.listed, _reshape_2d(context, weighed, groups, rows), 0)
+        for end in self._ends:
+            logit = _cont(context, _view_2d(context, nodes.logits, 1, rows, vocab * 4, end * 4))
+            nodes.listed = _concat(context, nodes.listed, logit, 0)
 
     # ------------------------------------------------ after a pass
 
@@ -278,14 +306,23 @@ class BackendSampling:
         values = self._values.at(lib.llama_get_sampled_probs_ith(context, place))
         # Each row's list lies where all its logits would have room.
         room = self._rooms.at(lib.llama_get_sampled_logits_ith(context, place))
+        lines = room[: rows * self._vocab_tokens].reshape(rows, self._vocab_tokens)
+        sums, ends, last = GROUPS * self._group_tokens, self._list_numbers - len(self._ends), self._list_numbers
         return Shortlist(
             groups=ids[rows : (1 + GROUPS) * rows].reshape(rows, GROUPS),
             peaks=values[3 * rows : (3 + GROUPS) * rows].reshape(rows, GROUPS),
-            logits=room[: rows * self._vocab_tokens].reshape(rows, self._vocab_tokens),
+            logits=lines,
             tokens=self._group_tokens,
             top=values[rows : 2 * rows],
             total=values[2 * rows : 3 * rows].astype(np.float64),
+            sums=Sums(self.lists, lines[:, sums:ends], lines[:, ends:last], self._of_group),
         )
+
+    def _of_group(self, row: int, group: int) -> Floats:
+        logits = np.empty(self._group_tokens, np.float32)
+        first = row * self._vocab_tokens + group * self._group_tokens
+        _get(self._nodes.logits, logits.ctypes.data, first * 4, logits.nbytes)
+        return logits
 
     def fetch(self, logits: Floats, places: npt.NDArray[np.int64]) -> None:
         """Fill the lines `places` (ascending) of `logits`, (rows, vocab_tokens), with those rows of the last pass."""

@@ -21,8 +21,7 @@ can be chosen reaches, and the few columns with a peak above the floor are all t
 Tokens that reach the floor (candidates) are laid in a table, a line for each row, sorted, cut and drawn from. Rows
 with thousands of candidates, and those with typical_p, are made to tables of one line.
 
-Temperature alone keeps every token. The number that is drawn with says then how much of Z, now of exp((logit - top) /
-temperature), the tokens before the chosen one weigh, the largest first: it takes the place of top_p.
+Temperature alone keeps every token, and is drawn from all (`workers.groups`): no floor, no table.
 
 What happens to a row is a function of this row alone. Tables are cumulated, never summed, along their lines, so
 that neighbours that make a table wider change nothing.
@@ -37,6 +36,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from workers.groups import draw_group, draw_within, drawn_group_tokens
 from workers.parameters import Parameters
 from workers.sampling import NOT_FINITE, Doubles, Flags, Floats, Ids, RowSampler, Tokens, penalise, typical
 from workers.threads import ALONE, Threads
@@ -47,8 +47,6 @@ COLUMNS_MIN = 256
 CROWD_COLUMNS = 256
 """More columns than these above its floor, or more tokens than CROWD_TOKENS, and a row is worked at alone."""
 CROWD_TOKENS = 1024
-BUCKETS = 2048
-"""Into so many parts a row is cut that is drawn from as a whole."""
 FEW_COLUMNS = 64
 """Up to so many columns above min_p's floor, what min_p keeps is found before Z."""
 MARGIN = 1e-3
@@ -105,13 +103,13 @@ def adjust(logits: Floats, rows: Ids, samplers: Sequence[RowSampler], history: H
 
 
 class _Scratch(threading.local):
-    """Each thread's room for the weights of a whole row: new memory would cost as much as filling it."""
+    """Each thread's room for the weights of a row: new memory would cost as much as filling it."""
 
     def __init__(self) -> None:
         self._weights: Floats = np.zeros(0, np.float32)
 
     def weights(self, tokens: int) -> Floats:
-        """(tokens,) to be filled."""
+        """(tokens,) to be filled; what is not stays 0."""
         if self._weights.size != tokens:
             self._weights = np.zeros(tokens, np.float32)
         return self._weights
@@ -135,7 +133,7 @@ class Step:
         self.floor: Floats = np.empty(self.count, np.float32)
         """NaN where there are no candidates to be found: nothing reaches it."""
         self.total: Doubles = np.full(self.count, np.nan)
-        """Z, where a row was weighed; with temperature alone at that temperature."""
+        """Z, where a row was weighed."""
         self.total_min: Doubles = np.zeros(self.count)
         """What Z is at least, for rows with top_p and min_p."""
         self.slack: Doubles | None = None
@@ -146,7 +144,7 @@ class Step:
     def choose(self) -> Tokens:
         self.threads.spread(self.find_peaks, self.count)
         finite = self.find_floors()
-        alone = finite & self.of.by_typical
+        alone = finite & (self.of.by_typical | self.of.whole)
         place, ids, logits = self._candidates(alone)
         if place.size:
             lines = np.flatnonzero(np.bincount(place, minlength=self.count))
@@ -161,7 +159,7 @@ class Step:
         """Floors, and Z of the rows that certainly need it. Returns which rows' largest logit is finite."""
         self.top = self.peaks.max(axis=1)
         finite: Flags = np.isfinite(self.top)
-        here = finite & ~self.of.by_typical
+        here = finite & ~self.of.by_typical & ~self.of.whole
         best_alone = self.of.by_k & (self.of.top_k == 1)
         floor = np.where(best_alone, self.top, self.top + self.of.log_min_p - MARGIN)
         self.floor[:] = np.where(here, floor, np.nan)
@@ -171,11 +169,6 @@ class Step:
         places = np.flatnonzero(finite & self.of.by_p)
         if places.size:
             self._floor_by_p(places)
-        places = np.flatnonzero(finite & self.of.whole)
-        if places.size:
-            scale = 1.0 / self.of.temperature[places]
-            self._weigh_all(places, scale)
-            self.floor[places] = self._floor_by_mass(places, self.of.number[places], scale)
         return finite
 
     def find_peaks(self, first: int, last: int) -> None:
@@ -206,45 +199,39 @@ class Step:
         if not places.size:
             return
         self._weigh_all(places)
-        floor = self._floor_by_mass(places, self.of.top_p[places], np.ones(places.size))
-        self.floor[places] = np.maximum(self.floor[places], floor)
-
-    def _floor_by_mass(self, places: Ids, share: Doubles, scale: Doubles) -> Doubles:
-        """What the largest tokens that weigh `share` of Z together reach. Weights are exp((logit - top) * scale)."""
-        top, total = self.top[places].astype(np.float64), self.total[places]
+        top_p, top, total = self.of.top_p[places], self.top[places].astype(np.float64), self.total[places]
         ordered = np.sort(self.peaks[places], axis=1)[:, ::-1]
-        weights = np.exp((ordered - self.top[places, None]) * scale[:, None])
+        weights = np.exp(ordered - self.top[places, None])
         short = np.count_nonzero(
-            np.cumsum(weights, axis=1, dtype=np.float64) < (share * total * (1.0 + MARGIN_SUM))[:, None], axis=1
+            np.cumsum(weights, axis=1, dtype=np.float64) < (top_p * total * (1.0 + MARGIN_SUM))[:, None], axis=1
         )
         reached = ordered[np.arange(places.size), np.minimum(short, self.width - 1)]
-        certain = top + np.log((1.0 - share) * total / self.vocab) / scale - MARGIN
-        floor: Doubles = np.where(short < self.width, reached, certain)
-        return floor
+        certain = top + np.log((1.0 - top_p) * total / self.vocab) - MARGIN
+        self.floor[places] = np.maximum(self.floor[places], np.where(short < self.width, reached, certain))
 
     def _total_at_least(self, places: Ids) -> Doubles:
         """What Z cannot be under, without looking at more than the peaks."""
         least: Doubles = np.exp(self.peaks[places] - self.top[places, None]).sum(axis=1, dtype=np.float64)
         return least
 
-    def _weigh(self, place: int, scale: float) -> None:
-        """The sum of exp((logit - top) * scale)."""
-        weights = _scratch.weights(self.vocab)
-        np.subtract(self.logits[self.rows[place]], self.top[place], out=weights)
+    def _weights(self, place: int, room: int, scale: float = 1.0) -> Floats:
+        """(room,) exp((logit - top) * scale), then zeros: the thread's own, until the next call."""
+        weights = _scratch.weights(room)
+        own = weights[: self.vocab]
+        np.subtract(self.logits[self.rows[place]], self.top[place], out=own)
         if scale != 1.0:
-            np.multiply(weights, np.float32(scale), out=weights)
-        np.exp(weights, out=weights)
-        self.total[place] = np.add.reduce(weights)
+            np.multiply(own, np.float32(scale), out=own)
+        np.exp(own, out=own)
+        return weights
 
-    def _weigh_all(self, places: Ids, scales: Doubles | None = None) -> None:
+    def _weigh_all(self, places: Ids) -> None:
         """Those that have not been weighed yet."""
-        new = np.isnan(self.total[places])
-        places, scale = places[new], np.ones(places.size)[new] if scales is None else scales[new]
+        places = places[np.isnan(self.total[places])]
 
         def part(first: int, last: int) -> None:
             with np.errstate(all="ignore"):
-                for one in range(first, last):
-                    self._weigh(int(places[one]), float(scale[one]))
+                for place in places[first:last].tolist():
+                    self.total[place] = np.add.reduce(self._weights(place, self.vocab))
 
         self.threads.spread(part, places.size)
 
@@ -305,17 +292,8 @@ class Step:
                 least = np.minimum(before_cut, np.count_nonzero(mass < low[:, None], axis=1) + 1)
                 self.doubt(lines[least != count])
         edges = np.cumsum(np.exp(below / of.temperature[lines, None]), axis=1)
-        whole, kept = of.whole[lines], edges[every, count - 1]
         # A number of 53 bits under 1 times x is less than x: never past the last kept, nor on what weighs nothing.
-        place = np.count_nonzero(
-            edges <= (of.number[lines] * np.where(whole, self.total[lines], kept))[:, None], axis=1
-        )
-        if whole.any():
-            # What was left out can end a hair after the target; the last with any weight is meant then.
-            place = np.minimum(place, np.count_nonzero(edges < kept[:, None], axis=1))
-            if self.slack is not None:
-                low = of.number[lines] * (self.total[lines] - self.slack[lines])
-                self.doubt(lines[whole & (np.count_nonzero(edges <= low[:, None], axis=1) < place)])
+        place = np.count_nonzero(edges <= (of.number[lines] * edges[every, count - 1])[:, None], axis=1)
         self.chosen[lines] = ids[every, place]
 
     def doubt(self, places: Ids) -> None:
@@ -333,22 +311,13 @@ class Step:
                 self._draw(np.array([place]), ids[None], logits[None], np.array([ids.size]))
 
     def _drawn_from_all(self, place: int) -> int:
-        """As from a table, but only the part that the number falls into is sorted."""
-        row = self.logits[self.rows[place]]
-        ids = np.flatnonzero(row >= self.floor[place])
-        below = (self.top[place] - row[ids]).astype(np.float64)
-        weights = np.exp(-below / self.of.temperature[place])
-        target = float(self.of.number[place] * self.total[place])
-        while ids.size > CROWD_TOKENS and 0.0 < (reach := below.max() - below.min()) < np.inf:
-            # Buckets of like logits, the largest first. Rounding may put neighbours into one, and never out of order.
-            bucket = ((below - below.min()) * ((BUCKETS - 1) / reach)).astype(np.int64)
-            edges: Doubles = np.cumsum(np.bincount(bucket, weights), dtype=np.float64)
-            found = _first_over(edges, target)
-            target -= float(edges[found - 1]) if found else 0.0
-            part = np.flatnonzero(bucket == found)
-            ids, below, weights = ids[part], below[part], weights[part]
-        order = np.argsort(-row[ids], kind="stable")
-        return int(ids[order[_first_over(np.cumsum(weights[order]), target)]])
+        """At a temperature, without a filter."""
+        tokens, one = drawn_group_tokens(self.vocab), slice(place, place + 1)
+        weights = self._weights(place, -(-self.vocab // tokens) * tokens, 1.0 / float(self.of.temperature[place]))
+        edges = np.cumsum(weights.reshape(-1, tokens).sum(axis=1), dtype=np.float64)
+        first = int(draw_group(edges[None], self.of.number[one])[0]) * tokens
+        logits = self.logits[self.rows[place], first : min(first + tokens, self.vocab)]
+        return first + int(draw_within(logits[None], self.of.temperature[one], self.of.within[one])[0])
 
     def _row_candidates(self, place: int) -> tuple[Ids, Floats]:
         row, k = self.logits[self.rows[place]], int(self.of.top_k[place])
@@ -362,11 +331,6 @@ class Step:
         if self.of.by_typical[place]:
             ids = ids[typical(row[ids], self.of.typical_p[place])]
         return ids, row[ids]
-
-
-def _first_over(edges: Doubles, target: float) -> int:
-    """The first of rising edges over the target; the last that has any weight, if none is."""
-    return min(int(np.searchsorted(edges, target, side="right")), int(np.searchsorted(edges, edges[-1])))
 
 
 def _table(line: Ids, ids: Ids, logits: Floats) -> tuple[Ids, Floats, Ids]:

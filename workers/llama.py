@@ -105,6 +105,7 @@ class LlamaModel:
         self._tokenizer = LlamaTokenizer(self._vocab)
         self._long_texts = LongTexts(config.model)
         self.vocab_tokens = int(lib.llama_vocab_n_tokens(self._vocab))
+        self._eog: npt.NDArray[np.bool_] | None = None
         self.train_ctx_tokens = int(lib.llama_model_n_ctx_train(self._model))
         self.model_bytes = int(lib.llama_model_size(self._model))
         self.architecture = self.metadata("general.architecture") or ""
@@ -173,7 +174,9 @@ class LlamaModel:
 
     def eog_table(self) -> npt.NDArray[np.bool_]:
         """(vocab_tokens,) which tokens end a generation."""
-        return np.array([lib.llama_vocab_is_eog(self._vocab, t) for t in range(self.vocab_tokens)], np.bool_)
+        if self._eog is None:
+            self._eog = np.array([lib.llama_vocab_is_eog(self._vocab, t) for t in range(self.vocab_tokens)], np.bool_)
+        return self._eog
 
     def piece_bytes_max(self) -> int:
         """No token stands for more bytes of text than this."""

@@ -119,7 +119,9 @@ class LlamaContext(BatchArrays):
         self._sampling: BackendSampling | None = None
         # Rows of several micro-batches would be pieces of which only the last one's are left.
         if chooses and self._outputs <= min(model.vocab_tokens, params.n_ubatch):
-            self._sampling = BackendSampling(slots, self._outputs, model.vocab_tokens)
+            self._sampling = BackendSampling(
+                slots, self._outputs, model.vocab_tokens, np.flatnonzero(model.eog_table())
+            )
             self._sampling.attach(params)
             params.n_outputs_max_per_seq = self._outputs
         # For passes of one token: a GPU leaves the CPU to look that up, which takes less than to wake threads for it.
@@ -137,7 +139,7 @@ class LlamaContext(BatchArrays):
         self.vocab_tokens = model.vocab_tokens
         self.batch_tokens = min(params.n_batch, int(lib.llama_n_batch(self._context)))
         self._logits_address = 0
-        self._checked: set[bool] = set()
+        self._checked: set[float] = set()
         self._first = 0
         """Place in the batch of the first row whose logits are wanted."""
         self._logits: npt.NDArray[np.float32] = np.empty((0, self.vocab_tokens), np.float32)
@@ -176,13 +178,16 @@ class LlamaContext(BatchArrays):
             right &= bool((np.take_along_axis(logits, ids[best >= 0], axis=1) == values[best >= 0]).all())
             total = np.exp(logits - top[:, None], dtype=np.float64).sum(axis=1)
             right &= bool(np.allclose(total, listed.total[best >= 0], rtol=1e-3))
+            weights = np.exp((logits - top[:, None]).astype(np.float64) / listed.sums.at)
+            sums = weights.reshape(len(logits), -1, listed.tokens).sum(axis=2)
+            right &= bool(np.allclose(sums, listed.sums.weights[best >= 0], rtol=1e-3, atol=1e-6))
         if not right:
             raise EngineError("the GPU does not find the largest of its logits; use --no-gpu-sampling")
 
-    def want_lists(self, wanted: bool) -> None:
-        """Whether shortlists are wanted from the next decode on."""
+    def want_lists(self, wanted: bool, temperature: float = 0.0) -> None:
+        """Whether shortlists are wanted from the next decode on, and for rows of which temperature; 0: of none."""
         if self._sampling is not None:
-            self._sampling.want_lists(self._context, wanted)
+            self._sampling.want_lists(self._context, wanted, temperature)
 
     def shortlist(self, rows: int) -> Shortlist | None:
         """The likeliest tokens of each wanted row, if they were wanted and the device chooses. After `best`."""

@@ -10,13 +10,17 @@ import numpy.typing as npt
 
 from workers.sampling import Flags, Ids, RowSampler, uniforms
 
+WITHIN = np.uint64(0xD6E8FEB86659FD93)
+"""Makes of a key that of other numbers."""
+
 
 class Parameters:
-    """An item for each row of a step."""
+    """An item for each row of a step. number: what is drawn with. whole: rows with a temperature and no filter, which
+    draw twice; within: their second number."""
 
     __slots__ = (
         "by_k", "by_p", "by_typical", "log_min_p", "number", "samplers", "temperature", "top_k", "top_p", "typical_p",
-        "whole",
+        "whole", "within",
     )  # fmt: skip
 
     def __init__(self, samplers: Sequence[RowSampler], steps: npt.ArrayLike, vocab_tokens: int) -> None:
@@ -28,6 +32,7 @@ class Parameters:
         keys = np.array([sampler.key for sampler in samplers], np.uint64)
         with np.errstate(over="ignore"):
             self.number = uniforms(keys, np.asarray(steps))
+            self.within = uniforms(keys ^ WITHIN, np.asarray(steps))
         self.by_k: Flags = (self.top_k > 0) & (self.top_k < vocab_tokens)
         self.by_typical: Flags = self.typical_p < 1.0
         # Greedy is top_k 1.

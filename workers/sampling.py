@@ -9,7 +9,8 @@ does; OpenAI describes presence and frequency over the output alone.
 
 The draw uses one number from a counter-based generator (SplitMix64) keyed by seed and choice and counted by the
 output token: the same seed, step and logits give the same token, whatever runs beside it. It falls on the tokens
-that are left, largest first.
+that are left, largest first. Where a temperature is all there is, every token is left: then it falls on groups of
+neighbouring tokens, by their ids, and a second number on the tokens of one (`workers.groups`).
 
 Here is what a row needs, one by one; `workers.choosing` chooses for all rows of a step at once.
 """
@@ -73,7 +74,7 @@ class RowSampler:
     penalties: repeat, frequency, presence. numbers: temperature, top_p, ln(min_p), typical_p, top_k.
     """
 
-    __slots__ = ("plain", "listable", "key", "window", "penalties", "bias_ids", "bias", "numbers")
+    __slots__ = ("plain", "listable", "whole_at", "key", "window", "penalties", "bias_ids", "bias", "numbers")
 
     def __init__(self, sampling: Sampling, seed: int, choice: int, vocab_tokens: int) -> None:
         s = sampling
@@ -94,9 +95,11 @@ class RowSampler:
         self.plain = greedy and self.window == 0 and self.bias_ids.size == 0
         """Whether this is argmax over the untouched row."""
         untouched = self.window == 0 and self.bias_ids.size == 0
-        cut = s.top_k > 0 or s.top_p < 1.0 or s.min_p > 0.0 or s.temperature <= 1.0
-        self.listable = untouched and not greedy and cut and s.typical_p >= 1.0
-        """Whether only the likeliest tokens of the untouched row matter, most of the time."""
+        self.listable = untouched and not greedy and s.typical_p >= 1.0
+        """Whether what a device leaves of the untouched row is enough, most of the time."""
+        whole = s.top_k <= 0 and s.top_p >= 1.0 and s.min_p <= 0.0
+        self.whole_at = s.temperature if self.listable and whole else 0.0
+        """The temperature, if it is all that matters; else 0."""
 
 
 def penalise(logits: Floats, rows: Ids, recent: Sequence[Tokens], penalties: Doubles) -> None:

@@ -46,8 +46,8 @@ class Decoder(Protocol):
 
     def decode(self, rows: int) -> int: ...
 
-    def want_lists(self, wanted: bool) -> None:
-        """Whether shortlists are wanted from the next decode on."""
+    def want_lists(self, wanted: bool, temperature: float = 0.0) -> None:
+        """Whether shortlists are wanted from the next decode on, and for rows of which temperature; 0: of none."""
         ...
 
     def best(self, rows: int) -> Ints | None:
@@ -159,7 +159,8 @@ class Seating:
             slot=place.slot,
             keep=place.keep,
             plain=sampler.plain and matcher is None,
-            listable=sampler.listable and matcher is None and noted is None,
+            listable=(listable := sampler.listable and matcher is None and noted is None),
+            whole_at=sampler.whole_at if listable else 0.0,
             ignore_eos=sampling.ignore_eos,
             watched=watched,
             # A matcher takes a token at a time.

@@ -3,23 +3,26 @@
 A row is cut into groups of neighbouring tokens. The groups with the largest logits are listed, with all their tokens:
 no token of another group has a logit over the *bound*, the smallest of the listed groups' largest. Together with Z, the
 sum of exp(logit - top) over all tokens, this says which tokens top_k, top_p and min_p keep, if the last one kept is not
-under the bound, and which token is drawn with temperature alone, if that is not under it. Where it is, as with flat
-logits, the row is *undecided* and needs all its logits.
+under the bound. Where it is, as with flat logits, the row is *undecided* and needs all its logits.
 
-Z is known nearly: a GPU sums with 32 bits, tokens that may not come (`ignore_eos`) and are not listed are in it, and at
-another temperature than 1 what is not listed is known between bounds only. A row for which that could matter is
-undecided, too. So the choice is the one that is made from all logits (`workers.choosing`).
+With temperature alone the sums of all groups come too, at one temperature for all rows: the token is of the group that
+they say (`workers.groups`), whose logits are listed, or fetched. Rows at another temperature are undecided.
+
+Sums are known nearly: a GPU has 32 bits, and tokens that may not come (`ignore_eos`) and are not listed are in Z. A row
+for which that could matter is undecided, too. So the choice is the one that is made from all logits
+(`workers.choosing`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
 
-from workers.choosing import MARGIN_SUM, Step
+from workers.choosing import Step
+from workers.groups import draw_group, draw_within
 from workers.parameters import Parameters
 from workers.sampling import Doubles, Flags, Floats, Ids, Tokens
 from workers.threads import ALONE
@@ -32,16 +35,18 @@ LEFT_MIN = 0.01
 """Of the sum over all tokens, what must be left without those that may not come."""
 ROUNDING = 1e-5
 """Of Z, what its sum may be wrong by."""
-COUNTS = (range(1024, 4 * GROUPS - 1, -1), range(1025, 4097))
-"""Numbers of groups, best first. Up to 1,024 a GPU sorts in one go; with few groups lists are long."""
 
 
-def group_tokens(vocab_tokens: int) -> int:
-    """Tokens in a group, all groups being equal; 0 if there is no number that is of use."""
-    for count in chain(*COUNTS):
-        if vocab_tokens % count == 0 and count < vocab_tokens:
-            return vocab_tokens // count
-    return 0
+@dataclass(frozen=True)
+class Sums:
+    """What temperature alone needs, of all rows of a pass. at: the temperature. weights: (rows, groups) the sum of
+    exp((logit - top) / at) of each group. ends: (rows, ids) the logits of the tokens that may end a text, in the order
+    of their ids. fetch: a row's logits of a group, (tokens,)."""
+
+    at: float
+    weights: Floats
+    ends: Floats
+    fetch: Callable[[int, int], Floats]
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class Shortlist:
     tokens: int
     top: Floats
     total: Doubles
+    sums: Sums
 
     @property
     def listed(self) -> tuple[Ids, Floats]:
@@ -75,9 +81,7 @@ class Shortlist:
         """
         with np.errstate(all="ignore"):
             step = _ListedStep(self, rows, parameters)
-            quiet = np.flatnonzero(silenced)
-            if quiet.size and eog_ids.size:
-                step.silence(quiet, eog_ids)
+            step.keep_ends(silenced, eog_ids)
             return step.choose(), step.undecided
 
 
@@ -96,8 +100,19 @@ class _ListedStep(Step):
         self.undecided: Flags = np.zeros(self.count, np.bool_)
         self.hidden = np.zeros(self.count)
         """Tokens that may not come and are not listed."""
+        self.silenced: Flags = np.zeros(self.count, np.bool_)
+        self.eog_ids: Ids = np.empty(0, np.int64)
 
-    def silence(self, places: Ids, eog_ids: Ids) -> None:
+    def keep_ends(self, silenced: Flags, eog_ids: Ids) -> None:
+        """Rows where `eog_ids` may not come."""
+        if not eog_ids.size:
+            return
+        self.silenced, self.eog_ids = silenced, eog_ids
+        places = np.flatnonzero(silenced & ~self.of.whole)
+        if places.size:
+            self._silence(places, eog_ids)
+
+    def _silence(self, places: Ids, eog_ids: Ids) -> None:
         """Take `eog_ids` out of the rows at `places`, and out of what is known of them."""
         size, lines = self.short.tokens, self.rows[places]
         self.hidden[places] = eog_ids.size
@@ -133,44 +148,12 @@ class _ListedStep(Step):
     def find_floors(self) -> Flags:
         top = self.peaks.max(axis=1).astype(np.float64)
         self.slack = ROUNDING * self.total + self.hidden * np.exp(np.minimum(0.0, self.bound - top))
-        whole = np.flatnonzero(self.of.whole & np.isfinite(top))
-        self._warm(whole[self.of.temperature[whole] != 1.0], top)
         finite = super().find_floors()
-        self._lower_floors(whole[self.floor[whole] < self.bound[whole]], top)
         certain = self.of.by_k & (self.of.top_k <= self.above_bound) & np.isfinite(self.bound)
         self.floor[certain] = np.maximum(self.floor, self.bound)[certain]
-        self.undecided = finite & ~(self.floor >= self.bound)
+        self.undecided = finite & ~self.of.whole & ~(self.floor >= self.bound)
         self.floor[self.undecided] = np.nan
         return finite & ~self.undecided
-
-    def _warm(self, places: Ids, top: Doubles) -> None:
-        """Z of `places` at their temperatures: of what is listed exactly, of the tail from its sum at temperature 1."""
-        if not places.size:
-            return
-        assert self.slack is not None
-        below, scale = self._below(places, top), 1.0 / self.of.temperature[places]
-        tail = np.maximum(0.0, self.total[places] - np.exp(below).sum(axis=1)) + self.slack[places]
-        # None is over the bound: colder, a tail weighs no more than if all of it were there.
-        tail *= np.exp(np.minimum(0.0, self.bound[places] - top[places])) ** (scale - 1.0)
-        listed = np.exp(below * scale[:, None].astype(np.float32)).sum(axis=1)
-        self.total[places] = listed + tail
-        self.slack[places] = tail + ROUNDING * listed
-
-    def _lower_floors(self, places: Ids, top: Doubles) -> None:
-        """The bound is floor enough where all listed tokens that reach it weigh as much as is needed."""
-        if not places.size:
-            return
-        below, bound = self._below(places, top), (self.bound[places] - top[places]).astype(np.float32)
-        below[below < bound[:, None]] = -np.inf
-        weights = np.exp(below / self.of.temperature[places, None].astype(np.float32)).sum(axis=1)
-        enough = weights > self.of.number[places] * self.total[places] * (1.0 + MARGIN_SUM)
-        self.floor[places[enough]] = self.bound[places[enough]]
-
-    def _below(self, places: Ids, top: Doubles) -> Floats:
-        """(places, listed tokens) how much less than the largest logit theirs are: at most 0."""
-        listed = self.short.listed_logits[self.rows[places]]
-        listed -= top[places, None].astype(np.float32)
-        return listed
 
     def _total_at_least(self, places: Ids) -> Doubles:
         assert self.slack is not None
@@ -188,5 +171,46 @@ class _ListedStep(Step):
         return place[line], first + reach - line * size, logits.reshape(-1)[reach]
 
     def _draw_singly(self, places: Ids) -> None:
-        """Rows with too many candidates for a table."""
-        self.undecided[places] = True
+        """Rows with temperature alone; others have too many candidates for a table."""
+        whole = self.of.whole[places] & (self.of.temperature[places] == self.short.sums.at)
+        self.undecided[places[~whole]] = True
+        if whole.any():
+            self._draw_whole(places[whole])
+
+    def _draw_whole(self, places: Ids) -> None:
+        sums, rows, numbers = self.short.sums, self.rows[places], self.of.number[places]
+        weights = sums.weights[rows].astype(np.float64)
+        near = ROUNDING * weights.sum(axis=1)
+        quiet = np.flatnonzero(self.silenced[places])
+        if quiet.size:
+            if sums.ends.shape[1] != self.eog_ids.size:
+                near[quiet] = np.inf
+            else:
+                gone = np.exp((sums.ends[rows[quiet]] - self.short.top[rows[quiet], None]) / sums.at)
+                for group, one in zip(self.eog_ids // self.short.tokens, gone.T, strict=True):
+                    weights[quiet, group] -= one
+                np.maximum(weights, 0.0, out=weights)
+        edges = np.cumsum(weights, axis=1)
+        group = np.minimum(draw_group(edges, numbers), edges.shape[1] - 1)
+        every, target = np.arange(places.size), numbers * edges[:, -1]
+        before = np.where(group, edges[every, group - 1], -np.inf)
+        decided = (target - before > near) & (edges[every, group] - target > near)
+        self.undecided[places[~decided]] = True
+        places, rows, group = places[decided], rows[decided], group[decided]
+        if places.size:
+            logits = self._of_groups(places, group)
+            found = draw_within(logits, self.of.temperature[places], self.of.within[places])
+            self.chosen[places] = group * self.short.tokens + found
+
+    def _of_groups(self, places: Ids, group: Ids) -> Floats:
+        """(places, tokens) the logits of one group of each row, without tokens that may not come."""
+        short, rows = self.short, self.rows[places]
+        listed = short.groups[rows] == group[:, None]
+        first = listed.argmax(axis=1) * short.tokens
+        logits: Floats = short.logits[rows[:, None], first[:, None] + np.arange(short.tokens)]
+        for place in np.flatnonzero(~listed.any(axis=1)).tolist():
+            logits[place] = short.sums.fetch(int(rows[place]), int(group[place]))
+        ends, offsets = np.divmod(self.eog_ids, short.tokens)
+        which, end = np.nonzero((ends == group[:, None]) & self.silenced[places, None])
+        logits[which, offsets[end]] = -np.inf
+        return logits

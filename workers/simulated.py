@@ -244,7 +244,7 @@ class SimulatedContext:
         if self._due_s > now_s:
             self._sleep(self._due_s - now_s)
 
-    def want_lists(self, wanted: bool) -> None:
+    def want_lists(self, wanted: bool, temperature: float = 0.0) -> None:
         """Tokens are chosen from logits."""
 
     def best(self, rows: int) -> None:

@@ -60,6 +60,8 @@ class SlotArrays:
         """The next token is the largest logit; no Python code is needed to choose it."""
         self.listable = np.zeros(count, np.bool_)
         """A shortlist of the likeliest tokens may do (`workers.shortlist`)."""
+        self.whole_at = np.zeros(count, np.float64)
+        """The temperature, if a shortlist may do and no filter is asked for; else 0."""
         self.ignore_eos = np.zeros(count, np.bool_)
         self.watched = np.zeros(count, np.bool_)
         """The text is looked at token by token."""
@@ -111,6 +113,7 @@ class SlotArrays:
         keep: int = 0,
         plain: bool = True,
         listable: bool = False,
+        whole_at: float = 0.0,
         ignore_eos: bool = False,
         watched: bool = False,
         drafts: bool = True,
@@ -133,6 +136,7 @@ class SlotArrays:
         self.order[slot] = self.taken
         self.plain[slot] = plain
         self.listable[slot] = listable
+        self.whole_at[slot] = whole_at
         self.ignore_eos[slot] = ignore_eos
         self.watched[slot] = watched
         self.drafts[slot] = drafts
@@ -213,7 +217,8 @@ class SlotArrays:
         """Everything of a slot goes to a free one. The cells have to follow."""
         for array in (
             self.length, self.fed, self.cached, self.donor, self.awaited, self.asked_tokens, self.asked, self.outputs,
-            self.limit, self.order, self.last_s, self.plain, self.listable, self.ignore_eos, self.watched, self.drafts,
+            self.limit, self.order, self.last_s, self.plain, self.listable, self.whole_at, self.ignore_eos,
+            self.watched, self.drafts,
         ):  # fmt: skip
             array[target] = array[source]
         length = int(self.length[source])

@@ -224,7 +224,8 @@ class Stepper:
         decoder.seq[:count] = rows.seq
         decoder.wanted[:count] = rows.wanted
         if rows.output_slots.size:
-            decoder.want_lists(bool(np.count_nonzero(self._slots.listable[rows.output_slots])))
+            wanted = bool(np.count_nonzero(self._slots.listable[rows.output_slots]))
+            decoder.want_lists(wanted, float(self._slots.whole_at[rows.output_slots].max()) if wanted else 0.0)
         code = decoder.decode(count)
         if code:
             self._fail_batch(rows.slots.tolist(), rows.token.size, code)

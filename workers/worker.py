@@ -57,6 +57,8 @@ class WorkerOptions:
     """See `workers.care`."""
     lease_s: float = 60.0
     """Rank 0 takes a worker for lost that says nothing for so long."""
+    welcome_max_s: float | None = None
+    """A worker that hears nothing from rank 0 for so long, before this has welcomed it, leaves. None: it waits."""
     request_timeout_s: float | None = None
     """A request that has run for longer is stopped, and has failed."""
     health_factory: Callable[[m.Placement], GpuHealth] | None = None
@@ -92,7 +94,7 @@ class Worker:
         self._ready: m.Ready | None = None
         self._rejoin = 0
         self._heard_at = self._last_said
-        self._silence_max_s: float | None = None
+        self._silence_max_s = options.welcome_max_s
         self._engine_end_s = m.ENGINE_END_S
         self.stopped = False
         self.crashed = False

@@ -27,7 +27,7 @@ def dispatch(
         int, typer.Option(help="Requests for the peer, MPICommExecutor one by one; 0 leaves it out.")
     ] = 10_000,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Run directory. [default: a temporary one]")
+        Path | None, typer.Option("-o", "--output", help="Run directory. [default: one that is not kept]")
     ] = None,
     schedule: Schedule = "work-stealing",
     fanout: Fanout = 256,

@@ -58,6 +58,7 @@ def infer(
                 "--system": system,
                 "--stream": stream,
                 "--echo": echo,
+                "--stop": answers.stop,
                 "--json-schema": answers.json_schema,
                 "--grammar-file": answers.grammar_file,
             }

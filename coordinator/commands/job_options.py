@@ -70,6 +70,10 @@ class AnswerOptions(RequestOptions):
     seed: Annotated[
         int, _of_answers(help="Seed of the run: requests without a seed get one from it and their index.")
     ] = 0
+    stop: Annotated[
+        list[str] | None,
+        _of_answers(help="Text before which an answer ends, for requests that do not say. May be given again."),
+    ] = None
     json_schema: Annotated[
         str | None,
         _of_answers(help="JSON schema, or a file with one, that the answers of requests that do not say are held to."),
@@ -80,7 +84,8 @@ class AnswerOptions(RequestOptions):
     ] = None
 
     def _parameters(self) -> dict[str, Any]:
-        return super()._parameters() | held_to(self.json_schema, self.grammar_file)
+        stop = {"stop": self.stop} if self.stop else {}
+        return super()._parameters() | stop | held_to(self.json_schema, self.grammar_file)
 
     def job(self) -> dict[str, Any]:
         return super().job() | {"seed": self.seed}

@@ -53,6 +53,8 @@ def submit(
 
 def _checked(context: typer.Context, command: list[str]) -> tuple[Path, list[str]]:
     """The run directory of a `batch` command, and its other arguments; what is mistyped is told now, not in a job."""
+    if command[:1] == ["llmpi"]:
+        command = command[1:]
     if not command or command[0] != "batch":
         told = command[0] if command else "nothing"
         raise ConfigError(f"only batch can be submitted, not {told}: … -- batch -m MODEL …")

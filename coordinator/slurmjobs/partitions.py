@@ -15,6 +15,8 @@ from scheduling.errors import ConfigError, InfrastructureError
 from scheduling.wording import counted
 
 ANSWER_S = 60.0
+_MISTYPED = re.compile(r"(?:unrecognized|invalid) option|is ambiguous|Invalid .*(?:specification|value)|not a valid")
+"""What sbatch says of options that it cannot read. Its status is that of a Slurm that fails."""
 _FORMAT = "%P|%a|%l|%L|%D|%c|%G|%t"
 
 Client = Callable[[Sequence[str]], str]
@@ -41,7 +43,8 @@ def run_client(command: Sequence[str]) -> str:
     """The output of a command of Slurm.
 
     Raises:
-        ConfigError: there is no such command here. InfrastructureError: it failed, or does not answer.
+        ConfigError: there is no such command here, or it cannot read an option. InfrastructureError: it failed,
+            or does not answer.
     """
     try:
         done = subprocess.run(
@@ -54,7 +57,8 @@ def run_client(command: Sequence[str]) -> str:
     if done.returncode:
         lines = [line.removeprefix(f"{command[0]}: ") for line in done.stderr.strip().splitlines()]
         said = [line for line in lines if not line.startswith("Try ")] or [f"it ended with status {done.returncode}"]
-        raise InfrastructureError(f"{command[0]}: {said[-1]}")
+        mistyped = command[0] == "sbatch" and _MISTYPED.search(said[-1])
+        raise (ConfigError if mistyped else InfrastructureError)(f"{command[0]}: {said[-1]}")
     return done.stdout
 
 

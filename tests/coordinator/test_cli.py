@@ -96,6 +96,7 @@ def test_every_flag_reaches_its_option(run: Run, started: list[Any]) -> None:
         "--ubatch", "32", "--threads", "5", "--gpu-layers", "7", "--no-flash-attention", "--device", "cpu",
         "--gpus-per-rank", "2", "--ranks-per-gpu", "3", "--coordinator-works", "--max-tokens", "9", "--temperature",
         "0.5", "--top-k", "40", "--top-p", "0.9", "--min-p", "0.1", "--seed", "11", "--format", "text",
+        "--stop", "\n", "--stop", "END",
         "--no-precheck", "--no-copies", "--prefetch", "6", "--lease", "12.5", "--commit-interval", "0.2",
         "--commit-bytes", "1000", "--metrics-interval", "3",
         "--pooling", "cls", "--show", "2", "--quiet", "--json", "--cache-type-k", "q4_0", "--lora", "a.gguf", "--lora",
@@ -106,7 +107,8 @@ def test_every_flag_reaches_its_option(run: Run, started: list[Any]) -> None:
     assert config == JobConfig(
         model="m.gguf", schedule="round-robin", slots=4, contexts=2, ctx=128, batch=64, ubatch=32, threads=5,
         gpu_layers=7, flash_attention=False, device="cpu", gpus_per_rank=2, ranks_per_gpu=3, coordinator_works=True,
-        max_tokens=9, sampling=Sampling(temperature=0.5, top_k=40, top_p=0.9, min_p=0.1), seed=11, precheck=False,
+        max_tokens=9, sampling=Sampling(temperature=0.5, top_k=40, top_p=0.9, min_p=0.1, stop=("\n", "END")), seed=11,
+        precheck=False,
         copies=False, prefetch=6, lease_s=12.5, commit_interval_s=0.2, commit_bytes=1000, metrics_interval_s=3.0,
         pooling="cls", cache_type_k="q4_0",
         loras=("a.gguf", "b.gguf:0.5"), rope_scaling="yarn", rope_scale=2.0, rope_freq_base=50_000.0, split="row",
@@ -237,9 +239,11 @@ def test_only_rank_0_speaks_and_carries_the_status(
         ((*BATCH, "--show", "-1"), "--show"),
         ((*BATCH, "--temperature", "nan"), "temperature"),
         ((*BATCH, "--top-p", "2"), "--top-p"),
+        ((*BATCH, "--stop", ""), "--stop"),
         ((*BATCH, "--chat-template", "no-such-file"), "no-such-file"),
         ((*BATCH, "extra"), "extra"),
-        (("infer", "-m", "m.gguf"), "--prompt"),
+        (("infer", "-m", "m.gguf"), "missing -p/--prompt"),
+        (("submit", "-N2", "--", "infer", "-p", "x"), "not infer"),
         (("infer", "-m", "m.gguf", "-p", "x", "--stream", "--json"), "--stream"),
         (("infer", "-m", "m.gguf", "-p", "x", "--logprobs", "2"), "--logprobs"),
         (("infer", "-m", "m.gguf", "-p", "x", "--logprobs", "21", "--json"), "top_logprobs is 21"),
@@ -311,6 +315,16 @@ def test_submit_looks_at_the_input_before_it_asks_slurm(
     monkeypatch.setenv("PATH", str(tmp_path))
     assert run("submit", "-N2", "--", "batch", "-m", "x", "-i", given, "-o", "run") == 2
     assert said in capsys.readouterr().err
+
+
+def test_submit_takes_the_command_as_it_is_typed_elsewhere(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run("submit", "-N2", "--", "llmpi", "batch", "-m", "x", "-i", "in.jsonl", "-o", "run") == 2
+    assert "there is no sinfo here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("model", ["mistyped.gguf", "mistyped:q4", "m.gguf"])

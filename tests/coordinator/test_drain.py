@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from coordinator import closing, setup
+from coordinator import closing, lead, setup
 from coordinator.batchoptions import BatchOptions
 from coordinator.closing import GOODBYE_S
 from coordinator.config import JobConfig
@@ -133,7 +133,8 @@ class Job:
         return code, self.now - begin
 
     def lines(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.run_dir / "results.jsonl").read_bytes().splitlines()]
+        record = self.run_dir / "results.jsonl"
+        return [json.loads(line) for line in record.read_bytes().splitlines()] if record.exists() else []
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -178,6 +179,28 @@ def test_a_drain_ends_as_soon_as_nothing_runs(job: Tokens) -> None:
     assert (code, run.facts["unfinished"]) == (3, 0)
     assert took_s < 7.0
     assert len(run.lines()) == 2
+
+
+def test_what_the_end_needs_is_loaded_while_requests_run(job: Tokens, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = job(5, 6)
+    loaded: list[int] = []
+    monkeypatch.setattr(lead, "load_ahead", lambda: loaded.append(len(run.lines())))
+    assert run()[0] == 0
+    assert loaded == [0]
+
+
+def test_a_signal_while_the_record_is_read_ends_the_job_there(job: Tokens, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = job(5, 6)
+
+    def read(disk: Any, path: Path, meanwhile: Callable[[], None]) -> None:
+        run.signal("SIGTERM")()
+        meanwhile()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lead, "recover", read)
+        with pytest.raises(StoppedError, match="while the record was read, nothing was started"):
+            run()
+    run.check_finished_exactly_once()
 
 
 def test_before_a_time_limit_short_requests_start_where_long_ones_do_not(job: Tokens) -> None:

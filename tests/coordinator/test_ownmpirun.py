@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
+from coordinator import entry
 from coordinator.batch import settled
 from coordinator.hostfile import count_slots, without_hostfile
 from coordinator.ownmpirun import find_mpirun, flavour_of, own_mpirun, run_own_mpirun
@@ -269,6 +270,7 @@ def _press(*numbers: int) -> Callable[[], None]:
     [
         ("openmpi", [signal.SIGINT], [signal.SIGUSR2]),
         ("openmpi", [signal.SIGTERM], [signal.SIGUSR2]),
+        ("openmpi", [signal.SIGUSR2], [signal.SIGUSR2]),
         ("openmpi", [signal.SIGINT, signal.SIGINT], [signal.SIGUSR2, signal.SIGTERM]),
         ("mpich", [signal.SIGINT], [signal.SIGTERM]),
         ("mpich", [signal.SIGTERM, signal.SIGINT], [signal.SIGTERM, signal.SIGTERM]),
@@ -292,6 +294,15 @@ def test_a_signal_that_comes_before_mpirun_is_there_is_passed_on_once() -> None:
 
     run_own_mpirun(["mpirun"], {}, start=start, flavour=lambda path: "openmpi")
     assert child.got == [signal.SIGUSR2]
+
+
+def test_a_signal_that_came_while_this_process_was_loading_is_passed_on_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    early = [signal.SIGTERM]
+    monkeypatch.setattr(entry, "_early", early)
+    first, second = FakeChild(), FakeChild()
+    _run(first)
+    _run(second)
+    assert (first.got, second.got) == ([signal.SIGUSR2], [])
 
 
 def test_outside_the_main_thread_no_signal_is_touched() -> None:

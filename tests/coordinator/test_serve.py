@@ -143,6 +143,22 @@ def test_a_rank_leaves_when_rank_0_is_silent_for_longer_than_it_may(sleeps: Slee
     assert rank.engine.closed
 
 
+@pytest.mark.parametrize("beats", [True, False])
+def test_a_rank_that_is_not_welcomed_waits_as_long_as_rank_0_says_that_it_is_there(sleeps: Sleeps, beats: bool) -> None:
+    rank = Rank(welcome_max_s=60.0)
+
+    def pass_time() -> None:
+        rank.clock.pass_(50.0)
+        if beats:
+            rank.rank0.say(m.Heartbeat())
+
+    sleeps.meanwhile = [*[pass_time] * 5, lambda: rank.rank0.say(m.Stop("done"))]
+    with (
+        contextlib.nullcontext() if beats else pytest.raises(RankLostError, match="nothing was heard of rank 0 for 100")
+    ):
+        rank.serve(sleeps)
+
+
 def test_a_heartbeat_of_rank_0_is_enough_and_without_its_promise_none_is_missed(sleeps: Sleeps) -> None:
     for silence_max_s, said in ((600.0, [m.Heartbeat()]), (None, [])):
         rank = Rank()

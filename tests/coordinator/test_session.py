@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -47,7 +48,7 @@ class FakeWorld:
         self.leaders: dict[int, int] = {}
         self.fault_tolerant = False
         self.survivors: Survivors | None = None
-        self.patience_s = 0.0
+        self.patience_s = self.in_all_s = 0.0
         self.fenced: list[int] = []
         self.aborted: int | None = None
         self.network = FakeEndpoint()
@@ -56,8 +57,8 @@ class FakeWorld:
     def endpoint(self) -> FakeEndpoint:
         return self.network
 
-    def collectives(self, patience_s: float = 600.0) -> FakeCollectives:
-        self.patience_s = patience_s
+    def collectives(self, patience_s: float = 600.0, in_all_s: float = math.inf) -> FakeCollectives:
+        self.patience_s, self.in_all_s = patience_s, in_all_s
         return self.survivors or FakeCollectives([])
 
     def fence(self, pids: Sequence[int]) -> bool:
@@ -329,7 +330,7 @@ def test_collectives_are_given_no_more_time_than_there_is() -> None:
     session, world, _ = begun(2)
     world.ranks[1].say(m.Collecting(1))
     assert session.collect(give_up_at=lambda: 103.0) is not None
-    assert world.patience_s == pytest.approx(3.0, abs=0.1)
+    assert world.in_all_s == pytest.approx(3.0, abs=0.1)
 
 
 def test_ranks_that_mpi_knows_to_be_gone_are_left_out() -> None:
@@ -340,7 +341,7 @@ def test_ranks_that_mpi_knows_to_be_gone_are_left_out() -> None:
     gathered = session.collect()
     assert gathered is not None
     assert world.survivors.calls[0] == "shrink"
-    assert world.patience_s == 60.0 + 10.0
+    assert (world.patience_s, world.in_all_s) == (60.0 + 10.0, math.inf)
     assert m.Enter(1, reduced=True) in world.ranks[1].take()
     assert m.Enter(1, reduced=True) not in world.ranks[2].take()
     assert session.took_part(gathered) == "1 of 3 ranks"
@@ -387,6 +388,21 @@ def test_ranks_are_told_how_long_their_engines_may_take_to_end() -> None:
     session.close("drained")
     said = [message for message in world.ranks[1].take() if not isinstance(message, m.Heartbeat)]
     assert said == [m.Collect(1, 0.5), m.Enter(1), m.Stop("drained", 0.5)]
+
+
+def test_ranks_are_told_that_rank_0_is_here_while_it_prepares_and_while_others_are_waited_for() -> None:
+    world, clock = FakeWorld(3), TurningClock()
+    session = Session(setup(), world, around=Surroundings(clock=clock, sleep=clock.sleep))  # type: ignore[arg-type]
+    for _ in range(100):
+        clock.pass_(0.1)
+        session.beat()
+    assert world.ranks[1].take() == [m.Heartbeat()] * 5
+    world.ranks[1].say(session.setup.hello())
+    clock.at(clock.now + 10.0, lambda: world.ranks[2].say(session.setup.hello()))
+    session.start()
+    *beats, welcome = world.ranks[1].take()
+    assert beats == [m.Heartbeat()] * 5
+    assert isinstance(welcome, m.Welcome)
 
 
 def test_a_start_that_is_interrupted_releases_all_ranks() -> None:

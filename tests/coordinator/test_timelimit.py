@@ -122,6 +122,19 @@ def test_the_earlier_of_both_limits_counts_and_none_switches_slurms_off() -> Non
     assert limit_of(IN_SLURM, slurm_limit=False) is None
 
 
+@pytest.mark.parametrize(
+    ("now_s", "granted_s"),
+    [(0.0, 70.0), (50.0, 49.0), (97.0, 2.0), (99.5, 2.0)],
+    ids=["as long as otherwise", "a second before the end", "all that ranks need", "what they need, though late"],
+)
+def test_goodbyes_leave_the_launcher_a_second_of_the_time(now_s: float, granted_s: float) -> None:
+    clock = FakeClock(0.0)
+    keeper = Timekeeper(StopOptions(time_limit_s=100.0), object(), clock, clock, environ={})  # type: ignore[arg-type]
+    clock.pass_(now_s)
+    assert keeper.goodbye_s(70.0) == granted_s
+    assert Timekeeper(StopOptions(), object(), clock, clock, environ={}).goodbye_s(70.0) == 70.0  # type: ignore[arg-type]
+
+
 def test_how_long_a_job_has_run_does_not_hang_on_the_time_of_day(monkeypatch: pytest.MonkeyPatch) -> None:
     before = age_s()
     now = time.time()

@@ -38,12 +38,12 @@ class Parting:
         if missing := sorted(set(range(self.size)) - self.said):
             raise ViolationError(f"rank {rank} enters MPI's own end, rank {missing[0]} has not said goodbye")
         self._entered.add(rank)
-        until_s = self.agenda.now_s + end_s
+        until_s, hindered = self.agenda.now_s + end_s, self._hindered()
 
         def through() -> bool:
             if len(self._entered) == self.size:
                 return True
-            if self.agenda.now_s >= until_s and not self._hindered():
+            if self.agenda.now_s >= until_s and not (hindered or self._hindered()):
                 raise ViolationError(
                     f"MPI's own end does not come, {len(self._entered)} of {self.size} ranks are there"
                 )

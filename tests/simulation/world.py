@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -48,7 +49,6 @@ from workers.worker import Worker, WorkerOptions
 PID = 1000
 TOLD_S = 0.5
 """How soon MPI tells of the death of a rank, at most."""
-PUNCTUAL_S = 1.0
 ENDED_S = END_S + 30.0
 """How long the ranks have to end after rank 0 has returned: what may hold MPI's own end up is over by then."""
 
@@ -99,8 +99,8 @@ class World:
         self.deaths = Deaths()
         self.aborted: int | None = None
         self.asked_to_stop = False
-        self._goodbye_s = 0.0
-        """How long the goodbye has taken: a part of it is granted, however late it is."""
+        self._goodbye_at = -math.inf
+        """When the goodbye began: a while is granted for it, however late it is."""
         self.lead: Lead | None = None
         self._number = number
         self._dice = self.dice("world")
@@ -183,6 +183,7 @@ class World:
                 clock=clock or (lambda: self.agenda.now_s + offset_s), wall_clock=wall_clock or self.rank0.wall_clock,
                 metrics_interval_s=setup.config.metrics_interval_s, engine_lease_s=setup.config.engine_lease_s,
                 lease_s=setup.config.lease_s, request_timeout_s=setup.config.request_timeout_s,
+                welcome_max_s=setup.config.welcome_max_s,
             ),
         )  # fmt: skip
 
@@ -327,18 +328,16 @@ class World:
         rank0, comm = self.rank0, self.parting.comm(0)
         farewell = Farewell(comm, comm, rank0.clock, partial(rank0.sleep, []))
         patience_s, began = self.keeper.goodbye_s(self.shape.config.lease_s + CLOSE_S), rank0.clock()
-        try:
-            if silent := farewell.hear(patience_s, self.network.told()):
-                self.note("no goodbye from rank", *silent)
-                if heard := [rank for rank in silent if self.must_be_heard(rank)]:
-                    raise ViolationError(f"rank {heard[0]} has not ended though the job is over")
-                self._abort(code)
-            if farewell.dismiss():
-                through = self.parting.enter(0, end_in(patience_s - (rank0.clock() - began)))
-                while not through():
-                    rank0.sleep([], 0.1)
-        finally:
-            self._goodbye_s = rank0.clock() - began
+        self._goodbye_at = began
+        if silent := farewell.hear(patience_s, self.network.told()):
+            self.note("no goodbye from rank", *silent)
+            if heard := [rank for rank in silent if self.must_be_heard(rank)]:
+                raise ViolationError(f"rank {heard[0]} has not ended though the job is over")
+            self._abort(code)
+        if farewell.dismiss():
+            through = self.parting.enter(0, end_in(patience_s - (rank0.clock() - began)))
+            while not through():
+                rank0.sleep([], 0.1)
 
     def _hindered(self) -> bool:
         """Whether a rank may have been kept from MPI's own end after it had said goodbye."""
@@ -369,8 +368,9 @@ class World:
         exit_by = self.keeper.exit_by
         if exit_by is None or (outcome is not None and outcome.outcome == "done"):
             return
-        late_s = self.rank0.clock() - exit_by - self.rank0.held_up_s - min(self._goodbye_s, GOODBYE_LEAST_S + LEAVE_S)
-        if late_s > PUNCTUAL_S:
+        granted_s = max(exit_by, self._goodbye_at + GOODBYE_LEAST_S + LEAVE_S)
+        late_s = self.rank0.clock() - granted_s - self.rank0.held_up_s
+        if late_s > 0.0:
             raise ViolationError(f"the job ended {late_s:.1f} s later than it was to, {outcome}")
 
     def _wait_for_all(self) -> None:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduling.errors import RecordError, RunDirError
+from scheduling.errors import RecordError, RunDirError, StoppedError
 from scheduling.link import ENVELOPE_BYTES_MAX
 from scheduling.recordline import line_checks, seal
 from storage import files, recovery
@@ -201,6 +201,24 @@ def test_scan_changes_nothing() -> None:
     assert found.torn_bytes == 4
     assert disk.files[PATH].now.endswith(b"torn")
     assert set(disk.calls) == {"read"}
+
+
+def test_who_has_a_record_read_is_asked_now_and_then_and_may_end_it_with_nothing_changed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(recovery, "LINES_BETWEEN", 2)
+    disk = disk_with(b"".join(ok_line(index) for index in range(7)) + b"torn")
+    asked: list[int] = []
+
+    def ask() -> None:
+        asked.append(1)
+        if len(asked) == 3:
+            raise StoppedError("asked to stop")
+
+    with pytest.raises(StoppedError):
+        recover(disk, PATH, ask)
+    assert set(disk.calls) == {"read"}
+    assert recover(disk, PATH).done == 7
 
 
 def test_unreadable_and_unrepairable_records_are_clear_errors() -> None:

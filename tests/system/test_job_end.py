@@ -121,6 +121,61 @@ def test_when_rank_0_stops_for_ever_at_the_end_nobody_stays(
     check_whole(run, undisturbed)
 
 
+STOP_AT_THE_START = """
+import os, signal
+from coordinator import cli, config, handshake, mpi
+from coordinator.farewell import Farewell
+config.WELCOME_LEAST_S = mpi.RANK0_S = 5.0
+def stopping(*given):
+    while True:
+        os.kill(os.getpid(), signal.SIGSTOP)
+def refusing(*given):
+    return ["as the test will have it"]
+%s
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("mpirun", ["openmpi", "mpich"], indirect=True)
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("handshake.Handshake.step = stopping", "nothing was heard of rank 0 for"),
+        ("handshake.differences, Farewell.hear = refusing, stopping", "rank 0 does not leave: ending the job"),
+    ],
+    ids=["before it welcomes anybody", "when it has refused everybody"],
+)
+def test_when_rank_0_stops_for_ever_at_the_start_nobody_stays(
+    mpirun: Launcher, tmp_path: Path, what: str, said: str
+) -> None:
+    done, _ = altered(mpirun, tmp_path, STOP_AT_THE_START % what, ranks=3, more=("--rank0-lease", 5))
+    assert done.rc != 0, done.output
+    assert said in done.stderr
+
+
+STOP_BEFORE_MPI = """
+import os, signal
+from coordinator import watch
+watch.START_S = watch.GRACE_S = 5.0
+while %r in (os.environ.get("OMPI_COMM_WORLD_RANK"), os.environ.get("PMI_RANK")):
+    os.kill(os.getpid(), signal.SIGSTOP)
+from coordinator import cli
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("rank", ["0", "2"])
+@pytest.mark.parametrize(
+    ("mpirun", "ulfm"), [("openmpi", False), ("openmpi", True), ("mpich", False)], indirect=["mpirun"]
+)
+def test_a_rank_that_does_not_come_to_mpis_start_is_not_waited_for(
+    mpirun: Launcher, tmp_path: Path, rank: str, ulfm: bool
+) -> None:
+    done, _ = altered(mpirun, tmp_path, STOP_BEFORE_MPI % rank, ranks=3, ulfm=ulfm)
+    assert done.rc != 0, done.output
+    assert done.stderr.count("llmpi: not all ranks came to MPI's start within ") == 1
+
+
 STOP_WHEN_CALLED_TOGETHER = """
 import os, signal, time
 from coordinator import cli, ending

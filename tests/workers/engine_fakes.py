@@ -17,7 +17,7 @@ import numpy.typing as npt
 from scheduling.requests import Request, Sampling
 from workers.protocol import Job
 from workers.sampling import NOT_FINITE
-from workers.shortlist import Shortlist
+from workers.shortlist import Shortlist, Sums
 from workers.stepper import Vocabulary
 from workers.text import PieceTable
 
@@ -110,6 +110,7 @@ class FakeDecoder:
     def __init__(self, batch_tokens: int = 64, ctx_tokens: int = 100, reads_all: bool = False) -> None:
         self.fetched = 0
         self.lists = False
+        self.lists_at = 1.0
         self.batch_tokens = batch_tokens
         self.ctx_tokens = ctx_tokens
         self.reads_all = reads_all
@@ -166,8 +167,9 @@ class FakeDecoder:
         self.logits_now = np.array(out, np.float32).reshape(-1, VOCAB)
         return 0
 
-    def want_lists(self, wanted: bool) -> None:
+    def want_lists(self, wanted: bool, temperature: float = 0.0) -> None:
         self.lists = wanted
+        self.lists_at = temperature or 1.0
 
     def shortlist(self, rows: int) -> Shortlist | None:
         """Of groups of one token, for which a random number of groups is listed."""
@@ -182,7 +184,9 @@ class FakeDecoder:
         room[:, :count] = listed
         top = logits.max(axis=1)
         total = np.exp(logits - top[:, None]).sum(axis=1).astype(np.float64)
-        return Shortlist(ids.astype(np.int32), listed, room, 1, top, total)
+        weights = np.exp((logits - top[:, None]) / np.float32(self.lists_at))
+        sums = Sums(self.lists_at, weights, logits[:, [EOG]], lambda row, group: logits[row, group : group + 1])
+        return Shortlist(ids.astype(np.int32), listed, room, 1, top, total, sums)
 
     def best(self, rows: int) -> npt.NDArray[np.int32] | None:
         if not self.chooses:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 
 from scheduling.constraints import Constraint
@@ -15,7 +16,8 @@ from tests.workers.test_engine import PROMPTS, Session, chat, config, counted
 from tests.workers.test_supervisor import PATIENCE_S, listen
 from workers.protocol import Answer, EngineConfig, Job
 
-pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+lib = pytest.importorskip("llama_cpp.llama_cpp", reason="llama-cpp-python is not installed")
+backend_sampling = pytest.importorskip("workers.backend_sampling")
 
 SCHEMA = (
     '{"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": false}'
@@ -28,11 +30,13 @@ def on(where: str, made: EngineConfig) -> EngineConfig:
 
 def of_all_kinds() -> list[Job]:
     """Greedy texts, and between them those that need their logits."""
-    jobs = [chat(place, prompt) for place, prompt in enumerate(PROMPTS[:8])]
-    jobs += [chat(100 + k, PROMPTS[k], temperature=0.9, top_p=0.9, seed=k) for k in range(4)]
-    jobs += [chat(200 + k, PROMPTS[k], repeat_penalty=1.2) for k in range(4)]
-    jobs += [chat(300 + k, PROMPTS[k], ignore_eos=True, max_tokens=40) for k in range(4)]
-    jobs += [chat(400 + k, PROMPTS[k], constraint=Constraint("schema", SCHEMA)) for k in range(2)]
+    jobs = [chat(place, prompt) for place, prompt in enumerate(PROMPTS[:5])]
+    jobs += [chat(100 + k, PROMPTS[k], temperature=0.9, top_p=0.9, seed=k) for k in range(3)]
+    jobs += [chat(600 + k, PROMPTS[k], temperature=(1.0, 0.7, 1.3)[k % 3], seed=k) for k in range(6)]
+    jobs += [chat(700 + k, PROMPTS[k], temperature=1.0, seed=k, ignore_eos=True, max_tokens=40) for k in range(2)]
+    jobs += [chat(200 + k, PROMPTS[k], repeat_penalty=1.2) for k in range(2)]
+    jobs += [chat(300 + k, PROMPTS[k], ignore_eos=True, max_tokens=40) for k in range(2)]
+    jobs += [chat(400, PROMPTS[0], constraint=Constraint("schema", SCHEMA))]
     for key in (500, 501):
         asking = chat(key, PROMPTS[key - 500])
         jobs.append(msgspec.structs.replace(asking, request=msgspec.structs.replace(asking.request, logprobs=2)))
@@ -95,6 +99,30 @@ def test_micro_batches_smaller_than_a_step_leave_the_choice_to_the_host(tiny_mod
     made = msgspec.structs.replace(on("device", config(tiny_model, slots=8)), ubatch_tokens=4)
     got = answered(made, [chat(k, PROMPTS[k]) for k in range(8)])
     assert all((answer.error, answer.output_tokens > 0) == (None, True) for answer in got.values())
+
+
+def test_what_a_graph_gives_changes_only_when_nobody_has_wanted_it_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned: list[object] = []
+    kept: int = backend_sampling.LISTS_KEPT
+    monkeypatch.setattr(lib, "llama_set_sampler", lambda *_: planned.append(None))
+    given = backend_sampling.BackendSampling(4, 4, 49_152, np.array([2]))
+
+    def want(times: int, wanted: bool, temperature: float = 0.0) -> float:
+        for _ in range(times):
+            given.want_lists(None, wanted, temperature)
+        lists: float = given.lists
+        return lists
+
+    assert want(1, True, 0.7) == 0.7, "nobody has had anything yet"
+    assert want(kept - 1, True, 1.0) == 0.7
+    assert want(1, True, 0.7) == 0.7
+    assert want(kept - 1, True, 1.0) == 0.7
+    assert want(1, True, 1.0) == 1.0
+    assert want(kept + 1, True) == 1.0, "with a filter any will do"
+    assert want(kept - 1, False) == 1.0
+    assert want(1, False) == 0.0
+    assert want(1, True) == 1.0
+    assert len(planned) == 4
 
 
 BROKEN = """

@@ -10,7 +10,8 @@ from workers.inputs import TEXT_BYTES_MIN, InputReader
 
 
 def tokenize(text: str, *, add_special: bool, parse_special: bool) -> list[int]:
-    """A letter is a token, a space is none; 1 stands before a text that has any."""
+    """A letter is a token, a space is none; 1 stands before a text that has any. A text is never parsed."""
+    assert not parse_special
     letters = [ord(letter) for letter in text if letter != " "]
     return [1] * (add_special and bool(letters)) + letters
 

@@ -9,7 +9,8 @@ from workers.prompts import PromptReader
 
 
 def tokenize(text: str, *, add_special: bool, parse_special: bool) -> list[int]:
-    return [1] * add_special + list(text.encode())
+    text, control = text.replace("<|end|>", ""), text.count("<|end|>")
+    return [1] * add_special + list(text.encode()) + ([2] if parse_special else list(b"<|end|>")) * control
 
 
 def reader(bos: int = 1, ctx_tokens: int = 10) -> PromptReader:
@@ -31,6 +32,10 @@ def completion(prompt: str | tuple[int, ...]) -> Request:
 
 def test_text_gets_what_the_model_puts_before_a_text() -> None:
     assert reader().tokens(completion("ab")).tolist() == [1, 97, 98]
+
+
+def test_control_text_of_a_plain_prompt_stays_text() -> None:
+    assert reader().tokens(completion("<|end|>")).tolist() == [1, *b"<|end|>"]
 
 
 def test_token_ids_are_taken_as_they_are() -> None:

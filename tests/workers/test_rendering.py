@@ -51,6 +51,7 @@ def test_it_says_what_the_template_says(confine: Confine) -> None:
         ("{{ 7 ** (10 ** 9) % 3 }}", "more than 2 seconds"),
         ("{% for i in range(10 ** 9) %}x{% endfor %}", "Range too big"),
         ("{{ 'x' * 10 ** 10 }}", "too much memory|2 seconds"),
+        ("{{ ('x' * 10 ** 9) | length }}", "too much memory"),
         ("{{ 'x' | center(10 ** 9) }}", "too much memory|2 seconds"),
         ("{{ '%1000000000d' | format(1) }}", "too much memory|2 seconds"),
         (DOUBLING, "too much memory|2 seconds"),

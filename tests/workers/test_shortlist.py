@@ -9,18 +9,21 @@ from hypothesis import strategies as st
 
 from scheduling.requests import Sampling
 from workers.choosing import choose
+from workers.groups import group_tokens
 from workers.parameters import Parameters
 from workers.sampling import NOT_FINITE, RowSampler
-from workers.shortlist import GROUPS, Shortlist, group_tokens
+from workers.shortlist import GROUPS, Shortlist, Sums
 
-TOKENS = 16
-VOCAB = TOKENS * 200
+TOKENS = 13
+VOCAB = TOKENS * 257
+"""Primes: so `group_tokens` cuts it, too."""
 EOG = np.array([7, 1000])
 
 
-def listed(logits: np.ndarray, groups: int) -> Shortlist:
+def listed(logits: np.ndarray, groups: int, at: float = 1.0, ends: np.ndarray = EOG) -> Shortlist:
     """What the device gives, made with numpy."""
     rows, every = len(logits), np.arange(len(logits))[:, None]
+    logits = logits.copy()
     by_group = logits.reshape(rows, -1, TOKENS)
     peaks = by_group.max(axis=2)
     order = np.argsort(-peaks, axis=1, kind="stable")[:, :groups]
@@ -28,7 +31,9 @@ def listed(logits: np.ndarray, groups: int) -> Shortlist:
     room[:, : groups * TOKENS] = by_group[every, order].reshape(rows, -1)
     top = logits.max(axis=1)
     total = np.exp(logits - top[:, None]).sum(axis=1).astype(np.float64)
-    return Shortlist(order.astype(np.int32), peaks[every, order], room, TOKENS, top, total)
+    weights = np.exp((logits - top[:, None]) * np.float32(1.0 / at)).reshape(rows, -1, TOKENS).sum(axis=2)
+    sums = Sums(at, weights, logits[:, ends], lambda row, group: by_group[row, group])
+    return Shortlist(order.astype(np.int32), peaks[every, order], room, TOKENS, top, total, sums)
 
 
 filters = st.fixed_dictionaries(
@@ -61,7 +66,7 @@ def test_what_is_decided_is_what_all_logits_say(
     assume(some)
     rows, samplers = rows[some], [samplers[place] for place in some]
     steps = rng.integers(0, 1000, rows.size)
-    short = listed(logits, GROUPS)
+    short = listed(logits, GROUPS, max(sampler.whole_at for sampler in samplers) or 1.0)
     silenced = np.full(rows.size, ends)
     tokens, undecided = short.choose(rows, Parameters(samplers, steps, VOCAB), silenced, EOG)
     if ends:
@@ -88,7 +93,8 @@ def test_an_end_of_a_listed_group_does_not_come_however_likely_it_is(
     assume(sampler.listable)
     rows, parameters = np.arange(2), Parameters([sampler, sampler], [3, 4], VOCAB)
     # One row may end: it is as if the other were not there.
-    tokens, undecided = listed(logits, GROUPS).choose(rows, parameters, np.array([True, False]), EOG[:1])
+    short = listed(logits, GROUPS, sampler.whole_at or 1.0, EOG[:1])
+    tokens, undecided = short.choose(rows, parameters, np.array([True, False]), EOG[:1])
     logits[0, 7] = -np.inf
     expected = choose(logits, rows, parameters, lambda place: np.empty(0, np.int32))
     assert (tokens[~undecided] == expected[~undecided]).all()
@@ -123,6 +129,7 @@ def test_a_cut_that_hangs_on_what_is_not_listed_is_left_open(cut: int, silenced:
         (Sampling(temperature=0.8, top_p=0.9), True),
         (Sampling(temperature=1.0), True),
         (Sampling(temperature=0.7), True),
+        (Sampling(temperature=1.6), True),
         (Sampling(temperature=0.8, min_p=1e-30), False),
         (Sampling(temperature=0.8, top_k=3000), False),
     ],
@@ -132,7 +139,8 @@ def test_the_usual_filters_are_decided_where_logits_are_a_models(sampling: Sampl
     samplers = [RowSampler(sampling, seed, 0, VOCAB) for seed in range(50)]
     assert all(sampler.listable for sampler in samplers)
     every = np.arange(50)
-    _, undecided = listed(logits, GROUPS).choose(every, Parameters(samplers, every, VOCAB), np.zeros(50, np.bool_), EOG)
+    short = listed(logits, GROUPS, samplers[0].whole_at or 1.0)
+    _, undecided = short.choose(every, Parameters(samplers, every, VOCAB), np.zeros(50, np.bool_), EOG)
     assert undecided.mean() < 0.1 if decided else undecided.all()
 
 
@@ -140,7 +148,6 @@ def test_the_usual_filters_are_decided_where_logits_are_a_models(sampling: Sampl
     "sampling",
     [
         Sampling(temperature=0.0),
-        Sampling(temperature=1.2),
         Sampling(temperature=0.8, top_k=40, typical_p=0.9),
         Sampling(temperature=0.8, top_k=40, repeat_penalty=1.1),
         Sampling(temperature=0.8, top_k=40, logit_bias={5: 1.0}),

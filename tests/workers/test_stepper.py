@@ -490,6 +490,6 @@ def test_rows_are_fetched_from_the_device_only_where_more_than_the_largest_is_ne
     rig.submit(*(job(key, max_tokens=8) for key in range(6)))
     rig.run()
     assert rig.decoder.fetched == 0
-    rig.submit(job(10, max_tokens=5), job(11, max_tokens=5, temperature=1.5), job(12, max_tokens=5))
+    rig.submit(job(10, max_tokens=5), job(11, max_tokens=5, temperature=1.5, typical_p=0.9), job(12, max_tokens=5))
     rig.run()
     assert rig.decoder.fetched == (5 if rig.decoder.chooses else 0)

@@ -1,0 +1,49 @@
+"""Where a command begins, before anything else is loaded.
+
+A rank is a second old when it has loaded what it needs. A signal that asks it to stop may come before, and would end it
+by default: from the first line on it is noted here, and who listens later (`signals.StopSignals`, `ownmpirun`) takes
+it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import os
+import signal
+import sys
+from types import FrameType
+
+ASKED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PALS_RANKID", "SLURM_PROCID")
+"""One of these is there where a launcher has started this process."""
+INTERRUPTED = 130
+"""The status of a command that Ctrl-C has ended."""
+
+_early: list[int] = []
+
+
+def main() -> None:
+    """The entry point of `llmpi`: `coordinator.cli` runs the command."""
+    # At the exit Python looks for cycles in all that was loaded, a quarter of a second of processor time in each rank.
+    atexit.register(gc.freeze)
+    if "batch" in sys.argv[1:2] and any(name in os.environ for name in RANK_VARIABLES):
+        for number in ASKED:
+            signal.signal(number, _note)
+    try:
+        from coordinator.cli import main as command
+
+        command()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+def take_early() -> list[int]:
+    """The signals that came before anybody else listened, in order. They are told once."""
+    taken = _early[:]
+    del _early[: len(taken)]
+    return taken
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    _early.append(number)
