@@ -105,10 +105,12 @@ class Pace:
         Where batches are shaped for a GPU, `waiting`: prompts to be read, `short_tokens`: tokens left of short ones.
         """
         token_s = self._token_s
-        if not decoding or not self._step_s or not token_s:
+        if not decoding or not self._step_s:
             return self._batch_tokens
         spare_s = (STRETCH - 1.0) * self._step_s - self._pass_s
-        tokens = max(spare_s, WORTH * self._step_s) / token_s
+        # What a token takes may be unknown (only a few were ever read, say): as many as tell.
+        telling = TOGETHER_TOKENS if waiting else self._telling_tokens
+        tokens = max(spare_s, WORTH * self._step_s) / token_s if token_s else telling
         # One alone is no crowd, however few decode.
         tokens = max(tokens, self._batch_tokens * ((waiting - 1) / decoding - FEW) / (MANY - FEW))
         # No infinity: what a token takes may be next to nothing.

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.pace import READ_TOKENS_MIN, STRETCH, TOGETHER_TOKENS, WORTH, Pace
+from workers.pace import READ_TOKENS_MIN, SHORT_TOKENS, STRETCH, TOGETHER_TOKENS, WORTH, Pace
 
 
 def paced(step_s: float, token_s: float, batch_tokens: int = 2048, steps: int = 50) -> Pace:
@@ -27,6 +27,17 @@ def test_without_others_that_wait_a_whole_batch_is_read() -> None:
 
 def test_before_anything_was_measured_a_whole_batch_is_read() -> None:
     assert Pace(512).allowed(8) == 512
+
+
+def test_where_no_token_has_a_price_yet_few_are_read_at_first() -> None:
+    """Only questions of a line have come. On a processor 2,000 tokens at once were a gap of a minute."""
+    pace = Pace(4096)
+    pace.observe(0, 12, 0.1)
+    pace.observe(2, 0, 0.05)
+    assert pace.allowed(2) == SHORT_TOKENS
+    assert pace.allowed(2, 1) == TOGETHER_TOKENS, "what a GPU reads in a tenth of a second"
+    pace.observe(2, SHORT_TOKENS, 0.05 + SHORT_TOKENS * 0.01)
+    assert pace.allowed(2) == READ_TOKENS_MIN
 
 
 def test_steps_that_only_read_tell_what_a_token_costs_but_nothing_about_those_that_decode() -> None:
