@@ -58,7 +58,7 @@ def be_rank(options: argparse.Namespace) -> None:
 def lead(options: argparse.Namespace, setup: Any, world: Any) -> None:
     """Rank 0: measure, and print what was found as one line."""
     from coordinator.bench_dispatch import write_prompts
-    from coordinator.loop import Callbacks
+    from coordinator.callbacks import Callbacks
     from coordinator.session import Session
     from coordinator.source import FileSource
     from storage.files import OsDisk
@@ -74,7 +74,7 @@ def lead(options: argparse.Namespace, setup: Any, world: Any) -> None:
         record = RecordWriter(
             OsDisk(), record_path, time.monotonic, config.commit_interval_s, config.commit_bytes, lambda: None
         )
-        coordinator = session.begin(source, record, Callbacks())  # type: ignore[arg-type]
+        coordinator = session.begin(source, record, Callbacks())
         session.run(lambda: len(coordinator.ready) < world.size - 1)
         found: dict[str, Any] = {"ranks": world.size, "fanout": options.fanout}
         pids = [os.getpid(), *session._pids.values()]
@@ -115,7 +115,7 @@ class Held:
         self.open = False
 
     def read(self, max_requests: int, max_bytes: int) -> list[Any]:
-        return self._source.read(max_requests, max_bytes) if self.open else []  # type: ignore[no-any-return]
+        return self._source.read(max_requests, max_bytes) if self.open else []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._source, name)

@@ -18,6 +18,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 
@@ -47,11 +48,11 @@ def loads(times: int) -> dict[str, Load]:
     }
 
 
-def config(options: argparse.Namespace, **engine: object) -> JobConfig:
+def config(options: argparse.Namespace, **engine: Any) -> JobConfig:
     return JobConfig(
         model=options.model, slots=options.slots, contexts=options.contexts, ctx=CTX_TOKENS, threads=options.threads,
         **engine,
-    )  # type: ignore[arg-type]  # fmt: skip
+    )  # fmt: skip
 
 
 def run(bench: BenchEngine, load: Load, repeat: int) -> Figures:

@@ -21,11 +21,9 @@ from typing import Any
 
 import msgspec
 
-from coordinator.bench_engine import BenchEngine, Repeat
+from coordinator.bench_engine import BenchEngine, Repeat, first_engine
 from coordinator.config import JobConfig
-from coordinator.engines import engine_config
 from coordinator.setup import prepare
-from scheduling.placement import plan_alone
 from scheduling.requests import Message, Request, Sampling, parse_request
 from workers.protocol import EngineConfig, Job
 
@@ -88,9 +86,7 @@ def engine_of(options: argparse.Namespace) -> EngineConfig:
     setup = prepare(config)
     if setup.problem is not None:
         sys.exit(str(setup.problem))
-    want_gpu = {"auto": None, "gpu": True, "cpu": False}[config.device]
-    placement = plan_alone(setup.host, gpus_per_rank=1, want_gpu=want_gpu)[0]
-    return engine_config(config, setup.model, placement, {gpu.uuid: gpu for gpu in setup.host.gpus})
+    return first_engine(setup)
 
 
 def measure(engine: EngineConfig, kinds: dict[str, list[Job]], repeats: int) -> list[dict[str, Any]]:

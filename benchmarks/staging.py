@@ -179,6 +179,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["serve"]:
         serve(sys.argv[2])
     elif sys.argv[1:2] == ["rank"]:
-        be_rank(*sys.argv[2:5], int(sys.argv[5]))
+        be_rank(sys.argv[2], sys.argv[3], sys.argv[4], int(sys.argv[5]))
     else:
         main()

@@ -134,11 +134,11 @@ def run(options: argparse.Namespace, requests: Path, run_dir: Path, seed: int, *
 def as_rank(slower: float, arguments: list[str]) -> None:
     """Be one rank of the job. Whether its engine is slow must be in no option: those are the same on all ranks."""
     from coordinator import cli, engines
+    from coordinator.simulated import simulated_engine
 
     rank = next(int(os.environ[name]) for name in RANK if name in os.environ)
     if rank == WORKERS:
-        as_measured = engines.simulated_engine
-        engines.simulated_engine = lambda config, times, placement: as_measured(  # type: ignore[attr-defined]
+        engines.simulated_engine = lambda config, times, placement: simulated_engine(  # type: ignore[attr-defined]
             config, times.scaled(slower), placement
         )
     sys.argv[1:] = arguments

@@ -30,7 +30,7 @@ from coordinator.transport import Backoff
 from scheduling.errors import EXIT_OK, ConfigError, HandshakeError, RequestError, StagingError
 from scheduling.logprobs import Score
 from scheduling.messages import Delta
-from scheduling.requestlines import request_line, text_line
+from scheduling.requestlines import prompt_line
 from scheduling.requests import Request, Sampling, parse_request
 from scheduling.vectors import Vectors, from_base64
 
@@ -119,8 +119,8 @@ class Pool:
         on_note: called with a line of text when something worth telling happens (an engine was lost, say).
         **options: fields of `coordinator.config.JobConfig`: schedule, slots, ctx, contexts, threads, gpu_layers,
             device, gpus_per_rank, ranks_per_gpu, coordinator_works, max_tokens, seed, chat_template, pooling,
-            stage, stage_dir, embeddings (True where only `embed` will be called: nothing is kept ready for generating
-            text), …
+            draft_model, loras (a list of PATH or PATH:SCALE), stage, stage_dir, embeddings (True where only `embed`
+            will be called: nothing is kept ready for generating text), …
 
     Raises:
         ConfigError: an option is unknown or out of range.
@@ -141,7 +141,8 @@ class Pool:
             hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(JobConfig.__struct_fields__)}"
             raise ConfigError(f"a Pool has no option {unknown[0]!r}: {hint}")
         try:
-            self._config = msgspec.convert({"model": os.fspath(model), **options}, JobConfig)
+            given = {"model": model, **options}
+            self._config = msgspec.convert({name: _written(value) for name, value in given.items()}, JobConfig)
         except msgspec.ValidationError as error:
             raise ConfigError(_wrong_option(error, options)) from None
         self._on_result = on_result
@@ -311,8 +312,7 @@ def _embedding_body(one: EmbeddingInput, dimensions: int | None) -> Prompt:
 def _parsed(prompt: Prompt, defaults: Sampling, default_id: str) -> Request:
     if isinstance(prompt, Request):
         return prompt
-    line = text_line(prompt) if isinstance(prompt, str) else request_line(prompt)
-    return parse_request(line, defaults, default_id=default_id)
+    return parse_request(prompt_line(prompt), defaults, default_id=default_id)
 
 
 def _with_defaults(prompt: Prompt, defaults: Sampling, default_id: str) -> Prompt:
@@ -325,9 +325,17 @@ def _with_defaults(prompt: Prompt, defaults: Sampling, default_id: str) -> Promp
         return prompt
 
 
+def _written(value: Any) -> Any:
+    """An option as a command line would give it: paths as text."""
+    if isinstance(value, list | tuple):
+        return [_written(one) for one in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
 def _wrong_option(error: msgspec.ValidationError, options: Mapping[str, Any]) -> str:
     """Which option is wrong, and what it may be where that is one of a few words."""
-    what, _, place = str(error).partition(" - at `$.")
+    # msgspec speaks of JSON.
+    what, _, place = str(error).replace("`array`", "`list`").replace("null", "None").partition(" - at `$.")
     name = place.rstrip("`")
     hint = get_type_hints(JobConfig).get(name)
     words = [repr(word) for part in (hint, *get_args(hint)) if get_origin(part) is Literal for word in get_args(part)]

@@ -46,7 +46,7 @@ from coordinator.inputfile import (
 )
 from coordinator.slicing.slices import WHOLE, Slice
 from scheduling.errors import InputError, RequestError
-from scheduling.requestlines import request_line, text_line
+from scheduling.requestlines import prompt_line
 from scheduling.requests import Request, Sampling
 
 __all__ = ["Arrival", "FileSource", "IterableSource", "Source", "same_input", "sniff_format"]
@@ -291,7 +291,7 @@ class IterableSource:
         """`first_index` is the number of the first request, where others came before in the same job."""
         if isinstance(prompts, str | bytes | Mapping | Request) or not isinstance(prompts, Iterable):
             raise InputError(
-                f"prompts is a {type(prompts).__name__}; give a list, or another iterable of prompts: [prompt]"
+                f"prompts is of type {type(prompts).__name__}; give a list, or another iterable of prompts: [prompt]"
             )
         self._first = first_index
         self._total = first_index + len(prompts) if isinstance(prompts, Sized) else None
@@ -335,12 +335,7 @@ class IterableSource:
 
     def _arrive(self, index: int, prompt: object) -> Arrival:
         try:
-            if isinstance(prompt, str):
-                line = text_line(prompt, default_id(index))
-            elif isinstance(prompt, Mapping | Request):
-                line = request_line(prompt)
-            else:
-                raise RequestError(f"a prompt must be a str, a dict or a Request, not {type(prompt).__name__}")
+            line = prompt_line(prompt, default_id(index))
         except RequestError as error:
             return of_refused(index, b"", error)
         return of_request(index, line, self._defaults)

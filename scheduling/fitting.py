@@ -127,6 +127,11 @@ class _Fitting:
             found = self._best(self._whole(gpus), gpus)
             if found is None and self.ask.gpu_layers is None:
                 found = self._best(self._parts(), gpus, SLOTS_FEW)
+                if found is not None and not self._holds(found):
+                    # A GPU that takes a few layers saves little: not worth that the longest request fails.
+                    on_cpu = self._best(self._on_cpu(), 0)
+                    if on_cpu is not None and self._holds(on_cpu):
+                        return self._result(on_cpu, 0)
             if found is not None:
                 return self._result(found, gpus)
             if self.ask.gpu_layers is not None:

@@ -41,6 +41,18 @@ def request_line(request: Mapping[str, Any] | Request) -> bytes:
         raise RequestError(f"the request cannot be written as JSON: {error}") from None
 
 
+def prompt_line(prompt: object, custom_id: str | None = None) -> bytes:
+    """The line for what a caller gave as a prompt: a text, which is called `custom_id`, or an object.
+
+    Raises RequestError for what is neither, or cannot be written.
+    """
+    if isinstance(prompt, str):
+        return text_line(prompt, custom_id)
+    if isinstance(prompt, Mapping | Request):
+        return request_line(prompt)
+    raise RequestError(f"a prompt must be a str, a dict or a Request, not {type(prompt).__name__}")
+
+
 def request_fields(request: Request) -> dict[str, Any]:
     """`request` as the object of a plain line: what `parse_request` turns into the same `Request` again."""
     fields: dict[str, Any] = {"custom_id": request.custom_id}

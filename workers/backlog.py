@@ -1,8 +1,9 @@
 """The engine's waiting line: every request from its arrival to its end, shared by all threads of the engine.
 
-A request goes raw -> ready -> started -> gone. The reader thread adds raw ones; the preparing thread turns their
-text into tokens, in order, so that they become ready in order; the stepping threads take ready ones, the longest
-first, choice by choice, as their slots become free. Recall, cancel and admission are atomic with each other: one lock.
+A request goes raw -> ready -> started -> gone. The reader thread adds raw ones; the preparing threads turn their text
+into tokens, in order, so that they become ready in order (all but long texts and grammars: those have a thread each);
+the stepping threads take ready ones, the longest first, choice by choice, as their slots become free. Recall, cancel
+and admission are atomic with each other: one lock.
 
 There is a line for each `Lane`, the kind of context that a request needs. With several contexts in a lane each takes
 no more than its even share of what runs and waits there, so that a short line is spread over all of them instead of

@@ -2,7 +2,7 @@
 
     reader (the main thread)   frames from the rank: submit, recall, cancel; end of file ends the engine
     preparing threads          chat templates, tokenising and compiling grammars, ahead of admission: one for all in
-                               order, one for long texts, so that nobody waits for those
+                               order, one for long texts and one for grammars, so that nobody else waits for those
     one thread a context       `workers.stepper`, `workers.embedder` or `workers.scorer` (`workers.lanes` makes them),
                                over llama.cpp or over the simulation of it
     a pool                     helps the stepping threads to choose tokens
@@ -113,8 +113,9 @@ class BatchingEngine:
         )
         self._threads: list[threading.Thread] = []
         self._long_ones: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        self._constrained: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._one_at_a_time = threading.Lock()
-        """Of the preparing threads, where they open lanes and compile grammars."""
+        """Of the preparing threads, where they open lanes."""
         self._open_lanes: dict[Lane, str] = {}
         """Lanes that were asked for, and why they could not be opened ("" where they could)."""
         lanes = [Lane(name) for name in config.lanes_at_start] if model.can_generate else [Lane.EMBED]
@@ -223,6 +224,7 @@ class BatchingEngine:
         self._guard(lambda: self._read(in_fd))
         self._backlog.close()
         self._long_ones.put(None)
+        self._constrained.put(None)
         deadline_s = time.monotonic() + JOIN_S
         for thread in (*preparing, *self._threads):
             thread.join(max(0.0, deadline_s - time.monotonic()))
@@ -248,9 +250,13 @@ class BatchingEngine:
             self._outbox.send(Frame(finished=answers, running=self._backlog.running))
 
     def _start_preparing(self) -> list[threading.Thread]:
+        bodies = {
+            "prepare": self._prepare,
+            "prepare-long": self._prepare_long,
+            "prepare-constrained": self._prepare_constrained,
+        }
         threads = [
-            threading.Thread(target=self._guard, args=(body,), name=name, daemon=True)
-            for name, body in (("prepare", self._prepare), ("prepare-long", self._prepare_long))
+            threading.Thread(target=self._guard, args=(body,), name=name, daemon=True) for name, body in bodies.items()
         ]
         earlier = threading.stack_size(PREPARING_STACK_BYTES)
         try:
@@ -271,17 +277,30 @@ class BatchingEngine:
         while (task := self._long_ones.get()) is not None:
             self._prepare_one(task)
 
+    def _prepare_constrained(self) -> None:
+        while (task := self._constrained.get()) is not None:
+            self._try(self._compile, task)
+            self._prepared(task)
+
     def _prepare_one(self, task: Task) -> None:
+        self._try(self._prepare_inputs if task.job.request.inputs else self._prepare_prompt, task)
+        if task.error is None and task.lane is not Lane.EMBED and task.sampling.constraint is not None:
+            self._constrained.put(task)
+        else:
+            self._prepared(task)
+
+    @staticmethod
+    def _try(part: Callable[[Task], None], task: Task) -> None:
         try:
-            if task.job.request.inputs:
-                self._prepare_inputs(task)
-            else:
-                self._prepare_prompt(task)
+            part(task)
         except RequestError as error:
             task.error = str(error)
         except Exception as error:  # one prompt must not end the engine
             traceback.print_exc()
             task.error = f"preparing the prompt failed: {type(error).__name__}: {error}"
+
+    def _prepared(self, task: Task) -> None:
+        """It may start, or has ended already."""
         if task.error is None and (task.limit >= 1 or task.lane is Lane.SCORE):
             self._backlog.ready(task)
         elif self._backlog.end_unstarted(task):
@@ -298,8 +317,10 @@ class BatchingEngine:
         task.lane = self._lane(task)
         with self._one_at_a_time:
             self._need(task.lane)
-            if task.sampling.constraint is not None:
-                task.grammar = self._constraints.grammar(task.sampling.constraint)
+
+    def _compile(self, task: Task) -> None:
+        assert task.sampling.constraint is not None
+        task.grammar = self._constraints.grammar(task.sampling.constraint)
 
     def _prepare_inputs(self, task: Task) -> None:
         request = task.job.request

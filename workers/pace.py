@@ -38,6 +38,9 @@ READ_TOKENS_MIN = 32
 """Fewer are not worth a pass, and multiples of it make fewer shapes for a GPU to get used to."""
 WEIGHT = 0.1
 """Of the newest measurement."""
+HELD_UP = 4.0
+"""A step that takes so many times as long as others was held up by something else. Taken at its word it would let whole
+batches be read for as long as no other step decodes only."""
 STALE = 20.0
 """A token's price is not what it was where what is read takes so many times as long. The price of a pass does not
 explain that: on a GPU 32 tokens took up to 9 times as long as among many."""
@@ -62,10 +65,14 @@ class Pace:
             if read_tokens >= (self._telling_tokens if self._proven else READ_TOKENS_MIN):
                 self._read(read_tokens, step_s)
         elif not read_tokens:
-            self._step_s += WEIGHT * (step_s - self._step_s) if self._step_s else step_s
+            if not self._step_s or self._step_s > HELD_UP * step_s:
+                self._step_s = step_s
+            self._step_s += WEIGHT * (min(step_s, HELD_UP * self._step_s) - self._step_s)
         elif self._step_s:
             extra_s = max(0.0, step_s - self._step_s)
-            if read_tokens >= READ_TOKENS_MIN and self._pass_s > (STALE - 1.0) * read_tokens * self._token_s > 0.0:
+            told_s = read_tokens * self._token_s
+            # The price of a pass may be one of many tokens, and this one of few: both must say so.
+            if read_tokens >= READ_TOKENS_MIN and min(extra_s, self._pass_s + told_s) > STALE * told_s > 0.0:
                 self._forget()
             known = self._proven if read_tokens >= self._telling_tokens else self._reading_tokens > 0
             if extra_s and not known:
@@ -98,10 +105,12 @@ class Pace:
         Where batches are shaped for a GPU, `waiting`: prompts to be read, `short_tokens`: tokens left of short ones.
         """
         token_s = self._token_s
-        if not decoding or not self._step_s or not token_s:
+        if not decoding or not self._step_s:
             return self._batch_tokens
         spare_s = (STRETCH - 1.0) * self._step_s - self._pass_s
-        tokens = max(spare_s, WORTH * self._step_s) / token_s
+        # What a token takes may be unknown (only a few were ever read, say): as many as tell.
+        telling = TOGETHER_TOKENS if waiting else self._telling_tokens
+        tokens = max(spare_s, WORTH * self._step_s) / token_s if token_s else telling
         # One alone is no crowd, however few decode.
         tokens = max(tokens, self._batch_tokens * ((waiting - 1) / decoding - FEW) / (MANY - FEW))
         # No infinity: what a token takes may be next to nothing.

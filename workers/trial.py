@@ -61,6 +61,14 @@ def in_plain_words(error: str) -> str:
         return "no text at all can satisfy it"
     if "oneOf constraints" in error:
         return "oneOf works only where no two of its options can hold at once; anyOf always does"
+    if re.search("too many expressions|fuel exhausted|configuration \\(grammar\\) too big", error):
+        return "it is too complex"
+    if "regex for float range" in error:
+        return "a bound of a number is too large: they go up to 9e18"
+    if re.search("%json.*number out of range", error):
+        return "a number in it is too large"
+    if "invalid multiple of" in error:
+        return "multipleOf must be a number above 0"
     lines = [line.strip() for line in error.splitlines()]
     lines = [line for line in lines if line and not line.startswith(("<", "^"))] or ["unknown error"]
     text = re.sub(r"^(at )?\d+\(\d+\): |failed to compile JSON schema: ", "", lines[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -116,6 +117,9 @@ def test_stream_ends_and_raises_what_went_wrong(pool: Pool) -> None:
     assert list(pool.stream("hello")) == []  # the null engine says everything at the end
     with pytest.raises(RequestError, match="top_q"):
         list(pool.stream({"prompt": "x", "top_q": 1}))
+    nothing: Any = None
+    with pytest.raises(RequestError, match="a prompt must be a str, a dict or a Request, not NoneType"):
+        list(pool.stream(nothing))
 
 
 @pytest.mark.parametrize(
@@ -174,7 +178,8 @@ def test_the_pool_of_the_package_is_this_one() -> None:
         ({"slotz": 4}, "slotz"),
         ({"slots": "many"}, "slots is 'many': it must be a whole number or 'auto'"),
         ({"split": "foo"}, "split is 'foo': it must be 'layer' or 'row' or 'tensor'"),
-        ({"threads": "many"}, "option threads is wrong: .*int"),
+        ({"threads": "many"}, "option threads is wrong: Expected `int | None`"),
+        ({"loras": "a.gguf"}, "option loras is wrong: Expected `list`, got `str`"),
         ({"slots": 0}, "--slots"),
         ({"schedule": "fastest"}, "fastest"),
         ({"engine": "steam"}, "steam"),
@@ -183,6 +188,11 @@ def test_the_pool_of_the_package_is_this_one() -> None:
 def test_unknown_or_impossible_option_is_refused(options: dict[str, Any], word: str) -> None:
     with pytest.raises(ConfigError, match=word):
         Pool("none", **options)
+
+
+def test_files_may_be_given_as_paths(tmp_path: Path) -> None:
+    with null_pool(loras=[tmp_path / "a.gguf"], stage_dir=tmp_path) as pool:
+        assert len(list(pool.generate(["x"]))) == 1
 
 
 @pytest.mark.parametrize(
@@ -195,7 +205,7 @@ def test_impossible_sampling_is_refused_at_once(pool: Pool, sampling: dict[str, 
 
 @pytest.mark.parametrize("prompts", ["one text", b"bytes", {"prompt": "x"}, 7])
 def test_what_is_no_list_of_prompts_is_refused(pool: Pool, prompts: Any) -> None:
-    with pytest.raises(InputError, match="prompts is a"):
+    with pytest.raises(InputError, match="prompts is of type"):
         list(pool.generate(prompts))
 
 

@@ -195,6 +195,17 @@ def test_a_gpu_that_is_too_small_for_anything_is_left_alone() -> None:
     assert "nothing on the GPU" in fitted.said
 
 
+@pytest.mark.parametrize(("shape", "megabytes"), [(B1, 1300), (B8, 1700)])
+def test_a_few_layers_on_a_gpu_are_not_worth_that_the_longest_request_fails(shape: ModelShape, megabytes: int) -> None:
+    """Little is left of a GPU that is large: CUDA takes half of it."""
+    room = Room(gpu_bytes=(megabytes * 10**6,), gpu_total_bytes=(141 * GB,), host_bytes=HOST)
+    fitted = fit(shape, Ask(), room, ONE_LONG)
+    assert fitted.long_ctx_tokens == 16_128, fitted.said
+    assert fitted.gpu_layers == 0
+    short = fit(shape, Ask(), room, alike(1000, 256))
+    assert short.gpu_layers > 0
+
+
 @pytest.mark.parametrize(("asked", "is_said"), [(None, False), (0, False), (-1, True), (99, True)])
 def test_layers_that_no_gpu_takes_are_spoken_of(asked: int | None, is_said: bool) -> None:
     said = fit(B1, Ask(gpu_layers=asked), Room(host_bytes=HOST), alike(8, 256)).said

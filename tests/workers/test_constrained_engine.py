@@ -147,6 +147,13 @@ def test_what_cannot_be_used_fails_alone(tiny: Session, constraint: Constraint, 
     assert answers[501].error is None
 
 
+def test_nobody_else_waits_for_a_schema_that_takes_long(tiny: Session) -> None:
+    held = schema({"patternProperties": {f"^k{n}[a-z]*(a|b){{1,9}}x$": {} for n in range(600)}})
+    got = tiny.ask(chat(300, "Hi", constraint=held), *(chat(key, "Hi", max_tokens=1) for key in range(301, 309)))
+    assert list(got)[-1] == 300
+    assert "more than 3 seconds" in (got[300].error or "")
+
+
 def test_an_ambiguous_grammar_ends_its_request_and_no_other(tiny: Session) -> None:
     hostile = of_grammar("root ::= (.? .? .?){0,200} (.? .? .? .?){0,200} [a-z]{0,50} root | .")
     jobs = [chat(600, "x", constraint=hostile, max_tokens=200, ignore_eos=False, temperature=1.0),

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.pace import READ_TOKENS_MIN, STRETCH, TOGETHER_TOKENS, WORTH, Pace
+from workers.pace import READ_TOKENS_MIN, SHORT_TOKENS, STRETCH, TOGETHER_TOKENS, WORTH, Pace
 
 
 def paced(step_s: float, token_s: float, batch_tokens: int = 2048, steps: int = 50) -> Pace:
@@ -27,6 +27,17 @@ def test_without_others_that_wait_a_whole_batch_is_read() -> None:
 
 def test_before_anything_was_measured_a_whole_batch_is_read() -> None:
     assert Pace(512).allowed(8) == 512
+
+
+def test_where_no_token_has_a_price_yet_few_are_read_at_first() -> None:
+    """Only questions of a line have come. On a processor 2,000 tokens at once were a gap of a minute."""
+    pace = Pace(4096)
+    pace.observe(0, 12, 0.1)
+    pace.observe(2, 0, 0.05)
+    assert pace.allowed(2) == SHORT_TOKENS
+    assert pace.allowed(2, 1) == TOGETHER_TOKENS, "what a GPU reads in a tenth of a second"
+    pace.observe(2, SHORT_TOKENS, 0.05 + SHORT_TOKENS * 0.01)
+    assert pace.allowed(2) == READ_TOKENS_MIN
 
 
 def test_steps_that_only_read_tell_what_a_token_costs_but_nothing_about_those_that_decode() -> None:
@@ -96,6 +107,19 @@ def test_a_machine_on_which_a_token_becomes_a_hundred_times_as_dear_is_noticed()
     assert read[-20:] == [READ_TOKENS_MIN] * 20
 
 
+def test_the_last_piece_of_a_prompt_is_no_other_machine() -> None:
+    """A 1B on a GPU: 250 tokens make a step of 4 ms 10 ms longer, which is 20 times what 33 take in a whole batch, but
+    33 only 5 ms."""
+    pace = Pace(2048)
+    pace.observe(0, 2000, 2000 * 12e-6)
+    pace.observe(32, 0, 0.004)
+    for _ in range(40):
+        pace.observe(32, 250, 0.004 + 0.0082 + 250 * 12e-6)
+    before = pace.allowed(32, 1)
+    pace.observe(32, 33, 0.004 + 0.0044 + 33 * 12e-6)
+    assert pace.allowed(32, 1) >= before >= 160
+
+
 def beside_others(pace: Pace, step_s: float, pass_s: float, token_s: float, steps: int) -> list[int]:
     """How much of a long prompt is read in each of so many steps in which 32 others decode."""
     read = []
@@ -162,6 +186,21 @@ def test_a_step_that_was_held_up_by_something_else_is_little_weighed() -> None:
     before = pace.allowed(8)
     pace.observe(8, before, 5.0)
     assert pace.allowed(8) >= before - 2 * READ_TOKENS_MIN
+
+
+@pytest.mark.parametrize("before", [0, 50])
+def test_a_step_that_only_decodes_and_was_held_up_does_not_make_reading_free(before: int) -> None:
+    """The machine slept, say, or a first step loaded something; then every step reads."""
+    usual = paced(1e-2, 1e-4).allowed(8)
+    pace = paced(1e-2, 1e-4, steps=before)
+    pace.observe(8, 0, 5.0)
+    if not before:
+        pace.observe(8, 0, 1e-2)
+    read = []
+    for _ in range(50):
+        read.append(pace.allowed(8))
+        pace.observe(8, read[-1], 1e-2 + read[-1] * 1e-4)
+    assert sum(read[-20:]) <= 20 * 1.6 * usual
 
 
 def test_the_more_wait_to_be_read_the_more_is_read() -> None:
