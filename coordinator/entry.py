@@ -25,7 +25,8 @@ _early: list[int] = []
 
 def main() -> None:
     """The entry point of `llmpi`: `coordinator.cli` runs the command."""
-    # At the exit Python looks for cycles in all that was loaded, a quarter of a second of processor time in each rank.
+    # At the exit Python looks for cycles in all that was loaded but not in what is frozen: a quarter of a second of
+    # processor time in each rank.
     atexit.register(gc.freeze)
     if "batch" in sys.argv[1:2] and any(name in os.environ for name in RANK_VARIABLES):
         for number in ASKED:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 GATHER_CHUNK_BYTES = 64 << 20
 """Most that arrives at rank 0 at once."""
+SHRINK_LEAST_S = 1.0
+"""For the ranks that are left to come together, however late it is: what waits in vain there ends its process."""
 
 
 class Collectives:
@@ -133,7 +135,7 @@ class Collectives:
             raise RankLostError("ranks were lost, and this MPI was not started so that others can go on")
         # The only call here that blocks: Open MPI's way to wait for it without does not work. All have just agreed,
         # so it takes milliseconds unless a rank stops here.
-        watch = threading.Timer(self._left_s(), self._give_up)
+        watch = threading.Timer(max(SHRINK_LEAST_S, self._left_s()), self._give_up)
         watch.daemon = True
         watch.start()
         try:

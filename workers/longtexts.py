@@ -22,7 +22,6 @@ LONG_CHARACTERS = 1 << 16
 PREPARING_STACK_BYTES = 64 << 20
 """For the threads that tokenise what is not long."""
 TOKENIZE_S = 10.0
-"""Of processor time."""
 TOKENIZE_BYTES = 2 << 30
 STACK_BYTES = 1 << 30
 
@@ -42,10 +41,12 @@ def longest_text(request: Request) -> int:
 
 
 class LongTexts:
-    """The tokenizer of one model's file, in a process of its own that starts with the first long text."""
+    """The tokenizer of one model's file, in a process of its own that starts with the first long text. A text may take
+    `seconds` of processor time."""
 
-    def __init__(self, model: str) -> None:
-        self._process = Confined("workers.longtexts", model.encode(), _NO_GPU)
+    def __init__(self, model: str, seconds: float = TOKENIZE_S) -> None:
+        self._seconds = seconds
+        self._process = Confined("workers.longtexts", f"{seconds:g} {model}".encode(), _NO_GPU)
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         """Token ids of `text`. Raises `RequestError` if that takes more than is allowed."""
@@ -56,7 +57,7 @@ class LongTexts:
             raise RequestError(f"no process can be started to tokenise a long text: {error}") from error
         if said is None:
             why = why_died(
-                self._process.last_code, "tokenising it", seconds=TOKENIZE_S, more_bytes=TOKENIZE_BYTES,
+                self._process.last_code, "tokenising it", seconds=self._seconds, more_bytes=TOKENIZE_BYTES,
                 overflow="it has a word that is longer than llama.cpp can take",
             )  # fmt: skip
             raise RequestError(f"a text of {len(text)} characters cannot be used: {why}")
@@ -78,7 +79,8 @@ def main() -> None:
         return
     from workers.llama import LlamaTokenizer
 
-    tokenizer = LlamaTokenizer.of_file(body.decode())
+    seconds, _, model = body.decode().partition(" ")
+    tokenizer = LlamaTokenizer.of_file(model)
 
     def tokens(question: bytes) -> bytes:
         add_special, parse_special = bool(question[0]), bool(question[1])
@@ -87,7 +89,7 @@ def main() -> None:
         return np.array(ids, np.int32).tobytes()
 
     serve(
-        lambda question: on_stack(STACK_BYTES, lambda: tokens(question)), seconds=TOKENIZE_S,
+        lambda question: on_stack(STACK_BYTES, lambda: tokens(question)), seconds=float(seconds),
         more_bytes=TOKENIZE_BYTES + STACK_BYTES,
     )  # fmt: skip
 

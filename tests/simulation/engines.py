@@ -37,7 +37,7 @@ class Running:
 
 @dataclass
 class Deaths:
-    """How often an engine died that had been given a request and had not ended it, by index, over one session."""
+    """How often an engine died that had been given a request and had not told its end, by index, over one session."""
 
     counts: Counter[int] = field(default_factory=Counter)
 
@@ -154,7 +154,10 @@ class SimulatedEngine:
         self._advance()
         if self.lives:
             if self._said and self._dice.random() < 0.3:
-                del self._said[self._dice.randrange(len(self._said)) :]
+                cut = self._dice.randrange(len(self._said))
+                lost = [frame for frame in self._said[cut:] if isinstance(frame, Frame)]
+                del self._said[cut:]
+                self._had.update(answer.key for frame in lost for answer in frame.finished)
             self._die(reason)
 
     def hang(self, for_good: bool = False) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from scheduling.wording import counted
-from tests.launch import Argument, Finished, Launcher, run_alone, start_alone
+from tests.launch import ROOT, Argument, Finished, Launcher, run_alone, start_alone
 from tests.system.runs import (
     PATIENCE_S,
     Gate,
@@ -130,6 +130,35 @@ def test_a_time_limit_is_kept(gate: Gate, work: tuple[Argument, ...], run: Run) 
     assert stopped.rc == 3, stopped.output
     assert "the time limit of 5s" in stopped.stderr
     assert took_s < 5.0 + LOADED_S, f"gone after {took_s:.1f} s"
+
+
+LOADING = """
+import os, sys, time
+class Waits:
+    def find_spec(self, name, *given):
+        if name == "coordinator.cli":
+            open(f"{FOLDER}/loading.{os.getpid()}", "w").close()
+            while not os.path.exists(FOLDER + "/open"):
+                time.sleep(0.01)
+if {"OMPI_COMM_WORLD_RANK", "PMI_RANK"} & set(os.environ) and "batch" in sys.orig_argv:
+    sys.meta_path.insert(0, Waits())
+"""
+
+
+def test_a_signal_that_comes_while_ranks_load_is_kept(
+    mpirun: Launcher, work: tuple[Argument, ...], run: Run, tmp_path: Path
+) -> None:
+    folder = tmp_path / "loading"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(f"FOLDER = {str(folder)!r}\n{LOADING}")
+    with mpirun.start(3, *work, env={"PYTHONPATH": os.pathsep.join((str(folder), str(ROOT)))}) as job:
+        until(lambda: len(list(folder.glob("loading.*"))) == 3, "three ranks that load")
+        job.process.send_signal(drain_signal(mpirun))
+        time.sleep(0.5)  # it is on its way; what comes later is no other case
+        (folder / "open").touch()
+        stopped = job.wait(PATIENCE_S)
+    check_one_clear_line(stopped, 3, "nothing was started")
+    assert not run.record()
 
 
 def test_requeueing_outside_of_slurm_is_refused(work: tuple[Argument, ...]) -> None:

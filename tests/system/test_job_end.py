@@ -112,7 +112,7 @@ cli.main()
 def test_when_rank_0_stops_for_ever_at_the_end_nobody_stays(
     mpirun: Launcher, tmp_path: Path, undisturbed: Mapping[str, Any], where: str, said: str, status: int
 ) -> None:
-    soon = ("--lease", 5, "--rank0-lease", 5)
+    soon = ("--lease", 10, "--rank0-lease", 5)
     done, run = altered(mpirun, tmp_path, STOP_AT_THE_END % where, ranks=3, more=soon)
     assert done.rc != 0, done.output
     assert said in done.stderr

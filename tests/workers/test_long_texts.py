@@ -79,10 +79,20 @@ def test_a_long_text_has_the_tokens_that_it_has_anywhere(long_texts: LongTexts) 
     assert len(long_texts.tokenize(text, add_special=True, parse_special=True)) < len(whole)
 
 
-def test_what_takes_too_long_is_told_and_the_next_text_is_tokenised(long_texts: LongTexts) -> None:
+def test_a_word_that_is_too_long_is_told_and_the_next_text_is_tokenised(long_texts: LongTexts) -> None:
     with pytest.raises(RequestError, match=r"longer than llama.cpp can take|more than 10 seconds"):
         long_texts.tokenize("é" * 5_000_000, add_special=True, parse_special=False)
     assert long_texts.tokenize("Hi", add_special=False, parse_special=False)
+
+
+def test_what_takes_too_long_is_told_and_the_next_text_is_tokenised(tiny_model: Path) -> None:
+    one = LongTexts(str(tiny_model), 0.5)
+    try:
+        with pytest.raises(RequestError, match=r"tokenising it takes more than 0\.5 seconds"):
+            one.tokenize("Copper rivers and lamps. " * 400_000, add_special=True, parse_special=False)
+        assert one.tokenize("Hi", add_special=False, parse_special=False)
+    finally:
+        one.close()
 
 
 def test_the_longest_text_of_a_request_counts() -> None:

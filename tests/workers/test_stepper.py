@@ -131,10 +131,13 @@ def test_ignore_eos_never_ends_early() -> None:
     assert f"<{EOG}>" not in answers[2].choices[0].text
 
 
-def test_a_full_slot_ends_a_request() -> None:
+@pytest.mark.parametrize("requests", [1, 2])
+def test_a_full_slot_ends_a_request(requests: int) -> None:
+    """Alone it goes another way than beside others."""
     rig = Rig(ctx_tokens=8)
-    rig.submit(job(1, (32,) * 5, max_tokens=50))
-    assert only(rig.run()[1])[1:] == ("length", 3)
+    rig.submit(*(job(key, (32,) * 5, max_tokens=50) for key in range(requests)))
+    answers = rig.run()
+    assert [only(answers[key])[1:] for key in range(requests)] == [("length", 3)] * requests
 
 
 def test_many_more_requests_than_slots_are_all_answered_in_full() -> None:
