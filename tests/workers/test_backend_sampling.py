@@ -64,7 +64,9 @@ def test_one_slot_says_the_same_wherever_tokens_are_chosen(real_model: Path) -> 
 
 def test_many_slots_say_the_same_but_for_rounding(real_model: Path) -> None:
     jobs = of_all_kinds()
-    host, device = (answered(on(where, config(real_model, slots=8)), jobs) for where in ("host", "device"))
+    # Where cells are used again, a processor rounds by whose they were.
+    made = msgspec.structs.replace(config(real_model, slots=8), prefix_reuse=False)
+    host, device = (answered(on(where, made), jobs) for where in ("host", "device"))
     assert all(answer.error is None for answer in device.values())
     same = sum(device[key].choices[0].text == host[key].choices[0].text for key in host)
     assert same >= 0.8 * len(jobs)
