@@ -80,6 +80,8 @@ class Timekeeper:
         self.job = slurm_job(environ)
         self._slurm_at: float | None = None
         self._slurm = SlurmEnd(environ if options.slurm_limit else {})
+        self.meanwhile: Callable[[], None] = lambda: None
+        """Called at each look at the time."""
 
     # ------------------------------------------------------------ the time limit
 
@@ -98,6 +100,7 @@ class Timekeeper:
 
     def interruption(self) -> str | None:
         """Why a job that has not begun to work should not; None if it should."""
+        self.meanwhile()
         if self._signals.count:
             return f"{self._signals.name} received"
         limit = self.limit()
@@ -113,6 +116,7 @@ class Timekeeper:
     def stops(self, stop_asked: Callable[[], bool], size: Size) -> list[DrainRequested | TimeLimited]:
         """What the control plane is to be told now. `stop_asked`: by `llmpi stop`; `size`: of the record."""
         events: list[DrainRequested | TimeLimited] = []
+        self.meanwhile()
         if self._asked is None and (self._signals.count or stop_asked()):
             self._asked = "signal" if self._signals.count else "stop"
             reason = f"{self._signals.name} received" if self._signals.count else "asked by llmpi stop"

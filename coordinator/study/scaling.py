@@ -68,6 +68,7 @@ def run_scaling(config: JobConfig, design: Design, options: BatchOptions, argv: 
         world.goodbye_s = lambda: keeper.goodbye_s(config.lease_s + CLOSE_S)
         staged = stage_models(config, world, stopped=lambda: keeper.check("the model was staged"), quiet=options.quiet)
         crew = Crew(world)
+        keeper.meanwhile = crew.beat
         try:
             return _Scaling(config, design, options, launch, world, crew, staged, signals, keeper).run()
         finally:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from coordinator.closing import Size
+from coordinator.signals import StopSignals
 from coordinator.timekeeper import SLURM_MARGIN_S, StopOptions, Timekeeper, age_s
 from coordinator.timelimit import SQUEUE_TIMEOUT_S, SlurmEnd, parse_end_time, parse_time_limit, requeue
 from scheduling.errors import ConfigError
@@ -152,3 +154,12 @@ def test_requeueing_outside_of_slurm_is_refused() -> None:
 def test_a_drain_without_a_bound_is_refused(seconds: float) -> None:
     with pytest.raises(ConfigError, match="--drain-timeout"):
         StopOptions(drain_timeout_s=seconds)
+
+
+def test_whoever_looks_at_the_time_does_what_is_to_be_done_meanwhile() -> None:
+    done: list[None] = []
+    keeper = Timekeeper(StopOptions(), StopSignals(), FakeClock(), environ={})
+    keeper.meanwhile = lambda: done.append(None)
+    keeper.check("nothing was done")
+    keeper.stops(lambda: False, Size(0, 0))
+    assert len(done) == 2
