@@ -28,6 +28,9 @@ from coordinator.leaving import leave
 from scheduling.errors import EXIT_INFRASTRUCTURE, EXIT_OK, EXIT_USAGE, LlmpiError
 from scheduling.wording import printable
 
+_KEPT = "\n\t" + "".join(map(chr, range(0xDC80, 0xDD00)))
+"""Of an error's words: lines, and bytes of names that are no UTF-8. Names may be a server's, or a file's."""
+
 app = typer.Typer(
     name="llmpi",
     help="Run llama.cpp on every GPU of a workstation or a cluster, under mpirun or srun, with no other service.",
@@ -54,10 +57,6 @@ def top(
 
         print(f"llmpi {package_version('llmpi')}")
         raise typer.Exit(0)
-
-
-_KEPT = "\n\t" + "".join(map(chr, range(0xDC80, 0xDD00)))
-"""Of an error's words: lines, and bytes of names that are no UTF-8. Names may be a server's, or a file's."""
 
 
 def _told(launch: Launch, text: str, code: int) -> int:
