@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from coordinator import watch
 from coordinator.batchoptions import BatchOptions
 from coordinator.compressed import STDIN
 from coordinator.config import JobConfig
@@ -33,7 +34,6 @@ from coordinator.study.directory import WARM_UP_NAME, StudyDir
 from coordinator.study.results import Results
 from coordinator.timekeeper import Timekeeper, age_s
 from coordinator.versions import package_versions
-from coordinator.watch import START_S
 from scheduling.errors import EXIT_OK, EXIT_RESUMABLE, ConfigError, LlmpiError
 from scheduling.messages import Host
 from scheduling.placement import Plan, plan
@@ -51,7 +51,7 @@ def run_scaling(config: JobConfig, design: Design, options: BatchOptions, argv: 
         command = own_mpirun(argv, 1 + design.most, os.environ)
         status = run_own_mpirun(command, dict(os.environ), resumable=str(options.output))
         return status if (options.output / STUDY_NAME).exists() else unstarted(status)
-    world = open_world(launch, fanout=config.fanout, start_s=START_S)
+    world = open_world(launch, fanout=config.fanout, start_s=watch.START_S)
     check_room(design, world.size)
     if world.rank > 0:
         ignore_stop_signals()
