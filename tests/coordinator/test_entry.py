@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from coordinator import entry, launch
 from tests.launch import ROOT
 
 # The command is one of the test's own; what matters is what is around it.
@@ -24,6 +25,11 @@ sys.argv = ["llmpi", *sys.argv[1:]]
 entry.main()
 """
 RANK = {"PMI_RANK": "0"}
+
+
+def test_a_rank_is_known_by_any_variable_that_a_launcher_numbers_it_with() -> None:
+    """They stand in both places, because nothing else is to be loaded first."""
+    assert set(entry.RANK_VARIABLES) == {signs.rank for signs in launch._KNOWN}
 
 
 def run(body: str, *words: str, environ: dict[str, str]) -> subprocess.CompletedProcess[str]:
