@@ -6,6 +6,7 @@ code (see `scheduling.errors`); under a launcher only one rank prints it.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -30,6 +31,10 @@ from scheduling.wording import printable
 
 _KEPT = "\n\t" + "".join(map(chr, range(0xDC80, 0xDD00)))
 """Of an error's words: lines, and bytes of names that are no UTF-8. Names may be a server's, or a file's."""
+
+_REFUSALS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR}
+_FAILURES = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.ENOTCONN, errno.ECONNABORTED, errno.ETIMEDOUT}
+"""What an operating system says of a path that is no error of ours, and is the user's to mend, or the file system's."""
 
 app = typer.Typer(
     name="llmpi",
@@ -57,6 +62,22 @@ def top(
 
         print(f"llmpi {package_version('llmpi')}")
         raise typer.Exit(0)
+
+
+def commands() -> Any:
+    """All commands as one, of which none looks at the paths that it is given before it runs.
+
+    A check ahead of time says the wrong thing of a file system that is gone ("not readable", a mistake of the user's),
+    and what opens a path has to say what is wrong with it anyway.
+    """
+    whole = typer.main.get_command(app)
+    found = [whole]
+    for command in found:
+        found += getattr(command, "commands", {}).values()
+        for parameter in command.params:
+            if hasattr(parameter.type, "readable"):
+                parameter.type.readable = False
+    return whole
 
 
 def _told(launch: Launch, text: str, code: int) -> int:
@@ -95,7 +116,7 @@ def main() -> None:
 def _run() -> int:
     launch = detect(os.environ)
     try:
-        result = app(standalone_mode=False, prog_name="llmpi")
+        result = commands()(standalone_mode=False, prog_name="llmpi")
         return result if isinstance(result, int) else 0
     except typer.Exit as asked:
         return asked.exit_code
@@ -109,6 +130,18 @@ def _run() -> int:
         # Whoever read our output has left; Python's own flush at exit must not complain about it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_INFRASTRUCTURE
+    except OSError as error:
+        if error.filename is None or error.errno not in _REFUSALS | _FAILURES:
+            return _bug()
+        # On every rank: one that cannot go on leaves with a status that ends the job.
+        said = f"llmpi: {os.fsdecode(error.filename)}: {os.strerror(error.errno)}. Mend that, then try again."
+        print(printable(said, _KEPT), file=sys.stderr, flush=True)
+        return EXIT_USAGE if error.errno in _REFUSALS else EXIT_INFRASTRUCTURE
     except Exception:
-        print(f"llmpi: an error of its own (please report it):\n{traceback.format_exc()}", file=sys.stderr)
-        return EXIT_INFRASTRUCTURE
+        return _bug()
+
+
+def _bug() -> int:
+    """Print the error that is being handled, with all that helps to mend it."""
+    print(f"llmpi: an error of its own (please report it):\n{traceback.format_exc()}", file=sys.stderr)
+    return EXIT_INFRASTRUCTURE

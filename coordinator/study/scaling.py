@@ -50,7 +50,7 @@ def run_scaling(config: JobConfig, design: Design, options: BatchOptions, argv: 
     if launch.launcher == "none":
         command = own_mpirun(argv, 1 + design.most, os.environ)
         status = run_own_mpirun(command, dict(os.environ), resumable=str(options.output))
-        return status if (options.output / STUDY_NAME).exists() else unstarted(status)
+        return status if os.path.exists(options.output / STUDY_NAME) else unstarted(status)
     world = open_world(launch, fanout=config.fanout, start_s=watch.START_S)
     check_room(design, world.size)
     if world.rank > 0:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -213,6 +215,26 @@ def test_an_error_of_our_own_shows_its_traceback(
     assert "report" in said
 
 
+@pytest.mark.parametrize(
+    ("number", "code"), [(errno.EACCES, 2), (errno.ENAMETOOLONG, 2), (errno.ENOTCONN, 4), (errno.ESTALE, 4)]
+)
+def test_what_the_system_says_of_a_path_is_no_error_of_our_own(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int, code: int
+) -> None:
+    monkeypatch.setattr(batch_module, "run_batch", raising(OSError(number, os.strerror(number), "runs/a")))
+    assert run(*BATCH) == code
+    assert capsys.readouterr().err == f"llmpi: runs/a: {os.strerror(number)}. Mend that, then try again.\n"
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EBADF, "x", "runs/a"), OSError(errno.EIO, "x")])
+def test_an_error_of_the_system_that_no_path_explains_shows_its_traceback(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: OSError
+) -> None:
+    monkeypatch.setattr(batch_module, "run_batch", raising(error))
+    assert run(*BATCH) == 4
+    assert "Traceback" in capsys.readouterr().err
+
+
 def test_only_rank_0_speaks_and_carries_the_status(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -289,6 +311,25 @@ def test_commands_on_what_is_no_run(run: Run, capsys: pytest.CaptureFixture[str]
     said = capsys.readouterr().err
     assert said.startswith("llmpi: ")
     assert "nothing" in said
+
+
+def test_no_path_is_looked_at_before_its_command_runs(
+    run: Run, started: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On a network file system that is gone all of this says no, though the user's words are right."""
+    asked: list[object] = []
+
+    def access(path: object, mode: int, **_how: object) -> bool:
+        asked.append(path)
+        return False
+
+    monkeypatch.setattr("os.access", access)
+    assert run("batch", "-m", "m.gguf", "-i", str(tmp_path), "-o", str(tmp_path)) == 0
+    assert len(started) == 1
+    for words in (["status"], ["stop"], ["report"], ["study", "show"], ["models", "add"], ["slurm-job", "begin"]):
+        assert run(*words, str(tmp_path)) != 0
+    assert run("export", str(tmp_path), "--to", "csv", "-o", str(tmp_path)) != 0
+    assert str(tmp_path) not in map(str, asked)
 
 
 def test_infer_tells_notes_beside_the_answer(
