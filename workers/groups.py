@@ -8,6 +8,7 @@ instead of a hundred thousand.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import chain
 
 import numpy as np
@@ -20,8 +21,9 @@ GROUPS_MIN = 256
 """With fewer, the tokens of a few groups are a large part of all."""
 
 
+@lru_cache(maxsize=64)
 def group_tokens(vocab_tokens: int) -> int:
-    """Tokens in a group, all groups being equal; 0 if there is no number that is of use."""
+    """Tokens in a group, all groups being equal; 0 if there is no number that is of use. Asked for each row."""
     for count in chain(range(GROUPS_MAX, GROUPS_MIN - 1, -1), range(GROUPS_MAX + 1, 4 * GROUPS_MAX + 1)):
         if vocab_tokens % count == 0 and count < vocab_tokens:
             return vocab_tokens // count
