@@ -21,6 +21,7 @@ from coordinator.config import JobConfig, checked_sampling
 from coordinator.launch import detect
 from coordinator.loop import Coordinator, outcome_error
 from coordinator.memory import MemoryRecord
+from coordinator.optionwords import spoken_as_arguments
 from coordinator.ranks import open_world, serve_rank
 from coordinator.session import Session
 from coordinator.setup import prepare
@@ -140,9 +141,10 @@ class Pool:
             near = difflib.get_close_matches(unknown[0], JobConfig.__struct_fields__, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(JobConfig.__struct_fields__)}"
             raise ConfigError(f"a Pool has no option {unknown[0]!r}: {hint}")
+        given = {"model": model, **options}
         try:
-            given = {"model": model, **options}
-            self._config = msgspec.convert({name: _written(value) for name, value in given.items()}, JobConfig)
+            with spoken_as_arguments():
+                self._config = msgspec.convert({name: _written(value) for name, value in given.items()}, JobConfig)
         except msgspec.ValidationError as error:
             raise ConfigError(_wrong_option(error, options)) from None
         self._on_result = on_result
@@ -156,6 +158,10 @@ class Pool:
         """True on rank 0, and where there is no launcher."""
 
     def __enter__(self) -> Pool:
+        with spoken_as_arguments():
+            return self._open()
+
+    def _open(self) -> Pool:
         alone = self._launch.launcher == "none"
         world = None if alone else open_world(self._launch, fanout=self._config.fanout)
         self.is_root = world is None or world.rank == 0
@@ -288,7 +294,8 @@ class Pool:
         assert coordinator.outcome is not None
         error = outcome_error(coordinator.outcome)
         if error is not None:
-            raise error
+            with spoken_as_arguments():
+                raise error
 
     def _numbered(self, prompts: Iterable[Prompt], defaults: Sampling) -> Iterable[Prompt]:
         if isinstance(prompts, str | bytes | Mapping | Request) or not isinstance(prompts, Iterable):

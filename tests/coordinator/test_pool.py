@@ -180,7 +180,7 @@ def test_the_pool_of_the_package_is_this_one() -> None:
         ({"split": "foo"}, "split is 'foo': it must be 'layer' or 'row' or 'tensor'"),
         ({"threads": "many"}, "option threads is wrong: Expected `int | None`"),
         ({"loras": "a.gguf"}, "option loras is wrong: Expected `list`, got `str`"),
-        ({"slots": 0}, "--slots"),
+        ({"slots": 0}, "^slots is 0"),
         ({"schedule": "fastest"}, "fastest"),
         ({"engine": "steam"}, "steam"),
     ],
