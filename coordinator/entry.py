@@ -20,6 +20,9 @@ RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PALS_RANKID", "SLURM_PROC
 INTERRUPTED = 130
 """The status of a command that Ctrl-C has ended."""
 
+LISTENING = (["batch"], ["study", "scaling"])
+"""Commands whose rank 0 drains on a signal, and whose other ranks leave it to do so."""
+
 _early: list[int] = []
 
 
@@ -28,7 +31,8 @@ def main() -> None:
     # At the exit Python looks for cycles in all that was loaded but not in what is frozen: a quarter of a second of
     # processor time in each rank.
     atexit.register(gc.freeze)
-    if "batch" in sys.argv[1:2] and any(name in os.environ for name in RANK_VARIABLES):
+    listens = any(sys.argv[1 : 1 + len(words)] == words for words in LISTENING)
+    if listens and any(name in os.environ for name in RANK_VARIABLES):
         for number in ASKED:
             signal.signal(number, _note)
     try:

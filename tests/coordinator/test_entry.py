@@ -41,15 +41,17 @@ def run(body: str, *words: str, environ: dict[str, str]) -> subprocess.Completed
 
 
 @pytest.mark.parametrize("name", ["SIGUSR2", "SIGTERM", "SIGINT"])
-def test_a_signal_that_comes_while_a_rank_loads_is_counted_once_it_listens(name: str) -> None:
+@pytest.mark.parametrize("words", [["batch"], ["study", "scaling"]])
+def test_a_signal_that_comes_while_a_rank_loads_is_counted_once_it_listens(words: list[str], name: str) -> None:
     body = f"signal.raise_signal(signal.{name})\n    with StopSignals() as s: print(s.count, s.name)"
-    done = run(body, "batch", environ=RANK)
+    done = run(body, *words, environ=RANK)
     assert done.returncode == 0, done.stderr
     assert f"1 {name}\n" in done.stdout
 
 
 def test_a_command_that_nobody_drains_is_ended_by_a_signal_as_ever() -> None:
     assert run("signal.raise_signal(signal.SIGUSR2)", "status", environ=RANK).returncode < 0
+    assert run("signal.raise_signal(signal.SIGUSR2)", "study", "show", environ=RANK).returncode < 0
     assert run("signal.raise_signal(signal.SIGUSR2)", "batch", environ={}).returncode < 0
 
 
