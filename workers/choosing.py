@@ -47,6 +47,8 @@ COLUMNS_MIN = 256
 CROWD_COLUMNS = 256
 """More columns than these above its floor, or more tokens than CROWD_TOKENS, and a row is worked at alone."""
 CROWD_TOKENS = 1024
+CACHED_TOKENS = 1 << 16
+"""Rows with no more than so many in all are weighed together: of a small vocabulary one alone is not worth a call."""
 FEW_COLUMNS = 64
 """Up to so many columns above min_p's floor, what min_p keeps is found before Z."""
 MARGIN = 1e-3
@@ -103,16 +105,16 @@ def adjust(logits: Floats, rows: Ids, samplers: Sequence[RowSampler], history: H
 
 
 class _Scratch(threading.local):
-    """Each thread's room for the weights of a row: new memory would cost as much as filling it."""
+    """Each thread's room for the weights of rows: new memory would cost as much as filling it."""
 
     def __init__(self) -> None:
-        self._weights: Floats = np.zeros(0, np.float32)
+        self._weights: Floats = np.empty(0, np.float32)
 
     def weights(self, tokens: int) -> Floats:
-        """(tokens,) to be filled; what is not stays 0."""
-        if self._weights.size != tokens:
-            self._weights = np.zeros(tokens, np.float32)
-        return self._weights
+        """(tokens,) to be filled."""
+        if self._weights.size < tokens:
+            self._weights = np.empty(tokens, np.float32)
+        return self._weights[:tokens]
 
 
 _scratch = _Scratch()
@@ -214,13 +216,15 @@ class Step:
         least: Doubles = np.exp(self.peaks[places] - self.top[places, None]).sum(axis=1, dtype=np.float64)
         return least
 
-    def _weights(self, place: int, room: int, scale: float = 1.0) -> Floats:
-        """(room,) exp((logit - top) * scale), then zeros: the thread's own, until the next call."""
-        weights = _scratch.weights(room)
-        own = weights[: self.vocab]
-        np.subtract(self.logits[self.rows[place]], self.top[place], out=own)
-        if scale != 1.0:
-            np.multiply(own, np.float32(scale), out=own)
+    def _weights(self, places: Ids, room: int, scales: Floats | None = None) -> Floats:
+        """(places, room) exp((logit - top) * scale), then zeros: the thread's own, until the next call."""
+        weights = _scratch.weights(places.size * room).reshape(places.size, room)
+        weights[:, self.vocab :] = 0.0
+        own = weights[:, : self.vocab]
+        for line, place in enumerate(places.tolist()):
+            np.subtract(self.logits[self.rows[place]], self.top[place], out=own[line])
+        if scales is not None:
+            np.multiply(own, scales[:, None], out=own)
         np.exp(own, out=own)
         return weights
 
@@ -230,8 +234,9 @@ class Step:
 
         def part(first: int, last: int) -> None:
             with np.errstate(all="ignore"):
-                for place in places[first:last].tolist():
-                    self.total[place] = np.add.reduce(self._weights(place, self.vocab))
+                for place in range(first, last):
+                    one = places[place : place + 1]
+                    self.total[one] = np.add.reduce(self._weights(one, self.vocab)[0])
 
         self.threads.spread(part, places.size)
 
@@ -303,21 +308,30 @@ class Step:
 
     def _draw_singly(self, places: Ids) -> None:
         with np.errstate(all="ignore"):
-            for place in places.tolist():
-                if self.of.whole[place]:
-                    self.chosen[place] = self._drawn_from_all(place)
-                    continue
+            whole = self.of.whole[places]
+            for place in places[~whole].tolist():
                 ids, logits = self._row_candidates(place)
                 self._draw(np.array([place]), ids[None], logits[None], np.array([ids.size]))
+            if whole.any():
+                self._draw_from_all(places[whole])
 
-    def _drawn_from_all(self, place: int) -> int:
+    def _draw_from_all(self, places: Ids) -> None:
         """At a temperature, without a filter."""
-        tokens, one = drawn_group_tokens(self.vocab), slice(place, place + 1)
-        weights = self._weights(place, -(-self.vocab // tokens) * tokens, 1.0 / float(self.of.temperature[place]))
-        edges = np.cumsum(weights.reshape(-1, tokens).sum(axis=1), dtype=np.float64)
-        first = int(draw_group(edges[None], self.of.number[one])[0]) * tokens
-        logits = self.logits[self.rows[place], first : min(first + tokens, self.vocab)]
-        return first + int(draw_within(logits[None], self.of.temperature[one], self.of.within[one])[0])
+        tokens, temperatures = drawn_group_tokens(self.vocab), self.of.temperature[places]
+        room, at_once = -(-self.vocab // tokens) * tokens, max(1, CACHED_TOKENS // self.vocab)
+        scales = (1.0 / temperatures).astype(np.float32)
+        edges = np.empty((places.size, room // tokens))
+        for first in range(0, places.size, at_once):
+            some = slice(first, first + at_once)
+            weights = self._weights(places[some], room, scales[some])
+            np.cumsum(
+                weights.reshape(-1, room // tokens, tokens).sum(axis=2), axis=1, dtype=np.float64, out=edges[some]
+            )
+        start = draw_group(edges, self.of.number[places]) * tokens
+        ids = start[:, None] + np.arange(tokens)
+        logits = self.logits[self.rows[places][:, None], np.minimum(ids, self.vocab - 1)]
+        logits[ids >= self.vocab] = -np.inf
+        self.chosen[places] = start + draw_within(logits, temperatures, self.of.within[places])
 
     def _row_candidates(self, place: int) -> tuple[Ids, Floats]:
         row, k = self.logits[self.rows[place]], int(self.of.top_k[place])

@@ -101,7 +101,7 @@ def allowed(row: Floats, s: Sampling, number: float, within: float) -> set[int]:
         return {NOT_FINITE}
     if s.temperature == 0.0:
         return {best}
-    if s.top_k <= 0 and s.top_p >= 1.0 and s.min_p <= 0.0 and s.typical_p >= 1.0:
+    if not 0 < s.top_k < row.size and s.top_p >= 1.0 and s.min_p <= 0.0 and s.typical_p >= 1.0:
         return drawn_by_group(row, s, number, within)
     found = set()
     off = (-ROUNDING, 0.0, ROUNDING)
