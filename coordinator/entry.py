@@ -28,6 +28,8 @@ _early: list[int] = []
 
 def main() -> None:
     """The entry point of `llmpi`: `coordinator.cli` runs the command."""
+    if sys.argv[0] == "-c":
+        sys.argv[0] = "llmpi"  # our own mpirun has started this rank
     # At the exit Python looks for cycles in all that was loaded but not in what is frozen: a quarter of a second of
     # processor time in each rank.
     atexit.register(gc.freeze)

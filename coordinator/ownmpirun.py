@@ -26,6 +26,7 @@ from typing import Any, Protocol
 from coordinator.entry import ASKED, take_early
 from coordinator.signals import TURNED
 from scheduling.errors import EXIT_INFRASTRUCTURE, EXIT_RESUMABLE, EXIT_USAGE, ConfigError
+from workers.processes import python_command
 
 
 def find_mpirun(environ: Mapping[str, str], executable: str = sys.executable) -> str:
@@ -76,7 +77,7 @@ def own_mpirun(
     Raises ConfigError if there is no usable mpirun.
     """
     mpirun = find_mpirun(environ, executable)
-    program = [executable, "-m", "llmpi", *argv]
+    program = [*python_command("coordinator.entry", executable), *argv]
     if flavour(mpirun) == "mpich":
         hosts = [] if hostfile is None else ["-f", str(hostfile)]
         return [mpirun, *hosts, "-n", str(ranks), "-bind-to", "none", *program]

@@ -16,6 +16,7 @@ from storage.blobs import Blobs
 from storage.digest import Digest
 from storage.gguf import check_gguf
 from storage.manifest import ModelName, suggested_name
+from workers.processes import python_command
 from workers.supervisor import engine_environment
 
 LINES_KEPT = 20
@@ -62,7 +63,7 @@ def _digest(path: Path, known: str | None, blobs: Blobs) -> Digest:
 
 def _run(source: Path, target: Path, kind: str, threads: int) -> None:
     """Raises ModelFileError with what llama.cpp said last, if it failed."""
-    words = [sys.executable, "-m", "workers.quantize", str(os.getpid()), str(source), str(target), kind, str(threads)]
+    words = [*python_command("workers.quantize"), str(os.getpid()), str(source), str(target), kind, str(threads)]
     process = subprocess.Popen(
         words, env=engine_environment(os.environ, {}), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True, errors="replace",
@@ -98,7 +99,7 @@ def _run(source: Path, target: Path, kind: str, threads: int) -> None:
 
 def _child(*words: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "workers.quantize", *words], env=engine_environment(os.environ, {}),
+        [*python_command("workers.quantize"), *words], env=engine_environment(os.environ, {}),
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     return done.stdout

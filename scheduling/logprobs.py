@@ -15,8 +15,6 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-ALTERNATIVES_MAX = 20
-"""Most alternatives that a request can have for each token."""
 DECIMALS = 6
 NEVER = -9999.0
 """Stands for minus infinity, which JSON cannot hold, as in OpenAI's answers."""

@@ -17,8 +17,15 @@ from scheduling.constraints import ANY_OBJECT, Constraint, of_grammar, of_schema
 from scheduling.embeddings import EmbeddingBatch, EmbeddingBody, decode_embedding, inputs_of
 from scheduling.errors import RequestError
 from scheduling.lines import decode_line, refuse
-from scheduling.logprobs import ALTERNATIVES_MAX
-from scheduling.wireform import MAX_TOKENS_ALLOWED, Batch, Body, ObjectFormat, SchemaFormat, WireMessage
+from scheduling.wireform import (
+    ALTERNATIVES_MAX,
+    MAX_TOKENS_ALLOWED,
+    Batch,
+    Body,
+    ObjectFormat,
+    SchemaFormat,
+    WireMessage,
+)
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

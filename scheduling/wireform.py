@@ -13,12 +13,12 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 from msgspec import Meta
 
-from scheduling.logprobs import ALTERNATIVES_MAX
-
 MAX_TOKENS_LIMIT = 1_048_576
 """Largest accepted `max_tokens`: beyond it a request asks for something no model can do."""
 
 ID_CHARACTERS_MAX = 1_024
+ALTERNATIVES_MAX = 20
+"""Most alternatives that a request can have for each token."""
 CONTINUATIONS_MAX = 1_024
 
 _UNSUPPORTED: Final = {"unsupported": True}

@@ -1,4 +1,4 @@
-"""Chat templates: from messages to tokens.
+"""Chat templates: from messages to the parts of a prompt.
 
 The template is the model's own (from the GGUF) or one that the user gave, in jinja2's immutable sandbox with the
 extensions and helpers that templates in the wild expect. Without either, ChatML is used. A sandbox keeps a template
@@ -9,7 +9,7 @@ What a user wrote must stay text: if a message contains the text of a control to
 rendered around placeholders and each message is a part of its own, in which control tokens are not recognised.
 Otherwise the rendered whole is one part, tokenised at once, which is what the model was trained on.
 
-This module knows no llama.cpp: the tokenizer comes in as a function.
+This module knows no llama.cpp. It is loaded in the process that renders alone.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ import json
 import re
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import jinja2
-import msgspec
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -29,6 +28,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from scheduling.errors import RequestError
 from scheduling.requests import Message
+from workers.promptparts import Part
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
@@ -38,38 +38,6 @@ CHATML = (
 # Private-use characters: no template has a reason to touch them, and leftovers show that one did.
 _OPEN, _CLOSE = "\uf8f0", "\uf8f1"
 _PLACEHOLDER = re.compile(f"{_OPEN}([0-9]+){_CLOSE}")
-
-
-class Tokenize(Protocol):
-    """Text to token ids, as llama.cpp's tokenizer does it."""
-
-    def __call__(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]: ...
-
-
-class Part(msgspec.Struct, frozen=True, array_like=True):
-    """A piece of a prompt that is tokenised by itself: what the template wrote, or what a user wrote."""
-
-    text: str
-    add_special: bool
-    parse_special: bool
-
-
-class Template(Protocol):
-    """A chat template in use: `ChatTemplate`, or one that is rendered elsewhere."""
-
-    def check(self) -> None:
-        """Raises `RequestError` if it cannot be compiled."""
-
-    def parts(self, messages: Sequence[Message]) -> list[Part]:
-        """The prompt, ready for the assistant's turn. Raises `RequestError` if the template fails."""
-
-
-def tokens_of(parts: Sequence[Part], tokenize: Tokenize) -> list[int]:
-    """The prompt as tokens."""
-    tokens: list[int] = []
-    for part in parts:
-        tokens += tokenize(part.text, add_special=part.add_special, parse_special=part.parse_special)
-    return tokens
 
 
 class _GenerationTag(Extension):

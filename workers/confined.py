@@ -4,7 +4,7 @@ A template, a grammar or a text can take hours, all memory or the whole stack, a
 end of its process. So the engine asks a child, which bounds processor time for each question, and memory:
 
     the engine        `Confined(MODULE).ask(question)`: the answer, None if the process died of the question
-    the process       `python -m MODULE PARENT_PID`: `serve` reads frames with questions and writes frames with answers
+    the process       `main()` of MODULE: `serve` reads frames with questions and writes frames with answers
 
 The process is started when it is first asked, and again when it has died. It ends with the thread that started it.
 
@@ -24,9 +24,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from workers.engine_main import tie_to_parent
-from workers.frames import read_frame, write_all
-from workers.protocol import FRAME_LENGTH
+from workers.frames import frame, read_frame, write_all
+from workers.processes import python_command, tie_to_parent
 
 Result = TypeVar("Result")
 
@@ -83,7 +82,7 @@ class Confined:
         for_it, self._to = os.pipe()
         self._from, from_it = os.pipe()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", self._module, str(os.getpid())],
+            [*python_command(self._module), str(os.getpid())],
             stdin=for_it,
             stdout=from_it,
             stderr=subprocess.DEVNULL,
@@ -108,10 +107,6 @@ def why_died(code: int, what: str, *, seconds: float, more_bytes: int, overflow:
     if code == -signal.SIGKILL:
         return f"{what} was ended by the system, most likely for want of memory"
     return f"{what} fails"
-
-
-def frame(body: bytes) -> bytes:
-    return FRAME_LENGTH.pack(len(body)) + body
 
 
 # ---------------------------------------------------------------- the process

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from scheduling.errors import RequestError
 from scheduling.requests import Request
-from workers.chat import Tokenize
+from workers.promptparts import Tokenize
 
 BOUNDARY_CHARACTERS = 256
 """So much of a prompt's end is tokenised with a continuation: no token is as long, and 1,024 times a long prompt would

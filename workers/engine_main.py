@@ -8,7 +8,6 @@ read their environment once. Then `workers.engine` takes over until the pipe fro
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import os
 import signal
@@ -19,29 +18,17 @@ from typing import TYPE_CHECKING
 from scheduling.errors import ConfigError, ModelFileError, ProtocolError
 from workers.frames import read_frame
 from workers.outbox import Outbox, fail
+from workers.processes import tie_to_parent
 from workers.protocol import EngineConfig, EngineStart, decode_to_engine
 
 if TYPE_CHECKING:
     from workers.engine import BatchingEngine
 
-PR_SET_PDEATHSIG = 1
 SWITCH_INTERVAL_S = 0.0005
 """How long a thread waits for Python's lock before it asks for it: stepping must not wait 5 ms for a tokenizer."""
 
 RANKS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """Sent to the whole process group by terminals and launchers. The rank decides what they mean for its engine."""
-
-
-def tie_to_parent(parent_pid: int | None) -> None:
-    """Be killed when the parent's thread that started this process ends; leave now if it has ended already.
-
-    Linux sends the death signal when that *thread* ends, so a rank starts its engine from its main thread.
-    Elsewhere the end of file on the pipe has to do.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if parent_pid is not None and os.getppid() != parent_pid:
-        os._exit(0)
 
 
 def ignore_ranks_signals() -> None:
@@ -114,8 +101,8 @@ def run(in_fd: int, out_fd: int) -> None:
     engine.serve(in_fd)
 
 
-def main(arguments: list[str]) -> None:
-    in_fd, out_fd, *rest = (int(argument) for argument in arguments)
+def main() -> None:
+    in_fd, out_fd, *rest = (int(argument) for argument in sys.argv[1:])
     tie_to_parent(rest[0] if rest else None)
     ignore_ranks_signals()
     faulthandler.enable()
@@ -126,4 +113,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -10,14 +10,23 @@ This module knows lengths and bytes; what a body means is `workers.protocol`'s b
 from __future__ import annotations
 
 import os
+import struct
 from collections import deque
 
 from scheduling.errors import ProtocolError
-from workers.protocol import FRAME_BYTES_MAX, FRAME_LENGTH
 
+FRAME_LENGTH = struct.Struct("<I")
+FRAME_BYTES_MAX = 1 << 30
 READ_BYTES = 1 << 20
 POLL_BYTES_MAX = 16 << 20
 """The most one `PipeReader.read` takes, so that a chatty engine cannot keep its rank from everything else."""
+
+
+def frame(body: bytes) -> bytes:
+    """`body` as it travels. Raises ValueError where it is too long."""
+    if len(body) > FRAME_BYTES_MAX:
+        raise ValueError(f"a frame of {len(body)} bytes is over the limit of {FRAME_BYTES_MAX}")
+    return FRAME_LENGTH.pack(len(body)) + body
 
 
 class FrameSplitter:

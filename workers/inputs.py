@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from scheduling.errors import RequestError
 from scheduling.requests import Request
-from workers.chat import Tokenize
+from workers.promptparts import Tokenize
 
 Ints = npt.NDArray[np.int32]
 

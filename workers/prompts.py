@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from scheduling.errors import RequestError
 from scheduling.requests import Request, Sampling
-from workers.chat import Template, Tokenize, tokens_of
+from workers.promptparts import Template, Tokenize, tokens_of
 
 
 class PromptReader:

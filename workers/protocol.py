@@ -12,7 +12,6 @@ All times are seconds measured on the engine's own monotonic clock.
 
 from __future__ import annotations
 
-import struct
 from typing import Literal
 
 import msgspec
@@ -21,11 +20,8 @@ from scheduling.constraints import Constraint
 from scheduling.logprobs import TokenLogprobs
 from scheduling.requests import Request
 from scheduling.servicetime import ServiceTimes
+from workers.frames import frame
 from workers.loading import CacheType, RopeScaling, Split
-
-FRAME_LENGTH = struct.Struct("<I")
-FRAME_BYTES_MAX = 1 << 30
-
 
 # ---------------------------------------------------------------- rank -> engine
 
@@ -259,10 +255,7 @@ _encoder = msgspec.msgpack.Encoder()
 
 def encode(message: ToEngine | FromEngine) -> bytes:
     """One frame, length prefix included."""
-    body = _encoder.encode(message)
-    if len(body) > FRAME_BYTES_MAX:
-        raise ValueError(f"a frame of {len(body)} bytes is over the limit of {FRAME_BYTES_MAX}")
-    return FRAME_LENGTH.pack(len(body)) + body
+    return frame(_encoder.encode(message))
 
 
 def decode_to_engine(body: bytes) -> ToEngine:

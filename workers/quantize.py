@@ -15,7 +15,7 @@ import sys
 
 import llama_cpp.llama_cpp as lib
 
-from workers.engine_main import tie_to_parent
+from workers.processes import tie_to_parent
 
 _PREFIX = "LLAMA_FTYPE_MOSTLY_"
 _TENSOR = re.compile(rb"\[ *(\d+)/ *(\d+)\]")

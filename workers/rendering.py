@@ -11,14 +11,18 @@ they need the Python lock that rendering would hold.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from scheduling.errors import RequestError
 from scheduling.requests import Message
-from workers.chat import ChatTemplate, Part
 from workers.confined import Confined, serve, tie_to_engine, why_died
 from workers.frames import read_frame
+from workers.promptparts import Part
+
+if TYPE_CHECKING:
+    from workers.chat import ChatTemplate
 
 RENDER_S = 2.0
 """Of processor time. Most templates take less than a thousandth of it."""
@@ -38,6 +42,8 @@ class TemplateSource(msgspec.Struct, frozen=True):
     control_texts: tuple[str, ...]
 
     def template(self) -> ChatTemplate:
+        from workers.chat import ChatTemplate
+
         return ChatTemplate(self.source, bos=self.bos, eos=self.eos, control_texts=self.control_texts)
 
 
@@ -56,7 +62,7 @@ _SOURCE = msgspec.msgpack.Decoder(TemplateSource)
 
 
 class ConfinedTemplate:
-    """A `workers.chat.Template` that is rendered in a process of its own."""
+    """A `workers.promptparts.Template` that is rendered in a process of its own."""
 
     def __init__(self, source: TemplateSource) -> None:
         self._process = Confined("workers.rendering", _ENCODER.encode(source))
@@ -119,6 +125,8 @@ def main() -> None:
     body = read_frame(0)
     if body is None:
         return
+    from workers import chat  # noqa: F401  (before memory is limited)
+
     # Made with the first question: a template can take its time to be compiled, too.
     made: list[ChatTemplate] = []
 

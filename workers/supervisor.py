@@ -29,6 +29,7 @@ import msgspec
 from scheduling.errors import ProtocolError
 from workers.engine_main import RANKS_SIGNALS
 from workers.frames import PipeReader, PipeWriter
+from workers.processes import python_command
 from workers.protocol import (
     Cancel,
     EngineConfig,
@@ -52,12 +53,7 @@ LAST_WORDS_S = 2.0
 """How long an ended engine's last words are waited for: the thread that reads them may be behind."""
 WAIT_STEP_S = 0.02
 
-ENGINE_COMMAND = (
-    sys.executable,
-    "-c",
-    # As `python -m workers.engine_main`, but a folder `workers` where the user stands must not be taken for ours.
-    "import sys; sys.path[:] = filter(None, sys.path); from workers.engine_main import main; main(sys.argv[1:])",
-)
+ENGINE_COMMAND = tuple(python_command("workers.engine_main"))
 
 LAUNCHER_PREFIXES = (
     "OMPI_",

@@ -25,6 +25,7 @@ from scheduling.errors import ConfigError
 from tests.coordinator.runs import make_run
 from tests.launch import Job, Launcher, start_alone
 from tests.system.runs import PATIENCE_S, until, wait_gone
+from workers.processes import python_command
 
 # ---------------------------------------------------------------- which mpirun, and how it is called
 
@@ -83,11 +84,14 @@ def _command(
         is_root=root,
         hostfile=hostfile,
     )
-    return " ".join(command).replace(f"{mpirun.parent}/", "")
+    program = python_command("coordinator.entry", str(mpirun.parent / "python"))
+    words = " ".join(command)
+    assert words.count(" ".join(program)) == 1
+    return words.replace(" ".join(program), "llmpi").replace(f"{mpirun.parent}/", "")
 
 
 def test_openmpi_is_told_to_oversubscribe_only_if_ranks_outnumber_cores(tmp_path: Path) -> None:
-    program = "python -m llmpi batch -m x"
+    program = "llmpi batch -m x"
     assert _command(tmp_path, "openmpi", 4) == f"mpirun --bind-to none -n 4 {program}"
     assert _command(tmp_path, "openmpi", 5) == f"mpirun --oversubscribe --bind-to none -n 5 {program}"
     assert "--oversubscribe" in _command(tmp_path, "openmpi", 2, {"SLURM_JOB_ID": "7"})
@@ -105,8 +109,8 @@ def test_openmpi_as_root_is_refused_unless_the_environment_allows_it(tmp_path: P
 @pytest.mark.parametrize(
     ("flavour", "expected"),
     [
-        ("openmpi", "mpirun --hostfile hosts --map-by slot --bind-to none -n 9 python -m llmpi batch -m x"),
-        ("mpich", "mpirun -f hosts -n 9 -bind-to none python -m llmpi batch -m x"),
+        ("openmpi", "mpirun --hostfile hosts --map-by slot --bind-to none -n 9 llmpi batch -m x"),
+        ("mpich", "mpirun -f hosts -n 9 -bind-to none llmpi batch -m x"),
     ],
 )
 def test_ranks_are_started_on_the_hosts_of_a_file(tmp_path: Path, flavour: str, expected: str) -> None:
@@ -347,7 +351,7 @@ def _three_ranks(mpirun: Launcher, folder: Path) -> Iterator[Job]:
     """A process in `run_own_mpirun`, its three ranks up."""
     (folder / "rank.py").write_text(RANK)
     command = own_mpirun([], 3, os.environ | AS_ROOT, executable=str(mpirun.python))
-    command[command.index("-m") :] = [str(folder / "rank.py")]
+    command[command.index("-c") :] = [str(folder / "rank.py")]
     program = ["-c", RUNNER, json.dumps(command)]
     with start_alone(program=program, python=mpirun.python, env={**mpirun.env, **AS_ROOT}) as job:
         # MPI's own libraries may have something to say too.

@@ -1,4 +1,5 @@
-"""What a job takes from its surroundings: no home directory that can be written to, and no port of its own."""
+"""What a job takes from its surroundings: no home directory that can be written to, no port of its own, and no
+package from the user's folder."""
 
 from __future__ import annotations
 
@@ -8,8 +9,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.launch import Launcher, start_alone
-from tests.system.runs import PATIENCE_S, Gate, Run, engines_of, prompts, until, write_lines
+from tests.launch import Launcher, run_alone, start_alone
+from tests.system.runs import PATIENCE_S, Gate, Run, check_one_clear_line, engines_of, prompts, until, write_lines
+from workers.processes import python_command
 
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.mpi]
 
@@ -35,6 +37,40 @@ def test_a_job_needs_no_home_directory(mpirun: Launcher, tiny_model: Path, tmp_p
     assert done.rc == 0, done.output
     run.check_whole(IDS)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "run"], "nothing lies beside the run"
+
+
+@pytest.fixture
+def crowded(tmp_path: Path) -> Path:
+    """A user's folder with packages of its own that are called as ours."""
+    folder = tmp_path / "project"
+    for name in ("coordinator", "scheduling", "storage", "workers"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "__init__.py").write_text("raise RuntimeError('the wrong one')\n")
+    return folder
+
+
+def test_packages_of_the_users_folder_are_not_taken_for_ours(crowded: Path, tiny_model: Path, run: Run) -> None:
+    schema = {"type": "json_schema", "json_schema": {"name": "yes", "schema": {"type": "boolean"}}}
+    chat = {"messages": [{"role": "user", "content": "?"}], "max_tokens": 8, "response_format": schema}
+    lines = [{"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": chat} for name in IDS]
+    given = write_lines(crowded / "in.jsonl", lines)
+    words = ("batch", "--ranks", 2, "-m", tiny_model, "-i", given, "-o", run.path, "--ctx", 256, "--threads", 1)
+    program = python_command("coordinator.entry")[1:]
+    with start_alone(*words, cwd=crowded, program=program) as job:
+        done = job.wait(PATIENCE_S)
+    assert done.rc == 0, done.output
+    run.check_whole(IDS)
+    assert run.about()["details"]["command"][:2] == ["llmpi", "batch"]
+
+
+def test_what_stands_in_the_way_of_our_packages_is_named(crowded: Path) -> None:
+    done = run_alone("--version", cwd=crowded)
+    assert "the wrong one" not in done.output
+    told = check_one_clear_line(done, 2, f"{crowded}/coordinator", "rename it")
+    with start_alone(cwd=crowded, program=("-c", "import llmpi")) as job:
+        script = job.wait(PATIENCE_S)
+    assert script.rc == 1
+    assert told.removeprefix("llmpi: ") in script.stderr.splitlines()[-1]
 
 
 def listening(processes: Iterable[psutil.Process]) -> set[int]:

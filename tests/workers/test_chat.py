@@ -6,7 +6,8 @@ import pytest
 
 from scheduling.errors import RequestError
 from scheduling.requests import Message
-from workers.chat import ChatTemplate, tokens_of
+from workers.chat import ChatTemplate
+from workers.promptparts import tokens_of
 
 CONTROL = ("<|im_start|>", "<|im_end|>")
 HELLO = (Message("user", "Hello"),)

@@ -28,12 +28,26 @@ def test_what_begins_like_a_model_is_left_to_llama_cpp(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_only_the_engine_itself_loads_llama_cpp() -> None:
-    code = "import sys, workers.supervisor, workers.engine_main, workers.stepper; print('llama_cpp' in sys.modules)"
+@pytest.mark.parametrize(
+    ("modules", "heavy"),
+    [
+        ("workers.supervisor, workers.engine_main", {"numpy"}),
+        ("workers.engine, workers.stepper", {"llguidance", "numpy"}),
+        ("workers.rendering, workers.chat", {"jinja2"}),
+        ("workers.trial", {"llguidance"}),
+    ],
+)
+def test_each_process_loads_what_it_needs_alone(modules: str, heavy: set[str]) -> None:
+    """Whatever dies of a template or a grammar is started anew: it must not take long to be there."""
+    code = f"import sys, {modules}; print(*{{'jinja2', 'llama_cpp', 'llguidance', 'numpy'}} & set(sys.modules))"
     result = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, check=True
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        check=True,
+        text=True,
     )
-    assert result.stdout.split() == [b"False"]
+    assert set(result.stdout.split()) == heavy
 
 
 @pytest.mark.slow

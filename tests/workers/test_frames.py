@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduling.errors import ProtocolError
-from workers.frames import FrameSplitter, PipeReader, PipeWriter, read_frame, write_all
-from workers.protocol import FRAME_BYTES_MAX, FRAME_LENGTH
+from workers.frames import FRAME_BYTES_MAX, FRAME_LENGTH, FrameSplitter, PipeReader, PipeWriter, read_frame, write_all
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ import pytest
 from scheduling.errors import RequestError
 from scheduling.requests import Message
 from workers import rendering
-from workers.chat import CHATML, Part
+from workers.chat import CHATML
+from workers.promptparts import Part
 from workers.rendering import ConfinedTemplate, TemplateSource
 
 pytestmark = pytest.mark.slow
