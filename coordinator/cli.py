@@ -7,6 +7,7 @@ code (see `scheduling.errors`); under a launcher only one rank prints it.
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 import traceback
@@ -113,7 +114,15 @@ def main() -> None:
     sys.exit(leave(code) if isinstance(code, int) else code)
 
 
+def _write_any_character() -> None:
+    """What the encoding of a stream lacks is written as its code: an answer or the name of a file may hold anything."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _run() -> int:
+    _write_any_character()
     launch = detect(os.environ)
     try:
         result = commands()(standalone_mode=False, prog_name="llmpi")
@@ -131,6 +140,8 @@ def _run() -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_INFRASTRUCTURE
     except OSError as error:
+        if _is_gone(os.curdir):
+            return _told(launch, "llmpi: the folder that this was started in is gone: start from another", EXIT_USAGE)
         if error.filename is None or error.errno not in _REFUSALS | _FAILURES:
             return _bug()
         # On every rank: one that cannot go on leaves with a status that ends the job.
@@ -139,6 +150,13 @@ def _run() -> int:
         return EXIT_USAGE if error.errno in _REFUSALS else EXIT_INFRASTRUCTURE
     except Exception:
         return _bug()
+
+
+def _is_gone(folder: str) -> bool:
+    try:
+        return not os.stat(folder).st_nlink
+    except OSError:
+        return True
 
 
 def _bug() -> int:

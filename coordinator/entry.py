@@ -28,6 +28,7 @@ _early: list[int] = []
 
 def main() -> None:
     """The entry point of `llmpi`: `coordinator.cli` runs the command."""
+    _open_standard_streams()
     if sys.argv[0] == "-c":
         sys.argv[0] = "llmpi"  # our own mpirun has started this rank
     # At the exit Python looks for cycles in all that was loaded but not in what is frozen: a quarter of a second of
@@ -43,6 +44,18 @@ def main() -> None:
         command()
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+
+
+def _open_standard_streams() -> None:
+    """Those that are closed lead nowhere: a file of ours would be given their numbers, and what libraries print."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # has the lowest number that is free
+            os.set_inheritable(number, True)
+            stream = open(number, mode, encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 - until the end
+            setattr(sys, name, stream)
 
 
 def take_early() -> list[int]:

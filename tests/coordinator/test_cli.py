@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -233,6 +234,26 @@ def test_an_error_of_the_system_that_no_path_explains_shows_its_traceback(
     monkeypatch.setattr(batch_module, "run_batch", raising(error))
     assert run(*BATCH) == 4
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_gone_is_told_as_that(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "here").rmdir()
+    monkeypatch.setattr(batch_module, "run_batch", lambda *_: os.path.abspath("runs"))
+    assert run(*BATCH) == 2
+    assert capsys.readouterr().err == "llmpi: the folder that this was started in is gone: start from another\n"
+
+
+def test_what_an_encoding_lacks_is_written_as_its_code(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    monkeypatch.setattr(batch_module, "run_batch", lambda *_: print("a é \U0001f600 \udcff") or 0)
+    assert run(*BATCH) == 0
+    sys.stdout.flush()
+    assert written.getvalue() == rb"a \xe9 \U0001f600 \udcff" + b"\n"
 
 
 def test_only_rank_0_speaks_and_carries_the_status(

@@ -60,6 +60,21 @@ def test_ctrl_c_while_a_command_loads_ends_it_without_a_traceback() -> None:
     assert (done.returncode, done.stderr) == (130, "")
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_no_file_of_ours_is_given_the_number_of_a_stream_that_was_closed(closed: str, tmp_path: Path) -> None:
+    """Else what a library prints would stand in it."""
+    body = (
+        "with open('record', 'w') as f: print(f.fileno(), file=f)\n"
+        "    os.write(1, b'x'); os.write(2, b'x'); print('y'); print('y', file=sys.stderr); print(sys.stdin.read())"
+    )
+    command = [sys.executable, "-c", PROGRAM.replace("BODY", body), "batch"]
+    environ = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
+    shell = ["sh", "-c", f'exec "$@" {closed}', "sh", *command]
+    done = subprocess.run(shell, cwd=tmp_path, env=environ, input=b"", capture_output=True, timeout=60, check=False)
+    assert done.returncode == 0, done
+    assert int((tmp_path / "record").read_text()) > 2
+
+
 def test_the_end_looks_for_no_cycles_and_keeps_the_status_and_what_registered() -> None:
     body = (
         "class Late:\n        def __del__(self): os.write(1, b'found')\n    late = Late(); late.own = late; sys.exit(3)"
