@@ -27,9 +27,9 @@ def _in_the_way() -> str:
         places = [] if spec is None else [spec.origin or "", *(spec.submodule_search_locations or ())]
         found = next((os.path.realpath(place) for place in places if place), "")
         if found and not found.startswith(os.path.join(here, name)):
-            folder = os.path.dirname(found) if os.path.isfile(found) else found
+            other = os.path.dirname(found) if os.path.basename(found) == "__init__.py" else found
             return (
-                f"{folder} stands in the way of llmpi's own package {name!r}, for it comes first in sys.path: rename "
+                f"{other} stands in the way of llmpi's own package {name!r}, for it comes first in sys.path: rename "
                 "it, or start from another folder"
             )
     return ""

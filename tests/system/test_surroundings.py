@@ -3,6 +3,7 @@ package from the user's folder."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -71,6 +72,9 @@ def test_what_stands_in_the_way_of_our_packages_is_named(crowded: Path) -> None:
         script = job.wait(PATIENCE_S)
     assert script.rc == 1
     assert told.removeprefix("llmpi: ") in script.stderr.splitlines()[-1]
+    shutil.rmtree(crowded / "coordinator")
+    (crowded / "coordinator.py").touch()
+    check_one_clear_line(run_alone("--version", cwd=crowded), 2, f"{crowded}/coordinator.py stands")
 
 
 def listening(processes: Iterable[psutil.Process]) -> set[int]:
