@@ -14,28 +14,13 @@ rank 0 leaves it, and `generate` yields nothing there.
 
 from __future__ import annotations
 
-import importlib.util
 import os
+import runpy
 import sys
 
+_SIBLINGS = os.path.join(os.path.dirname(os.path.realpath(__file__)), "coordinator", "siblings.py")
 
-def _in_the_way() -> str:
-    """What is wrong if Python would take another package for one of ours, whose names are common ones; else ""."""
-    here = os.path.dirname(os.path.realpath(__file__))
-    for name in ("coordinator", "workers", "scheduling", "storage"):
-        spec = importlib.util.find_spec(name)
-        places = [] if spec is None else [spec.origin or "", *(spec.submodule_search_locations or ())]
-        found = next((os.path.realpath(place) for place in places if place), "")
-        if found and not found.startswith(os.path.join(here, name)):
-            other = os.path.dirname(found) if os.path.basename(found) == "__init__.py" else found
-            return (
-                f"{other} stands in the way of llmpi's own package {name!r}, for it comes first in sys.path: rename "
-                "it, or start from another folder"
-            )
-    return ""
-
-
-if problem := _in_the_way():
+if problem := runpy.run_path(_SIBLINGS)["in_the_way"]():
     if __name__ != "__main__":
         raise ImportError(problem)
     print(f"llmpi: {problem}", file=sys.stderr)

@@ -14,9 +14,12 @@ import signal
 import sys
 from types import FrameType
 
+from coordinator.siblings import in_the_way
+
 ASKED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PALS_RANKID", "SLURM_PROCID")
 """One of these is there where a launcher has started this process."""
+USAGE = 2
 INTERRUPTED = 130
 """The status of a command that Ctrl-C has ended."""
 
@@ -29,6 +32,9 @@ _early: list[int] = []
 def main() -> None:
     """The entry point of `llmpi`: `coordinator.cli` runs the command."""
     _open_standard_streams()
+    if problem := in_the_way():
+        print(f"llmpi: {problem}", file=sys.stderr)
+        sys.exit(USAGE)
     if sys.argv[0] == "-c":
         sys.argv[0] = "llmpi"  # our own mpirun has started this rank
     # At the exit Python looks for cycles in all that was loaded but not in what is frozen: a quarter of a second of

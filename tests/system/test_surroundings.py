@@ -73,6 +73,8 @@ def test_what_stands_in_the_way_of_our_packages_is_named(crowded: Path) -> None:
     assert script.rc == 1
     assert told.removeprefix("llmpi: ") in script.stderr.splitlines()[-1]
     shutil.rmtree(crowded / "coordinator")
+    with start_alone("--version", cwd=crowded, program=("-c", "from coordinator.entry import main; main()")) as job:
+        check_one_clear_line(job.wait(PATIENCE_S), 2, f"{crowded}/workers stands", "rename it")
     (crowded / "coordinator.py").touch()
     check_one_clear_line(run_alone("--version", cwd=crowded), 2, f"{crowded}/coordinator.py stands")
 
