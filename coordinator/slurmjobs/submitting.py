@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,11 @@ from scheduling.errors import EXIT_OK, ConfigError, RunDirError
 from storage.files import OsDisk
 from storage.joblock import JobLock, this_process
 from storage.rundir import LOCK_NAME
-from storage.runjson import unusable
+from storage.runjson import RUN_NAME, unusable
+from storage.runstatus import status as run_status
+
+LEAVING_S = 20
+"""A job whose command has ended is given so long to leave the queue."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +40,12 @@ class SubmitOptions:
 
 
 def submit_run(
-    words: Sequence[str], command: Sequence[str], run_dir: Path, options: SubmitOptions, client: Client = run_client
+    words: Sequence[str],
+    command: Sequence[str],
+    run_dir: Path,
+    options: SubmitOptions,
+    client: Client = run_client,
+    pause: Callable[[float], None] = time.sleep,
 ) -> int:
     """Check, write the script, submit, and follow if that is wanted. Returns the exit code.
 
@@ -59,7 +68,7 @@ def submit_run(
         return EXIT_OK
     script = run_dir / FOLDER / SCRIPT
     with _alone(run_dir):
-        _refuse_second(run_dir, client)
+        _refuse_second(run_dir, client, pause)
         _store(script, run_dir, text)
         job = submit(script, client)
         note_submitted(run_dir, job)
@@ -80,15 +89,31 @@ def submit_run(
         return interrupted(run_dir, follower.job)
 
 
-def _refuse_second(run_dir: Path, client: Client) -> None:
-    """Two chains on one run would take turns at refusing each other."""
+def _refuse_second(run_dir: Path, client: Client, pause: Callable[[float], None]) -> None:
+    """Two chains on one run would take turns at refusing each other.
+
+    A job that nobody works in any more, after `llmpi stop --wait` say, takes its successor back and leaves the queue in
+    some seconds: it is waited for.
+    """
     jobs = read_journal(run_dir).recent()
-    queued = in_queue(jobs, client) if jobs else []
-    if queued:
-        raise RunDirError(
-            f"job {queued[0].job} of this run is in the queue already ({queued[0].state.lower()}): "
-            f"`scancel {' '.join(job.job for job in queued)}` ends it"
-        )
+    for second in range(LEAVING_S + 1):
+        queued = in_queue(jobs, client) if jobs else []
+        if not queued:
+            return
+        if queued[0].state not in ("RUNNING", "COMPLETING") or _is_worked_in(run_dir) or second == LEAVING_S:
+            break
+        if second == 1:
+            print(f"llmpi: job {queued[0].job} of this run is ending, and is waited for", file=sys.stderr, flush=True)
+        pause(1.0)
+    raise RunDirError(
+        f"job {queued[0].job} of this run is in the queue already ({queued[0].state.lower()}): "
+        f"`scancel {' '.join(job.job for job in queued)}` ends it"
+    )
+
+
+def _is_worked_in(run_dir: Path) -> bool:
+    """Also where no job has come so far that this could be told."""
+    return not (run_dir / RUN_NAME).exists() or run_status(run_dir).running
 
 
 @contextmanager

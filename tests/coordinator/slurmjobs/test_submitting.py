@@ -13,8 +13,9 @@ from coordinator.commands.submit import without_output
 from coordinator.slurmjobs.jobrequest import read_request
 from coordinator.slurmjobs.jobscript import write_script
 from coordinator.slurmjobs.partitions import run_client
-from coordinator.slurmjobs.submitting import SubmitOptions, own_words, submit_run
+from coordinator.slurmjobs.submitting import LEAVING_S, SubmitOptions, own_words, submit_run
 from scheduling.errors import ConfigError, InfrastructureError, RunDirError
+from tests.coordinator.runs import make_run
 from tests.coordinator.slurmjobs.fakes import FakeSlurm
 
 COMMAND = ["-m", "model.gguf", "-i", "it's here.jsonl"]
@@ -88,6 +89,32 @@ def test_a_second_chain_on_one_run_is_refused(tmp_path: Path) -> None:
         RunDirError, match=r"job 100 of this run is in the queue already \(running\): `scancel 100 101`"
     ):
         submit_run([], COMMAND, run, SubmitOptions(), slurm)
+
+
+def test_a_job_that_nobody_works_in_any_more_is_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from coordinator.slurmjobs.chain import begin
+
+    slurm, run, paused = FakeSlurm(), tmp_path / "run", []
+    submit_run([], COMMAND, run, SubmitOptions(), slurm)
+    begin(run, {"SLURM_JOB_ID": "100"}, slurm)
+    slurm.queue["100"] = ("RUNNING", "n1")
+    make_run(run, ended=False)
+
+    def pause(seconds: float) -> None:
+        paused.append(seconds)
+        if len(paused) == 2:
+            slurm.queue["100"] = ("COMPLETING", "n1")
+            del slurm.queue["101"]
+        if len(paused) == 4:
+            del slurm.queue["100"]
+
+    assert submit_run([], COMMAND, run, SubmitOptions(), slurm, pause) == 0
+    assert paused == [1.0] * 4
+    assert "job 100 of this run is ending, and is waited for" in capsys.readouterr().err
+    slurm.queue["102"] = ("RUNNING", "n1")
+    with pytest.raises(RunDirError, match=r"job 102 of this run is in the queue already \(running\)"):
+        submit_run([], COMMAND, run, SubmitOptions(), slurm, paused.append)
+    assert len(paused) == 4 + LEAVING_S
 
 
 def test_of_two_who_submit_at_once_one_is_refused(tmp_path: Path) -> None:
