@@ -14,13 +14,25 @@ rank 0 leaves it, and `generate` yields nothing there.
 
 from __future__ import annotations
 
+import importlib.util
 import os
-import runpy
 import sys
+from importlib.machinery import PathFinder
 
-_SIBLINGS = os.path.join(os.path.dirname(os.path.realpath(__file__)), "coordinator", "siblings.py")
 
-if problem := runpy.run_path(_SIBLINGS)["in_the_way"]():
+def _in_the_way() -> str:
+    """What `coordinator.siblings` says, whatever is called coordinator here."""
+    folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "coordinator")
+    spec = PathFinder.find_spec("siblings", [folder])
+    assert spec is not None
+    assert spec.loader is not None
+    siblings = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(siblings)
+    problem: str = siblings.in_the_way()
+    return problem
+
+
+if problem := _in_the_way():
     if __name__ != "__main__":
         raise ImportError(problem)
     print(f"llmpi: {problem}", file=sys.stderr)

@@ -33,7 +33,7 @@ from scheduling.wording import printable
 _KEPT = "\n\t" + "".join(map(chr, range(0xDC80, 0xDD00)))
 """Of an error's words: lines, and bytes of names that are no UTF-8. Names may be a server's, or a file's."""
 
-_REFUSALS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR}
+_REFUSALS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR}
 _FAILURES = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.ENOTCONN, errno.ECONNABORTED, errno.ETIMEDOUT}
 """What an operating system says of a path that is no error of ours, and is the user's to mend, or the file system's."""
 
@@ -142,7 +142,7 @@ def _run() -> int:
     except OSError as error:
         if _is_gone(os.curdir):
             return _told(launch, "llmpi: the folder that this was started in is gone: start from another", EXIT_USAGE)
-        if error.filename is None or error.errno not in _REFUSALS | _FAILURES:
+        if not isinstance(error.filename, str | bytes) or error.errno not in _REFUSALS | _FAILURES:
             return _bug()
         # On every rank: one that cannot go on leaves with a status that ends the job.
         said = f"llmpi: {os.fsdecode(error.filename)}: {os.strerror(error.errno)}. Mend that, then try again."
@@ -155,8 +155,8 @@ def _run() -> int:
 def _is_gone(folder: str) -> bool:
     try:
         return not os.stat(folder).st_nlink
-    except OSError:
-        return True
+    except OSError as error:
+        return error.errno in (errno.ENOENT, errno.ESTALE)
 
 
 def _bug() -> int:

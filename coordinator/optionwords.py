@@ -10,11 +10,12 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 from coordinator.config import JobConfig
 from scheduling.errors import LlmpiError
+from scheduling.requests import Sampling
 
 _FLAG = re.compile(
-    r"(?<![\w-])--(?P<no>no-)?(?P<name>[a-z0-9]+(?:-[a-z0-9]+)*)(?: (?P<value>\d+(?![\w.])|[a-z][a-z0-9_-]*))?"
+    r"(?<![\w/'\"-])--(?P<no>no-)?(?P<name>[a-z0-9]+(?:-[a-z0-9]+)*)(?: (?P<value>\d+(?![\w.])|[a-z][a-z0-9_-]*))?"
 )
-_MODEL = re.compile(r"(?<![\w-])-m(?=[ :,])")
+_MODEL = re.compile(r"(?<![\w/'\"-])-m(?=[ :,])")
 
 
 @contextmanager
@@ -57,8 +58,8 @@ def _field(name: str) -> str | None:
 
 @cache
 def _words() -> dict[str, tuple[str, ...]]:
-    """For each option the words that it may be, where it is one of a few."""
+    """For each option of a Pool or a call the words that it may be, where it is one of a few."""
     return {
         field: tuple(word for part in (hint, *get_args(hint)) if get_origin(part) is Literal for word in get_args(part))
-        for field, hint in get_type_hints(JobConfig).items()
+        for field, hint in (get_type_hints(Sampling) | get_type_hints(JobConfig)).items()
     }

@@ -76,6 +76,7 @@ def own_mpirun(
     `cores`: physical cores that we may use; Open MPI counts those as slots and refuses more ranks by default.
     Raises ConfigError if there is no usable mpirun.
     """
+    os.getcwd()  # raises where that folder is gone, of which mpirun would say less
     mpirun = find_mpirun(environ, executable)
     program = [*python_command("coordinator.entry", executable), *argv]
     if flavour(mpirun) == "mpich":

@@ -21,7 +21,7 @@ from coordinator.config import JobConfig, checked_sampling
 from coordinator.launch import detect
 from coordinator.loop import Coordinator, outcome_error
 from coordinator.memory import MemoryRecord
-from coordinator.optionwords import spoken_as_arguments
+from coordinator.optionwords import as_arguments, spoken_as_arguments
 from coordinator.ranks import open_world, serve_rank
 from coordinator.session import Session
 from coordinator.setup import prepare
@@ -102,7 +102,7 @@ def result_of(line: bytes) -> Result:
         e2e_s=part["e2e_s"], rank=part["rank"], attempt=part["attempt"],
         logprobs=tuple(c["logprobs"] for c in choices),
         scores=tuple(Score(**c["llmpi"]) for c in choices if "llmpi" in c),
-        error=error["message"] if error is not None else None,
+        error=as_arguments(error["message"]) if error is not None else None,
     )  # fmt: skip
 
 
@@ -207,7 +207,8 @@ class Pool:
             return iter(())
         if self._session is None:
             raise ConfigError("the Pool is not open: use it in a with statement")
-        defaults = checked_sampling(**sampling)
+        with spoken_as_arguments():
+            defaults = checked_sampling(**sampling)
         source = IterableSource(self._numbered(prompts, defaults), first_index=self._next_index)
         return self._results(self._session, source)
 
@@ -241,7 +242,8 @@ class Pool:
             return
         if self._session is None:
             raise ConfigError("the Pool is not open: use it in a with statement")
-        request = _parsed(prompt, checked_sampling(**sampling), f"request-{self._next_index}")
+        with spoken_as_arguments():
+            request = _parsed(prompt, checked_sampling(**sampling), f"request-{self._next_index}")
         if request.scores or request.inputs:
             raise RequestError("nothing of this request comes piece by piece: use generate, or embed")
         source = IterableSource([msgspec.structs.replace(request, stream=True)], first_index=self._next_index)

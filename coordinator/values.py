@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Mapping
@@ -67,4 +68,16 @@ def tell(note: str) -> None:
 
 def print_json(value: Any) -> None:
     """Data for programs, on stdout, one object."""
-    print(json.dumps(value, ensure_ascii=False, allow_nan=False))
+    unicode = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "") == "utf8"
+    print(json.dumps(value, ensure_ascii=not unicode, allow_nan=False))
+
+
+def write_text(text: str) -> None:
+    """A text for programs on stdout, in UTF-8 whatever the terminal has: bytes of file names stay as they are."""
+    sys.stdout.flush()
+    data = text.encode("utf-8", "surrogateescape")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+    else:
+        sys.stdout.write(data.decode("utf-8", "replace"))

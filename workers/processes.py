@@ -8,6 +8,8 @@ import signal
 import sys
 
 PR_SET_PDEATHSIG = 1
+HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+"""The folder of our packages, which need not be installed."""
 
 
 def python_command(module: str, executable: str = sys.executable) -> list[str]:
@@ -15,8 +17,8 @@ def python_command(module: str, executable: str = sys.executable) -> list[str]:
 
     As `python -m`, which takes a folder `workers` or `storage` where the user stands for ours.
     """
-    program = f"import sys; sys.path[:] = filter(None, sys.path); from {module} import main; sys.exit(main())"
-    return [executable, "-c", program]
+    paths = f"import sys; sys.path[:] = [*filter(None, sys.path), {HOME!r}]"
+    return [executable, "-c", f"{paths}; from {module} import main; sys.exit(main())"]
 
 
 def tie_to_parent(parent_pid: int | None) -> None:

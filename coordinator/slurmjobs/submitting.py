@@ -16,13 +16,12 @@ from coordinator.slurmjobs.jobrequest import long_name, read_request
 from coordinator.slurmjobs.jobscript import write_script
 from coordinator.slurmjobs.journal import FOLDER, note_submitted, read_journal
 from coordinator.slurmjobs.partitions import Client, check_fits, read_partitions, run_client
-from coordinator.values import print_json
+from coordinator.values import print_json, write_text
 from scheduling.errors import EXIT_OK, ConfigError, RunDirError
 from storage.files import OsDisk
-from storage.joblock import JobLock, this_process
+from storage.joblock import JobLock, holder_of, this_process
 from storage.rundir import LOCK_NAME
 from storage.runjson import RUN_NAME, unusable
-from storage.runstatus import status as run_status
 
 LEAVING_S = 20
 """A job whose command has ended is given so long to leave the queue."""
@@ -64,7 +63,7 @@ def submit_run(
     for line in advice:
         print(f"note: {line}", file=sys.stderr)
     if options.dry_run:
-        print(text, end="")
+        write_text(text)
         return EXIT_OK
     script = run_dir / FOLDER / SCRIPT
     with _alone(run_dir):
@@ -93,14 +92,16 @@ def _refuse_second(run_dir: Path, client: Client, pause: Callable[[float], None]
     """Two chains on one run would take turns at refusing each other.
 
     A job that nobody works in any more, after `llmpi stop --wait` say, takes its successor back and leaves the queue in
-    some seconds: it is waited for.
+    some seconds: it is waited for. One that is COMPLETING has done so.
     """
     jobs = read_journal(run_dir).recent()
     for second in range(LEAVING_S + 1):
         queued = in_queue(jobs, client) if jobs else []
         if not queued:
             return
-        if queued[0].state not in ("RUNNING", "COMPLETING") or _is_worked_in(run_dir) or second == LEAVING_S:
+        completing = all(job.state == "COMPLETING" for job in queued)
+        ending = completing or (queued[0].state == "RUNNING" and not _is_worked_in(run_dir))
+        if not ending or second == LEAVING_S:
             break
         if second == 1:
             print(f"llmpi: job {queued[0].job} of this run is ending, and is waited for", file=sys.stderr, flush=True)
@@ -113,7 +114,7 @@ def _refuse_second(run_dir: Path, client: Client, pause: Callable[[float], None]
 
 def _is_worked_in(run_dir: Path) -> bool:
     """Also where no job has come so far that this could be told."""
-    return not (run_dir / RUN_NAME).exists() or run_status(run_dir).running
+    return not (run_dir / RUN_NAME).exists() or holder_of(OsDisk(), run_dir / LOCK_NAME)[0]
 
 
 @contextmanager

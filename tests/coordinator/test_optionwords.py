@@ -27,6 +27,9 @@ from scheduling.errors import ConfigError, RequestError
         ("`a --slots 2` and --slots 2", "`a --slots 2` and slots=2"),
         ("set --unheard-of or OMPI --bind-to none", None),
         ("a--slots b---slots", None),
+        ("the model /data/--slots 4/x.gguf, '--slots 4'", None),
+        ("--temperature: temperature is -1", "temperature: temperature is -1"),
+        ("use --ctx 2251 or more", "use ctx=2251 or more"),
     ],
 )  # fmt: skip
 def test_flags_are_said_as_arguments_and_the_rest_stays(said: str, expected: str | None) -> None:
