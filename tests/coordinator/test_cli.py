@@ -18,6 +18,7 @@ from coordinator import infer as infer_module
 from coordinator.batchoptions import BatchOptions
 from coordinator.config import JobConfig
 from coordinator.pool import Pool, Result
+from coordinator.values import print_json, write_text
 from scheduling.constraints import Constraint
 from scheduling.errors import (
     BugError,
@@ -217,7 +218,8 @@ def test_an_error_of_our_own_shows_its_traceback(
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(errno.EACCES, 2), (errno.ENAMETOOLONG, 2), (errno.ENOTCONN, 4), (errno.ESTALE, 4)]
+    ("number", "code"),
+    [(errno.EACCES, 2), (errno.ENAMETOOLONG, 2), (errno.EISDIR, 2), (errno.ENOTCONN, 4), (errno.ESTALE, 4)],
 )
 def test_what_the_system_says_of_a_path_is_no_error_of_our_own(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int, code: int
@@ -254,6 +256,14 @@ def test_what_an_encoding_lacks_is_written_as_its_code(run: Run, monkeypatch: py
     assert run(*BATCH) == 0
     sys.stdout.flush()
     assert written.getvalue() == rb"a \xe9 \U0001f600 \udcff" + b"\n"
+
+
+def test_data_for_programs_is_whole_in_any_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii", errors="backslashreplace"))
+    print_json({"run_dir": "é"})
+    write_text("cd 'é\udcff'\n")
+    assert written.getvalue() == b'{"run_dir": "\\u00e9"}\n' + "cd 'é".encode() + b"\xff'\n"
 
 
 def test_only_rank_0_speaks_and_carries_the_status(
