@@ -63,6 +63,24 @@ def test_a_run_goes_on_in_the_next_job_when_one_is_cancelled(slurm: Cluster, mpi
     assert slurm.run("squeue", "-h", "-n", "llmpi-run").stdout == "", "the job after the last one is taken back"
 
 
+def test_a_run_that_was_stopped_is_submitted_again_at_once(slurm: Cluster, mpirun: Launcher, tmp_path: Path) -> None:
+    """Its first job is still in the queue for a moment, with the one that was to follow."""
+    run = Run(tmp_path / "run")
+
+    def llmpi(*words: str) -> Finished:
+        return slurm.run(*words, env=environ(mpirun), check=False, timeout_s=PATIENCE_S)
+
+    first = llmpi(*command(mpirun, run, "-N2", "-n3", time_scale="1"))
+    assert first.rc == 0, first.output
+    until(run.lines_so_far, "an answer")
+    stopped = llmpi(str(mpirun.python), "-m", "llmpi", "stop", str(run.path), "--wait")
+    assert stopped.rc == 3, stopped.output
+    again = llmpi(*command(mpirun, run, "-N2", "-n3", "--wait", time_scale="1"))
+    assert again.rc == 0, again.output
+    run.check_whole(IDS)
+    assert slurm.run("squeue", "-h", "-n", "llmpi-run").stdout == ""
+
+
 def test_what_slurm_does_not_have_is_said_before(slurm: Cluster, mpirun: Launcher, tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
 
