@@ -20,6 +20,7 @@ ASKED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PALS_RANKID", "SLURM_PROCID")
 """One of these is there where a launcher has started this process."""
 USAGE = 2
+"""As `scheduling.errors.EXIT_USAGE`, which cannot be loaded where something stands in its way."""
 INTERRUPTED = 130
 """The status of a command that Ctrl-C has ended."""
 

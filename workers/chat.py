@@ -9,7 +9,7 @@ What a user wrote must stay text: if a message contains the text of a control to
 rendered around placeholders and each message is a part of its own, in which control tokens are not recognised.
 Otherwise the rendered whole is one part, tokenised at once, which is what the model was trained on.
 
-This module knows no llama.cpp. It is loaded in the process that renders alone.
+This module knows no llama.cpp. Only the process that renders loads it.
 """
 
 from __future__ import annotations
