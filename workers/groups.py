@@ -23,7 +23,7 @@ GROUPS_MIN = 256
 
 @lru_cache(maxsize=64)
 def group_tokens(vocab_tokens: int) -> int:
-    """Tokens in a group, all groups being equal; 0 if there is no number that is of use. Asked for each row."""
+    """Tokens in a group, all groups being equal; 0 if there is no number that is of use. Asked in each step."""
     for count in chain(range(GROUPS_MAX, GROUPS_MIN - 1, -1), range(GROUPS_MAX + 1, 4 * GROUPS_MAX + 1)):
         if vocab_tokens % count == 0 and count < vocab_tokens:
             return vocab_tokens // count
